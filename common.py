@@ -1,0 +1,300 @@
+"""Plumbing shared by every file: command lines, files on disk, devices, shape tables, contact sheets.
+
+Nothing here knows about diffusion. The list is closed: whatever is specific to one model lives in that model's file.
+
+read next: zoom_vae.py
+"""
+import ast
+import difflib
+import inspect
+import json
+import os
+import pickle
+import sys
+import typing
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class UserError(ValueError):
+    """Something the user gave is unusable. The text names it and the remedy; `cli` prints it and exits with code 2."""
+
+
+def cli(main):
+    """Run main(argv): a UserError becomes one sentence and exit code 2, Ctrl-C a quiet exit code 130."""
+    try:
+        main(sys.argv[1:])
+    except UserError as err:
+        print(f"error: {err}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `python x.py | head`
+        os._exit(0)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+# ----- 1. Command lines: a dataclass, presets, strict --key=value -----
+
+def configure(cls, argv, presets=None, words=(), doc=""):
+    """Build the dataclass `cls` from defaults < preset < command line.
+
+    in:  words, the names of the fields that positional words fill, in order; a word for the field "preset" also
+         applies presets[word], a dict of (dotted) field names. Options are --key=value, --nested.key=value, or --flag.
+    out: an instance of cls. `--help` prints doc and the source of cls, which documents every field, and exits.
+    raises: UserError for an unknown key or preset (with the nearest known one) or a value of the wrong type.
+    """
+    if "--help" in argv or "-h" in argv:
+        print((doc or "").strip() + "\n\nsettings (--key=value):\n\n" + inspect.getsource(cls))
+        for f in fields(cls):
+            if is_dataclass(f.type):
+                print(inspect.getsource(f.type))
+        sys.exit(0)
+    cfg, given = cls(), [a for a in argv if not a.startswith("--")]
+    if len(given) > len(words):
+        raise UserError(f"unexpected word {given[len(words)]!r}: options are written --key=value, see --help")
+    if presets is not None:
+        name = given[words.index("preset")] if len(given) > words.index("preset") else cfg.preset
+        if name not in presets:
+            raise UserError(f"unknown preset {name!r}: known are {', '.join(presets)}{_nearest(name, presets)}")
+        for key, value in presets[name].items():
+            _set(cfg, key, value)
+    for key, value in zip(words, given, strict=False):
+        _set(cfg, key, value)
+    for arg in (a for a in argv if a.startswith("--")):
+        key, eq, value = arg[2:].partition("=")
+        _set(cfg, key, value if eq else True)
+    return cfg
+
+
+def _nearest(name, known):
+    near = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _set(cfg, key, value):
+    """Set one (dotted) field, converting a command-line string to the annotated type."""
+    head, _, rest = key.partition(".")
+    types = typing.get_type_hints(type(cfg))
+    if head not in types or bool(rest) != is_dataclass(types[head]):
+        known = [n + ".*" if is_dataclass(t) else n for n, t in types.items()]
+        raise UserError(f"unknown option --{key}{_nearest(key, known)}; known here: {', '.join(known)}")
+    if rest:
+        return _set(getattr(cfg, head), rest, value)
+    accepted = typing.get_args(types[head]) if type(None) in typing.get_args(types[head]) else (types[head],)
+    kinds = [typing.get_origin(t) or t for t in accepted]
+    if isinstance(value, str) and str not in kinds or value == "None" and type(None) in kinds:
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if tuple in kinds and type(value) is not tuple and value is not None:
+        value = (value,) if type(value) is not list else tuple(value)
+    if type(value) not in kinds:
+        raise UserError(f"--{key}={value}: expected {types[head]}, got {type(value).__name__}")
+    setattr(cfg, head, value)
+
+
+# ----- 2. Files: written under a temporary name, then renamed; never unpickled -----
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path`; rename it there on success, so that a reader never sees half a file."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, SafetensorError) as err:
+        kept = "; the earlier file is untouched" if path.exists() else ""
+        raise UserError(f"could not write {path}: {err}; check free space and permissions{kept}") from err
+    finally:
+        if tmp.exists():
+            tmp.unlink()
+
+
+def write_text(path, text):
+    with atomic(path) as tmp:
+        tmp.write_text(text)
+
+
+def save_tensors(path, tensors, meta=None):
+    """Write {name: tensor} to a safetensors file; `meta` (plain types) travels as JSON in its header."""
+    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    with atomic(path) as tmp:
+        save_file(tensors, tmp, {"json": json.dumps(meta or {})})
+
+
+def open_tensors(path, framework="pt"):
+    """Memory-map a safetensors file. raises: UserError if it is missing, cut short, or something else."""
+    if not Path(path).is_file():
+        raise UserError(f"no file {path}: check the path, or run the command that makes it")
+    try:
+        return safe_open(path, framework)
+    except (SafetensorError, OSError) as err:
+        raise UserError(f"{path} is not a complete safetensors file ({err}); copy or make it again") from err
+
+
+def load_tensors(path):
+    """in: a safetensors file. out: ({name: tensor}, meta). raises: as open_tensors."""
+    with open_tensors(path) as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("json", "{}"))
+
+
+def load_state_dict(path):
+    """Read a foreign checkpoint (.safetensors, or .ckpt/.pt/.pth/.bin holding tensors only) as a flat state dict.
+
+    A wrapping "state_dict" entry is taken off. raises: UserError if missing, cut short, or if unpickling it would run
+    code (weights_only=True refuses that).
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return load_tensors(path)[0]
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: check the path")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as err:
+        raise UserError(f"{path} is not a plain tensor checkpoint (unpickling it could run code, so it is refused); "
+                        f"save its state_dict as .safetensors first") from err
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as err:
+        raise UserError(f"{path} is damaged or cut short ({str(err).splitlines()[0]}); download it again") from err
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
+        raise UserError(f"{path} holds no state dict of tensors; give a checkpoint of the published layout")
+    return state
+
+
+def load_official(module, state, prefix, rename, ignore=()):
+    """Copy a published state dict into `module`; every key under `prefix` must be consumed.
+
+    in:  rename maps our parameter name to the published one (without prefix); ignore lists key beginnings, after the
+         prefix, that are documented bookkeeping.
+    out: the ignored keys. raises: ValueError listing missing, unexpected and mis-shaped keys.
+    """
+    ours = module.state_dict()
+    want = {prefix + rename(name): name for name in ours}
+    assert len(want) == len(ours), "two parameters share a published name"
+    rest = [k for k in state if k.startswith(prefix) and k not in want]
+    ignored = [k for k in rest if k.startswith(tuple(prefix + i for i in ignore))] if ignore else []
+    missing = [k for k in want if k not in state]
+    shaped = [f"{k} is {tuple(state[k].shape)}, expected {tuple(ours[n].shape)}"
+              for k, n in want.items() if k in state and state[k].shape != ours[n].shape]
+    unexpected = sorted(set(rest) - set(ignored))
+    if missing or unexpected or shaped:
+        def show(keys):
+            return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+        raise UserError(f"this is not a published {type(module).__name__} checkpoint" + "".join(
+            f"; {len(keys)} {what}: {show(keys)}" for what, keys in
+            (("missing", missing), ("unexpected", unexpected), ("of another shape", shaped)) if keys))
+    module.load_state_dict({n: state[k] for k, n in want.items()})
+    return ignored
+
+
+# ----- 3. Devices and ranks -----
+
+@dataclass
+class Ranks:
+    """Where this process stands: rank of world, its device, and the autocast dtype (None = plain float32)."""
+    rank: int
+    world: int
+    device: torch.device
+    amp: torch.dtype | None
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
+
+
+def setup(device="auto", amp=True, threads=0):
+    """Read torchrun's environment, start the process group (gloo on CPU, nccl on CUDA), choose device and dtype.
+
+    bf16 autocast is used where the device has bf16 arithmetic, never fp16 (design §7).
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise UserError(f"--device={device} cannot be used: {str(err).splitlines()[0]}") from err
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+            device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return Ranks(rank, world, device, torch.bfloat16 if amp and fast else None)
+
+
+def generator(*key):
+    """A CPU torch.Generator seeded by integers such as (seed, rank, step): the same key, the same numbers."""
+    seed = np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
+
+
+# ----- 4. Seeing: shape tables and contact sheets -----
+
+def summary(module, *inputs, depth=2):
+    """Print one row per submodule down to `depth`: name, output shape, parameters, share of the total.
+
+    Meant for the meta device, where the full-size model costs neither memory nor time.
+    """
+    shapes, hooks = {}, []
+    total = sum(p.numel() for p in module.parameters())
+
+    def watch(name):
+        def hook(_, __, out):
+            first = out[0] if isinstance(out, tuple | list) else out
+            shapes.setdefault(name, "x".join(map(str, first.shape)))
+        return hook
+    rows = [(n, m) for n, m in module.named_modules() if n and n.count(".") < depth and sum(1 for _ in m.parameters())]
+    for name, child in rows:
+        hooks.append(child.register_forward_hook(watch(name)))
+    module(*inputs)
+    for h in hooks:
+        h.remove()
+    print(f"{type(module).__name__}\n{'module':<28}{'output':>20}{'parameters':>14}{'share':>8}")
+    for name, child in rows:
+        n = sum(p.numel() for p in child.parameters())
+        print(f"{'  ' * name.count('.') + name.split('.')[-1]:<28}{shapes.get(name, '-'):>20}{n:>14,}{n / total:>8.1%}")
+    print(f"{'total':<28}{'':>20}{total:>14,}")
+
+
+def to_uint8(x):
+    """in: (...,3,H,W) in [-1,1]. out: (...,H,W,3) uint8, rounded (the published code truncates)."""
+    return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1)
+
+
+def save_grid(path, rows, labels=None, zoom=1, pad=2):
+    """Write a contact sheet. in: rows, a list of (n,3,H,W) in [-1,1]; labels, one text per row."""
+    rows = [to_uint8(r).numpy() for r in rows]  # (n,H,W,3)
+    side = max(len(x) for x in labels) * 6 + 8 if labels else 0
+    h, w = rows[0].shape[1] * zoom + pad, rows[0].shape[2] * zoom + pad
+    sheet = Image.new("RGB", (side + w * max(len(r) for r in rows) + pad, h * len(rows) + pad), "white")
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            tile = Image.fromarray(tile).resize((w - pad, h - pad), Image.Resampling.NEAREST)
+            sheet.paste(tile, (side + j * w + pad, i * h + pad))
+        if labels:
+            ImageDraw.Draw(sheet).text((4, i * h + h // 2 - 6), labels[i], fill="black")
+    with atomic(path) as tmp:
+        sheet.save(tmp, "PNG")

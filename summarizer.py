@@ -1,0 +1,159 @@
+"""Summarizer: compress the SSL embeddings under a patch into 65 conditioning tokens (Z §3.1, S8.1).
+
+A patch at scale s covers 2^s x 2^s base tiles, each with one embedding of width E. `standardize` pools the grid to at
+most 8x8 and normalises each embedding; `pack_grid` lays it into 64 slots; the `Summarizer`, a small transformer that
+also sees the scale, turns the slots into tokens that the U-Net attends to.
+
+in:  e (E,G,G), scale s   out: c (65,D): one scale token, then 64 grid tokens. The null condition is c = zeros.
+run: python summarizer.py     read next: unet.py
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import UserError, cli, load_official, summary
+
+SLOTS = 64  # Z S8.1: grids are padded or pooled to 8x8
+HEADS = 8   # official: 8 heads at any width
+
+
+@dataclass
+class SummarizerConfig:
+    embed_dim: int = 1024  # E, width of one SSL embedding
+    width: int = 512       # D, also the width of the tokens
+    depth: int = 12        # transformer blocks
+    mlp: int = 2048        # hidden width of their MLPs
+    scales: int = 8        # levels of the scale embedding (NAIP: 4)
+
+
+def pack_grid(e):
+    """Place the embeddings of one patch into the 64 slots, row by row, centred in the flattened order.
+
+    in:  e (E,G,G) with G in 1, 2, 4, 8, already standardised. out: tokens (64,E), zero where empty; mask (64,) bool,
+    True = real token. raises: ValueError for another grid. source: Z S8.1; official: n tokens start at 32 - n//2.
+    """
+    if e.ndim != 3 or e.shape[1] != e.shape[2] or e.shape[1] not in (1, 2, 4, 8):
+        raise UserError(f"got embeddings of shape {tuple(e.shape)}, the Summarizer takes (E,G,G) with G = 1, 2, 4 or 8:"
+                        f" pool larger grids with summarizer.standardize(e)")
+    n = e.shape[1] * e.shape[2]
+    start = SLOTS // 2 - n // 2  # a single token goes to slot 32
+    tokens = e.new_zeros(SLOTS, e.shape[0])            # (64,E)
+    tokens[start:start + n] = e.flatten(1).T           # row-major
+    mask = torch.zeros(SLOTS, dtype=torch.bool, device=e.device)
+    mask[start:start + n] = True
+    return tokens, mask
+
+
+def standardize(e):
+    """Pool a grid to at most 8x8, then give each embedding mean 0 and deviation 1 over its channels.
+
+    in:  e (...,E,G,G), any float type; G up to 8, or a multiple of 8. out: (...,E,min(G,8),min(G,8)) float32;
+    differentiable. raises: ValueError for a grid that does not pool evenly.
+    source: Z S8.1 "element-wise normalisation"; official: per location over channels, unbiased deviation + 1e-8, in
+    float16; deviates: float32, and the order pool -> standardise is kept in large-image sampling too.
+    """
+    e = e.float()
+    side = e.shape[-1]
+    if e.ndim < 3 or e.shape[-2] != side or side > 8 and side % 8:
+        raise UserError(f"got embeddings of shape {tuple(e.shape)}, expected (...,E,G,G), G <= 8 or a multiple of 8")
+    if side > 8:
+        e = e.unflatten(-1, (8, side // 8)).unflatten(-3, (8, side // 8)).mean((-3, -1))  # block means (...,E,8,8)
+    return (e - e.mean(-3, keepdim=True)) / (e.std(-3, keepdim=True) + 1e-8)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, width, mlp):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.fc1 = nn.Linear(width, mlp)
+        self.fc2 = nn.Linear(mlp, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # (B,8,65,D/8) each
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))    # (B,65,D)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class Summarizer(nn.Module):
+    """The transformer of the CVPR version.
+
+    in:  tokens (B,64,E) and mask (B,64) from `pack_grid`, s (B,) int64. out: c (B,65,D).
+    source: Z §3.1, S8.1; reference: official EmbeddingViT2_5.
+    """
+
+    def __init__(self, cfg: SummarizerConfig):
+        super().__init__()
+        if cfg.width % HEADS:
+            raise UserError(f"summarizer width {cfg.width} is not a multiple of {HEADS} heads")
+        self.cfg = cfg
+        self.embed = nn.Linear(cfg.embed_dim, cfg.width)
+        self.pad = nn.Parameter(torch.zeros(1, 1, cfg.width))      # stands in every empty slot
+        self.scale = nn.Embedding(cfg.scales, cfg.width)
+        self.pos = nn.Parameter(torch.randn(1, SLOTS + 1, cfg.width) * 0.02)
+        self.blocks = nn.ModuleList(Block(cfg.width, cfg.mlp) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
+        self.proj = nn.Linear(cfg.width, cfg.width)                # official: Linear and a second norm, not in the text
+        self.norm_out = nn.LayerNorm(cfg.width, eps=1e-5)
+
+    def forward(self, tokens, mask, s):
+        if tokens.shape[1:] != (SLOTS, self.cfg.embed_dim):
+            raise UserError(f"got tokens of shape {tuple(tokens.shape)}, this Summarizer takes (B,{SLOTS},"
+                            f"{self.cfg.embed_dim}): use pack_grid, and embeddings of the encoder it was trained with")
+        x = torch.where(mask[..., None], self.embed(tokens), self.pad)  # (B,64,D)
+        x = torch.cat([self.scale(s)[:, None], x], 1) + self.pos       # (B,65,D), scale token first
+        for block in self.blocks:
+            x = block(x)
+        return self.norm_out(self.proj(self.norm(x)))                  # (B,65,D)
+
+    @staticmethod
+    def official_name(name):
+        """Our parameter name -> the published one."""
+        if name.startswith("blocks."):
+            i, part = name.split(".", 2)[1:]
+            for ours, theirs in (("norm1", "ln_1"), ("norm2", "ln_2"), ("qkv.", "self_attention.in_proj_"),
+                                 ("out.", "self_attention.out_proj."), ("fc1", "mlp.0"), ("fc2", "mlp.3")):
+                part = part.replace(ours, theirs)
+            return f"encoder.layers.encoder_layer_{i}.{part}"
+        head, _, tail = name.partition(".")
+        name = {"embed": "dim_reduce", "pad": "pad_token", "scale": "mag_embedding", "pos": "encoder.pos_embedding",
+                "norm": "encoder.ln", "proj": "final_proj", "norm_out": "layer_norm"}[head]
+        return f"{name}.{tail}" if tail else name
+
+    @classmethod
+    def from_official(cls, state, prefix=""):
+        """Build from a published state dict (prefix "cond_stage_model." in a whole checkpoint), in eval mode.
+
+        raises: ValueError listing missing, unexpected and mis-shaped keys.
+        """
+        # very old torchvision called the MLP layers linear_1 and linear_2
+        state = {k.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3."): v
+                 for k, v in state.items() if k.startswith(prefix)}
+        need = [prefix + k for k in ("dim_reduce.weight", "mag_embedding.weight",
+                                     "encoder.layers.encoder_layer_0.mlp.0.weight")]
+        if any(k not in state or state[k].ndim != 2 for k in need):
+            raise UserError(f"no published Summarizer under prefix {prefix!r}: missing or mis-shaped {', '.join(need)}")
+        embed, scale, mlp = (state[k].shape for k in need)
+        depth = 1 + max(int(k.split("encoder_layer_")[1].split(".")[0]) for k in state if "encoder_layer_" in k)
+        model = cls(SummarizerConfig(embed[1], embed[0], depth, mlp[0], scale[0]))
+        load_official(model, state, prefix, cls.official_name)
+        return model.eval()
+
+
+def main(argv):
+    with torch.device("meta"):
+        summary(Summarizer(SummarizerConfig()), torch.randn(2, 64, 1024), torch.ones(2, 64, dtype=torch.bool),
+                torch.zeros(2, dtype=torch.long))
+    tokens, mask = pack_grid(standardize(torch.randn(96, 4, 4)))
+    c = Summarizer(SummarizerConfig(96, 64, 2, 128, 5))(tokens[None], mask[None], torch.tensor([2]))
+    print(f"\ntiny forward on the CPU: a 4x4 grid fills {int(mask.sum())} of 64 slots -> c {tuple(c.shape)}")
+
+
+if __name__ == "__main__":
+    cli(main)
