@@ -58,6 +58,8 @@ def configure(cls, argv, presets=None, words=(), doc=""):
             if is_dataclass(f.type):
                 print(inspect.getsource(f.type))
         sys.exit(0)
+    if presets is not None:  # --preset=x means x, or its settings would be left out in silence
+        argv = [a.removeprefix("--preset=") for a in argv]
     cfg, given = cls(), [a for a in argv if not a.startswith("--")]
     if len(given) > len(words):
         raise UserError(f"unexpected word {given[len(words)]!r}: options are written --key=value, see --help")
@@ -100,8 +102,9 @@ def _set(cfg, key, value):
         value = float(value)
     if tuple in kinds and type(value) is not tuple and value is not None:
         value = (value,) if type(value) is not list else tuple(value)
-    if type(value) not in kinds:
-        raise UserError(f"--{key}={value}: expected {types[head]}, got {type(value).__name__}")
+    if type(value) not in kinds or type(value) is tuple and not {type(v) for v in value} <= {int, float}:
+        wanted = "numbers with commas" if tuple in kinds else getattr(types[head], "__name__", types[head])
+        raise UserError(f"--{key}={value}: expected {wanted}, got {type(value).__name__}")
     setattr(cfg, head, value)
 
 
@@ -168,40 +171,61 @@ def load_state_dict(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
-        raise UserError(f"{path} is not a plain tensor checkpoint (unpickling it could run code, so it is refused); "
-                        f"save its state_dict as .safetensors first") from err
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as err:
-        raise UserError(f"{path} is damaged or cut short ({str(err).splitlines()[0]}); download it again") from err
+        raise UserError(f"{path} is damaged or no plain tensor checkpoint (unpickling it could run code, so it is "
+                        f"refused); download it again, or save its state_dict as .safetensors first") from err
+    except Exception as err:  # torch meets damaged bytes with IndexError, TypeError, struct.error and many more
+        reason = (str(err).splitlines() or [type(err).__name__])[0]
+        raise UserError(f"{path} is damaged or cut short ({reason}); download it again") from err
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
         raise UserError(f"{path} holds no state dict of tensors; give a checkpoint of the published layout")
     return state
 
 
-def load_official(module, state, prefix, rename, ignore=()):
-    """Copy a published state dict into `module`; every key under `prefix` must be consumed.
+def check_official(module, state, prefix, rename, ignore=()):
+    """Hold a published state dict against `module`; every key under `prefix` must be accounted for.
 
     in:  rename maps our parameter name to the published one (without prefix); ignore lists key beginnings, after the
          prefix, that are documented bookkeeping.
-    out: the ignored keys. raises: ValueError listing missing, unexpected and mis-shaped keys.
+    out: {our name: published key}. raises: ValueError listing missing, unexpected and mis-shaped keys.
     """
     ours = module.state_dict()
     want = {prefix + rename(name): name for name in ours}
     assert len(want) == len(ours), "two parameters share a published name"
-    rest = [k for k in state if k.startswith(prefix) and k not in want]
-    ignored = [k for k in rest if k.startswith(tuple(prefix + i for i in ignore))] if ignore else []
+    unexpected = sorted(k for k in state if k.startswith(prefix) and k not in want
+                        and not k.startswith(tuple(prefix + i for i in ignore)))
     missing = [k for k in want if k not in state]
     shaped = [f"{k} is {tuple(state[k].shape)}, expected {tuple(ours[n].shape)}"
               for k, n in want.items() if k in state and state[k].shape != ours[n].shape]
-    unexpected = sorted(set(rest) - set(ignored))
     if missing or unexpected or shaped:
         def show(keys):
             return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
         raise UserError(f"this is not a published {type(module).__name__} checkpoint" + "".join(
             f"; {len(keys)} {what}: {show(keys)}" for what, keys in
             (("missing", missing), ("unexpected", unexpected), ("of another shape", shaped)) if keys))
-    module.load_state_dict({n: state[k] for k, n in want.items()})
-    return ignored
+    return {n: k for k, n in want.items()}
+
+
+def load_official(module, state, prefix, rename, ignore=()):
+    """Copy a published state dict into `module`; in, raises: as check_official. A module built on the meta device (no
+    time lost on random weights) gets its memory here, once the keys fit."""
+    want = check_official(module, state, prefix, rename, ignore)
+    if next(module.parameters()).is_meta:
+        module.to_empty(device=next(iter(state.values())).device)
+    module.load_state_dict({n: state[k] for n, k in want.items()})
+
+
+def common_size(state, dim, *names):
+    """The size along `dim` that most of these tensors of a state dict have, so that one that is missing or damaged does
+    not mislead; None if there is none."""
+    sizes = [state[n].shape[dim] for n in names if n in state and state[n].ndim > dim]
+    return max(sizes, key=sizes.count, default=None)
+
+
+def common_count(state, start):
+    """1 + the largest number that follows `start` in the keys; 0 if there is none."""
+    numbers = [k[len(start):].split(".")[0] for k in state if k.startswith(start)]
+    return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
 
 
 # ----- 3. Devices and ranks -----

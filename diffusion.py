@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from common import UserError, cli, generator, load_state_dict, load_tensors, save_tensors, summary
+from common import UserError, check_official, cli, generator, load_state_dict, load_tensors, save_tensors, summary
 from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
@@ -149,7 +149,7 @@ def ddim_sample(fn, z_T, schedule, steps=50, eta=0.0, *, pred="eps", timesteps=N
     ascending indices (default ddim_timesteps); end: "published" or "clean" (go to alpha_bar = 1); noise: one tensor per
     step for eta > 0 (default: drawn); callback(i, t, z, z0_hat) after every step. source: DDIM Eq. 12, 16.
     """
-    timesteps = list(timesteps or ddim_timesteps(schedule.T, steps))
+    timesteps = [int(t) for t in (ddim_timesteps(schedule.T, steps) if timesteps is None else timesteps)]
     ab, ab_prev = _noise_levels(schedule, timesteps, end)
     z = z_T
     for n, i in enumerate(reversed(range(len(timesteps)))):
@@ -254,8 +254,8 @@ class ZoomLDM(nn.Module):
     def from_config(cls, config):
         def cfg(kind, name):
             return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config[name].items()})
-        parts = VQVAE(cfg(VAEConfig, "vae")), Summarizer(cfg(SummarizerConfig, "summarizer")), UNet(cfg(UNetConfig, "unet"))
-        return cls(*parts, config["latent_scale"], config["pred"], config["schedule"], config["info"])
+        return cls(VQVAE(cfg(VAEConfig, "vae")), Summarizer(cfg(SummarizerConfig, "summarizer")),
+                   UNet(cfg(UNetConfig, "unet")), *(config[k] for k in ("latent_scale", "pred", "schedule", "info")))
 
     def save(self, folder):
         """Write folder/ema.safetensors: all weights, the configuration in its header."""
@@ -287,17 +287,24 @@ class ZoomLDM(nn.Module):
         state = source if isinstance(source, dict) else load_state_dict(source)
         state = state.get("state_dict", state)
         raw = "model.diffusion_model."
-        # an EMA key is the parameter's name within `model.`, all dots removed; it cannot be parsed back, so build it
-        ema = {k: "model_ema." + k.removeprefix("model.").replace(".", "") for k in state if k.startswith(raw)}
-        absent = [k for k in ema.values() if k not in state]
         known = ("first_stage_model.", "cond_stage_model.", raw)
+        none = [p for p in known if not any(k.startswith(p) for k in state)]
+        if none:
+            raise UserError(f"this is not a whole published ZoomLDM checkpoint: no keys {'*, '.join(none)}*")
+        with torch.device("meta"):
+            unet = UNet(UNet.infer_config(state, raw))
+        names = check_official(unet, state, raw, unet.official_name).values()  # the raw U-Net is checked, but not used
+        # an EMA key is the parameter's name within `model.`, all dots removed; it cannot be parsed back, so build it
+        ema = {k: "model_ema." + k.removeprefix("model.").replace(".", "") for k in names}
         expected = BOOKKEEPING | set(ema.values())
+        absent = [e for e in ema.values() if e not in state]
         unexpected = [k for k in state if not k.startswith(known) and k not in expected]
-        if not ema or absent or unexpected:
-            raise UserError("this is not a whole published ZoomLDM checkpoint" + (
-                f"; it holds no {raw}* keys" if not ema else "") + "".join(
+        shaped = [f"{e} is {tuple(state[e].shape)}, expected {tuple(state[k].shape)}"
+                  for k, e in ema.items() if e in state and state[e].shape != state[k].shape]
+        if absent or unexpected or shaped:
+            raise UserError("this is not a whole published ZoomLDM checkpoint" + "".join(
                 f"; {len(keys)} {what}: {', '.join(keys[:8])}" for keys, what in
-                ((absent, "missing"), (unexpected, "unexpected")) if keys))
+                ((absent, "missing"), (unexpected, "unexpected"), (shaped, "of another shape")) if keys))
         unet = UNet.from_official({k: state[e] for k, e in ema.items()}, raw)
         model = cls(VQVAE.from_official(state, "first_stage_model."),
                     Summarizer.from_official(state, "cond_stage_model."), unet)

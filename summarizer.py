@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, cli, load_official, summary
+from common import UserError, cli, common_count, common_size, load_official, summary
 
 SLOTS = 64  # Z S8.1: grids are padded or pooled to 8x8
 HEADS = 8   # official: 8 heads at any width
@@ -135,13 +135,17 @@ class Summarizer(nn.Module):
         # very old torchvision called the MLP layers linear_1 and linear_2
         state = {k.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3."): v
                  for k, v in state.items() if k.startswith(prefix)}
-        need = [prefix + k for k in ("dim_reduce.weight", "mag_embedding.weight",
-                                     "encoder.layers.encoder_layer_0.mlp.0.weight")]
-        if any(k not in state or state[k].ndim != 2 for k in need):
-            raise UserError(f"no published Summarizer under prefix {prefix!r}: missing or mis-shaped {', '.join(need)}")
-        embed, scale, mlp = (state[k].shape for k in need)
-        depth = 1 + max(int(k.split("encoder_layer_")[1].split(".")[0]) for k in state if "encoder_layer_" in k)
-        model = cls(SummarizerConfig(embed[1], embed[0], depth, mlp[0], scale[0]))
+        def size(dim, *names):
+            return common_size(state, dim, *(prefix + n for n in names))
+        layer = "encoder.layers.encoder_layer_"
+        width = size(0, "dim_reduce.weight", "dim_reduce.bias", "layer_norm.weight")
+        depth = common_count(state, prefix + layer)
+        if not width or not depth:
+            raise UserError(f"no published Summarizer under prefix {prefix!r}: missing {prefix}dim_reduce.weight")
+        embed, scales = size(1, "dim_reduce.weight"), size(0, "mag_embedding.weight")
+        mlp = size(0, layer + "0.mlp.0.weight", layer + "0.mlp.0.bias")
+        with torch.device("meta"):
+            model = cls(SummarizerConfig(embed or 1024, width, depth, mlp or 4 * width, scales or 8))
         load_official(model, state, prefix, cls.official_name)
         return model.eval()
 

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, cli, load_official, summary
+from common import UserError, cli, common_count, common_size, load_official, summary
 
 
 @dataclass
@@ -249,31 +249,32 @@ class UNet(nn.Module):
 
         Sizes are read off the tensors; one head. raises: ValueError listing missing, unexpected, mis-shaped keys.
         """
-        model = cls(cls.infer_config(state, prefix))
+        with torch.device("meta"):
+            model = cls(cls.infer_config(state, prefix))
         load_official(model, state, prefix, model.official_name)
         return model.eval()
 
     @staticmethod
     def infer_config(state, prefix=""):
-        def get(name):
-            return state.get(f"{prefix}input_blocks.{name}.weight")
-        if get("0.0") is None or get("1.0.in_layers.2") is None:
-            raise UserError(f"no published U-Net under prefix {prefix!r}: missing {prefix}input_blocks.0.0.weight")
-        width, channels = get("0.0").shape[:2]
-        mult, attention, blocks, i, context = [], [], [0], 1, 0
-        while get(f"{i}.0.in_layers.2") is not None or get(f"{i}.0.op") is not None:
-            if get(f"{i}.0.op") is not None:
+        start = f"{prefix}input_blocks."
+        width = common_size(state, 0, *(start + n for n in ("0.0.weight", "0.0.bias", "1.0.in_layers.0.weight")))
+        if not width:
+            raise UserError(f"no published U-Net under prefix {prefix!r}: missing {start}0.0.weight")
+        mult, attention, blocks = [], [], [0]
+        for i in range(1, common_count(state, start)):
+            if any(k.startswith(f"{start}{i}.0.op.") for k in state):   # a down-sampling convolution ends the level
                 blocks.append(0)
-            else:
-                blocks[-1] += 1
-                if blocks[-1] == 1:
-                    mult.append(get(f"{i}.0.in_layers.2").shape[0] // width)
-                    if get(f"{i}.1.norm") is not None:
-                        attention.append(2 ** (len(mult) - 1))
-            i += 1
-        key = state.get(f"{prefix}middle_block.1.transformer_blocks.0.attn2.to_k.weight")
-        context = key.shape[1] if key is not None and key.ndim == 2 else 512  # absent: load_official reports it
-        return UNetConfig(width, tuple(mult), blocks[0], tuple(attention), context, channels)
+                continue
+            blocks[-1] += 1
+            if blocks[-1] == 1:
+                w = common_size(state, 0, *(f"{start}{i}.0.{n}" for n in ("in_layers.2.weight", "in_layers.2.bias",
+                                                                          "out_layers.0.weight")))
+                mult.append((w or width) // width)
+                if any(k.startswith(f"{start}{i}.1.") for k in state):
+                    attention.append(2 ** (len(mult) - 1))
+        context = common_size(state, 1, *(k for k in state if k.startswith(prefix) and k.endswith("attn2.to_k.weight")))
+        channels = common_size(state, 0, prefix + "out.2.weight", prefix + "out.2.bias")
+        return UNetConfig(width, tuple(mult), blocks[0], tuple(attention), context or 512, channels or 3)
 
 
 def main(argv):

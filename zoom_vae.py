@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from common import UserError, cli, load_official, summary
+from common import UserError, cli, common_count, common_size, load_official, summary
 
 
 @dataclass
@@ -194,16 +194,18 @@ class VQVAE(nn.Module):
         A stand-alone vq-f4 file also holds the training loss networks, `loss.*`, which are ignored.
         raises: ValueError listing missing, unexpected and mis-shaped keys.
         """
-        need = [prefix + k for k in ("encoder.conv_in.weight", "quantize.embedding.weight")]
-        if any(k not in state for k in need):
-            raise UserError(f"no published VQ-VAE under prefix {prefix!r}: missing {', '.join(need)}")
-        width, (codes, channels) = state[need[0]].shape[0], state[need[1]].shape
-        mult, blocks = [], 0
-        while (key := f"{prefix}encoder.down.{len(mult)}.block.0.conv1.weight") in state:
-            mult.append(state[key].shape[0] // width)
-        while f"{prefix}encoder.down.0.block.{blocks}.conv1.weight" in state:
-            blocks += 1
-        model = cls(VAEConfig(width, tuple(mult), blocks, codes, channels))
+        def size(*names):
+            return common_size(state, 0, *(prefix + n for n in names))
+        first = "encoder.down.0.block."
+        width = size("encoder.conv_in.weight", "encoder.conv_in.bias", first + "0.norm1.weight")
+        blocks = common_count(state, prefix + first)
+        if not width or not blocks:
+            raise UserError(f"no published VQ-VAE under prefix {prefix!r}: missing {prefix}{first}0.*")
+        mult = [size(*(f"encoder.down.{i}.block.0.{n}" for n in ("conv1.weight", "conv1.bias", "norm2.weight")))
+                for i in range(common_count(state, prefix + "encoder.down."))]
+        codes, channels = size("quantize.embedding.weight"), size("quant_conv.weight", "quant_conv.bias")
+        with torch.device("meta"):
+            model = cls(VAEConfig(width, tuple((m or width) // width for m in mult), blocks, codes or 1, channels or 3))
         load_official(model, state, prefix, cls.official_name, ignore=("loss.",))
         return model.eval()
 
@@ -234,15 +236,17 @@ class PatchGAN(nn.Module):
         return 0.5 * (F.relu(1 - self(x.detach())).mean() + F.relu(1 + self(x_rec.detach())).mean())
 
 
-def vae_loss(vae, x, disc=None, disc_weight=0.75, perceptual=None):
+def vae_loss(vae, x, quantize=True, disc=None, disc_weight=0.75, perceptual=None):
     """Training loss of the autoencoder.
 
-    in:  x (B,3,H,W) in [-1,1]; disc, a PatchGAN or None; perceptual, a callable (x, x_rec) -> (B,1,1,1) or None.
-    out: the loss, x_rec, the code indices (B,h,w), {name: float tensor} for the log.
+    in:  x (B,3,H,W) in [-1,1]; quantize False leaves the codebook out, for the first steps, until there are latents to
+    place the codes on; disc, a PatchGAN or None; perceptual, a callable (x, x_rec) -> (B,1,1,1) or None.
+    out: the loss, x_rec, the code indices (B,h,w) or None, {name: float tensor} for the log.
     The adversarial term is weighted so that its gradient at the last layer is disc_weight times that of the rest.
     """
     z = vae.encode(x)
-    z_q, indices, codebook = vae.quantize(z)
+    # `0 *` keeps the idle codebook in the graph, which DDP insists on
+    z_q, indices, codebook = vae.quantize(z) if quantize else (z, None, 0 * vae.codebook.weight.sum())
     x_rec = vae.decode(z_q, quantize=False).float()
     rec = (x - x_rec).abs()
     if perceptual is not None:

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the tests run whet
 from common import load_tensors, save_tensors  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
-torch.set_num_threads(2)
 
 
 # ----- 1. The rule -----
@@ -89,9 +88,26 @@ def state_dict(name):
     return state
 
 
+def assert_close(ours, reference, tol, what="", every=1):
+    """max|a-b| / max(1, max|b|) <= tol; says where the largest difference is. every: see derive."""
+    assert every > 1 or ours.shape == reference.shape, f"{what}: {tuple(ours.shape)} for {tuple(reference.shape)}"
+    a, b = ours.detach().flatten()[::every].double(), reference.detach().flatten().double()
+    assert a.shape == b.shape and a.isfinite().all(), f"{what}: {len(a)} numbers for {len(b)}, or not finite"
+    i = int((a - b).abs().argmax())
+    rel = float((a - b).abs()[i] / b.abs().max().clamp_min(1))
+    assert rel <= tol, f"{what}: off by {rel:.2e} (allowed {tol:.0e}), element {i * every}: {a[i]:.7g} for {b[i]:.7g}"
+
+
+def assert_golden(ours, name, key, tol):
+    """Compare with out/`key` of the golden file `name`."""
+    tensors, meta = golden(name)
+    assert_close(ours, tensors["out/" + key], tol, f"{name} {key}", meta["every_kth"].get("out/" + key, 1))
+
+
 # ----- 3. Deriving the committed files (run once: python tests/rule.py FOLDER_OF_FULL_GOLDENS) -----
 
-THIN = {"full_unet_rule": {"out/middle_block": 7, "out/output_blocks_3": 7}, "full_vae_rule": {"out/decode_no_quant": 5},
+THIN = {"full_unet_rule": {"out/middle_block": 7, "out/output_blocks_3": 7}, "vae_small": {"out/decode_no_quant": 5},
+        "full_vae_rule": {"out/decode": 5, "out/decode_no_quant": 5},
         "full_summarizer_rule": {f"out/tokens_{g}": 3 for g in ("1x1", "2x2", "4x4", "8x8")}}
 
 
@@ -103,8 +119,8 @@ def derive(source, target=GOLDEN):
     shapes = {**full, "ema": {e: keys["unet"][k] for k, e in keys["extra"]["model_ema_names"].items()},
               "buffers": {k: v["shape"] for part in ("schedule_buffers", "model_ema_scalars")
                           for k, v in keys["extra"][part].items()}}
-    for name, part in (("full_unet_rule", "unet"), ("full_vae_rule", "first_stage"), ("full_summarizer_rule", "cond_stage")):
-        cut = {"unet": 2, "first_stage": 1, "cond_stage": 1}[part]
+    for name, part, cut in (("full_unet_rule", "unet", 2), ("full_vae_rule", "first_stage", 1),
+                            ("full_summarizer_rule", "cond_stage", 1)):
         shapes[name] = {k.split(".", cut)[cut]: v for k, v in full[part].items()}
     # the same U-Net with 32 channels instead of 192 and a context of 64 instead of 512
     shapes["unet_1235_rule"] = {k: [d // 6 if d % 192 == 0 else 64 if d == 512 else d for d in v]
@@ -123,7 +139,7 @@ def derive(source, target=GOLDEN):
             state = weights(shapes[name], rule["seed"], rule["gains"])
             meta["crc"] = fingerprint(state, meta["every"])
             assert all(torch.equal(state[k], v) for k, v in stored.items()), name
-            print(f"{name}: {len(state)} weights rebuilt, {len(stored)} of them compared with the stored ones, all equal")
+            print(f"{name}: {len(state)} weights rebuilt; {len(stored)} stored ones, all equal to the bit")
         if name in ("ddim_small", "plms_small"):   # the context is unet_small's, the first entries are x_T
             del kept["in/context"]
             if name == "plms_small":
@@ -142,6 +158,7 @@ def derive(source, target=GOLDEN):
         kept = {k: v.flatten()[::meta["every_kth"].get(k, 1)].contiguous() if k in meta["every_kth"] else v
                 for k, v in kept.items()}
         save_tensors(target / f"{name}.safetensors", kept, meta)
+        (target / f"{name}.safetensors").chmod(0o644)
     text = json.dumps(shapes, separators=(",", ":"))
     (target / "keys.json.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 

@@ -1,0 +1,20 @@
+# `make demo` or `make test` on a fresh machine with Python is enough: the first run makes .venv and fills it.
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: demo test lint
+demo: .venv/installed
+	$(RUN) train.py toy
+	$(RUN) sample_joint.py out/toy --eval
+
+test: .venv/installed
+	$(RUN) -m pytest -q --durations=15
+
+lint: .venv/installed
+	$(RUN) -m ruff check .
+
+# the stamp is written last, so that an install that was interrupted is done again
+.venv/installed: requirements.lock
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install -r requirements.lock
+	touch $@

@@ -1,0 +1,202 @@
+"""Draw images with a trained run: patches at any scale from the conditions of held-out images, and how good they are.
+
+    python sample_joint.py out/toy                        # 8 patches a scale: PNGs and a contact sheet
+    python sample_joint.py out/toy --scale=3 --n=32 --guidance=1.5 --steps=100 --seed=7 --sampler=plms
+    python sample_joint.py out/toy --eval                 # the table of the README, on held-out slides
+
+in:  a run folder and the data folder it was trained on   out: RUN/patches/*.png, sheet.png, eval.json
+read next: README.md
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import metrics as M
+from common import UserError, atomic, cli, configure, open_tensors, save_grid, setup, to_uint8, write_text
+from data import Pyramids, fixed_batch
+from diffusion import ZoomLDM
+from encoder import load_encoder
+from summarizer import standardize
+
+
+@dataclass
+class Config:
+    run: str = ""              # run folder (or an ema.safetensors)
+    data: str = ""             # data folder; default: the one the run was trained on
+    split: str = "test"        # whose conditions: test or train
+    out: str = ""              # folder to write; default RUN/patches
+    scale: int = -1            # one scale, 0 = finest; -1 = all
+    n: int = 8                 # patches per scale (with --eval: at most, default 128)
+    guidance: float = 2.0      # eps_null + guidance (eps_cond - eps_null); 1 = no guidance
+    steps: int = 50
+    sampler: str = "ddim"      # ddim or plms
+    end: str = "clean"         # where DDIM stops: clean, or published (leaves 3.9 % noise in the latent)
+    seed: int = 0
+    batch: int = 64            # patches per network call
+    eval: bool = False         # measure instead of showing
+    device: str = "auto"
+    threads: int = 0
+
+
+# ----- 1. Patches -----
+
+@torch.no_grad()
+def draw_patches(model, batch, cfg, ranks, null=False):
+    """Draw one patch per item. in: a collated batch with tokens, mask, s, x. out: (N,3,P,P) in [-1,1] on the CPU."""
+    out, side = [], [v // model.vae.factor for v in batch["x"].shape[-2:]]
+    for k in range(0, len(batch["s"]), cfg.batch):
+        tokens, mask, s = (batch[key][k:k + cfg.batch].to(ranks.device) for key in ("tokens", "mask", "s"))
+        with ranks.autocast():
+            c = model.summarizer(tokens, mask, s).float()
+            # no two chunks share a seed, so no two patches start from the same noise
+            z = model.sample(torch.zeros_like(c) if null else c, side, 1.0 if null else cfg.guidance, cfg.steps,
+                             cfg.seed * 1000 + k // cfg.batch, cfg.sampler, cfg.end)
+            out.append(model.decode(z).float().clamp(-1, 1).cpu())
+    return torch.cat(out)
+
+
+def scales_of(cfg, pyramids):
+    there = [s for s in range(pyramids.scales) if pyramids.count(cfg.split, s)]
+    if not there:
+        raise UserError(f"{pyramids.folder} has no {cfg.split!r} images: give --split=train, or build it with some held"
+                        f" out")
+    if cfg.scale >= 0 and cfg.scale not in there:
+        raise UserError(f"--scale={cfg.scale}: {pyramids.folder} has {cfg.split!r} patches at scales {there}")
+    return there if cfg.scale < 0 else [cfg.scale]
+
+
+def show(model, pyramids, cfg, ranks):
+    """Write every drawn patch as a PNG, and a sheet of real patches above the ones drawn from their conditions."""
+    out, rows, labels = Path(cfg.out or Path(cfg.run) / "patches"), [], []
+    for s in tqdm(scales_of(cfg, pyramids), desc="scales"):
+        batch = fixed_batch(pyramids, cfg.split, s, cfg.n)
+        x = draw_patches(model, batch, cfg, ranks)
+        for i, image in enumerate(to_uint8(x).numpy()):
+            with atomic(out / f"scale{s}_{i:03d}.png") as tmp:
+                Image.fromarray(image).save(tmp, "PNG")
+        rows += [batch["x"], x]
+        labels += [f"scale {s} real", f"scale {s} drawn"]
+    save_grid(out / "sheet.png", rows, labels)
+    print(f"wrote {out}: {len(rows) // 2} scales x {len(rows[-1])} patches, and sheet.png (real above drawn)")
+
+
+# ----- 2. Evaluation on held-out patches -----
+
+def truth(pyramids, batch, size):
+    """Tissue shares (N,4) by the region map, for toy data. The map has a quarter of the slide's resolution."""
+    rows = []
+    for k, s, (i, j) in zip(batch["slide"].tolist(), batch["s"].tolist(), batch["ij"].tolist()):
+        with open_tensors(pyramids.folder / pyramids.slides[k]["file"]) as f:
+            side = size * 2 ** s // 4
+            region = f.get_tensor("region")[i * side:(i + 1) * side, j * side:(j + 1) * side]
+        rows.append(torch.bincount(region.flatten().long(), minlength=4) / region.numel())
+    return torch.stack(rows)
+
+
+def palette_of(pyramids):
+    """Mean colour of each tissue, from training patches at scale 2 and their region maps."""
+    batch, regions = fixed_batch(pyramids, "train", 2, 128), []
+    for k, (i, j) in zip(batch["slide"].tolist(), batch["ij"].tolist()):
+        with open_tensors(pyramids.folder / pyramids.slides[k]["file"]) as f:
+            side = pyramids.patch
+            region = f.get_tensor("region")[i * side:(i + 1) * side, j * side:(j + 1) * side]
+        regions.append(region[::4, ::4])
+    return M.fit_palette(batch["x"], torch.stack(regions))
+
+
+def evaluate(model, pyramids, cfg, ranks):
+    """Measure drawn patches against the real ones their conditions came from; print a table, write eval.json."""
+    encoder = load_encoder(pyramids.encoder, pyramids.std)
+
+    def describe(x):  # descriptor space: what the conditions are made of, here of the patch itself
+        return standardize(encoder((x + 1) / 2)[..., None, None])[..., 0, 0]
+    with open_tensors(pyramids.folder / pyramids.slides[0]["file"]) as f:
+        toy = "region" in f.keys()
+    palette = palette_of(pyramids) if toy and pyramids.scales > 2 else None
+    table, rows, labels = [], [], []
+    for s in tqdm(scales_of(cfg, pyramids), desc="scales"):
+        n = cfg.n if cfg.n != Config.n else 128
+        batch, train = fixed_batch(pyramids, cfg.split, s, n), fixed_batch(pyramids, "train", s, max(n, 256))["x"]
+        real, grid = batch["x"], min(2 ** s, 8)
+        fake, null = draw_patches(model, batch, cfg, ranks), draw_patches(model, batch, cfg, ranks, null=True)
+        with torch.no_grad(), ranks.autocast():
+            coded = torch.cat([model.decode(model.encode(x.to(ranks.device))).float().cpu().clamp(-1, 1)
+                               for x in real.split(cfg.batch)])
+        row = {"scale": s, "n": len(real), "layout": M.layout_fidelity(fake, real, grid),
+               "layout_vae": M.layout_fidelity(coded, real, grid), "psnr_vae": M.psnr(coded, real)}
+        for space, feature in (("desc", describe), ("rand", M.random_features)):
+            base = feature(train)
+            scale = M.standard(base) if space == "rand" else (lambda v: v)
+            row[f"sim_{space}"], row[f"shuffled_{space}"] = M.paired_gain(scale(feature(fake)), scale(feature(real)))
+            row[f"sim_{space}_vae"] = M.similarity(scale(feature(coded)), scale(feature(real)))
+            axes = M.principal(base, 16)
+            sets = {name: axes(feature(x)) for name, x in (("fake", fake), ("null", null), ("vae", coded))}
+            held, floor = axes(feature(real)), axes(base)[:len(real)]
+            # a Fréchet distance of few samples is mostly bias: below 256, the unbiased kernel distance and its error
+            measure = (lambda a, b: (M.frechet(a, b), None)) if len(real) >= 256 else M.kernel_distance
+            for name, value in {"floor": floor, **sets}.items():
+                row[f"dist_{space}_{name}"] = measure(value, held)
+        if palette is not None:
+            cell = {0: 16, 1: 16, 2: 8}.get(s, 4)   # pixels averaged before a colour counts as a tissue
+            want = truth(pyramids, batch, pyramids.patch)
+            for name, x in (("fake", fake), ("real", real), ("vae", coded)):
+                row[f"tissue_{name}"] = float((M.tissue_fractions(x, palette, cell) - want).abs().mean())
+            area = M.nuclei_fraction(real)
+            row["nuclei_real"] = float(area.mean())
+            for name, x in (("fake", fake), ("vae", coded)):
+                row[f"nuclei_{name}"] = float((M.nuclei_fraction(x) - area).abs().mean())
+        table.append(row)
+        rows, labels = rows + [real[:12], fake[:12]], labels + [f"scale {s} real", f"scale {s} drawn"]
+    out = Path(cfg.out or Path(cfg.run) / "eval")
+    save_grid(out / "sheet.png", rows, labels)
+    write_text(out / "eval.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))
+    print_table(table)
+    print(f"\nwrote {out}/eval.json and sheet.png; guidance {cfg.guidance}, {cfg.steps} {cfg.sampler} steps, "
+          f"seed {cfg.seed}")
+
+
+def print_table(table):
+    """Three blocks, a row per scale. "(vae)" columns are what coding the real patch alone loses: the ceiling."""
+    def cell(v):
+        if v is None:
+            return "-"
+        if isinstance(v, tuple):
+            return f"{v[0]:.3g}" + (f"±{v[1]:.2g}" if v[1] is not None else "")
+        return f"{v:d}" if isinstance(v, int) else f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}"
+    blocks = [("follows its condition (1 = the real patch; shuffled = other patches' conditions)",
+               ["scale", "n", "layout", "layout_vae", "sim_desc", "shuffled_desc", "sim_desc_vae", "sim_rand",
+                "shuffled_rand", "sim_rand_vae", "psnr_vae"]),
+              ("distance to held-out patches (Fréchet if n >= 256, else kernel ± standard error), first 16 components",
+               ["scale"] + [f"dist_{sp}_{k}" for sp in ("desc", "rand") for k in ("fake", "floor", "vae", "null")])]
+    if "tissue_fake" in table[0]:
+        blocks.append(("mean absolute error of tissue shares against the region map, and of the nuclei area share",
+                       ["scale", *(f"{k}_{x}" for k in ("tissue", "nuclei") for x in ("fake", "vae", "real"))]))
+    for title, keys in blocks:
+        print(f"\n{title}\n" + " ".join(f"{k.replace('_', ' '):>14}" for k in keys))
+        for row in table:
+            print(" ".join(f"{cell(row[k]):>14}" for k in keys))
+
+
+def main(argv):
+    cfg = configure(Config, argv, words=("run",), doc=__doc__)
+    if not cfg.run:
+        raise UserError("say which run: python sample_joint.py out/toy (train one with python train.py)")
+    if cfg.n < 1 or cfg.steps < 1 or cfg.batch < 1:
+        raise UserError(f"--n={cfg.n} --steps={cfg.steps} --batch={cfg.batch}: each must be at least 1")
+    if Path(cfg.run).is_file() and not cfg.out:
+        cfg.out = str(Path(cfg.run).parent / "patches")
+    ranks = setup(cfg.device, threads=cfg.threads)
+    model = ZoomLDM.from_run(cfg.run).to(ranks.device)
+    pyramids = Pyramids(cfg.data or model.info.get("data", ""))
+    if pyramids.embed_dim != model.summarizer.cfg.embed_dim or pyramids.encoder != model.info.get("encoder"):
+        raise UserError(f"{pyramids.folder} was embedded with {pyramids.encoder!r} ({pyramids.embed_dim} numbers), the "
+                        f"run with {model.info.get('encoder')!r} ({model.summarizer.cfg.embed_dim}): give its own data")
+    (evaluate if cfg.eval else show)(model, pyramids, cfg, ranks)
+
+
+if __name__ == "__main__":
+    cli(main)
