@@ -42,8 +42,8 @@ class ToyConfig:
     size: int = 1024       # pixels a side, a multiple of 64 and of patch
     patch: int = 64        # pixels of a patch
     scales: int = 5        # at most; those larger than the slide are dropped
-    keep0: int = 48        # patches kept per training slide at scale 0, 0 = all: 700 MB are enough for a toy
-    keep1: int = 32        # the same at scale 1; coarser scales and held-out slides keep everything
+    keep0: int = 24        # patches kept per training slide at scale 0, 0 = all: enough for a toy, and quick to encode
+    keep1: int = 24        # the same at scale 1; coarser scales and held-out slides keep everything
     seed: int = 0
     workers: int = 2       # processes
 

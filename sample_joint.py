@@ -130,7 +130,7 @@ def evaluate(model, pyramids, cfg, ranks):
                "layout_vae": M.layout_fidelity(coded, real, grid), "psnr_vae": M.psnr(coded, real)}
         for space, feature in (("desc", describe), ("rand", M.random_features)):
             base = feature(train)
-            scale = M.standard(base) if space == "rand" else (lambda v: v)
+            scale = M.standard(base)   # about the mean training patch, or any two patches would look alike
             row[f"sim_{space}"], row[f"shuffled_{space}"] = M.paired_gain(scale(feature(fake)), scale(feature(real)))
             row[f"sim_{space}_vae"] = M.similarity(scale(feature(coded)), scale(feature(real)))
             axes = M.principal(base, 16)

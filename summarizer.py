@@ -7,6 +7,7 @@ also sees the scale, turns the slots into tokens that the U-Net attends to.
 in:  e (E,G,G), scale s   out: c (65,D): one scale token, then 64 grid tokens. The null condition is c = zeros.
 run: python summarizer.py     read next: unet.py
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ class SummarizerConfig:
     depth: int = 12        # transformer blocks
     mlp: int = 2048        # hidden width of their MLPs
     scales: int = 8        # levels of the scale embedding (NAIP: 4)
+    positions: int = 0     # channels of the place code added to the tokens; 0 = none, as published (see place_code)
 
 
 def pack_grid(e):
@@ -63,6 +65,20 @@ def standardize(e):
     return (e - e.mean(-3, keepdim=True)) / (e.std(-3, keepdim=True) + 1e-8)
 
 
+def place_code(h, w, dim, device=None):
+    """Where each cell of an h x w grid over [0,1]^2 lies: sines and cosines of y and x at dim/4 octaves, (h*w,dim).
+
+    deviates: the published network has to discover which of 64 tokens lies under which pixel, and until it has, coarse
+    scales follow only the mean of their condition. With this code on the tokens here and on the queries of the U-Net's
+    cross-attention (`UNetConfig.positions`, the same number), attention starts on the token under the pixel, and small
+    models follow the layout after minutes instead of hours. Off by default; published weights never use it.
+    """
+    freq = math.pi * 2.0 ** torch.arange(dim // 4, device=device)
+    y, x = (((torch.arange(n, device=device) + 0.5) / n)[:, None] * freq for n in (h, w))    # (n,dim/4)
+    y, x = torch.cat([y.sin(), y.cos()], 1), torch.cat([x.sin(), x.cos()], 1)                # (n,dim/2)
+    return torch.cat([y[:, None].expand(h, w, -1), x[None].expand(h, w, -1)], 2).flatten(0, 1)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm x), then x + mlp(norm x)."""
 
@@ -92,6 +108,8 @@ class Summarizer(nn.Module):
         super().__init__()
         if cfg.width % HEADS:
             raise UserError(f"summarizer width {cfg.width} is not a multiple of {HEADS} heads")
+        if cfg.positions % 4 or cfg.positions > cfg.width:
+            raise UserError(f"summarizer.positions={cfg.positions}: give a multiple of 4, at most the width")
         self.cfg = cfg
         self.embed = nn.Linear(cfg.embed_dim, cfg.width)
         self.pad = nn.Parameter(torch.zeros(1, 1, cfg.width))      # stands in every empty slot
@@ -101,12 +119,33 @@ class Summarizer(nn.Module):
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
         self.proj = nn.Linear(cfg.width, cfg.width)                # official: Linear and a second norm, not in the text
         self.norm_out = nn.LayerNorm(cfg.width, eps=1e-5)
+        if cfg.positions:
+            # row g: the 64 slots of a grid of side 2^g, as pack_grid fills them; empty slots have no place
+            codes = [pack_grid(place_code(2 ** g, 2 ** g, cfg.positions).T.unflatten(1, (2 ** g, 2 ** g)))[0]
+                     for g in range(4)]
+            self.register_buffer("place", torch.stack(codes), persistent=False)              # (4,64,positions)
+            self.start_aligned()
+
+    @torch.no_grad()
+    def start_aligned(self):
+        """Let the place code reach the tokens undisturbed at first: quiet blocks, proj = identity, free channels."""
+        for block in self.blocks:
+            for layer in (block.out, block.fc2):
+                layer.weight.mul_(0.1)
+                layer.bias.zero_()
+        nn.init.eye_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+        self.embed.weight[:self.cfg.positions].mul_(0.1)
+        self.embed.bias[:self.cfg.positions].zero_()
 
     def forward(self, tokens, mask, s):
         if tokens.shape[1:] != (SLOTS, self.cfg.embed_dim):
             raise UserError(f"got tokens of shape {tuple(tokens.shape)}, this Summarizer takes (B,{SLOTS},"
                             f"{self.cfg.embed_dim}): use pack_grid, and embeddings of the encoder it was trained with")
         x = torch.where(mask[..., None], self.embed(tokens), self.pad)  # (B,64,D)
+        if self.cfg.positions:
+            side = mask.sum(1).float().log2().div(2).round().long()    # 1, 4, 16, 64 real tokens -> 0, 1, 2, 3
+            x = x + F.pad(self.place[side], (0, self.cfg.width - self.cfg.positions))
         x = torch.cat([self.scale(s)[:, None], x], 1) + self.pos       # (B,65,D), scale token first
         for block in self.blocks:
             x = block(x)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import UserError, cli, common_count, common_size, load_official, summary
+from summarizer import place_code
 
 
 @dataclass
@@ -27,6 +28,7 @@ class UNetConfig:
     channels: int = 3              # of the latent
     heads: int = 1                 # official: one head as wide as the layer
     groups: int = 32               # of GroupNorm. One channel per group would cancel the time embedding (see ResBlock)
+    positions: int = 0             # place code on the queries; 0 = none, as published (see summarizer.place_code)
     checkpoint: bool = False       # recompute activations in the backward pass: less memory, a third more time
 
 
@@ -83,8 +85,9 @@ class Attention(nn.Module):
 class Transformer(nn.Module):
     """Self-attention over positions, cross-attention to the tokens, gated MLP; added to the input."""
 
-    def __init__(self, c, context_dim, heads, groups):
+    def __init__(self, c, cfg):
         super().__init__()
+        context_dim, heads, groups, self.positions = cfg.context_dim, cfg.heads, cfg.groups, cfg.positions
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
         self.proj_in = nn.Conv2d(c, c, 1)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(c) for _ in range(3))
@@ -95,12 +98,26 @@ class Transformer(nn.Module):
         self.proj_out = nn.Conv2d(c, c, 1)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
+        if self.positions:
+            self.start_aligned(c)
+
+    @torch.no_grad()
+    def start_aligned(self, c):
+        """Give queries and keys the same view of the place code, so that a pixel attends to the token over it at first:
+        logits are then the product of the two codes, about 5 for the same place and 1 for the next but one."""
+        shared = nn.init.orthogonal_(torch.empty(c, self.positions)) * c ** 0.25
+        for layer in (self.cross.q, self.cross.k):
+            layer.weight.mul_(0.3)
+            layer.weight[:, :self.positions] = shared
 
     def forward(self, x, kv):
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)           # (B,hw,C)
         n = self.norm1(h)
         h = h + self.self_attn(n, self.self_attn.kv(n))
-        h = h + self.cross(self.norm2(h), kv)
+        q = self.norm2(h)
+        if self.positions:
+            q = q + F.pad(place_code(*x.shape[2:], self.positions, x.device), (0, x.shape[1] - self.positions))
+        h = h + self.cross(q, kv)
         value, gate = self.ff1(self.norm3(h)).chunk(2, -1)                  # (B,hw,4C) each
         h = h + self.ff2(value * F.gelu(gate))
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
@@ -132,12 +149,14 @@ class UNet(nn.Module):
         super().__init__()
         if cfg.width % cfg.groups:
             raise UserError(f"unet.width={cfg.width} is not a multiple of unet.groups={cfg.groups}")
+        if cfg.positions % 4 or cfg.positions > min(cfg.width, cfg.context_dim):
+            raise UserError(f"unet.positions={cfg.positions}: give a multiple of 4, at most the width")
         self.cfg = cfg
         emb, widths = 4 * cfg.width, [cfg.width * m for m in cfg.mult]
 
         def attn(level):
             has = 2 ** level in cfg.attention
-            return Transformer(widths[level], cfg.context_dim, cfg.heads, cfg.groups) if has else None
+            return Transformer(widths[level], cfg) if has else None
         self.time1, self.time2 = nn.Linear(cfg.width, emb), nn.Linear(emb, emb)
         c, skips = cfg.width, [cfg.width]
         self.down = nn.ModuleList([Stage(conv=nn.Conv2d(cfg.channels, c, 3, padding=1))])
@@ -150,7 +169,7 @@ class UNet(nn.Module):
                 self.down.append(Stage(conv=nn.Conv2d(c, c, 3, stride=2, padding=1)))  # symmetric, unlike the VAE's
                 skips.append(c)
         self.middle = nn.ModuleList([Stage(ResBlock(c, c, emb, cfg.groups),
-                                           Transformer(c, cfg.context_dim, cfg.heads, cfg.groups)),
+                                           Transformer(c, cfg)),
                                      Stage(ResBlock(c, c, emb, cfg.groups))])
         self.up = nn.ModuleList()
         for i, w in reversed(list(enumerate(widths))):

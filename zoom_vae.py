@@ -266,6 +266,29 @@ def vae_loss(vae, x, quantize=True, disc=None, disc_weight=0.75, perceptual=None
 
 
 @torch.no_grad()
+def rebase(vae, z, whiten=False):
+    """Move the origin of the latent space to the mean of z (B,C,h,w); whiten: also give it unit covariance there.
+
+    The change is absorbed by the two 1x1 convolutions and the codebook, so reconstructions stay what they were (with
+    `whiten` only as long as nothing is quantised). Left alone, an autoencoder trained for minutes puts nearly all
+    variance into one direction, far from zero: the codes then index one number, and diffusion sees almost constants.
+    """
+    pixels = z.double().movedim(1, -1).flatten(0, 2)                              # (Bhw,C)
+    mean, there = pixels.mean(0), torch.eye(z.shape[1], dtype=torch.float64, device=z.device)
+    back = there
+    if whiten:  # the symmetric root: eigenvectors alone would turn with the rounding where two powers are equal
+        power, axes = torch.linalg.eigh(torch.cov(pixels.T))
+        root = power.clamp_min(0.01 * float(power.max()) + 1e-12).sqrt()
+        there, back = axes / root @ axes.T, axes * root @ axes.T                  # (C,C), inverse to each other
+    w_in, w_out = vae.to_latent.weight[:, :, 0, 0].double(), vae.from_latent.weight[:, :, 0, 0].double()
+    vae.to_latent.bias.copy_(there @ (vae.to_latent.bias.double() - mean))
+    vae.to_latent.weight.copy_((there @ w_in)[:, :, None, None])
+    vae.from_latent.bias.add_(w_out @ mean)
+    vae.from_latent.weight.copy_((w_out @ back)[:, :, None, None])
+    vae.codebook.weight.copy_((vae.codebook.weight.double() - mean) @ there.T)
+
+
+@torch.no_grad()
 def revive_codes(vae, z, usage, gen):
     """Move every code that `usage` (K,) counts as unused onto a random latent pixel of z (B,3,h,w).
 
@@ -273,8 +296,8 @@ def revive_codes(vae, z, usage, gen):
     """
     dead = (usage == 0).nonzero()[:, 0]
     pixels = z.detach().float().movedim(1, -1).flatten(0, 2)                      # (Bhw,3)
-    pick = torch.randint(len(pixels), (len(dead),), generator=gen).to(z.device)
-    vae.codebook.weight[dead] = pixels[pick]
+    pick = torch.randint(len(pixels), (len(usage),), generator=gen).to(z.device)    # a code's pick hangs on no other's
+    vae.codebook.weight[dead] = pixels[pick[dead]]
     return len(dead)
 
 

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import data
+import loop
 import sample_joint
 import train
 from common import Ranks, UserError, load_tensors
@@ -60,14 +61,14 @@ def test_run_folder(run):
 
 def test_interrupted_run_ends_bit_identical(toy, run, tmp_path, monkeypatch):
     """Catches: a missing moment, a generator that is not keyed by step, data order that depends on the start."""
-    real, calls = train.update_ema, []
+    real, calls = loop.update_ema, []
 
     def dies(*args):
         real(*args)
         calls.append(1)
         if len(calls) == 5:  # after the checkpoint at 3, before the end
             raise KeyboardInterrupt
-    monkeypatch.setattr(train, "update_ema", dies)
+    monkeypatch.setattr(loop, "update_ema", dies)
     args = [*TINY, f"--data={toy}", f"--out={tmp_path}"]
     with pytest.raises(KeyboardInterrupt):
         train.main(args)
@@ -161,7 +162,8 @@ def test_each_stage_overfits_one_batch():
 
 def test_patches_are_written_and_depend_on_the_seed(run, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        sample_joint.main([str(run), "--n=2", "--steps=2", f"--seed={seed}", f"--out={tmp_path / name}", "--device=cpu"])
+        out = f"--out={tmp_path / name}"
+        sample_joint.main([str(run), "--n=2", "--steps=2", f"--seed={seed}", out, "--device=cpu"])
     a, b, c = ((tmp_path / n / "scale1_000.png").read_bytes() for n in "abc")
     assert a == b != c
     assert len(list((tmp_path / "a").glob("scale*_*.png"))) == 6 and (tmp_path / "a" / "sheet.png").exists()
@@ -201,12 +203,12 @@ def test_batch_that_does_not_divide(toy, tmp_path, run):
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(toy, run, tmp_path, monkeypatch):
-    real, calls = train.lr_at, []
+    real, calls = loop.lr_at, []
 
     def explodes(step, *args):
         calls.append(1)
         return float("inf") if step == 4 and len(calls) > 8 else real(step, *args)
-    monkeypatch.setattr(train, "lr_at", explodes)
+    monkeypatch.setattr(loop, "lr_at", explodes)
     with pytest.raises(UserError, match="no longer finite"):
         train.main([*TINY, f"--data={toy}", f"--out={tmp_path}"])
     tensors, meta = load_tensors(tmp_path / "state.safetensors")
