@@ -241,6 +241,11 @@ class Ranks:
     def autocast(self):
         return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
 
+    def barrier(self):
+        """Wait for the other ranks, if there are any."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
 
 def setup(device="auto", amp=True, threads=0):
     """Read torchrun's environment, start the process group (gloo on CPU, nccl on CUDA), choose device and dtype.

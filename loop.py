@@ -88,8 +88,7 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
                 save_state(state_file, cfg, done, net, ema, opt)
         if on_sample and ranks.rank == 0 and (done % cfg.sample_every == 0 or done == steps):
             on_sample(done, ema)
-    if ranks.world > 1:
-        dist.barrier()
+    ranks.barrier()
     return ema or net.state_dict()
 
 
@@ -132,6 +131,12 @@ def resume(path, cfg, net, ema, opt):
     return meta["step"]
 
 
+def append(path, record):
+    """Add one line of JSON to a log."""
+    with open(path, "a") as f:
+        f.write(json.dumps(record) + "\n")
+
+
 class Log:
     """Averages between two log lines, per scale and per quarter of t, over all ranks; one JSON line each."""
 
@@ -140,8 +145,9 @@ class Log:
         self.last, self.since = start, time.time()
         if ranks.rank == 0:
             old = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-            keep = [line for line in old if (r := json.loads(line))["stage"] != stage or r["step"] <= start]
-            write_text(path, "".join(line + "\n" for line in keep))     # what a killed run logged past its checkpoint
+            mine = {stage, "samples"} if stage == "ldm" else {stage}
+            keep = [line for line in old if (r := json.loads(line))["stage"] not in mine or r["step"] <= start]
+            write_text(path, "".join(line + "\n" for line in keep))     # without what a killed run logged too much
 
     def add(self, values):
         self.rows.append(values)
@@ -175,8 +181,7 @@ class Log:
             record["gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.rows, self.last = [], step
         if self.ranks.rank == 0:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(record) + "\n")
+            append(self.path, record)
         scales = " ".join("-" if v is None else f"{v:.3f}" for v in record["by_scale"])
         return f"loss {record['loss']:.4f} by scale {scales} | {record['img_s']} img/s"
 
@@ -191,13 +196,16 @@ def plot(run):
         raise UserError("--plot needs matplotlib: pip install nanozoomldm[plot]") from err
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = [r for r in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if r["stage"] == "ldm"]
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for ax, key, name in zip(axes, ("by_scale", "by_t"), ("scale", "quarter of t")):
-        for i in range(len(rows[0][key]) if rows else 0):
-            ax.plot([r["step"] for r in rows], [r[key][i] for r in rows], label=f"{name} {i}")
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+    fig, axes = plt.subplots(1, 3, figsize=(15, 4))
+    for ax, stage, key, name in ((axes[0], "ldm", "by_scale", "scale"), (axes[1], "ldm", "by_t", "quarter of t"),
+                                 (axes[2], "samples", "layout", "scale")):
+        mine = [r for r in rows if r["stage"] == stage]
+        for i in range(len(mine[0][key]) if mine else 0):
+            ax.plot([r["step"] for r in mine], [r[key][i] for r in mine], label=f"{name} {i}")
         ax.set(xlabel="step", ylabel="mean squared error of eps", yscale="log")
         ax.legend()
+    axes[2].set(ylabel="layout fidelity of drawn patches", yscale="linear")
     with atomic(run / "log.png") as tmp:
-        fig.savefig(tmp, format="png", dpi=120, bbox_inches="tight")
+        fig.savefig(tmp, format="png", dpi=80, bbox_inches="tight")
     print(f"wrote {run / 'log.png'}")

@@ -122,6 +122,9 @@ def evaluate(model, pyramids, cfg, ranks):
         n = cfg.n if cfg.n != Config.n else 128
         batch, train = fixed_batch(pyramids, cfg.split, s, n), fixed_batch(pyramids, "train", s, max(n, 256))["x"]
         real, grid = batch["x"], min(2 ** s, 8)
+        if len(real) < 3 or len(train) < 3:
+            print(f"scale {s} left out: {len(real)} {cfg.split} and {len(train)} training patches are too few")
+            continue
         fake, null = draw_patches(model, batch, cfg, ranks), draw_patches(model, batch, cfg, ranks, null=True)
         with torch.no_grad(), ranks.autocast():
             coded = torch.cat([model.decode(model.encode(x.to(ranks.device))).float().cpu().clamp(-1, 1)
@@ -133,7 +136,7 @@ def evaluate(model, pyramids, cfg, ranks):
             scale = M.standard(base)   # about the mean training patch, or any two patches would look alike
             row[f"sim_{space}"], row[f"shuffled_{space}"] = M.paired_gain(scale(feature(fake)), scale(feature(real)))
             row[f"sim_{space}_vae"] = M.similarity(scale(feature(coded)), scale(feature(real)))
-            axes = M.principal(base, 16)
+            axes = M.principal(base, min(16, len(base) - 1))
             sets = {name: axes(feature(x)) for name, x in (("fake", fake), ("null", null), ("vae", coded))}
             held, floor = axes(feature(real)), axes(base)[:len(real)]
             # a Fréchet distance of few samples is mostly bias: below 256, the unbiased kernel distance and its error
@@ -151,6 +154,9 @@ def evaluate(model, pyramids, cfg, ranks):
                 row[f"nuclei_{name}"] = float((M.nuclei_fraction(x) - area).abs().mean())
         table.append(row)
         rows, labels = rows + [real[:12], fake[:12]], labels + [f"scale {s} real", f"scale {s} drawn"]
+    if not table:
+        raise UserError(f"{pyramids.folder} has too few patches to measure anything: look at the pictures instead, "
+                        f"without --eval")
     out = Path(cfg.out or Path(cfg.run) / "eval")
     save_grid(out / "sheet.png", rows, labels)
     write_text(out / "eval.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))
@@ -170,7 +176,7 @@ def print_table(table):
     blocks = [("follows its condition (1 = the real patch; shuffled = other patches' conditions)",
                ["scale", "n", "layout", "layout_vae", "sim_desc", "shuffled_desc", "sim_desc_vae", "sim_rand",
                 "shuffled_rand", "sim_rand_vae", "psnr_vae"]),
-              ("distance to held-out patches (Fréchet if n >= 256, else kernel ± standard error), first 16 components",
+              ("distance to held-out patches (Fréchet if n >= 256, else kernel ± standard error), 16 components",
                ["scale"] + [f"dist_{sp}_{k}" for sp in ("desc", "rand") for k in ("fake", "floor", "vae", "null")])]
     if "tissue_fake" in table[0]:
         blocks.append(("mean absolute error of tissue shares against the region map, and of the nuclei area share",

@@ -26,7 +26,8 @@ from common import UserError, cli, configure, generator, load_state_dict, load_t
 from common import save_tensors, setup, write_text
 from data import PatchDataset, Pyramids, fixed_batch
 from diffusion import Schedule, ZoomLDM, diffusion_loss
-from loop import plot, run_stage
+from loop import append, plot, run_stage
+from metrics import layout_fidelity
 from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, PatchGAN, VAEConfig, perplexity, rebase, revive_codes, vae_loss
@@ -81,7 +82,7 @@ class Config:
 TOY = {"vae.width": 32, "vae.res_blocks": 1, "vae.codes": 1024, "vae.groups": 8, "vae_steps": 700, "vae_crop": 32,
        "summarizer.width": 128, "summarizer.depth": 2, "summarizer.mlp": 256, "summarizer.positions": 16,
        "unet.width": 64, "unet.mult": (1, 2), "unet.res_blocks": 1, "unet.attention": (2,), "unet.groups": 8,
-       "unet.positions": 16, "pred": "v", "steps": 800, "sample_every": 400}
+       "unet.positions": 16, "pred": "v", "steps": 800, "sample_every": 200}
 PUBLISHED = {"vae_steps": 0, "lr": 2e-5, "betas": (0.9, 0.999), "warmup": 1000, "decay": "constant", "clip": 0.0,
              "ema": 0.9999, "steps": 500_000, "workers": 4, "log_every": 100, "sample_every": 10_000,
              "save_every": 5000}
@@ -94,7 +95,8 @@ PRESETS = {
     "toy_long": TOY | {"vae_steps": 2000, "unet.mult": (1, 2, 2), "unet.res_blocks": 2, "unet.attention": (2, 4),
                        "summarizer.depth": 3, "steps": 4000, "ema": 0.999, "lr": 1e-3, "sample_every": 1000},
     "gpu24": {"data": "data/slides", "vae_steps": 40_000, "vae.width": 64, "vae_batch": 32, "vae_lr": 2e-4,
-              "unet.width": 96, "unet.mult": (1, 2, 3, 4), "summarizer.width": 384, "summarizer.depth": 6,
+              "unet.width": 96, "unet.mult": (1, 2, 3, 4), "unet.res_blocks": 1, "unet.positions": 16, "pred": "v",
+              "summarizer.positions": 16, "summarizer.width": 384, "summarizer.depth": 6,
               "summarizer.mlp": 1536, "steps": 100_000, "batch": 128, "micro": 64, "lr": 1e-4, "warmup": 1000,
               "ema": 0.9999, "workers": 4, "sample_every": 5000, "save_every": 1000, "log_every": 100},
     "brca": PUBLISHED | {"data": "data/brca", "batch": 420},
@@ -198,7 +200,9 @@ def fingerprint(module):
 def get_vae(cfg, ranks, pyramids):
     """Train, resume, or load the VAE. out: (vae in eval mode, latent scale); kept in out/vae.safetensors."""
     path = Path(cfg.out) / "vae.safetensors"
-    if not path.exists():
+    there = path.exists()
+    ranks.barrier()  # all ranks look before one writes
+    if not there:
         if cfg.vae_weights and Path(cfg.vae_weights).is_dir():
             run = ZoomLDM.from_run(cfg.vae_weights)
             vae, scale = run.vae, run.latent_scale
@@ -223,8 +227,7 @@ def get_vae(cfg, ranks, pyramids):
                 rebase(vae, encode_some(vae, pyramids, ranks))
                 scale = 1 / float(encode_some(vae, pyramids, ranks).std())
             save_tensors(path, vae.state_dict(), {"config": asdict(vae.cfg), "latent_scale": scale})
-        if ranks.world > 1:
-            dist.barrier()
+        ranks.barrier()
     weights, meta = load_tensors(path)
     vae = VQVAE(VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()}))
     vae.load_state_dict(weights)
@@ -260,25 +263,26 @@ def encode_latents(cfg, ranks, vae, pyramids):
                 with ranks.autocast():
                     z.setdefault(f"z{s}", []).append(vae.encode(x.to(ranks.device)).half())
         save_tensors(path, {k: torch.cat(v) for k, v in z.items()}, {"vae": mark})
-    if ranks.world > 1:
-        dist.barrier()
+    ranks.barrier()
     return folder
 
 
-def sample_sheet(model, pyramids, split, seed, amp, n=8, guidance=2.0, steps=20):
-    """Real patches and patches drawn from their conditions, a pair of rows per scale. out: (rows, labels)."""
-    rows, labels = [], []
+def sample_sheet(model, pyramids, split, seed, amp, n=16, show=8, guidance=2.0, steps=20):
+    """Patches drawn from the conditions of real ones. out: picture rows, a pair per scale; labels; layout fidelity."""
+    rows, labels, layout = [], [], []
+    device = next(model.parameters()).device
     for s in range(pyramids.scales):
         if not pyramids.count(split, s):
+            layout.append(None)
             continue
         batch = fixed_batch(pyramids, split, s, n)
-        device = next(model.parameters()).device
         with amp, torch.no_grad():
             c = model.summarizer(batch["tokens"].to(device), batch["mask"].to(device), batch["s"].to(device))
             x = model.decode(model.sample(c.float(), [v // 4 for v in batch["x"].shape[-2:]], guidance, steps, seed))
-        rows += [batch["x"], x.float().cpu()]
+        rows += [batch["x"][:show], x[:show].float().cpu()]
         labels += [f"scale {s} real", f"scale {s} drawn"]
-    return rows, labels
+        layout.append(round(layout_fidelity(x.float().cpu(), batch["x"], min(2 ** s, 8)), 4))
+    return rows, labels, layout
 
 
 def prepare(cfg):
@@ -295,10 +299,13 @@ def main(argv):
     if cfg.plot:
         return plot(Path(cfg.plot))
     cfg.out = cfg.out or f"out/{cfg.preset}"
+    if min(cfg.batch, cfg.vae_batch, cfg.log_every, cfg.sample_every, cfg.save_every) < 1 or min(
+            cfg.steps, cfg.vae_steps, cfg.workers, cfg.micro) < 0:
+        raise UserError(f"--batch={cfg.batch} --vae_batch={cfg.vae_batch} --steps={cfg.steps} --vae_steps="
+                        f"{cfg.vae_steps}: batches and the *_every settings are at least 1, nothing is negative")
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
     prepare(cfg)
-    if ranks.world > 1:
-        dist.barrier()
+    ranks.barrier()
     pyramids = Pyramids(cfg.data)
     cfg.summarizer.embed_dim, cfg.summarizer.scales = pyramids.embed_dim, pyramids.scales
     cfg.unet.context_dim = cfg.summarizer.width
@@ -313,10 +320,10 @@ def main(argv):
         if split == "train":
             print(f"{cfg.data} holds no held-out images: sample grids show training patches")
         write_text(out / "config.json", json.dumps(asdict(cfg) | {"torch": torch.__version__}, indent=1))
-    if ranks.world > 1:
-        dist.barrier()
     torch.manual_seed(cfg.seed)
     vae, scale = get_vae(cfg, ranks, pyramids)
+    if not cfg.steps:
+        return  # --steps=0: the VAE alone
     pyramids = Pyramids(cfg.data, latents=encode_latents(cfg, ranks, vae, pyramids))
     torch.manual_seed(cfg.seed + 1)
     net = LDMStage(cfg, scale)
@@ -329,14 +336,17 @@ def main(argv):
         model.summarizer.load_state_dict({k[11:]: v for k, v in ema.items() if k.startswith("summarizer.")})
         model.unet.load_state_dict({k[5:]: v for k, v in ema.items() if k.startswith("unet.")})
         model.eval().save(out)
-        rows, labels = sample_sheet(model, pyramids, split, cfg.seed, ranks.autocast())
+        rows, labels, layout = sample_sheet(model, pyramids, split, cfg.seed, ranks.autocast())
+        append(out / "log.jsonl", {"stage": "samples", "step": step, "layout": layout})
+        tqdm.write(f"step {step}: layout fidelity by scale {layout}")
         save_grid(out / "samples" / f"step_{step:06d}.png", rows, labels)
 
     dataset = PatchDataset(pyramids, "train", cfg.seed, ("z",), None if cfg.only_scale < 0 else cfg.only_scale,
                            cfg.shares or None)
     ema = run_stage("", cfg, ranks, net, dataset, cfg.steps, cfg.batch, cfg.lr, cfg.ema, export)
     if ranks.rank == 0:
-        export(cfg.steps, ema)
+        if not (out / "samples" / f"step_{cfg.steps:06d}.png").exists():  # killed after the last step
+            export(cfg.steps, ema)
         print(f"done: {out}/ema.safetensors, {out}/samples/step_{cfg.steps:06d}.png")
     if ranks.world > 1:
         dist.destroy_process_group()

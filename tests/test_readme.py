@@ -1,0 +1,63 @@
+"""What the README names exists: files, functions, commands, settings, pictures, messages."""
+import ast
+import re
+
+import pytest
+from conftest import ROOT
+from test_style import ORDER
+
+import data
+import sample_joint
+import train
+from common import configure
+
+TEXT = (ROOT / "README.md").read_text()
+SOURCES = {p.name: p.read_text() for p in ROOT.glob("*.py")}
+COMMANDS = sorted(set(re.findall(r"(?:python|nproc_per_node=\d+) (\w+\.py[^\n`#]*)", TEXT)))
+
+
+@pytest.mark.parametrize("place", sorted(set(re.findall(r"`(\w+\.py)::(\w+)`", TEXT))), ids="::".join)
+def test_function_exists(place):
+    tree = ast.parse(SOURCES[place[0]])
+    assert place[1] in {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_file_table_is_the_reading_order():
+    table = TEXT[TEXT.index("## Files"):TEXT.index("## Names")]
+    assert re.findall(r"^\| `(\w+)\.py`", table, re.M) == [n for n in ORDER if f"{n}.py" in SOURCES]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_parses(command):
+    file, *args = command.split()
+    assert file in SOURCES
+    if file == "train.py":
+        configure(train.Config, args, train.PRESETS, ("preset",)) if "--help" not in args else None
+    elif file == "sample_joint.py":
+        configure(sample_joint.Config, args, words=("run",))
+    elif file == "data.py" and "--help" not in args:
+        configure({"toy": data.ToyConfig, "build": data.BuildConfig}[args[0]], args[1:])
+
+
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"`--([a-z_.]+)", TEXT))))
+def test_option_exists(option):
+    kinds = {**vars(train.Config), **vars(sample_joint.Config), **vars(data.BuildConfig)}
+    assert option.split(".")[0] in {*kinds, *train.Config.__annotations__}
+
+
+def test_pictures_exist():
+    for path in re.findall(r"\]\((assets/[^)]+)\)", TEXT):
+        assert (ROOT / path).exists(), path
+
+
+def test_make_targets_exist():
+    for target in set(re.findall(r"^make (\w+)", TEXT, re.M)):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+
+
+def test_messages_of_the_table_are_raised():
+    table = TEXT[TEXT.index("## When it stops"):TEXT.index("## Exercises")]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(SOURCES.values()))      # strings that go on in the next line
+    for row in re.findall(r"^\| (`.*?) \|", table, re.M):
+        for message in re.findall("`([^`]+)`", row):
+            assert message.replace(" --x", "") in code, message
