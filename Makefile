@@ -15,6 +15,6 @@ lint: .venv/installed
 
 # the stamp is written last, so that an install that was interrupted is done again
 .venv/installed: requirements.lock
-	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -r requirements.lock
 	touch $@

@@ -33,7 +33,10 @@ def cli(main):
     try:
         main(sys.argv[1:])
     except UserError as err:
-        print(f"error: {err}", file=sys.stderr)
+        text = str(err)
+        if text.startswith("Caught "):  # in a data loading process, which sends its whole traceback
+            text = text.splitlines()[-1].partition(": ")[2]
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `python x.py | head`
         os._exit(0)

@@ -205,17 +205,21 @@ class Pyramids:
     """A folder that data.py wrote: which slides there are, and single patches from memory-mapped files.
 
     in:  latents, a folder of files of the same names with z{s} (train.py makes it), or None if they stand in the same
-    files. Attributes: folder, patch, scales, embed_dim, encoder, std, slides. raises: UserError if missing or foreign.
+    files; std, the deviations a model was trained with, where this set was built with its own.
+    Attributes: folder, patch, scales, embed_dim, encoder, std, slides. raises: UserError if missing or foreign.
     """
     CACHE = 8192  # mapped tensors per process, far below the system's limit on mappings
 
-    def __init__(self, folder, latents=None):
+    def __init__(self, folder, latents=None, std=None):
         index = read_index(folder)
         if not index["slides"]:
             raise UserError(f"{folder} is unfinished: run the command that makes it again, it goes on where it stopped")
         self.folder, self.latents = Path(folder), Path(latents or folder)
         for key in ("patch", "scales", "embed_dim", "encoder", "std", "slides"):
             setattr(self, key, index[key])
+        self.rescale = None
+        if std is not None and list(std) != self.std:
+            self.rescale, self.std = torch.tensor(self.std) / torch.tensor(std), list(std)
         self._mapped, self._pid = {}, None
 
     def __getstate__(self):
@@ -263,7 +267,8 @@ class Pyramids:
             out["z"] = self.tensor(k, f"z{s}")[n].float()
         if "e" in want:
             e = self.tensor(k, f"p{s}")[n] if s >= POOLED else block(self.tensor(k, "e"), s, *out["ij"].tolist())
-            out["e"] = e.permute(2, 0, 1).float()                              # (E,G,G)
+            e = e.float() if self.rescale is None else e.float() * self.rescale
+            out["e"] = e.permute(2, 0, 1)                                      # (E,G,G)
         return out
 
     def item(self, k, s, n, want):

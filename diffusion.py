@@ -45,8 +45,8 @@ class Schedule:
 
     def at(self, t, like):
         """alpha_bar at indices t (B,), -1 giving 1; in the dtype and broadcast shape (B,1,..,1) of `like`."""
-        table = torch.cat([self.alpha_bar, self.alpha_bar.new_ones(1)]).to(t.device)      # index -1 = the last entry
-        return table[t].to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+        table = torch.cat([self.alpha_bar, self.alpha_bar.new_ones(1)])                   # index -1 = the last entry
+        return table.to(like.dtype).to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
 
     def q_sample(self, z0, t, eps):
         """Noise z0 (B,...) to indices t (B,) with noise eps like z0."""
@@ -235,10 +235,11 @@ class ZoomLDM(nn.Module):
         return guided(lambda z, t, _: self.eps(z, t, kv), c, guidance)
 
     @torch.no_grad()
-    def sample(self, c, size, guidance=2.0, steps=50, seed=0, sampler="ddim", end="clean"):
+    def sample(self, c, size, guidance=2.0, steps=50, seed=0, sampler="ddim", end="clean", first=0):
         """Draw latents for conditions c (B,65,D). size: latent height and width. Image i of a batch starts from noise
-        that depends on (seed, i) alone. out: z (B,3,*size), scaled."""
-        z_T = torch.stack([torch.randn(3, *size, generator=generator(seed, i)) for i in range(len(c))]).to(c.device)
+        that depends on (seed, first + i) alone. end: for ddim; plms ends as published. out: z (B,3,*size), scaled."""
+        z_T = torch.stack([torch.randn(self.unet.cfg.channels, *size, generator=generator(seed, first + i))
+                           for i in range(len(c))]).to(c.device)
         if sampler == "plms":
             return plms_sample(self.guided(c, guidance), z_T, self.schedule, steps)
         if sampler != "ddim":

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import UserError, atomic, load_tensors, save_tensors, write_text
+from common import UserError, atomic, load_tensors, open_tensors, save_tensors, write_text
 
 
 def lr_at(step, steps, lr, warmup, decay):
@@ -32,22 +32,23 @@ def lr_at(step, steps, lr, warmup, decay):
 def loader(dataset, start, steps, batch, micro, ranks, workers):
     """Micro-batches of this rank from step `start` on; sample index = step * batch + position, so resume is exact."""
     per = batch // ranks.world
-    order = [list(range(k, k + micro)) for step in range(start, steps)
+    order = [range(k, k + micro) for step in range(start, steps)
              for k in range(step * batch + ranks.rank * per, step * batch + (ranks.rank + 1) * per, micro)]
     return iter(DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=ranks.device.type == "cuda",
                            persistent_workers=workers > 0))
 
 
 def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, on_sample=None):
-    """Train `net` for `steps` steps, resuming from out/{name}state.safetensors. out: the averaged weights (or raw, if
-    ema_decay is 0) as a state dict. raises: UserError on a non-finite loss; the last checkpoint stays as it was."""
+    """Train `net` for `steps` steps, resuming from out/{name}state.safetensors. out: the steps done, and the averaged
+    weights (raw, if ema_decay is 0) as a state dict. raises: UserError on a non-finite loss; the last checkpoint stays
+    as it was."""
     out, device = Path(cfg.out), ranks.device
     state_file = out / f"{name}state.safetensors"
     per = batch // ranks.world
     micro = min(cfg.micro or per, per)
     if batch % ranks.world or per % micro:
         raise UserError(f"a global batch of {batch} does not divide into {ranks.world} ranks of micro-batches of "
-                        f"{micro}: change --batch or --micro")
+                        f"{micro}: change --{name}batch or --micro")
     net = net.to(device).train()
     params = [p for p in net.parameters() if p.requires_grad]
     ema = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema_decay else None
@@ -55,11 +56,11 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
                             fused=device.type in ("cuda", "cpu"))
     start = resume(state_file, cfg, net, ema, opt) if state_file.exists() else 0
     if start >= steps:
-        return ema or net.state_dict()
+        return start, ema or net.state_dict()
     wrapped = DistributedDataParallel(net) if ranks.world > 1 else net
     batches = loader(dataset, start, steps, batch, micro, ranks, cfg.workers)
-    log = Log(out / "log.jsonl", name or "ldm", start, net, ranks)
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name.strip("_") or "ldm", disable=ranks.rank > 0)
+    log = Log(out / "log.jsonl", name.strip("_") or "ldm", start, net, ranks)
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=log.stage, disable=ranks.rank > 0)
     for step in bar:
         rate = lr_at(step, steps, lr, min(cfg.warmup, steps // 5), cfg.decay)
         for group in opt.param_groups:
@@ -80,16 +81,16 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
         if ema:
             update_ema(ema, net, min(ema_decay, (step + 2) / (step + 11)))
         done = step + 1
-        if done % cfg.log_every == 0 or done == steps or done % cfg.save_every == 0:
-            bar.set_postfix_str(log.flush(done, grad, rate, batch))
+        if done == steps or not all(done % n for n in (cfg.log_every, cfg.save_every, cfg.sample_every)):
+            bar.set_postfix_str(log.flush(done, grad, rate, batch))  # stops here if the loss is no number
         net.after_step(done, ranks)
         if done % cfg.save_every == 0 or done == steps:
             if ranks.rank == 0:
                 save_state(state_file, cfg, done, net, ema, opt)
         if on_sample and ranks.rank == 0 and (done % cfg.sample_every == 0 or done == steps):
-            on_sample(done, ema)
+            on_sample(done, ema or net.state_dict())
     ranks.barrier()
-    return ema or net.state_dict()
+    return steps, ema or net.state_dict()
 
 
 @torch.no_grad()
@@ -104,19 +105,31 @@ def save_state(path, cfg, step, net, ema, opt):
     """Raw weights, averaged weights, optimiser moments: tensors only, in one atomic file."""
     moments = {f"opt.{i}.{k}": v for i, s in opt.state_dict()["state"].items() for k, v in s.items()}
     tensors = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": v for k, v in (ema or {}).items()}
-    save_tensors(path, tensors | moments, {"step": step, "config": asdict(cfg)})
+    save_tensors(path, tensors | moments, {"step": step, "settings": asdict(cfg)})
+
+
+# settings that may differ when a run is resumed: they do not change what is computed, only where, how long and how loud
+FREE = {"preset", "out", "device", "threads", "workers", "compile", "plot", "steps", "micro", "toy", "log_every",
+        "sample_every", "save_every"}
+
+
+def check_settings(path, cfg, only=""):
+    """raises: UserError if the file at `path`, should it exist, was made with other settings (whose names start with
+    `only`) than cfg. Every rank of a run reads the same file, so all stop together."""
+    if not path.exists():
+        return
+    with open_tensors(path) as f:
+        then, now = json.loads(f.metadata()["json"]).get("settings", {}), json.loads(json.dumps(asdict(cfg)))
+    changed = [k for k in now if k not in FREE and k.startswith(only) and now[k] != then.get(k)]
+    if changed:
+        raise UserError(f"{path} belongs to a run with other settings ({', '.join(changed)}): give the same ones to "
+                        f"resume, or another --out to start afresh")
 
 
 def resume(path, cfg, net, ema, opt):
     """Load a state file into net, ema and opt. out: the step to go on from."""
+    check_settings(path, cfg)
     tensors, meta = load_tensors(path)
-    free = {"preset", "out", "device", "threads", "workers", "compile", "plot", "steps", "micro", "toy",
-            "log_every", "sample_every", "save_every"}
-    now = json.loads(json.dumps(asdict(cfg)))
-    changed = [k for k in now if k not in free and now[k] != meta["config"].get(k)]
-    if changed:
-        raise UserError(f"{path} belongs to a run with other settings ({', '.join(changed)}): give the same ones to "
-                        f"resume, or another --out to start afresh")
     groups = {"net.": {}, "ema.": {}, "opt.": {}}
     for k, v in tensors.items():
         groups[k[:4]][k[4:]] = v
@@ -132,9 +145,12 @@ def resume(path, cfg, net, ema, opt):
 
 
 def append(path, record):
-    """Add one line of JSON to a log."""
-    with open(path, "a") as f:
-        f.write(json.dumps(record) + "\n")
+    """Add one line of JSON to a log. raises: UserError if it cannot be written."""
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as err:
+        raise UserError(f"could not write {path}: {err}; check free space and permissions") from err
 
 
 class Log:
@@ -159,9 +175,9 @@ class Log:
         def binned(value, bins, n):
             return torch.zeros(n, device=s.device).index_add_(0, bins, value), torch.zeros(
                 n, device=s.device).index_add_(0, bins, torch.ones_like(value))
-        n_s, key = getattr(self.net.cfg.summarizer, "scales", 8), "eps" if "eps" in rows else "loss"
+        key = "eps" if "eps" in rows else "psnr"  # what is comparable between samples
         sums = {k: binned(v, torch.zeros_like(s), 1) for k, v in rows.items()} | {
-            "by_scale": binned(rows[key], s, n_s)}
+            "by_scale": binned(rows[key], s, self.net.cfg.summarizer.scales)}
         if t is not None:
             sums["by_t"] = binned(rows[key], (t * 4 / self.net.schedule.T).long(), 4)
         record = {"stage": self.stage, "step": step}
@@ -173,7 +189,8 @@ class Log:
             record[k] = mean if k.startswith("by_") else mean[0]
         if record["loss"] is None or not math.isfinite(record["loss"]) or not math.isfinite(float(grad)):
             raise UserError(f"the {self.stage} loss is no longer finite at step {step}: the last checkpoint in "
-                            f"{self.path.parent} is intact; resume with a lower learning rate (--lr, --vae_lr)")
+                            f"{self.path.parent} is intact; start again with a lower --lr (--vae_lr) and another --out,"
+                            f" --vae_weights={self.path.parent} keeps a VAE that is done")
         seconds, self.since = time.time() - self.since, time.time()
         record |= {"grad": round(float(grad), 4), "lr": lr, "img_s": round((step - self.last) * batch / seconds, 1)}
         record |= self.net.report()
@@ -182,8 +199,8 @@ class Log:
         self.rows, self.last = [], step
         if self.ranks.rank == 0:
             append(self.path, record)
-        scales = " ".join("-" if v is None else f"{v:.3f}" for v in record["by_scale"])
-        return f"loss {record['loss']:.4f} by scale {scales} | {record['img_s']} img/s"
+        scales = " ".join("-" if v is None else f"{v:.3g}" for v in record["by_scale"])
+        return f"loss {record['loss']:.4f}, {key} by scale {scales} | {record['img_s']} img/s"
 
 
 def plot(run):
@@ -193,7 +210,7 @@ def plot(run):
     try:
         import matplotlib
     except ImportError as err:
-        raise UserError("--plot needs matplotlib: pip install nanozoomldm[plot]") from err
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from err
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if line.endswith("}")]

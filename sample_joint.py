@@ -21,6 +21,7 @@ from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM
 from encoder import load_encoder
 from summarizer import standardize
+from zoom_vae import perplexity
 
 
 @dataclass
@@ -30,11 +31,11 @@ class Config:
     split: str = "test"        # whose conditions: test or train
     out: str = ""              # folder to write; default RUN/patches
     scale: int = -1            # one scale, 0 = finest; -1 = all
-    n: int = 8                 # patches per scale (with --eval: at most, default 128)
+    n: int = 0                 # patches per scale, at most as many as there are; 0 = 8, or 128 with --eval
     guidance: float = 2.0      # eps_null + guidance (eps_cond - eps_null); 1 = no guidance
     steps: int = 50
     sampler: str = "ddim"      # ddim or plms
-    end: str = "clean"         # where DDIM stops: clean, or published (leaves 3.9 % noise in the latent)
+    end: str = "clean"         # where ddim stops: clean, or published (leaves 3.9 % noise in the latent), as plms does
     seed: int = 0
     batch: int = 64            # patches per network call
     eval: bool = False         # measure instead of showing
@@ -52,9 +53,8 @@ def draw_patches(model, batch, cfg, ranks, null=False):
         tokens, mask, s = (batch[key][k:k + cfg.batch].to(ranks.device) for key in ("tokens", "mask", "s"))
         with ranks.autocast():
             c = model.summarizer(tokens, mask, s).float()
-            # no two chunks share a seed, so no two patches start from the same noise
             z = model.sample(torch.zeros_like(c) if null else c, side, 1.0 if null else cfg.guidance, cfg.steps,
-                             cfg.seed * 1000 + k // cfg.batch, cfg.sampler, cfg.end)
+                             cfg.seed, cfg.sampler, cfg.end, first=k)
             out.append(model.decode(z).float().clamp(-1, 1).cpu())
     return torch.cat(out)
 
@@ -71,7 +71,7 @@ def scales_of(cfg, pyramids):
 
 def show(model, pyramids, cfg, ranks):
     """Write every drawn patch as a PNG, and a sheet of real patches above the ones drawn from their conditions."""
-    out, rows, labels = Path(cfg.out or Path(cfg.run) / "patches"), [], []
+    out, rows, labels = Path(cfg.out), [], []
     for s in tqdm(scales_of(cfg, pyramids), desc="scales"):
         batch = fixed_batch(pyramids, cfg.split, s, cfg.n)
         x = draw_patches(model, batch, cfg, ranks)
@@ -116,21 +116,27 @@ def evaluate(model, pyramids, cfg, ranks):
         return standardize(encoder((x + 1) / 2)[..., None, None])[..., 0, 0]
     with open_tensors(pyramids.folder / pyramids.slides[0]["file"]) as f:
         toy = "region" in f.keys()
-    palette = palette_of(pyramids) if toy and pyramids.scales > 2 else None
+    try:
+        palette = palette_of(pyramids) if toy and pyramids.scales > 2 else None
+    except UserError as err:
+        palette = print(f"tissues are not measured: {err}")
     table, rows, labels = [], [], []
     for s in tqdm(scales_of(cfg, pyramids), desc="scales"):
-        n = cfg.n if cfg.n != Config.n else 128
+        few = [pyramids.count(split, s) for split in (cfg.split, "train")]
+        if min(few) < 3:
+            print(f"scale {s} left out: {few[0]} {cfg.split} and {few[1]} training patches are too few")
+            continue
+        n = min(cfg.n, few[1])                 # as many on both sides of a distance
         batch, train = fixed_batch(pyramids, cfg.split, s, n), fixed_batch(pyramids, "train", s, max(n, 256))["x"]
         real, grid = batch["x"], min(2 ** s, 8)
-        if len(real) < 3 or len(train) < 3:
-            print(f"scale {s} left out: {len(real)} {cfg.split} and {len(train)} training patches are too few")
-            continue
         fake, null = draw_patches(model, batch, cfg, ranks), draw_patches(model, batch, cfg, ranks, null=True)
         with torch.no_grad(), ranks.autocast():
-            coded = torch.cat([model.decode(model.encode(x.to(ranks.device))).float().cpu().clamp(-1, 1)
-                               for x in real.split(cfg.batch)])
+            z = torch.cat([model.vae.encode(x.to(ranks.device)) for x in real.split(cfg.batch)]).float()
+            coded = torch.cat([model.vae.decode(x).float().cpu().clamp(-1, 1) for x in z.split(cfg.batch)])
+        used = torch.bincount(model.vae.quantize(z)[1].flatten(), minlength=len(model.vae.codebook.weight))
         row = {"scale": s, "n": len(real), "layout": M.layout_fidelity(fake, real, grid),
-               "layout_vae": M.layout_fidelity(coded, real, grid), "psnr_vae": M.psnr(coded, real)}
+               "layout_vae": M.layout_fidelity(coded, real, grid), "psnr_vae": M.psnr(coded, real),
+               "codes_used": perplexity(used)}
         for space, feature in (("desc", describe), ("rand", M.random_features)):
             base = feature(train)
             scale = M.standard(base)   # about the mean training patch, or any two patches would look alike
@@ -146,18 +152,18 @@ def evaluate(model, pyramids, cfg, ranks):
         if palette is not None:
             cell = {0: 16, 1: 16, 2: 8}.get(s, 4)   # pixels averaged before a colour counts as a tissue
             want = truth(pyramids, batch, pyramids.patch)
-            for name, x in (("fake", fake), ("real", real), ("vae", coded)):
+            for name, x in (("fake", fake), ("real", real), ("vae", coded), ("null", null)):
                 row[f"tissue_{name}"] = float((M.tissue_fractions(x, palette, cell) - want).abs().mean())
             area = M.nuclei_fraction(real)
-            row["nuclei_real"] = float(area.mean())
-            for name, x in (("fake", fake), ("vae", coded)):
+            row["nuclei_mean"] = float(area.mean())
+            for name, x in (("fake", fake), ("vae", coded), ("null", null)):
                 row[f"nuclei_{name}"] = float((M.nuclei_fraction(x) - area).abs().mean())
         table.append(row)
         rows, labels = rows + [real[:12], fake[:12]], labels + [f"scale {s} real", f"scale {s} drawn"]
     if not table:
         raise UserError(f"{pyramids.folder} has too few patches to measure anything: look at the pictures instead, "
                         f"without --eval")
-    out = Path(cfg.out or Path(cfg.run) / "eval")
+    out = Path(cfg.out)
     save_grid(out / "sheet.png", rows, labels)
     write_text(out / "eval.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))
     print_table(table)
@@ -175,12 +181,13 @@ def print_table(table):
         return f"{v:d}" if isinstance(v, int) else f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}"
     blocks = [("follows its condition (1 = the real patch; shuffled = other patches' conditions)",
                ["scale", "n", "layout", "layout_vae", "sim_desc", "shuffled_desc", "sim_desc_vae", "sim_rand",
-                "shuffled_rand", "sim_rand_vae", "psnr_vae"]),
+                "shuffled_rand", "sim_rand_vae", "psnr_vae", "codes_used"]),
               ("distance to held-out patches (Fréchet if n >= 256, else kernel ± standard error), 16 components",
                ["scale"] + [f"dist_{sp}_{k}" for sp in ("desc", "rand") for k in ("fake", "floor", "vae", "null")])]
     if "tissue_fake" in table[0]:
-        blocks.append(("mean absolute error of tissue shares against the region map, and of the nuclei area share",
-                       ["scale", *(f"{k}_{x}" for k in ("tissue", "nuclei") for x in ("fake", "vae", "real"))]))
+        blocks.append(("mean absolute error: tissue shares against the region map; nuclei area (by colour, mean given) "
+                       "against the real patch", ["scale", "tissue_fake", "tissue_vae", "tissue_real", "tissue_null",
+                                                  "nuclei_fake", "nuclei_vae", "nuclei_null", "nuclei_mean"]))
     for title, keys in blocks:
         print(f"\n{title}\n" + " ".join(f"{k.replace('_', ' '):>14}" for k in keys))
         for row in table:
@@ -191,16 +198,24 @@ def main(argv):
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
     if not cfg.run:
         raise UserError("say which run: python sample_joint.py out/toy (train one with python train.py)")
-    if cfg.n < 1 or cfg.steps < 1 or cfg.batch < 1:
-        raise UserError(f"--n={cfg.n} --steps={cfg.steps} --batch={cfg.batch}: each must be at least 1")
-    if Path(cfg.run).is_file() and not cfg.out:
-        cfg.out = str(Path(cfg.run).parent / "patches")
+    if cfg.n < 0 or cfg.seed < 0 or cfg.steps < 1 or cfg.batch < 1:
+        raise UserError(f"--n={cfg.n} --seed={cfg.seed} --steps={cfg.steps} --batch={cfg.batch}: steps and batch are "
+                        f"at least 1, nothing is negative")
+    if cfg.end not in ("clean", "published"):
+        raise UserError(f"--end={cfg.end}: known are clean, published")
+    cfg.n = cfg.n or (128 if cfg.eval else 8)
+    run = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
+    cfg.out = cfg.out or str(run / ("eval" if cfg.eval else "patches"))
     ranks = setup(cfg.device, threads=cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
-    pyramids = Pyramids(cfg.data or model.info.get("data", ""))
-    if pyramids.embed_dim != model.summarizer.cfg.embed_dim or pyramids.encoder != model.info.get("encoder"):
+    info = model.info
+    pyramids = Pyramids(cfg.data or info.get("data", ""), std=info.get("std"))
+    if pyramids.scales > model.summarizer.cfg.scales or pyramids.patch != info.get("patch"):
+        raise UserError(f"{pyramids.folder} has {pyramids.scales} scales of {pyramids.patch}-pixel patches, the run "
+                        f"was trained on {model.summarizer.cfg.scales} of {info.get('patch')}: build it with these")
+    if pyramids.embed_dim != model.summarizer.cfg.embed_dim or pyramids.encoder != info.get("encoder"):
         raise UserError(f"{pyramids.folder} was embedded with {pyramids.encoder!r} ({pyramids.embed_dim} numbers), the "
-                        f"run with {model.info.get('encoder')!r} ({model.summarizer.cfg.embed_dim}): give its own data")
+                        f"run with {info.get('encoder')!r} ({model.summarizer.cfg.embed_dim}): give its own data")
     (evaluate if cfg.eval else show)(model, pyramids, cfg, ranks)
 
 

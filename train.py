@@ -2,11 +2,12 @@
 
     python train.py                                    # preset toy: everything, minutes on two CPU cores
     python train.py toy_long --lr=5e-4                 # any field below; the same command resumes where it stopped
-    torchrun --standalone --nproc_per_node=8 train.py brca --data=DIR --vae_weights=FILE
+    torchrun --standalone --nproc_per_node=6 train.py brca --data=DIR --vae_weights=FILE
     python train.py --plot=out/toy                     # draw the log (needs matplotlib)
 
 A run folder holds ema.safetensors (what everything loads), state.safetensors (for resuming), config.json, log.jsonl and
-samples/*.png. The result depends on the settings and the seed alone, not on the number of ranks or on interruptions.
+samples/*.png. The result depends on the settings and the seed, not on interruptions, nor (but for rounding, and the
+batch statistics of PatchGAN) on the number of ranks.
 
 read next: sample_joint.py
 """
@@ -14,6 +15,7 @@ import json
 import os
 import zlib
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +28,9 @@ from common import UserError, cli, configure, generator, load_state_dict, load_t
 from common import save_tensors, setup, write_text
 from data import PatchDataset, Pyramids, fixed_batch
 from diffusion import Schedule, ZoomLDM, diffusion_loss
-from loop import append, plot, run_stage
+from loop import append, check_settings, plot, run_stage
 from metrics import layout_fidelity
+from pyramid import read_index
 from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, PatchGAN, VAEConfig, perplexity, rebase, revive_codes, vae_loss
@@ -58,7 +61,8 @@ class Config:
 
     summarizer: SummarizerConfig = field(default_factory=SummarizerConfig)  # embed_dim and scales come from the data
     unet: UNetConfig = field(default_factory=UNetConfig)                    # context_dim is summarizer.width
-    pred: str = "eps"           # what the U-Net predicts: eps as published, or v (see diffusion.py)
+    pred: str = "eps"           # what the U-Net predicts: eps as published, x0, or v (see diffusion.py)
+    schedule: str = "scaled_linear"  # of the noise; as published (see diffusion.py)
     steps: int = 1500
     batch: int = 32             # global batch, divided over ranks
     micro: int = 0              # samples per forward pass and rank; 0 = batch / ranks, smaller = gradient accumulation
@@ -94,13 +98,13 @@ PRESETS = {
     "toy": TOY,
     "toy_long": TOY | {"vae_steps": 2000, "unet.mult": (1, 2, 2), "unet.res_blocks": 2, "unet.attention": (2, 4),
                        "summarizer.depth": 3, "steps": 4000, "ema": 0.999, "lr": 1e-3, "sample_every": 1000},
-    "gpu24": {"data": "data/slides", "vae_steps": 40_000, "vae.width": 64, "vae_batch": 32, "vae_lr": 2e-4,
-              "unet.width": 96, "unet.mult": (1, 2, 3, 4), "unet.res_blocks": 1, "unet.positions": 16, "pred": "v",
-              "summarizer.positions": 16, "summarizer.width": 384, "summarizer.depth": 6,
+    "gpu24": {"data": "data/slides", "vae_steps": 40_000, "vae.width": 64, "vae.groups": 16, "vae_batch": 32,
+              "vae_lr": 2e-4, "unet.width": 96, "unet.mult": (1, 2, 3, 4), "unet.res_blocks": 1, "unet.positions": 16,
+              "pred": "v", "summarizer.positions": 16, "summarizer.width": 384, "summarizer.depth": 6,
               "summarizer.mlp": 1536, "steps": 100_000, "batch": 128, "micro": 64, "lr": 1e-4, "warmup": 1000,
               "ema": 0.9999, "workers": 4, "sample_every": 5000, "save_every": 1000, "log_every": 100},
     "brca": PUBLISHED | {"data": "data/brca", "batch": 420},
-    "naip": PUBLISHED | {"data": "data/naip", "batch": 400, "summarizer.scales": 4},
+    "naip": PUBLISHED | {"data": "data/naip", "batch": 400, "summarizer.scales": 4},  # as many as its data has
 }
 
 
@@ -109,32 +113,35 @@ PRESETS = {
 class VAEStage(nn.Module):
     """Autoencoder loss on images; counts code usage, the window for reviving dead codes."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, anchor):
+        """anchor (N,3,P,P): fixed patches whose latents decide where codes are placed."""
         super().__init__()
-        self.vae, self.cfg = VQVAE(cfg.vae), cfg
+        self.vae, self.cfg, self.anchor = VQVAE(cfg.vae), cfg, anchor
         self.disc = PatchGAN() if cfg.disc_weight else None
         self.register_buffer("usage", torch.zeros(cfg.vae.codes))
-        self.warm = cfg.vae_steps // 4        # first quarter without quantisation
-        self.perceptual = None
+        self.used = torch.zeros(cfg.vae.codes, device=anchor.device)  # by this rank in this step
+        self.unquantized = cfg.vae_steps // 4                         # steps before there are codes
+        self.crop = min(cfg.vae_crop or anchor.shape[-1], anchor.shape[-1])
+        self.perceptual = [None]                                      # in a list: not ours to train, save or switch
         if cfg.lpips:
             from metrics import load_lpips  # optional extra
-            self.perceptual = load_lpips(cfg.lpips)
+            self.perceptual = [load_lpips(cfg.lpips).to(anchor.device).eval()]
 
     def noise(self, step):
         """Corners of the random crops of the whole global batch."""
-        self.quantize = step >= self.warm
-        crop, factor = self.cfg.vae_crop or self.patch, self.vae.factor
-        return {"corner": factor * torch.randint((self.patch - crop) // factor + 1, (self.cfg.vae_batch, 2),
+        self.step, factor = step, self.vae.factor
+        places = (self.anchor.shape[-1] - self.crop) // factor + 1
+        return {"corner": factor * torch.randint(places, (self.cfg.vae_batch, 2),
                                                  generator=generator(self.cfg.seed, 1, step))}
 
     def forward(self, batch):
-        side = self.cfg.vae_crop or self.patch
-        x = torch.stack([x[:, i:i + side, j:j + side] for x, (i, j) in zip(batch["x"], batch["corner"].tolist())])
-        loss, x_rec, indices, parts = vae_loss(self.vae, x, self.quantize, self.disc, self.cfg.disc_weight,
-                                               self.perceptual)
+        corners = batch["corner"].tolist()
+        x = torch.stack([x[:, i:i + self.crop, j:j + self.crop] for x, (i, j) in zip(batch["x"], corners)])
+        loss, x_rec, indices, parts = vae_loss(self.vae, x, self.step >= self.unquantized, self.disc,
+                                               self.cfg.disc_weight, self.perceptual[0])
         with torch.no_grad():
             if indices is not None:
-                self.usage += torch.bincount(indices.flatten(), minlength=len(self.usage))
+                self.used += torch.bincount(indices.flatten(), minlength=len(self.used))
             mse = (x_rec.clamp(-1, 1) - x).square().flatten(1).mean(1)                      # (B,)
         return loss, {"loss": loss.detach().expand(len(x)), "s": batch["s"], "psnr": 10 * torch.log10(4 / mse)} | {
             k: v.expand(len(x)) for k, v in parts.items()}
@@ -142,36 +149,38 @@ class VAEStage(nn.Module):
     @torch.no_grad()
     def after_step(self, step, ranks):
         """Whiten latents until there are codes; place codes on latents of fixed patches, the unused ones every 50."""
-        if step in (self.warm // 8, self.warm // 2, self.warm):
+        if ranks.world > 1:
+            dist.all_reduce(self.used)
+        self.usage += self.used
+        self.used.zero_()
+        start = self.unquantized
+        if step in (start // 8, start // 2, start):
             rebase(self.vae, self.vae.encode(self.anchor), whiten=True)
-        if step >= self.warm and (step - self.warm) % 50 == 0 and step <= 0.8 * self.cfg.vae_steps:
-            if ranks.world > 1:
-                dist.all_reduce(self.usage)
+        if step >= start and (step - start) % 50 == 0 and step <= 0.8 * self.cfg.vae_steps:
             revive_codes(self.vae, self.vae.encode(self.anchor), self.usage, generator(self.cfg.seed, 3, step))
             self.usage.zero_()
 
     def report(self):
-        return {"perplexity": round(perplexity(self.usage), 1)}
+        return {"perplexity": round(perplexity(self.usage), 1) if self.usage.any() else None}
 
 
 class LDMStage(nn.Module):
     """Denoising loss of U-Net and Summarizer, trained jointly; a dropped condition is all zeros (Z §4.1.1)."""
 
-    def __init__(self, cfg, latent_scale):
+    def __init__(self, cfg, latent_scale, latent_side):
         super().__init__()
         self.summarizer, self.unet, self.cfg = Summarizer(cfg.summarizer), UNet(cfg.unet), cfg
-        self.schedule, self.latent_scale = Schedule(), latent_scale
+        self.schedule, self.latent_scale, self.side = Schedule(cfg.schedule), latent_scale, latent_side
         if cfg.compile:
             self.unet.compile()  # in place: the names of the weights stay
 
     def noise(self, step):
         """Time indices, drop-out and noise of the whole global batch: the same for any number of ranks."""
         g, n = generator(self.cfg.seed, 2, step), self.cfg.batch
-        side = self.latent_side
         # one t in each of n equal strata: the same uniform law, with less variance between batches
         t = ((torch.randperm(n, generator=g) + torch.rand(n, generator=g)) * (self.schedule.T / n)).long()
         return {"t": t.clamp_max(self.schedule.T - 1), "keep": torch.rand(n, generator=g) >= self.cfg.drop,
-                "eps": torch.randn(n, self.unet.cfg.channels, side, side, generator=g)}
+                "eps": torch.randn(n, self.unet.cfg.channels, self.side, self.side, generator=g)}
 
     def forward(self, batch):
         c = self.summarizer(batch["tokens"], batch["mask"], batch["s"])                    # (B,65,D)
@@ -204,8 +213,7 @@ def get_vae(cfg, ranks, pyramids):
     ranks.barrier()  # all ranks look before one writes
     if not there:
         if cfg.vae_weights and Path(cfg.vae_weights).is_dir():
-            run = ZoomLDM.from_run(cfg.vae_weights)
-            vae, scale = run.vae, run.latent_scale
+            vae, scale = load_vae(Path(cfg.vae_weights) / "vae.safetensors")
         elif cfg.vae_weights:
             state = load_state_dict(cfg.vae_weights)
             prefix = "first_stage_model." if any(k.startswith("first_stage_model.") for k in state) else ""
@@ -214,10 +222,9 @@ def get_vae(cfg, ranks, pyramids):
             raise UserError("this preset does not train a VAE: give the published one with --vae_weights=FILE, or "
                             "train your own with --vae_steps=N")
         else:
-            net = VAEStage(cfg)
-            net.patch = pyramids.patch
-            net.anchor = torch.cat([fixed_batch(pyramids, "train", s, 16)["x"] for s in range(pyramids.scales)
-                                    if pyramids.count("train", s)]).to(ranks.device)
+            anchor = torch.cat([fixed_batch(pyramids, "train", s, 16)["x"] for s in range(pyramids.scales)
+                                if pyramids.count("train", s)])
+            net = VAEStage(cfg, anchor.to(ranks.device))
             dataset = PatchDataset(pyramids, "train", cfg.seed, ("x",))
             run_stage("vae_", cfg, ranks, net, dataset, cfg.vae_steps, cfg.vae_batch, cfg.vae_lr)
             vae, scale = net.vae.eval(), None
@@ -226,14 +233,25 @@ def get_vae(cfg, ranks, pyramids):
             if scale is None:
                 rebase(vae, encode_some(vae, pyramids, ranks))
                 scale = 1 / float(encode_some(vae, pyramids, ranks).std())
-            save_tensors(path, vae.state_dict(), {"config": asdict(vae.cfg), "latent_scale": scale})
+            save_tensors(path, vae.state_dict(), {"config": asdict(vae.cfg), "latent_scale": scale,
+                                                  "settings": asdict(cfg)})
         ranks.barrier()
-    weights, meta = load_tensors(path)
-    vae = VQVAE(VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()}))
-    vae.load_state_dict(weights)
+    vae, scale = load_vae(path)
     if ranks.rank == 0:
-        print(f"VAE: {path}, latent scale {meta['latent_scale']:.4f} (1 / deviation; 1 for published weights)")
-    return vae.to(ranks.device).eval().requires_grad_(False), meta["latent_scale"]
+        print(f"VAE: {path}, latent scale {scale:.4f} (1 / deviation; 1 for published weights)")
+    return vae.to(ranks.device).eval().requires_grad_(False), scale
+
+
+def load_vae(path):
+    """Read a run's vae.safetensors. out: (vae, latent scale). raises: UserError if it is missing or foreign."""
+    weights, meta = load_tensors(path)
+    try:
+        vae = VQVAE(VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()}))
+        vae.load_state_dict(weights)
+        return vae, meta["latent_scale"]
+    except (KeyError, TypeError, RuntimeError) as err:
+        raise UserError(f"{path} does not hold a VAE of ours ({str(err).splitlines()[0]}): give a run folder, or a "
+                        f"published file") from err
 
 
 @torch.no_grad()
@@ -246,12 +264,12 @@ def encode_some(vae, pyramids, ranks, n=64):
 @torch.no_grad()
 def encode_latents(cfg, ranks, vae, pyramids):
     """Write out/latents/NAME.safetensors, unscaled f16 latents of the training slides, which ranks share out."""
-    folder, mark = Path(cfg.out) / "latents", fingerprint(vae)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, vae_mark = Path(cfg.out) / "latents", fingerprint(vae)
     todo = [i for i, x in enumerate(pyramids.slides) if x["split"] == "train"][ranks.rank::ranks.world]
     for i in tqdm(todo, desc=f"latents -> {folder}", disable=ranks.rank > 0):
         slide = pyramids.slides[i]
-        path = folder / slide["file"]
+        path, source = folder / slide["file"], (pyramids.folder / slide["file"]).stat()
+        mark = f"{vae_mark} {source.st_size} {source.st_mtime_ns}"  # this VAE, these images
         if path.exists():
             with open_tensors(path) as f:
                 if json.loads(f.metadata()["json"]).get("vae") == mark:
@@ -260,8 +278,7 @@ def encode_latents(cfg, ranks, vae, pyramids):
         for s, count in enumerate(slide["counts"]):
             for k in range(0, count, 128):
                 x = torch.stack([pyramids.read(i, s, n, ("x",))["x"] for n in range(k, min(k + 128, count))])
-                with ranks.autocast():
-                    z.setdefault(f"z{s}", []).append(vae.encode(x.to(ranks.device)).half())
+                z.setdefault(f"z{s}", []).append(vae.encode(x.to(ranks.device)).half())
         save_tensors(path, {k: torch.cat(v) for k, v in z.items()}, {"vae": mark})
     ranks.barrier()
     return folder
@@ -286,35 +303,62 @@ def sample_sheet(model, pyramids, split, seed, amp, n=16, show=8, guidance=2.0, 
 
 
 def prepare(cfg):
-    """Make toy data if it is missing, and open the data folder."""
+    """Make the toy data of a toy preset if they are missing or unfinished; never in a folder that the user named."""
     folder = Path(cfg.data)
-    if cfg.preset in ("smoke", "toy", "toy_long") and not (folder / "index.json").exists():
+    mine = cfg.preset in ("smoke", "toy", "toy_long") and cfg.data == PRESETS[cfg.preset].get("data", Config.data)
+    if mine and not ((folder / "index.json").exists() and read_index(folder)["slides"]):
         if int(os.environ.get("RANK", 0)) == 0:
             slides, test, size = cfg.toy
             data.main(["toy", f"--out={folder}", f"--slides={slides}", f"--test={test}", f"--size={size}"])
+
+
+def check(cfg):
+    """What can be refused before anything is read. raises: UserError."""
+    least = {"batch": 1, "vae_batch": 1, "log_every": 1, "sample_every": 1, "save_every": 1, "steps": 0, "vae_steps": 0,
+             "seed": 0, "workers": 0, "micro": 0, "vae_crop": 0}
+    for name, low in least.items():
+        if getattr(cfg, name) < low:
+            raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {low}")
+    for name, known in (("pred", ("eps", "x0", "v")), ("decay", ("cosine", "constant"))):
+        if getattr(cfg, name) not in known:
+            raise UserError(f"--{name}={getattr(cfg, name)}: known are {', '.join(known)}")
+    if len(cfg.betas) != 2 or len(cfg.toy) != 3:
+        raise UserError(f"--betas={cfg.betas} takes two numbers, --toy={cfg.toy} three: slides, held-out slides, side")
+    if len(cfg.vae.mult) != 3 or cfg.vae.channels != cfg.unet.channels or cfg.vae_crop % 4:
+        raise UserError(f"--vae.mult={cfg.vae.mult} --vae.channels={cfg.vae.channels} --vae_crop={cfg.vae_crop}: give "
+                        f"three levels, as many channels as unet.channels, and a multiple of 4")
+    if cfg.unet.positions != cfg.summarizer.positions:
+        raise UserError(f"--unet.positions={cfg.unet.positions} and --summarizer.positions={cfg.summarizer.positions}: "
+                        f"give both the same number")
 
 
 def main(argv):
     cfg = configure(Config, argv, PRESETS, ("preset",), __doc__)
     if cfg.plot:
         return plot(Path(cfg.plot))
+    check(cfg)
     cfg.out = cfg.out or f"out/{cfg.preset}"
-    if min(cfg.batch, cfg.vae_batch, cfg.log_every, cfg.sample_every, cfg.save_every) < 1 or min(
-            cfg.steps, cfg.vae_steps, cfg.workers, cfg.micro) < 0:
-        raise UserError(f"--batch={cfg.batch} --vae_batch={cfg.vae_batch} --steps={cfg.steps} --vae_steps="
-                        f"{cfg.vae_steps}: batches and the *_every settings are at least 1, nothing is negative")
-    ranks = setup(cfg.device, cfg.amp, cfg.threads)
+    out, ranks = Path(cfg.out), setup(cfg.device, cfg.amp, cfg.threads)
     prepare(cfg)
     ranks.barrier()
     pyramids = Pyramids(cfg.data)
     cfg.summarizer.embed_dim, cfg.summarizer.scales = pyramids.embed_dim, pyramids.scales
-    cfg.unet.context_dim = cfg.summarizer.width
-    if cfg.unet.positions != cfg.summarizer.positions:
-        raise UserError(f"--unet.positions={cfg.unet.positions} and --summarizer.positions={cfg.summarizer.positions}: "
-                        f"give both the same number")
+    cfg.unet.context_dim, side = cfg.summarizer.width, pyramids.patch // 4
+    if side % 2 ** (len(cfg.unet.mult) - 1):
+        raise UserError(f"latents of {side} x {side} cannot be halved {len(cfg.unet.mult) - 1} times: build the data "
+                        f"with another --patch, or take fewer levels, --unet.mult")
     split = "test" if pyramids.names("test") else "train"
-    out = Path(cfg.out)
+    dataset = partial(PatchDataset, split="train", seed=cfg.seed, want=("z",), shares=cfg.shares or None,
+                      only_scale=None if cfg.only_scale < 0 else cfg.only_scale)
+    dataset(pyramids)  # both refuse here what does not fit, not after the VAE is trained
+    with torch.device("meta"):
+        LDMStage(cfg, 1.0, side)
+    check_settings(out / "vae.safetensors", cfg, ("vae", "data", "seed", "disc", "lpips"))
+    check_settings(out / "state.safetensors", cfg)
+    ranks.barrier()
     if ranks.rank == 0:
+        for left in out.glob(".*.tmp"):  # of a save that was killed
+            left.unlink()
         print(f"run folder {out}, {ranks.world} rank(s) on {ranks.device}, "
               f"{'bf16 autocast' if ranks.amp else 'float32'}, {torch.get_num_threads()} threads")
         if split == "train":
@@ -326,28 +370,27 @@ def main(argv):
         return  # --steps=0: the VAE alone
     pyramids = Pyramids(cfg.data, latents=encode_latents(cfg, ranks, vae, pyramids))
     torch.manual_seed(cfg.seed + 1)
-    net = LDMStage(cfg, scale)
-    net.latent_side = pyramids.patch // 4
+    net = LDMStage(cfg, scale, side)
     info = {"encoder": pyramids.encoder, "std": pyramids.std, "patch": pyramids.patch, "data": cfg.data}
-    model = ZoomLDM(vae, Summarizer(cfg.summarizer), UNet(cfg.unet), scale, cfg.pred, info=info).to(ranks.device)
+    model = ZoomLDM(vae, Summarizer(cfg.summarizer), UNet(cfg.unet), scale, cfg.pred, cfg.schedule, info)
+    model = model.to(ranks.device)
 
     def export(step, ema):
         """Save the averaged model and draw held-out patches with it."""
-        model.summarizer.load_state_dict({k[11:]: v for k, v in ema.items() if k.startswith("summarizer.")})
-        model.unet.load_state_dict({k[5:]: v for k, v in ema.items() if k.startswith("unet.")})
+        for name, part in (("summarizer.", model.summarizer), ("unet.", model.unet)):
+            part.load_state_dict({k.removeprefix(name): v for k, v in ema.items() if k.startswith(name)})
         model.eval().save(out)
         rows, labels, layout = sample_sheet(model, pyramids, split, cfg.seed, ranks.autocast())
         append(out / "log.jsonl", {"stage": "samples", "step": step, "layout": layout})
         tqdm.write(f"step {step}: layout fidelity by scale {layout}")
         save_grid(out / "samples" / f"step_{step:06d}.png", rows, labels)
 
-    dataset = PatchDataset(pyramids, "train", cfg.seed, ("z",), None if cfg.only_scale < 0 else cfg.only_scale,
-                           cfg.shares or None)
-    ema = run_stage("", cfg, ranks, net, dataset, cfg.steps, cfg.batch, cfg.lr, cfg.ema, export)
+    done, ema = run_stage("", cfg, ranks, net, dataset(pyramids), cfg.steps, cfg.batch, cfg.lr, cfg.ema, export)
     if ranks.rank == 0:
-        if not (out / "samples" / f"step_{cfg.steps:06d}.png").exists():  # killed after the last step
-            export(cfg.steps, ema)
-        print(f"done: {out}/ema.safetensors, {out}/samples/step_{cfg.steps:06d}.png")
+        picture = out / "samples" / f"step_{done:06d}.png"
+        if not picture.exists():  # killed after the last step
+            export(done, ema)
+        print(f"done: {out}/ema.safetensors, {picture}")
     if ranks.world > 1:
         dist.destroy_process_group()
 

@@ -147,8 +147,9 @@ class UNet(nn.Module):
 
     def __init__(self, cfg: UNetConfig):
         super().__init__()
-        if cfg.width % cfg.groups:
-            raise UserError(f"unet.width={cfg.width} is not a multiple of unet.groups={cfg.groups}")
+        if cfg.width % cfg.groups or cfg.width % cfg.heads:
+            raise UserError(f"unet.width={cfg.width} is not a multiple of unet.groups={cfg.groups} and unet.heads="
+                            f"{cfg.heads}")
         if cfg.positions % 4 or cfg.positions > min(cfg.width, cfg.context_dim):
             raise UserError(f"unet.positions={cfg.positions}: give a multiple of 4, at most the width")
         self.cfg = cfg

@@ -162,7 +162,7 @@ class VQVAE(nn.Module):
         """
         flat = z.float().movedim(1, -1)                                                    # (B,h,w,3)
         codes = self.codebook.weight
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # bf16 distances pick a tenth wrongly
             indices = torch.cat([(codes.square().sum(1) - 2 * part @ codes.T).argmin(1)    # |z|^2 changes no minimum
                                  for part in flat.flatten(0, 2).split(1 << 14)])           # rows x K floats at a time
             indices = indices.view(flat.shape[:-1])                                        # (B,h,w)
@@ -273,19 +273,20 @@ def rebase(vae, z, whiten=False):
     `whiten` only as long as nothing is quantised). Left alone, an autoencoder trained for minutes puts nearly all
     variance into one direction, far from zero: the codes then index one number, and diffusion sees almost constants.
     """
-    pixels = z.double().movedim(1, -1).flatten(0, 2)                              # (Bhw,C)
-    mean, there = pixels.mean(0), torch.eye(z.shape[1], dtype=torch.float64, device=z.device)
+    pixels = z.cpu().double().movedim(1, -1).flatten(0, 2)                        # (Bhw,C); not all devices have f64
+    mean, there = pixels.mean(0), torch.eye(z.shape[1], dtype=torch.float64)
     back = there
     if whiten:  # the symmetric root: eigenvectors alone would turn with the rounding where two powers are equal
         power, axes = torch.linalg.eigh(torch.cov(pixels.T))
         root = power.clamp_min(0.01 * float(power.max()) + 1e-12).sqrt()
         there, back = axes / root @ axes.T, axes * root @ axes.T                  # (C,C), inverse to each other
-    w_in, w_out = vae.to_latent.weight[:, :, 0, 0].double(), vae.from_latent.weight[:, :, 0, 0].double()
-    vae.to_latent.bias.copy_(there @ (vae.to_latent.bias.double() - mean))
-    vae.to_latent.weight.copy_((there @ w_in)[:, :, None, None])
-    vae.from_latent.bias.add_(w_out @ mean)
-    vae.from_latent.weight.copy_((w_out @ back)[:, :, None, None])
-    vae.codebook.weight.copy_((vae.codebook.weight.double() - mean) @ there.T)
+    w_in, b_in, w_out, b_out, codes = (p.cpu().double() for p in (
+        vae.to_latent.weight[:, :, 0, 0], vae.to_latent.bias, vae.from_latent.weight[:, :, 0, 0], vae.from_latent.bias,
+        vae.codebook.weight))
+    for p, value in ((vae.to_latent.weight, there @ w_in), (vae.to_latent.bias, there @ (b_in - mean)),
+                     (vae.from_latent.weight, w_out @ back), (vae.from_latent.bias, b_out + w_out @ mean),
+                     (vae.codebook.weight, (codes - mean) @ there.T)):
+        p.copy_(value.view(p.shape))
 
 
 @torch.no_grad()
@@ -303,7 +304,7 @@ def revive_codes(vae, z, usage, gen):
 
 def perplexity(usage):
     """exp(entropy) of the code histogram (K,): the number of codes in effective use, 1..K."""
-    p = usage.double() / usage.sum().clamp_min(1)
+    p = usage.cpu().double() / usage.sum().clamp_min(1).cpu()
     return float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()))
 
 

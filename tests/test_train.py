@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import data
 import loop
@@ -94,7 +96,7 @@ def test_two_ranks_equal_one(toy, run, tmp_path):
     done = subprocess.run(**command(*TINY, f"--data={toy}", f"--out={tmp_path}", "--threads=1", ranks=2),
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    for stage in ("vae_", "ldm"):
+    for stage in ("vae", "ldm"):
         one, two = log(run, stage), log(tmp_path, stage)
         assert len(one) == len(two) > 0
         for a, b in zip(one, two):
@@ -141,11 +143,9 @@ def test_each_stage_overfits_one_batch():
     g = torch.Generator().manual_seed(0)
     coarse = torch.randn(4, 3, 4, 4, generator=g).clamp(-1, 1)
     x = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")
-    vae, ranks = train.VAEStage(cfg), Ranks(0, 1, torch.device("cpu"), None)
-    vae.patch, vae.anchor = 32, x
-    ldm = train.LDMStage(cfg, 1.0)
+    vae, ranks = train.VAEStage(cfg, x), Ranks(0, 1, torch.device("cpu"), None)
+    ldm = train.LDMStage(cfg, 1.0, 8)
     z, s = torch.randn(16, 3, 8, 8, generator=g), torch.zeros(16, dtype=torch.long)
-    ldm.latent_side = 8
     tokens, mask = torch.randn(16, 64, 12, generator=g), torch.ones(16, 64, dtype=torch.bool)
     for net, item, steps, want in ((vae, {"x": x, "s": s[:4]}, 80, 0.5), (
             ldm, {"z": z, "tokens": tokens, "mask": mask, "s": s}, 120, 0.6)):
@@ -170,6 +170,24 @@ def test_patches_are_written_and_depend_on_the_seed(run, tmp_path):
     assert len(list((tmp_path / "a").glob("scale*_*.png"))) == 6 and (tmp_path / "a" / "sheet.png").exists()
 
 
+def test_patches_do_not_depend_on_the_batch(run, tmp_path):
+    for n in (2, 5):
+        sample_joint.main([str(run), "--n=5", "--scale=0", "--steps=2", f"--batch={n}", f"--out={tmp_path / str(n)}"])
+    for i in range(5):
+        a, b = (np.asarray(Image.open(tmp_path / n / f"scale0_{i:03d}.png"), int) for n in "25")
+        assert abs(a - b).max() <= 1
+
+
+def test_data_with_deviations_of_its_own(toy, run, tmp_path):
+    """Conditions are divided by the deviations of the training set, whatever set they come from."""
+    data.main(["toy", f"--out={tmp_path}", "--slides=3", "--test=0", "--size=256", "--workers=1", "--seed=5"])
+    own, std = data.Pyramids(tmp_path), data.Pyramids(toy).std
+    used = data.Pyramids(tmp_path, std=std)
+    assert own.std != std == used.std
+    a, b = (p.read(0, 0, 0, ("e",))["e"][:, 0, 0] for p in (own, used))
+    assert torch.allclose(a * torch.tensor(own.std), b * torch.tensor(std), rtol=1e-4, atol=1e-6)
+
+
 def test_evaluation_table(run, tmp_path, capsys):
     sample_joint.main([str(run), "--eval", "--n=20", "--steps=2", f"--out={tmp_path}", "--device=cpu"])
     text = capsys.readouterr().out
@@ -186,11 +204,21 @@ def test_evaluation_table(run, tmp_path, capsys):
     (["gpu24", "--data=/nowhere"], "no index.json"),
     (["smoke", "--plot=/nowhere"], "no log"),
     (["smoke", "--batch=0"], "at least 1"),
+    (["smoke", "--seed=-1"], "at least 0"),
+    (["smoke", "--pred=z"], "known are eps"),
+    (["smoke", "--decay=linear"], "known are cosine"),
+    (["smoke", "--betas=0.9"], "two numbers"),
+    (["smoke", "--vae.mult=1,2"], "three levels"),
+    (["smoke", "--unet.positions=8"], "the same number"),
+    (["smoke", "--only_scale=9", "DATA"], "scale shares"),
+    (["smoke", "--unet.heads=3", "DATA"], "unet.heads"),
+    (["smoke", "--unet.mult=1,1,1,1,1,1", "DATA"], "cannot be halved"),
     (["smoke", "--device=tpu"], "--device=tpu"),
 ])
-def test_settings_that_cannot_work(args, says, tmp_path):
+def test_settings_that_cannot_work(args, says, toy, tmp_path):
     with pytest.raises(UserError, match=says):
-        train.main([*args, f"--out={tmp_path}"])
+        train.main([f"--data={toy}" if a == "DATA" else a for a in [*args, f"--out={tmp_path}"]])
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_settings_do_not_overwrite_a_run(toy, run):
@@ -229,6 +257,48 @@ def test_plot_draws_the_log(run):
     assert (run / "log.png").stat().st_size > 10_000
 
 
+def test_vae_of_another_run(toy, run, tmp_path):
+    train.main([*TINY, f"--data={toy}", f"--out={tmp_path}", "--steps=0", f"--vae_weights={run}"])
+    assert same(run / "vae.safetensors", tmp_path / "vae.safetensors")
+
+
+def test_other_vae_settings_are_not_ignored(toy, run):
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(UserError, match="vae.safetensors belongs to a run with other settings .*vae_steps"):
+        train.main([*TINY, f"--data={toy}", f"--out={run}", "--vae_steps=9"])
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_no_toys_in_a_folder_the_user_named(tmp_path):
+    with pytest.raises(UserError, match="no index.json"):
+        train.main(["toy", f"--data={tmp_path / 'photos'}", f"--out={tmp_path / 'run'}"])
+    assert not (tmp_path / "photos").exists()
+
+
+def test_unfinished_toy_data_is_finished(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = ["toy", "--out=data/smoke", "--slides=8", "--test=4", "--size=256"]
+
+    def dies(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(data, "finish", dies)
+        data.main([*made, "--workers=1"])
+    train.main([*TINY, "--steps=0", "--out=run"])
+    assert len(data.Pyramids("data/smoke").names("train")) == 8
+
+
+def test_without_averaging(toy, run, tmp_path):
+    train.main([*TINY, f"--data={toy}", f"--out={tmp_path}", "--ema=0", f"--vae_weights={run}"])
+    model, raw = ZoomLDM.from_run(tmp_path), load_tensors(tmp_path / "state.safetensors")[0]
+    assert torch.equal(model.unet.conv_out.weight, raw["net.unet.conv_out.weight"])
+
+
+def test_a_log_that_cannot_be_written(run, tmp_path):
+    with pytest.raises(UserError, match="could not write"):
+        loop.append(tmp_path / "missing" / "log.jsonl", {})
+
+
 def test_preset_without_a_vae_asks_for_one(toy, tmp_path):
     with pytest.raises(UserError, match="--vae_weights"):
         train.main(["brca", f"--data={toy}", f"--out={tmp_path}", "--device=cpu"])
@@ -240,6 +310,7 @@ def test_preset_without_a_vae_asks_for_one(toy, tmp_path):
     (["RUN", "--scale=7"], "--scale=7"),
     (["RUN", "--sampler=euler"], "unknown sampler"),
     (["RUN", "--steps=0"], "--steps=0"),
+    (["RUN", "--end=middle"], "--end=middle"),
     (["RUN", "--data=/nowhere"], "no index.json"),
     (["RUN", "--split=valid"], "no 'valid' images"),
 ])
@@ -260,7 +331,7 @@ def test_every_preset_builds():
         cfg = train.configure(train.Config, [name], train.PRESETS, ("preset",))
         cfg.unet.context_dim = cfg.summarizer.width
         with torch.device("meta"):
-            net = train.LDMStage(cfg, 1.0)
+            net = train.LDMStage(cfg, 1.0, 64)
         n = sum(p.numel() for p in net.parameters())
         if name in ("brca", "naip"):
             assert n == 400_920_579 + (38_656_000 if name == "brca" else 38_653_952) and cfg.vae == VAEConfig()

@@ -64,6 +64,15 @@ def test_only_unused_codes_move_and_each_by_its_own_draw(vae):
     assert torch.equal(vae.codebook.weight[[3, 7]], moved[[3, 7]])
 
 
+def test_codes_are_the_same_under_autocast(vae):
+    """bf16 distances would pick other codes."""
+    vae.codebook.weight.normal_()
+    z = torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = vae.quantize(z)[1]
+    assert torch.equal(inside, vae.quantize(z)[1])
+
+
 def test_perplexity():
     assert perplexity(torch.ones(32)) == pytest.approx(32)
     assert perplexity(torch.eye(32)[0] * 9) == pytest.approx(1)
