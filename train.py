@@ -142,7 +142,7 @@ class VAEStage(nn.Module):
         with torch.no_grad():
             if indices is not None:
                 self.used += torch.bincount(indices.flatten(), minlength=len(self.used))
-            mse = (x_rec.clamp(-1, 1) - x).square().flatten(1).mean(1)                      # (B,)
+            mse = (x_rec.clamp(-1, 1) - x).square().flatten(1).mean(1).clamp_min(1e-10)     # (B,)
         return loss, {"loss": loss.detach().expand(len(x)), "s": batch["s"], "psnr": 10 * torch.log10(4 / mse)} | {
             k: v.expand(len(x)) for k, v in parts.items()}
 
