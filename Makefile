@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 .PHONY: demo test lint
 demo: .venv/installed
 	$(RUN) train.py toy
-	$(RUN) sample_joint.py out/toy --eval
+	$(RUN) sample_joint.py out/toy --eval --steps=20
 
 test: .venv/installed
 	$(RUN) -m pytest -q --durations=15

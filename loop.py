@@ -221,8 +221,9 @@ def plot(run):
         for i in range(len(mine[0][key]) if mine else 0):
             ax.plot([r["step"] for r in mine], [r[key][i] for r in mine], label=f"{name} {i}")
         ax.set(xlabel="step", ylabel="mean squared error of eps", yscale="log")
-        ax.legend()
+        ax.legend(fontsize="small")
     axes[2].set(ylabel="layout fidelity of drawn patches", yscale="linear")
+    fig.tight_layout()
     with atomic(run / "log.png") as tmp:
-        fig.savefig(tmp, format="png", dpi=80, bbox_inches="tight")
+        fig.savefig(tmp, format="png", dpi=80)
     print(f"wrote {run / 'log.png'}")
