@@ -43,7 +43,53 @@ class Config:
     threads: int = 0
 
 
-# ----- 1. Patches -----
+# ----- 1. The down-sampling operator A of the constraint A Dec(z) = y (Z Eq. 1) -----
+
+def shrink_matrix(n, k):
+    """Rows of A in one dimension, (n/k,n) float64: Keys' cubic (a = -0.5) stretched k times, mirrored at the borders
+    with the edge repeated, each row summing to 1. reference: the Resizer of the published helpers."""
+    centre = (torch.arange(n // k, dtype=torch.float64) + 0.5) * k - 0.5                # (n/k,)
+    taps = (centre[:, None] - 2 * k).floor() + torch.arange(1, 4 * k + 1)               # (n/k,4k)
+    d = (taps - centre[:, None]).abs() / k
+    w = torch.where(d <= 1, 1.5 * d ** 3 - 2.5 * d ** 2 + 1, (-0.5 * d ** 3 + 2.5 * d ** 2 - 4 * d + 2) * (d < 2))
+    at = taps.long() % (2 * n)
+    at = torch.where(at >= n, 2 * n - 1 - at, at)                                       # ... 1 0 | 0 1 ... n-1 | n-1
+    return torch.zeros(n // k, n, dtype=torch.float64).scatter_add_(1, at, w / w.sum(1, keepdim=True))
+
+
+class Resize:
+    """Antialiased bicubic down-sampling A by an integer factor, and `up` = factor^2 A^T, which is exactly the bicubic
+    up-sampling of the published code. kind "box" averages blocks instead, as the pyramids on disk are made; then
+    A A^T = 1 / factor^2. in: x (...,H,W), H and W multiples of factor. raises: ValueError for other sides.
+    """
+
+    def __init__(self, factor, kind="bicubic"):
+        if factor < 1 or kind not in ("bicubic", "box"):
+            raise UserError(f"factor={factor}, kind={kind!r}: give a factor of at least 1, and bicubic or box")
+        self.factor, self.kind, self.cache = factor, kind, {}
+
+    def matrix(self, n, like):
+        """A in one dimension for sides of n pixels, (n/factor,n), in the dtype and on the device of `like`."""
+        key = n, like.dtype, like.device
+        if key not in self.cache:
+            box = torch.eye(n // self.factor, dtype=torch.float64).repeat_interleave(self.factor, 1) / self.factor
+            self.cache[key] = (box if self.kind == "box" else shrink_matrix(n, self.factor)).to(like)
+        return self.cache[key]
+
+    def down(self, x):
+        """A x: (...,H,W) -> (...,H/factor,W/factor)."""
+        h, w = x.shape[-2:]
+        if h % self.factor or w % self.factor:
+            raise UserError(f"got an image of {h} x {w} pixels, which {self.factor} does not divide: crop or pad it")
+        return self.matrix(h, x) @ x @ self.matrix(w, x).T
+
+    def up(self, y):
+        """factor^2 A^T y: (...,h,w) -> (...,h factor,w factor)."""
+        h, w = (n * self.factor for n in y.shape[-2:])
+        return self.factor ** 2 * (self.matrix(h, y).T @ y @ self.matrix(w, y))
+
+
+# ----- 2. Patches -----
 
 @torch.no_grad()
 def draw_patches(model, batch, cfg, ranks, null=False):
@@ -84,7 +130,7 @@ def show(model, pyramids, cfg, ranks):
     print(f"wrote {out}: {len(rows) // 2} scales x {len(rows[-1])} patches, and sheet.png (real above drawn)")
 
 
-# ----- 2. Evaluation on held-out patches -----
+# ----- 3. Evaluation on held-out patches -----
 
 def truth(pyramids, batch, size):
     """Tissue shares (N,4) by the region map, for toy data. The map has a quarter of the slide's resolution."""
