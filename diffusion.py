@@ -126,7 +126,7 @@ def ddim_timesteps(T, steps):
     return tau
 
 
-def _noise_levels(schedule, timesteps, end):
+def noise_levels(schedule, timesteps, end):
     """alpha_bar at the timesteps and at the step after each (towards clean), as Python floats."""
     assert end in ("published", "clean"), f"end={end!r}: 'published' or 'clean'"
     assert all(a < b for a, b in zip(timesteps, timesteps[1:])), "timesteps must ascend"
@@ -150,7 +150,7 @@ def ddim_sample(fn, z_T, schedule, steps=50, eta=0.0, *, pred="eps", timesteps=N
     step for eta > 0 (default: drawn); callback(i, t, z, z0_hat) after every step. source: DDIM Eq. 12, 16.
     """
     timesteps = [int(t) for t in (ddim_timesteps(schedule.T, steps) if timesteps is None else timesteps)]
-    ab, ab_prev = _noise_levels(schedule, timesteps, end)
+    ab, ab_prev = noise_levels(schedule, timesteps, end)
     z = z_T
     for n, i in enumerate(reversed(range(len(timesteps)))):
         out = fn(z, torch.full((len(z),), timesteps[i], dtype=torch.long, device=z.device))
@@ -167,7 +167,7 @@ def plms_sample(eps_fn, z_T, schedule, steps=50, callback=None):
     """Pseudo linear multi-step sampling, what the published patch notebooks use: DDIM steps along an eps extrapolated
     from the last four (Adams-Bashforth); the first step averages two evaluations. source: PNDM, Liu et al. 2022."""
     timesteps = ddim_timesteps(schedule.T, steps)
-    ab, ab_prev = _noise_levels(schedule, timesteps, "published")
+    ab, ab_prev = noise_levels(schedule, timesteps, "published")
     z, old = z_T, []
     for n, i in enumerate(reversed(range(len(timesteps)))):
         def index(k):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import metrics as M
 from common import UserError, atomic, cli, configure, open_tensors, save_grid, setup, to_uint8, write_text
 from data import Pyramids, fixed_batch
-from diffusion import ZoomLDM
+from diffusion import ZoomLDM, ddim_step, ddim_timesteps, noise_levels, to_x0
 from encoder import load_encoder
 from summarizer import standardize
 from zoom_vae import perplexity
@@ -89,7 +89,125 @@ class Resize:
         return self.factor ** 2 * (self.matrix(h, y).T @ y @ self.matrix(w, y))
 
 
-# ----- 2. Patches -----
+# ----- 2. Joint sampling (Z Algorithm S2) -----
+
+GREY = 2 / 255  # a residual below one grey level fades out, instead of being blown up to a step of full size
+
+
+def corners(h, w, window, overlap=0):
+    """Upper left corners of windows that cover a canvas; neighbours share `overlap`, at the last edge perhaps more."""
+    rows, columns = ([*range(0, n - window, window - overlap), n - window] for n in (h, w))
+    return [(i, j) for i in rows for j in columns]
+
+
+def cut(canvas, ij, window):
+    """canvas (1,C,H,W) -> windows (N,C,window,window)."""
+    return torch.cat([canvas[..., i:i + window, j:j + window] for i, j in ij])
+
+
+def merge(parts, ij, h, w):
+    """Average windows (N,C,side,side) on a canvas (1,C,h,w); where only one lies, its values come back exactly."""
+    side, total = parts.shape[-1], parts.new_zeros(1, parts.shape[1], h, w)
+    count = parts.new_zeros(1, 1, h, w)
+    for part, (i, j) in zip(parts, ij):
+        total[0, :, i:i + side, j:j + side] += part
+        count[..., i:i + side, j:j + side] += 1
+    return total / count
+
+
+def peak(parts):
+    """Largest absolute value of each window, (N,1,1,1), never zero."""
+    return parts.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
+
+
+@torch.no_grad()
+def joint_sample(eps_fine, eps_ctx, encode, decode, schedule, z_T, z_T_ctx, *, window, factor, steps=50, inner=1,
+                 lam=0.5, delta=0.005, zeta=0.005, overlap=0, guide="exact", normalize=True, y=None, callback=None,
+                 A=None, end="published"):
+    """Draw a large image and the coarse view of it together; the coarse one guides the fine one at every step.
+
+    in:  eps_fine(z (N,C,window,window), t (N,), ij) -> eps of windows at canvas positions ij; eps_ctx(z, t) -> eps;
+    encode, decode: images <-> scaled latents; z_T (1,C,H,W) the fine canvas; z_T_ctx (1,C,h,w) the context; factor:
+    fine pixels per context pixel; inner: corrections per step (K); lam: the largest change of a number of z_t in one
+    of them (with normalize=False: the factor of the step); delta, zeta: widths of the two finite differences; y: a
+    fixed target (1,3,h,w) instead of the context's estimate; callback(n, t, z, z0_hat, target) after every step.
+    out: (z_fine, z_ctx). Costs 1 + 2 K estimates, K decodes and 2 K encodes a step. raises: ValueError if the canvas is
+    no place for the windows, or the context does not match it.
+    source: Z §3.2, Eq. 3-6, Algorithm S2. deviates: Eq. 5 adds the gradient, which climbs; this descends, as the code
+    does. official: all three directions are scaled to a maximum of 1 per window, which Z leaves out.
+    """
+    H, W = z_T.shape[2:]
+    if min(H, W) < window or not 0 <= overlap < window:
+        raise UserError(f"windows of {window} latents that share {overlap} do not cover a canvas of {H} x {W}: take a "
+                        f"larger canvas, or a smaller overlap")
+    if guide != "exact":
+        raise UserError(f"guide={guide!r}: known is 'exact'")
+    A, timesteps = A or Resize(factor), ddim_timesteps(schedule.T, steps)
+    ab, ab_prev = noise_levels(schedule, timesteps, end)
+    ij, tiles = corners(H, W, window, overlap), corners(H, W, window)
+    z, z_ctx = z_T, z_T_ctx
+
+    def estimate(z, i):
+        """eps and the clean estimate of the canvas. Overlapping windows are averaged: MultiDiffusion, L §3.2."""
+        eps = merge(eps_fine(cut(z, ij, window), index(i, len(ij)), ij), ij, H, W)
+        return eps, to_x0(eps, z, ab[i], "eps")
+
+    def index(i, n):
+        return torch.full((n,), timesteps[i], dtype=torch.long, device=z.device)
+
+    def decoded(z):
+        parts = torch.cat([decode(cut(z, [p], window)) for p in tiles])
+        k = parts.shape[-1] // window                                                   # pixels per latent
+        return merge(parts, [(i * k, j * k) for i, j in tiles], H * k, W * k)
+
+    def encoded(x):
+        k = x.shape[-1] // W
+        parts = torch.cat([encode(cut(x, [(i * k, j * k)], window * k)) for i, j in tiles])
+        return merge(parts, tiles, H, W)
+
+    def unit(d, fade=1.0):
+        """A direction on the canvas, scaled per window to a maximum of `fade`; averaged where windows overlap."""
+        k = d.shape[-1] // W
+        at = [(i * k, j * k) for i, j in ij]
+        parts = cut(d, at, window * k)
+        return merge(parts / peak(parts) * fade, at, *d.shape[2:])
+
+    def correction(z0_hat, z, i, target):
+        """What to add to z, before lam: downhill in |A Dec(z0_hat(z)) - y|^2 / 2."""
+        x = decoded(z0_hat)
+        residual = A.down(x)
+        if residual.shape != target.shape:
+            raise UserError(f"the canvas seen through A is {tuple(residual.shape)}, the context "
+                            f"{tuple(target.shape)}: the canvas must be factor={factor} times as large")
+        residual = target - residual
+        if not normalize:
+            err_z = (encoded(x + zeta * A.up(residual) / factor ** 2) - encoded(x)) / zeta   # Eq. 3-4, by J_E
+            return (estimate(z + delta * err_z, i)[1] - z0_hat) / delta                      # Eq. 6
+        u = A.up(residual)
+        k = u.shape[-1] // W
+        fade = (peak(cut(u, [(i * k, j * k) for i, j in ij], window * k)) / GREY).clamp_max(1)
+        err_z = unit(encoded(x + zeta * unit(u)) - encoded(x))
+        return unit(estimate(z + delta * err_z, i)[1] - z0_hat, fade)
+
+    for n, i in enumerate(reversed(range(len(timesteps)))):
+        target = y
+        if eps_ctx is not None:
+            eps_c = eps_ctx(z_ctx, index(i, len(z_ctx)))
+            x0_c = to_x0(eps_c, z_ctx, ab[i], "eps")
+            z_ctx = ddim_step(z_ctx, x0_c, eps_c, ab_prev[i])
+            if y is None:
+                target = decode(x0_c).clamp(-1, 1)
+        eps, z0_hat = estimate(z, i)
+        for _ in range(inner if lam else 0):
+            z = z + lam * correction(z0_hat, z, i, target)
+            eps, z0_hat = estimate(z, i)
+        z = ddim_step(z, z0_hat, eps, ab_prev[i])
+        if callback is not None:
+            callback(n, timesteps[i], z, z0_hat, target)
+    return z, z_ctx
+
+
+# ----- 3. Patches -----
 
 @torch.no_grad()
 def draw_patches(model, batch, cfg, ranks, null=False):
@@ -130,7 +248,7 @@ def show(model, pyramids, cfg, ranks):
     print(f"wrote {out}: {len(rows) // 2} scales x {len(rows[-1])} patches, and sheet.png (real above drawn)")
 
 
-# ----- 3. Evaluation on held-out patches -----
+# ----- 4. Evaluation on held-out patches -----
 
 def truth(pyramids, batch, size):
     """Tissue shares (N,4) by the region map, for toy data. The map has a quarter of the slide's resolution."""
