@@ -144,6 +144,12 @@ def resume(path, cfg, net, ema, opt):
     return meta["step"]
 
 
+def read_lines(path):
+    """The records of a log; none if there is no such file. A line cut short by a kill is passed over."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def append(path, record):
     """Add one line of JSON to a log. raises: UserError if it cannot be written."""
     try:
@@ -160,10 +166,8 @@ class Log:
         self.path, self.stage, self.net, self.ranks, self.rows = path, stage, net, ranks, []
         self.last, self.since = start, time.time()
         if ranks.rank == 0:
-            old = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-            mine = {stage, "samples"} if stage == "ldm" else {stage}
-            keep = [line for line in old if (r := json.loads(line))["stage"] not in mine or r["step"] <= start]
-            write_text(path, "".join(line + "\n" for line in keep))     # without what a killed run logged too much
+            keep = [r for r in read_lines(path) if r["stage"] != stage or r["step"] <= start]
+            write_text(path, "".join(json.dumps(r) + "\n" for r in keep))  # without what a killed run logged too much
 
     def add(self, values):
         self.rows.append(values)
@@ -213,11 +217,11 @@ def plot(run):
         raise UserError("--plot needs matplotlib: pip install matplotlib") from err
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+    loss = [r for r in read_lines(run / "log.jsonl") if r["stage"] == "ldm"]
+    drawn = read_lines(run / "samples/layout.jsonl")
     fig, axes = plt.subplots(1, 3, figsize=(15, 4))
-    for ax, stage, key, name in ((axes[0], "ldm", "by_scale", "scale"), (axes[1], "ldm", "by_t", "quarter of t"),
-                                 (axes[2], "samples", "layout", "scale")):
-        mine = [r for r in rows if r["stage"] == stage]
+    for ax, mine, key, name in ((axes[0], loss, "by_scale", "scale"), (axes[1], loss, "by_t", "quarter of t"),
+                                (axes[2], drawn, "layout", "scale")):
         for i in range(len(mine[0][key]) if mine else 0):
             ax.plot([r["step"] for r in mine], [r[key][i] for r in mine], label=f"{name} {i}")
         ax.set(xlabel="step", ylabel="mean squared error of eps", yscale="log")

@@ -28,7 +28,7 @@ from common import UserError, cli, configure, generator, load_state_dict, load_t
 from common import save_tensors, setup, write_text
 from data import PatchDataset, Pyramids, fixed_batch
 from diffusion import Schedule, ZoomLDM, diffusion_loss
-from loop import append, check_settings, plot, run_stage
+from loop import check_settings, plot, read_lines, run_stage
 from metrics import layout_fidelity
 from pyramid import read_index
 from summarizer import Summarizer, SummarizerConfig
@@ -381,14 +381,15 @@ def main(argv):
             part.load_state_dict({k.removeprefix(name): v for k, v in ema.items() if k.startswith(name)})
         model.eval().save(out)
         rows, labels, layout = sample_sheet(model, pyramids, split, cfg.seed, ranks.autocast())
-        append(out / "log.jsonl", {"stage": "samples", "step": step, "layout": layout})
+        table = out / "samples" / "layout.jsonl"
+        kept = [r for r in read_lines(table) if r["step"] < step]
+        write_text(table, "".join(json.dumps(r) + "\n" for r in [*kept, {"step": step, "layout": layout}]))
         tqdm.write(f"step {step}: layout fidelity by scale {layout}")
         save_grid(out / "samples" / f"step_{step:06d}.png", rows, labels)
 
     done, ema = run_stage("", cfg, ranks, net, dataset(pyramids), cfg.steps, cfg.batch, cfg.lr, cfg.ema, export)
     if ranks.rank == 0:
-        picture = out / "samples" / f"step_{done:06d}.png"
-        if not picture.exists():  # killed after the last step
+        if not (picture := out / "samples" / f"step_{done:06d}.png").exists():  # killed after the last step
             export(done, ema)
         print(f"done: {out}/ema.safetensors, {picture}")
     if ranks.world > 1:
