@@ -208,13 +208,13 @@ class Log:
 
 
 def plot(run):
-    """Draw log.jsonl as log.png: eps error per scale and per quarter of t."""
+    """Draw RUN/log.png: eps error per scale and per quarter of t, layout fidelity of the patches drawn on the way."""
     if not (run / "log.jsonl").exists():
         raise UserError(f"no log at {run / 'log.jsonl'}: give the run folder of a training, --plot=out/toy")
     try:
         import matplotlib
     except ImportError as err:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from err
+        raise UserError("--plot needs matplotlib: pip install -e '.[plot]'") from err
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     loss = [r for r in read_lines(run / "log.jsonl") if r["stage"] == "ldm"]

@@ -222,7 +222,7 @@ def load_lpips(weights):
     try:
         import lpips as published
     except ImportError as err:
-        raise UserError(f"LPIPS needs pip install nanozoomldm[metrics], and {weights} as backbone") from err
+        raise UserError(f"LPIPS needs the extra: pip install -e '.[metrics]', and {weights} as backbone") from err
     state = load_state_dict(weights)
     alex = state["features.0.weight"].shape[-1] == 11 if "features.0.weight" in state else False
     net = published.LPIPS(net="alex" if alex else "vgg", pnet_rand=True, verbose=False)  # random: no download

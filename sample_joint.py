@@ -140,8 +140,9 @@ def joint_sample(eps_fine, eps_ctx, encode, decode, schedule, z_T, z_T_ctx, *, w
     if min(H, W) < window or not 0 <= overlap < window:
         raise UserError(f"windows of {window} latents that share {overlap} do not cover a canvas of {H} x {W}: take a "
                         f"larger canvas, or a smaller overlap")
-    if guide != "exact":
-        raise UserError(f"guide={guide!r}: known is 'exact'")
+    if guide != "exact" or end not in ("clean", "published") or eps_ctx is None and y is None:
+        raise UserError(f"guide={guide!r}, end={end!r}: known are 'exact', 'clean', 'published'; and eps_ctx or y "
+                        f"must be given")
     A, timesteps = A or Resize(factor), ddim_timesteps(schedule.T, steps)
     ab, ab_prev = noise_levels(schedule, timesteps, end)
     ij, tiles = corners(H, W, window, overlap), corners(H, W, window)

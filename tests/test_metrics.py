@@ -316,7 +316,7 @@ def test_inception_takes_a_local_torchscript_file(tmp_path):
 
 def test_lpips_without_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(UserError, match=r"pip install nanozoomldm\[metrics\], and .*alex.pth as backbone"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[metrics\]', and .*alex.pth as backbone"):
         load_lpips(tmp_path / "alex.pth")
 
 

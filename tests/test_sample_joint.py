@@ -162,7 +162,8 @@ def test_what_a_step_costs():
 
 
 @pytest.mark.parametrize("options, says", [({"window": 32}, "larger canvas"), ({"overlap": 8}, "smaller overlap"),
-                                           ({"factor": 2}, "factor=2 times"), ({"guide": "magic"}, "guide='magic'")])
+                                           ({"factor": 2}, "factor=2 times"), ({"guide": "magic"}, "guide='magic'"),
+                                           ({"end": "never"}, "end='never'")])
 def test_canvas_that_does_not_fit(options, says):
     with pytest.raises(ValueError, match=says):
         draw(**options)
