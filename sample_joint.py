@@ -7,21 +7,19 @@
 in:  a run folder and the data folder it was trained on   out: RUN/patches/*.png, sheet.png, eval.json
 read next: README.md
 """
-import json
+import math
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
-from tqdm import tqdm
 
-import metrics as M
-from common import UserError, atomic, cli, configure, open_tensors, save_grid, setup, to_uint8, write_text
-from data import Pyramids, fixed_batch
+from canvas import Canvas, Resize
+from common import UserError, cli, configure, setup
+from data import Pyramids
 from diffusion import ZoomLDM, ddim_step, ddim_timesteps, noise_levels, to_x0
-from encoder import load_encoder
-from summarizer import standardize
-from zoom_vae import perplexity
+from patches import evaluate, show
 
 
 @dataclass
@@ -43,76 +41,119 @@ class Config:
     threads: int = 0
 
 
-# ----- 1. The down-sampling operator A of the constraint A Dec(z) = y (Z Eq. 1) -----
+# ----- 1. Joint sampling (Z Algorithms S1 and S2) -----
 
-def shrink_matrix(n, k):
-    """Rows of A in one dimension, (n/k,n) float64: Keys' cubic (a = -0.5) stretched k times, mirrored at the borders
-    with the edge repeated, each row summing to 1. reference: the Resizer of the published helpers."""
-    centre = (torch.arange(n // k, dtype=torch.float64) + 0.5) * k - 0.5                # (n/k,)
-    taps = (centre[:, None] - 2 * k).floor() + torch.arange(1, 4 * k + 1)               # (n/k,4k)
-    d = (taps - centre[:, None]).abs() / k
-    w = torch.where(d <= 1, 1.5 * d ** 3 - 2.5 * d ** 2 + 1, (-0.5 * d ** 3 + 2.5 * d ** 2 - 4 * d + 2) * (d < 2))
-    at = taps.long() % (2 * n)
-    at = torch.where(at >= n, 2 * n - 1 - at, at)                                       # ... 1 0 | 0 1 ... n-1 | n-1
-    return torch.zeros(n // k, n, dtype=torch.float64).scatter_add_(1, at, w / w.sum(1, keepdim=True))
+GREY = 2 / 255  # one grey level
+GUIDES = {      # how the misfit of the image is turned into a direction for z0_hat, and that into one for z_t
+    "exact": ("encoder", "difference"),    # Z Algorithm S2: both by a finite difference
+    "gradient": ("decoder", "gradient"),   # Z Algorithm S1: both by backpropagation; the reference for the others
+    "proxy": ("proxy", "difference"),      # a small network instead of A Dec: its gradient costs next to nothing
+    "x0": ("encoder", None),               # z0_hat itself is corrected, so the U-Net is asked once per step
+    "x0+proxy": ("proxy", None),
+}
 
 
-class Resize:
-    """Antialiased bicubic down-sampling A by an integer factor, and `up` = factor^2 A^T, which is exactly the bicubic
-    up-sampling of the published code. kind "box" averages blocks instead, as the pyramids on disk are made; then
-    A A^T = 1 / factor^2. in: x (...,H,W), H and W multiples of factor. raises: ValueError for other sides.
-    """
-
-    def __init__(self, factor, kind="bicubic"):
-        if factor < 1 or kind not in ("bicubic", "box"):
-            raise UserError(f"factor={factor}, kind={kind!r}: give a factor of at least 1, and bicubic or box")
-        self.factor, self.kind, self.cache = factor, kind, {}
-
-    def matrix(self, n, like):
-        """A in one dimension for sides of n pixels, (n/factor,n), in the dtype and on the device of `like`."""
-        key = n, like.dtype, like.device
-        if key not in self.cache:
-            box = torch.eye(n // self.factor, dtype=torch.float64).repeat_interleave(self.factor, 1) / self.factor
-            self.cache[key] = (box if self.kind == "box" else shrink_matrix(n, self.factor)).to(like)
-        return self.cache[key]
-
-    def down(self, x):
-        """A x: (...,H,W) -> (...,H/factor,W/factor)."""
-        h, w = x.shape[-2:]
-        if h % self.factor or w % self.factor:
-            raise UserError(f"got an image of {h} x {w} pixels, which {self.factor} does not divide: crop or pad it")
-        return self.matrix(h, x) @ x @ self.matrix(w, x).T
-
-    def up(self, y):
-        """factor^2 A^T y: (...,h,w) -> (...,h factor,w factor)."""
-        h, w = (n * self.factor for n in y.shape[-2:])
-        return self.factor ** 2 * (self.matrix(h, y).T @ y @ self.matrix(w, y))
+@dataclass
+class Level:
+    """One scale of a joint run. eps(z (n,C,window), t (n,), ij) -> eps of windows at corners ij; canvas, its windows;
+    z (1,C,rows,w), this rank's rows; factor: its pixels per pixel of the next coarser level, 0 = nothing guides it;
+    y (1,3,h,w): a fixed image it must match instead of that level. eps_diff: take denoiser differences of this cheaper
+    function; eps then returns (n,2C,...), its own answer and below it what eps_diff would have said."""
+    eps: Callable
+    canvas: Canvas
+    z: torch.Tensor
+    factor: int = 0
+    y: torch.Tensor | None = None
+    eps_diff: Callable | None = None
 
 
-# ----- 2. Joint sampling (Z Algorithm S2) -----
-
-GREY = 2 / 255  # a residual below one grey level fades out, instead of being blown up to a step of full size
-
-
-def corners(h, w, window, overlap=0):
-    """Upper left corners of windows that cover a canvas; neighbours share `overlap`, at the last edge perhaps more."""
-    rows, columns = ([*range(0, n - window, window - overlap), n - window] for n in (h, w))
-    return [(i, j) for i in rows for j in columns]
-
-
-def cut(canvas, ij, window):
-    """canvas (1,C,H,W) -> windows (N,C,window,window)."""
-    return torch.cat([canvas[..., i:i + window, j:j + window] for i, j in ij])
+@contextmanager
+def full_precision(device):
+    """No autocast, no TF32: of a perturbation of 0.005, bf16 rounds away 79 %, TF32 and fp16 10 %."""
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
 
 
-def merge(parts, ij, h, w):
-    """Average windows (N,C,side,side) on a canvas (1,C,h,w); where only one lies, its values come back exactly."""
-    side, total = parts.shape[-1], parts.new_zeros(1, parts.shape[1], h, w)
-    count = parts.new_zeros(1, 1, h, w)
-    for part, (i, j) in zip(parts, ij):
-        total[0, :, i:i + side, j:j + side] += part
-        count[..., i:i + side, j:j + side] += 1
-    return total / count
+def see(canvas, decode, z, A, keep=None):
+    """A Dec(z), tile by tile: (1,3,h,w), whole on every rank. keep: a dict that receives the decoded tiles."""
+    total, share = None, 1 / canvas.count("tiles", z)[None, None]
+    for ij in canvas.each("tiles"):
+        x = decode(canvas.cut(z, ij)).to(z.dtype)                                       # (n,3,k window)
+        k = x.shape[-1] // canvas.window[1]                                             # pixels per latent
+        if total is None:
+            total = x.new_zeros(1, 3, canvas.h * k // A.factor, canvas.w * k // A.factor)
+        for part, w, (i, j) in zip(x, canvas.cut(share, ij), ij):
+            if keep is not None:
+                keep[i, j] = part
+            A.add_down(total, part[None] * w.repeat_interleave(k, 1).repeat_interleave(k, 2), i * k, j * k)
+    return canvas.reduce(total)
+
+
+def misfit(canvas, decode, z0_hat, A, target, keep=None):
+    """The residual y - A Dec(z0_hat). raises: ValueError if the canvas and the target do not match."""
+    view = see(canvas, decode, z0_hat, A, keep)
+    if view.shape != target.shape:
+        raise UserError(f"the canvas seen through A is {tuple(view.shape)}, the context {tuple(target.shape)}: the "
+                        f"canvas must be factor={A.factor} times as large")
+    return target - view
+
+
+def err_z_by_encoder(canvas, decode, encode, z0_hat, A, target, zeta):
+    """J_E A^T r by a difference of the encoder, which stands for J_D^T A^T r (Z Eq. 3-4). out: err_z, r."""
+    x = {}
+    residual = misfit(canvas, decode, z0_hat, A, target, x)
+
+    def ahead(ij):
+        here = torch.stack([x[p] for p in ij])                                          # (n,3,P,P)
+        k = here.shape[-1] // canvas.window[1]
+        err_x = torch.cat([A.up_part(residual, i * k, j * k, here.shape[2:]) for i, j in ij]) / A.factor ** 2
+        size = peak(err_x)
+        with full_precision(err_x.device):
+            return (encode(here + zeta * err_x / size) - encode(here)) * size / zeta
+    return canvas.average(ahead, "tiles"), residual
+
+
+def err_z_by_gradient(canvas, decode, z0_hat, A, target):
+    """J_D^T A^T r exactly, one batch of tiles at a time. decode may be a stand-in, as `Proxy` is. out: err_z, r."""
+    residual, count = misfit(canvas, decode, z0_hat, A, target), canvas.count("tiles", z0_hat)[None, None]
+
+    def back(ij):
+        with torch.enable_grad(), full_precision(z0_hat.device):
+            z = canvas.cut(z0_hat, ij).requires_grad_()
+            x = decode(z)
+            k = x.shape[-1] // canvas.window[1]
+            share = canvas.cut(1 / count, ij).repeat_interleave(k, 2).repeat_interleave(k, 3)
+            err_x = torch.cat([A.up_part(residual, i * k, j * k, x.shape[2:]) for i, j in ij]) / A.factor ** 2
+            return torch.autograd.grad(x, z, err_x * share)[0]
+    return canvas.average(back, "tiles") * count, residual
+
+
+def g_by_difference(level, z, z0_hat, err_z, estimate, delta):
+    """J err_z, with J the Jacobian of z0_hat(z_t), which stands for J^T err_z (Z Eq. 5-6)."""
+    size = level.canvas.reduce(err_z.abs().max().clamp_min(1e-12), "max")
+    return (estimate(z + delta / size * err_z) - z0_hat) * size / delta
+
+
+def g_by_gradient(level, z, err_z, t, ab):
+    """J^T err_z exactly, one batch of windows at a time."""
+    canvas = level.canvas
+    count = canvas.count("ij", z)[None, None]
+
+    def back(ij):
+        with torch.enable_grad(), full_precision(z.device):
+            part = canvas.cut(z, ij).requires_grad_()
+            eps = level.eps(part, index(t, part, part.device), ij)
+            return torch.autograd.grad(eps, part, canvas.cut(err_z / count, ij))[0]
+    return (err_z - (1 - ab) ** 0.5 * canvas.average(back) * count) / ab ** 0.5
+
+
+def index(t, like, device):
+    return torch.full((len(like),), t, dtype=torch.long, device=device)
 
 
 def peak(parts):
@@ -120,243 +161,115 @@ def peak(parts):
     return parts.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
 
 
+def unit(canvas, d, residual=None, floor=GREY):
+    """Scale a direction to a maximum of 1 in every window (the published code does, Z does not say so); where windows
+    overlap, by the average of their factors. Where the residual under a window is below `floor` everywhere the step
+    fades with it, or rounding errors would be blown up to steps of full size."""
+    def scale(ij):
+        s = 1 / peak(canvas.cut(d, ij))                                                 # (n,1,1,1)
+        if residual is not None:
+            r, (wh, ww) = residual.shape[-1] / canvas.w, canvas.window                  # pixels of it per latent
+            under = [residual[..., int(i * r):math.ceil((i + wh) * r), int(j * r):math.ceil((j + ww) * r)]
+                     for i, j in ij]
+            s = s * torch.cat([peak(x) for x in under]).div(floor).clamp_max(1)
+        return s.expand(-1, 1, *canvas.window)
+    return d * canvas.average(scale)
+
+
 @torch.no_grad()
-def joint_sample(eps_fine, eps_ctx, encode, decode, schedule, z_T, z_T_ctx, *, window, factor, steps=50, inner=1,
-                 lam=0.5, delta=0.005, zeta=0.005, overlap=0, guide="exact", normalize=True, y=None, callback=None,
-                 A=None, end="published"):
-    """Draw a large image and the coarse view of it together; the coarse one guides the fine one at every step.
+def sample_levels(levels, decode, encode, schedule, *, steps=50, inner=1, lam=0.5, delta=0.005, zeta=0.005,
+                  guide="exact", normalize=True, callback=None, end="published", kind="bicubic", floor=GREY,
+                  during=(0, 1000), proxy=None, timesteps=None):
+    """Draw several scales of one image together, each guiding the next finer one at every step.
 
-    in:  eps_fine(z (N,C,window,window), t (N,), ij) -> eps of windows at canvas positions ij; eps_ctx(z, t) -> eps;
-    encode, decode: images <-> scaled latents; z_T (1,C,H,W) the fine canvas; z_T_ctx (1,C,h,w) the context; factor:
-    fine pixels per context pixel; inner: corrections per step (K); lam: the largest change of a number of z_t in one
-    of them (with normalize=False: the factor of the step); delta, zeta: widths of the two finite differences; y: a
-    fixed target (1,3,h,w) instead of the context's estimate; callback(n, t, z, z0_hat, target) after every step.
-    out: (z_fine, z_ctx). Costs 1 + 2 K estimates, K decodes and 2 K encodes a step. raises: ValueError if the canvas is
-    no place for the windows, or the context does not match it.
-    source: Z §3.2, Eq. 3-6, Algorithm S2. deviates: Eq. 5 adds the gradient, which climbs; this descends, as the code
-    does. official: all three directions are scaled to a maximum of 1 per window, which Z leaves out.
+    in:  levels, coarse to fine, whose z are drawn over; decode, encode: latents <-> images; inner: corrections per step
+    (K); lam: the largest change of a number of z_t (of z0_hat, for x0 guides) in one of them, or (first, last), going
+    linearly from one to the other over the steps; with normalize=False the factor of the step; delta, zeta: widths of
+    the finite differences of denoiser and encoder; guide: see GUIDES; during: guide only while t lies in this range;
+    kind, floor: see Resize and unit; proxy (z -> pixels, factor by which it is smaller than decode); callback(n, t,
+    levels, estimates, targets) after every step, with this rank's rows. Call it under autocast for bf16: differences
+    are taken in float32 whatever surrounds them.
+    out: levels. raises: ValueError if two levels do not match. source: Z §3.2, Eq. 3-6, Algorithms S1, S2.
+    deviates: Eq. 5 adds the gradient, which climbs; this descends, as the code does.
     """
-    H, W = z_T.shape[2:]
-    if min(H, W) < window or not 0 <= overlap < window:
-        raise UserError(f"windows of {window} latents that share {overlap} do not cover a canvas of {H} x {W}: take a "
-                        f"larger canvas, or a smaller overlap")
-    if guide != "exact" or end not in ("clean", "published") or eps_ctx is None and y is None:
-        raise UserError(f"guide={guide!r}, end={end!r}: known are 'exact', 'clean', 'published'; and eps_ctx or y "
-                        f"must be given")
-    A, timesteps = A or Resize(factor), ddim_timesteps(schedule.T, steps)
+    if guide not in GUIDES or end not in ("clean", "published"):
+        raise UserError(f"guide={guide!r}, end={end!r}: known are {', '.join(GUIDES)}; clean, published")
+    by, pull = GUIDES[guide]
+    timesteps = ddim_timesteps(schedule.T, steps) if timesteps is None else timesteps
     ab, ab_prev = noise_levels(schedule, timesteps, end)
-    ij, tiles = corners(H, W, window, overlap), corners(H, W, window)
-    z, z_ctx = z_T, z_T_ctx
+    lams = lam if isinstance(lam, tuple) else (lam, lam)
 
-    def estimate(z, i):
-        """eps and the clean estimate of the canvas. Overlapping windows are averaged: MultiDiffusion, L §3.2."""
-        eps = merge(eps_fine(cut(z, ij, window), index(i, len(ij)), ij), ij, H, W)
-        return eps, to_x0(eps, z, ab[i], "eps")
-
-    def index(i, n):
-        return torch.full((n,), timesteps[i], dtype=torch.long, device=z.device)
-
-    def decoded(z):
-        parts = torch.cat([decode(cut(z, [p], window)) for p in tiles])
-        k = parts.shape[-1] // window                                                   # pixels per latent
-        return merge(parts, [(i * k, j * k) for i, j in tiles], H * k, W * k)
-
-    def encoded(x):
-        k = x.shape[-1] // W
-        parts = torch.cat([encode(cut(x, [(i * k, j * k)], window * k)) for i, j in tiles])
-        return merge(parts, tiles, H, W)
-
-    def unit(d, fade=1.0):
-        """A direction on the canvas, scaled per window to a maximum of `fade`; averaged where windows overlap."""
-        k = d.shape[-1] // W
-        at = [(i * k, j * k) for i, j in ij]
-        parts = cut(d, at, window * k)
-        return merge(parts / peak(parts) * fade, at, *d.shape[2:])
-
-    def correction(z0_hat, z, i, target):
-        """What to add to z, before lam: downhill in |A Dec(z0_hat(z)) - y|^2 / 2."""
-        x = decoded(z0_hat)
-        residual = A.down(x)
-        if residual.shape != target.shape:
-            raise UserError(f"the canvas seen through A is {tuple(residual.shape)}, the context "
-                            f"{tuple(target.shape)}: the canvas must be factor={factor} times as large")
-        residual = target - residual
-        if not normalize:
-            err_z = (encoded(x + zeta * A.up(residual) / factor ** 2) - encoded(x)) / zeta   # Eq. 3-4, by J_E
-            return (estimate(z + delta * err_z, i)[1] - z0_hat) / delta                      # Eq. 6
-        u = A.up(residual)
-        k = u.shape[-1] // W
-        fade = (peak(cut(u, [(i * k, j * k) for i, j in ij], window * k)) / GREY).clamp_max(1)
-        err_z = unit(encoded(x + zeta * unit(u)) - encoded(x))
-        return unit(estimate(z + delta * err_z, i)[1] - z0_hat, fade)
+    def estimate(level, z, i, eps, precise):
+        """eps, z0_hat and the z0_hat differences are taken from. Overlapping windows are averaged (L §3.2)."""
+        canvas = level.canvas
+        with full_precision(z.device) if precise else nullcontext():
+            out = canvas.average(lambda ij: eps(canvas.cut(z, ij), index(timesteps[i], ij, z.device), ij).to(z.dtype))
+        both = [to_x0(e, z, ab[i], "eps") for e in out.split(z.shape[1], 1)]
+        return out[:, :z.shape[1]], both[0], both[-1]
 
     for n, i in enumerate(reversed(range(len(timesteps)))):
-        target = y
-        if eps_ctx is not None:
-            eps_c = eps_ctx(z_ctx, index(i, len(z_ctx)))
-            x0_c = to_x0(eps_c, z_ctx, ab[i], "eps")
-            z_ctx = ddim_step(z_ctx, x0_c, eps_c, ab_prev[i])
-            if y is None:
-                target = decode(x0_c).clamp(-1, 1)
-        eps, z0_hat = estimate(z, i)
-        for _ in range(inner if lam else 0):
-            z = z + lam * correction(z0_hat, z, i, target)
-            eps, z0_hat = estimate(z, i)
-        z = ddim_step(z, z0_hat, eps, ab_prev[i])
+        step = lams[0] + (lams[1] - lams[0]) * n / max(len(timesteps) - 1, 1)
+        target, estimates, targets = None, [], []
+        for level in levels:
+            canvas, z = level.canvas, level.z
+            target = level.y if level.y is not None else target if level.factor else None
+            on = inner if step and target is not None and during[0] <= timesteps[i] <= during[1] else 0
+            eps, z0_hat, base = estimate(level, z, i, level.eps, on and pull == "difference")
+            for k in range(on):
+                A = Resize.cached(level.factor // (proxy[1] if by == "proxy" and proxy else 1), kind)
+                if by == "encoder":
+                    err_z, residual = err_z_by_encoder(canvas, decode, encode, z0_hat, A, target, zeta)
+                else:
+                    err_z, residual = err_z_by_gradient(canvas, proxy[0] if by == "proxy" and proxy else decode, z0_hat,
+                                                        A, target)
+                if pull == "difference":
+                    err_z = unit(canvas, err_z) if normalize else err_z
+                    err_z = g_by_difference(level, z, base, err_z, lambda z, level=level, i=i: estimate(
+                        level, z, i, level.eps_diff or level.eps, True)[-1], delta)
+                elif pull == "gradient":
+                    err_z = g_by_gradient(level, z, err_z, timesteps[i], ab[i])
+                change = step * (unit(canvas, err_z, residual, floor) if normalize else err_z)
+                if pull is None:
+                    z0_hat = z0_hat + change
+                else:
+                    z = z + change
+                    eps, z0_hat, base = estimate(level, z, i, level.eps, k < on - 1 and pull == "difference")
+            level.z = ddim_step(z, z0_hat, eps, ab_prev[i])
+            estimates, targets = [*estimates, z0_hat], [*targets, target]
+            if level is not levels[-1]:
+                target = see(canvas, decode, z0_hat, Resize.cached(1)).clamp(-1, 1)
         if callback is not None:
-            callback(n, timesteps[i], z, z0_hat, target)
-    return z, z_ctx
+            callback(n, timesteps[i], levels, estimates, targets)
+    return levels
 
 
-# ----- 3. Patches -----
+def joint_sample(eps_fine, eps_ctx, encode, decode, schedule, z_T, z_T_ctx, *, window, factor, steps=50, inner=1,
+                 lam=0.5, delta=0.005, zeta=0.005, overlap=0, guide="exact", normalize=True, y=None, callback=None,
+                 batch=64, **options):
+    """Draw a large image and the coarse view of it together: `sample_levels` for two levels and any functions.
 
-@torch.no_grad()
-def draw_patches(model, batch, cfg, ranks, null=False):
-    """Draw one patch per item. in: a collated batch with tokens, mask, s, x. out: (N,3,P,P) in [-1,1] on the CPU."""
-    out, side = [], [v // model.vae.factor for v in batch["x"].shape[-2:]]
-    for k in range(0, len(batch["s"]), cfg.batch):
-        tokens, mask, s = (batch[key][k:k + cfg.batch].to(ranks.device) for key in ("tokens", "mask", "s"))
-        with ranks.autocast():
-            c = model.summarizer(tokens, mask, s).float()
-            z = model.sample(torch.zeros_like(c) if null else c, side, 1.0 if null else cfg.guidance, cfg.steps,
-                             cfg.seed, cfg.sampler, cfg.end, first=k)
-            out.append(model.decode(z).float().clamp(-1, 1).cpu())
-    return torch.cat(out)
+    in:  eps_fine(z (N,C,window,window), t (N,), ij) -> eps of windows at canvas positions ij; eps_ctx(z, t) -> eps;
+    encode, decode: images <-> scaled latents; z_T (1,C,H,W) the fine canvas; z_T_ctx (1,C,h,w) the context, drawn in
+    one window; factor: fine pixels per context pixel; overlap of windows, in latents; batch: windows per call; y: a
+    fixed target (1,3,h,w) instead of the context's estimate (eps_ctx may be None then); callback(n, t, z, z0_hat,
+    target) after every step; the rest as in `sample_levels`. Under torchrun every rank gives and gets the whole canvas.
+    out: (z_fine, z_ctx). Costs 1 + 2 K estimates, K decodes and 2 K encodes a step (guide "exact").
+    raises: ValueError if the canvas is no place for the windows, or the context does not match it.
+    """
+    if eps_ctx is None and y is None:
+        raise UserError("nothing to match: give eps_ctx or y")
+    canvas = Canvas(*z_T.shape[2:], window, overlap, batch)
+    fine = Level(eps_fine, canvas, canvas.own(z_T), factor, y)
+    levels, z_ctx = [fine], z_T_ctx
+    if eps_ctx is not None:
+        whole = tuple(z_T_ctx.shape[2:])
+        levels = [Level(lambda z, t, ij: eps_ctx(z, t), Canvas(*whole, whole), z_T_ctx), fine]
 
-
-def scales_of(cfg, pyramids):
-    there = [s for s in range(pyramids.scales) if pyramids.count(cfg.split, s)]
-    if not there:
-        raise UserError(f"{pyramids.folder} has no {cfg.split!r} images: give --split=train, or build it with some held"
-                        f" out")
-    if cfg.scale >= 0 and cfg.scale not in there:
-        raise UserError(f"--scale={cfg.scale}: {pyramids.folder} has {cfg.split!r} patches at scales {there}")
-    return there if cfg.scale < 0 else [cfg.scale]
-
-
-def show(model, pyramids, cfg, ranks):
-    """Write every drawn patch as a PNG, and a sheet of real patches above the ones drawn from their conditions."""
-    out, rows, labels = Path(cfg.out), [], []
-    for s in tqdm(scales_of(cfg, pyramids), desc="scales"):
-        batch = fixed_batch(pyramids, cfg.split, s, cfg.n)
-        x = draw_patches(model, batch, cfg, ranks)
-        for i, image in enumerate(to_uint8(x).numpy()):
-            with atomic(out / f"scale{s}_{i:03d}.png") as tmp:
-                Image.fromarray(image).save(tmp, "PNG")
-        rows += [batch["x"], x]
-        labels += [f"scale {s} real", f"scale {s} drawn"]
-    save_grid(out / "sheet.png", rows, labels)
-    print(f"wrote {out}: {len(rows) // 2} scales x {len(rows[-1])} patches, and sheet.png (real above drawn)")
-
-
-# ----- 4. Evaluation on held-out patches -----
-
-def truth(pyramids, batch, size):
-    """Tissue shares (N,4) by the region map, for toy data. The map has a quarter of the slide's resolution."""
-    rows = []
-    for k, s, (i, j) in zip(batch["slide"].tolist(), batch["s"].tolist(), batch["ij"].tolist()):
-        with open_tensors(pyramids.folder / pyramids.slides[k]["file"]) as f:
-            side = size * 2 ** s // 4
-            region = f.get_tensor("region")[i * side:(i + 1) * side, j * side:(j + 1) * side]
-        rows.append(torch.bincount(region.flatten().long(), minlength=4) / region.numel())
-    return torch.stack(rows)
-
-
-def palette_of(pyramids):
-    """Mean colour of each tissue, from training patches at scale 2 and their region maps."""
-    batch, regions = fixed_batch(pyramids, "train", 2, 128), []
-    for k, (i, j) in zip(batch["slide"].tolist(), batch["ij"].tolist()):
-        with open_tensors(pyramids.folder / pyramids.slides[k]["file"]) as f:
-            side = pyramids.patch
-            region = f.get_tensor("region")[i * side:(i + 1) * side, j * side:(j + 1) * side]
-        regions.append(region[::4, ::4])
-    return M.fit_palette(batch["x"], torch.stack(regions))
-
-
-def evaluate(model, pyramids, cfg, ranks):
-    """Measure drawn patches against the real ones their conditions came from; print a table, write eval.json."""
-    encoder = load_encoder(pyramids.encoder, pyramids.std)
-
-    def describe(x):  # descriptor space: what the conditions are made of, here of the patch itself
-        return standardize(encoder((x + 1) / 2)[..., None, None])[..., 0, 0]
-    with open_tensors(pyramids.folder / pyramids.slides[0]["file"]) as f:
-        toy = "region" in f.keys()
-    try:
-        palette = palette_of(pyramids) if toy and pyramids.scales > 2 else None
-    except UserError as err:
-        palette = print(f"tissues are not measured: {err}")
-    table, rows, labels = [], [], []
-    for s in tqdm(scales_of(cfg, pyramids), desc="scales"):
-        few = [pyramids.count(split, s) for split in (cfg.split, "train")]
-        if min(few) < 3:
-            print(f"scale {s} left out: {few[0]} {cfg.split} and {few[1]} training patches are too few")
-            continue
-        n = min(cfg.n, few[1])                 # as many on both sides of a distance
-        batch, train = fixed_batch(pyramids, cfg.split, s, n), fixed_batch(pyramids, "train", s, max(n, 256))["x"]
-        real, grid = batch["x"], min(2 ** s, 8)
-        fake, null = draw_patches(model, batch, cfg, ranks), draw_patches(model, batch, cfg, ranks, null=True)
-        with torch.no_grad(), ranks.autocast():
-            z = torch.cat([model.vae.encode(x.to(ranks.device)) for x in real.split(cfg.batch)]).float()
-            coded = torch.cat([model.vae.decode(x).float().cpu().clamp(-1, 1) for x in z.split(cfg.batch)])
-        used = torch.bincount(model.vae.quantize(z)[1].flatten(), minlength=len(model.vae.codebook.weight))
-        row = {"scale": s, "n": len(real), "layout": M.layout_fidelity(fake, real, grid),
-               "layout_vae": M.layout_fidelity(coded, real, grid), "psnr_vae": M.psnr(coded, real),
-               "codes_used": perplexity(used)}
-        for space, feature in (("desc", describe), ("rand", M.random_features)):
-            base = feature(train)
-            scale = M.standard(base)   # about the mean training patch, or any two patches would look alike
-            row[f"sim_{space}"], row[f"shuffled_{space}"] = M.paired_gain(scale(feature(fake)), scale(feature(real)))
-            row[f"sim_{space}_vae"] = M.similarity(scale(feature(coded)), scale(feature(real)))
-            axes = M.principal(base, min(16, len(base) - 1))
-            sets = {name: axes(feature(x)) for name, x in (("fake", fake), ("null", null), ("vae", coded))}
-            held, floor = axes(feature(real)), axes(base)[:len(real)]
-            # a Fréchet distance of few samples is mostly bias: below 256, the unbiased kernel distance and its error
-            measure = (lambda a, b: (M.frechet(a, b), None)) if len(real) >= 256 else M.kernel_distance
-            for name, value in {"floor": floor, **sets}.items():
-                row[f"dist_{space}_{name}"] = measure(value, held)
-        if palette is not None:
-            cell = {0: 16, 1: 16, 2: 8}.get(s, 4)   # pixels averaged before a colour counts as a tissue
-            want = truth(pyramids, batch, pyramids.patch)
-            for name, x in (("fake", fake), ("real", real), ("vae", coded), ("null", null)):
-                row[f"tissue_{name}"] = float((M.tissue_fractions(x, palette, cell) - want).abs().mean())
-            area = M.nuclei_fraction(real)
-            row["nuclei_mean"] = float(area.mean())
-            for name, x in (("fake", fake), ("vae", coded), ("null", null)):
-                row[f"nuclei_{name}"] = float((M.nuclei_fraction(x) - area).abs().mean())
-        table.append(row)
-        rows, labels = rows + [real[:12], fake[:12]], labels + [f"scale {s} real", f"scale {s} drawn"]
-    if not table:
-        raise UserError(f"{pyramids.folder} has too few patches to measure anything: look at the pictures instead, "
-                        f"without --eval")
-    out = Path(cfg.out)
-    save_grid(out / "sheet.png", rows, labels)
-    write_text(out / "eval.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))
-    print_table(table)
-    print(f"\nwrote {out}/eval.json and sheet.png; guidance {cfg.guidance}, {cfg.steps} {cfg.sampler} steps, "
-          f"seed {cfg.seed}")
-
-
-def print_table(table):
-    """Three blocks, a row per scale. "(vae)" columns are what coding the real patch alone loses: the ceiling."""
-    def cell(v):
-        if v is None:
-            return "-"
-        if isinstance(v, tuple):
-            return f"{v[0]:.3g}" + (f"±{v[1]:.2g}" if v[1] is not None else "")
-        return f"{v:d}" if isinstance(v, int) else f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}"
-    blocks = [("follows its condition (1 = the real patch; shuffled = other patches' conditions)",
-               ["scale", "n", "layout", "layout_vae", "sim_desc", "shuffled_desc", "sim_desc_vae", "sim_rand",
-                "shuffled_rand", "sim_rand_vae", "psnr_vae", "codes_used"]),
-              ("distance to held-out patches (Fréchet if n >= 256, else kernel ± standard error), 16 components",
-               ["scale"] + [f"dist_{sp}_{k}" for sp in ("desc", "rand") for k in ("fake", "floor", "vae", "null")])]
-    if "tissue_fake" in table[0]:
-        blocks.append(("mean absolute error: tissue shares against the region map; nuclei area (by colour, mean given) "
-                       "against the real patch", ["scale", "tissue_fake", "tissue_vae", "tissue_real", "tissue_null",
-                                                  "nuclei_fake", "nuclei_vae", "nuclei_null", "nuclei_mean"]))
-    for title, keys in blocks:
-        print(f"\n{title}\n" + " ".join(f"{k.replace('_', ' '):>14}" for k in keys))
-        for row in table:
-            print(" ".join(f"{cell(row[k]):>14}" for k in keys))
+    def report(n, t, levels, estimates, targets):
+        callback(n, t, canvas.whole(levels[-1].z), canvas.whole(estimates[-1]), targets[-1])
+    sample_levels(levels, decode, encode, schedule, steps=steps, inner=inner, lam=lam, delta=delta, zeta=zeta,
+                  guide=guide, normalize=normalize, callback=callback and report, **options)
+    return canvas.whole(fine.z), z_ctx if eps_ctx is None else levels[0].z
 
 
 def main(argv):

@@ -3,9 +3,10 @@ import pytest
 import torch
 from rule import assert_close, golden
 
+from canvas import Canvas
 from common import UserError
 from diffusion import Schedule, ddim_sample
-from sample_joint import Resize, corners, cut, joint_sample
+from sample_joint import Resize, joint_sample
 
 S = Schedule()
 SIDE, W, K = 16, 8, 4  # canvas, window, factor
@@ -80,9 +81,9 @@ def misfit(z0_hat, target):
 def test_without_guidance_it_is_independent_ddim(off):
     """Bit for bit, in fine windows and context alike. Catches: any arithmetic on the canvas that windows do not see."""
     (z, z_ctx), (fine, ctx), _ = draw(**off)
-    ij = corners(SIDE, SIDE, W)
-    alone = ddim_sample(gaussian(0.1), cut(z, ij, W), S, 10)
-    assert torch.equal(cut(fine, ij, W), alone)
+    canvas = Canvas(SIDE, SIDE, W)
+    alone = ddim_sample(gaussian(0.1), canvas.cut(z, canvas.ij), S, 10)
+    assert torch.equal(canvas.cut(fine, canvas.ij), alone)
     ramp = torch.linspace(-0.8, 0.8, SIDE // K).expand(1, 3, SIDE // K, -1)
     assert torch.equal(ctx, ddim_sample(gaussian(ramp, 0.01), z_ctx, S, 10))
 

@@ -1,0 +1,202 @@
+"""Large images as files that a viewer opens: a pyramid TIFF (openslide, QuPath) and a DeepZoom folder (any browser).
+
+Images come in strips from top to bottom: one row of tiles of each level is all that stands in memory, however large the
+image. Each level halves the one before; an odd last row or column is repeated, so that no pixel is dropped.
+
+in:  strips (h,W,3) uint8 of any heights   out: image.tif, or a folder whose index.html opens without a network
+run: python slide.py     read next: encoder.py
+"""
+import io
+import os
+import shutil
+import struct
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common import UserError, atomic, cli
+
+CLASSIC = 5 * 2**29  # bytes of raw tiles above which a TIFF is a BigTIFF: noise at quality 100 grows 1.6 fold, to 4 GB
+CODES = {3: "H", 4: "I", 5: "I", 16: "Q"}  # TIFF's SHORT, LONG, RATIONAL (two numbers a value) and LONG8
+VIEWER = "node_modules/openseadragon/build/openseadragon/openseadragon.min.js"  # where npm puts it
+OURS = {"image.dzi", "image_files", "index.html", "openseadragon.min.js"}
+DZI = ('<Image xmlns="http://schemas.microsoft.com/deepzoom/2008" Format="jpg" Overlap="0" TileSize="%d">'
+       '<Size Width="%d" Height="%d"/></Image>')
+# The size stands here as well, and a canvas draws: on a page from file://, scripts and WebGL may not read other files.
+PAGE = """<!doctype html><html><head><meta charset="utf-8"><title>%s</title></head>
+<body style="margin: 0"><div id="image" style="height: 100vh"></div>
+<script src="openseadragon.min.js"></script><script>
+OpenSeadragon({ id: "image", drawer: "canvas", showNavigationControl: false, showNavigator: true, tileSources: {
+  tileSize: %d, width: %d, height: %d, getTileUrl: (level, x, y) => `image_files/${level}/${x}_${y}.jpg` } });
+</script></body></html>
+"""
+
+
+# ----- 1. Strips -> rows of tiles of every level -----
+
+def level_sizes(size, tile, quality, smallest):
+    """out: [(H,W), ...], halved and rounded up until the larger side is at most `smallest`. raises: UserError."""
+    if len(size) != 2 or min(size) < 1 or tile % 16 or not 16 <= tile <= 4096 or not 1 <= quality <= 100:
+        raise UserError(f"got size={tuple(size)} tile={tile} quality={quality}: size is (height, width), at least 1 x "
+                        f"1, tile a multiple of 16 up to 4096, quality 1 to 100")
+    sizes = [(int(size[0]), int(size[1]))]
+    while max(sizes[-1]) > smallest:
+        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+    return sizes
+
+
+def halve(x):
+    """Halve the resolution: (h,w,3) uint8, (a+b+c+d+2)//4 of each 2x2 block; an odd last row or column is repeated."""
+    x = np.pad(x, ((0, x.shape[0] % 2), (0, x.shape[1] % 2), (0, 0)), "edge")
+    total = x[::2, ::2].astype(np.uint16) + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]
+    return ((total + 2) // 4).astype(np.uint8)                                 # (ceil(h/2),ceil(w/2),3)
+
+
+def tile_rows(strips, sizes, tile):
+    """Gather strips into rows of tiles of every level: yields (level, row, pixels (h,W,3) uint8 of that level).
+
+    in:  strips, uint8 (h,W,3) of any h, top to bottom; sizes, from level_sizes. h = tile out, but for the last row.
+         Each row comes as soon as it is full, so those of one level are in order and the levels mixed.
+    raises: UserError if a strip has another width or type, or their heights do not sum to H.
+    """
+    rows, done = [None] * len(sizes), [0] * len(sizes)
+
+    def push(level, strip):
+        height, width = sizes[level]
+        while len(strip):
+            at = done[level] % tile
+            if at == 0:
+                rows[level] = np.empty((min(tile, height - done[level]), width, 3), np.uint8)
+            row = rows[level]                                                  # (h,W,3)
+            part, strip = strip[:len(row) - at], strip[len(row) - at:]
+            row[at:at + len(part)] = part
+            done[level] += len(part)
+            if at + len(part) == len(row):
+                yield level, (done[level] - 1) // tile, row
+                if level + 1 < len(sizes):
+                    yield from push(level + 1, halve(row))  # tile is even: only the very last row of pixels is repeated
+
+    H, W = sizes[0]
+    for strip in map(np.asarray, strips):
+        if strip.dtype != np.uint8 or strip.ndim != 3 or strip.shape[1:] != (W, 3) or done[0] + len(strip) > H:
+            raise UserError(f"strips: {strip.dtype} {strip.shape} after {done[0]} rows does not fit size={(H, W)}: "
+                            f"give size=(height, width) of the image, and uint8 strips (h, {W}, 3) that make it up")
+        yield from push(0, strip)
+    if done[0] < H:
+        raise UserError(f"strips: they end after {done[0]} rows, size={(H, W)} says {H}: give size=(height, width)")
+
+
+def jpeg(pixels, quality):
+    """The bytes of a tile (h,w,3). Chroma stays whole (4:4:4): halved, it would smear the edges of stained nuclei."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=quality, subsampling=0)
+    return out.getvalue()
+
+
+# ----- 2. Pyramid TIFF -----
+
+def write_tiff(path, strips, size, tile=256, quality=90, mpp=None):
+    """Write a tiled pyramid TIFF that openslide ("generic-tiff") and QuPath open; nothing half-written stays.
+
+    in:  strips, an iterable of uint8 (h,W,3), top to bottom; size (H,W) of the image, in pixels; quality of its JPEG
+         tiles; mpp, micrometres per pixel. Levels halve until the larger side is at most `tile`, a multiple of 16.
+    raises: UserError if strips do not make up the image, for other bad arguments, or if path cannot be written.
+    """
+    sizes = level_sizes(size, tile, quality, tile)
+    if mpp is not None and not 1e-3 <= mpp <= 1e7:
+        raise UserError(f"mpp={mpp}: give micrometres per pixel, 0.5 for a 20x scan, or None if unknown")
+    if Path(path).is_dir():
+        raise UserError(f"path: {path} is a folder: give the name of a file, as {path}/image.tif")
+    counts = [-(-h // tile) * -(-w // tile) for h, w in sizes]
+    big = sum(counts) * (3 * tile * tile + 1000) > CLASSIC                     # 1000: a JPEG's tables
+    placed = [[] for _ in sizes]                                               # per level: (offset, length) of tiles
+    with atomic(path) as tmp, open(tmp, "wb") as f:
+        f.write(directories(sizes, tile, [[(0, 0)] * n for n in counts], mpp, big))  # only to keep their place
+        for level, _, row in tile_rows(strips, sizes, tile):
+            for x in range(0, row.shape[1], tile):
+                part = row[:, x:x + tile]                                      # (h,w,3); a TIFF's tiles are all whole
+                part = np.pad(part, ((0, tile - part.shape[0]), (0, tile - part.shape[1]), (0, 0)), "edge")
+                data = jpeg(part, quality)
+                placed[level].append((f.tell(), len(data)))
+                f.write(data)
+        f.seek(0)
+        f.write(directories(sizes, tile, placed, mpp, big))
+
+
+def directories(sizes, tile, placed, mpp, big):
+    """How a TIFF begins: its header, then a directory per level. First in the file, for Pillow loses any above 4 GB."""
+    count, word, room = ("Q", "Q", 8) if big else ("H", "I", 4)
+    out = struct.pack("<2s3HQ", b"II", 43, 8, 0, 16) if big else struct.pack("<2sHI", b"II", 42, 8)
+    for level, (h, w) in enumerate(sizes):
+        tags = {254: (4, [int(level > 0)]), 256: (4, [w]), 257: (4, [h]), 258: (3, [8, 8, 8]), 277: (3, [3]),
+                259: (3, [7]), 262: (3, [6]), 284: (3, [1]), 530: (3, [1, 1]),  # JPEG, YCbCr, chroma whole
+                322: (4, [tile]), 323: (4, [tile]), 324: (16 if big else 4, [p[0] for p in placed[level]]),
+                325: (4, [p[1] for p in placed[level]])}
+        if mpp:
+            dots = 1e4 / (mpp * 2**level)                                      # pixels per cm, as a fraction
+            below = int(2**31 / max(1, dots))
+            tags |= dict.fromkeys((282, 283), (5, [round(dots * below), below])) | {296: (3, [3])}
+        after = len(out) + struct.calcsize("<" + count) + len(tags) * (4 + 2 * room) + room
+        entries, longer = struct.pack("<" + count, len(tags)), b""             # values over `room` bytes stand after
+        for tag, (kind, values) in sorted(tags.items()):
+            data = struct.pack(f"<{len(values)}{CODES[kind]}", *values)
+            entries += struct.pack("<HH" + word, tag, kind, len(values) // (2 if kind == 5 else 1))
+            if len(data) > room:
+                longer, data = longer + data, struct.pack("<" + word, after + len(longer))
+            entries += data.ljust(room, b"\0")
+        following = 0 if level + 1 == len(sizes) else after + len(longer)
+        out += entries + struct.pack("<" + word, following) + longer
+    return out
+
+
+# ----- 3. DeepZoom -----
+
+def write_deepzoom(folder, strips, size, tile=256, quality=90, viewer=None, title="image"):
+    """Write a DeepZoom folder: image.dzi, its tiles, and an index.html that opens from disk, without a network.
+
+    in:  strips, size, tile, quality: as write_tiff; viewer, the file openseadragon.min.js, to be copied into the folder
+         (None: where `npm install openseadragon` puts it); title of the page. A folder that this wrote earlier is
+         replaced in the end. Tiles do not overlap: the viewer closes the gaps, and a row needs no pixel of the next.
+    raises: UserError as write_tiff, if there is no viewer, or if the folder holds anything else.
+    """
+    sizes, folder, viewer = level_sizes(size, tile, quality, 1), Path(folder).resolve(), Path(viewer or VIEWER)
+    if not viewer.is_file() or b"OpenSeadragon" not in viewer.read_bytes():
+        raise UserError(f"viewer: {viewer} is not openseadragon.min.js: run `npm install openseadragon` here, or give "
+                        f"--viewer=FILE")
+    there = {p.name for p in folder.iterdir()} if folder.is_dir() else {"a file"} if folder.exists() else set()
+    if there and not {"image.dzi", "index.html"} <= there <= OURS:
+        raise UserError(f"folder: {folder} exists and holds other things than a DeepZoom image: give another name")
+    tmp, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    try:
+        for level in range(len(sizes)):
+            (tmp / "image_files" / str(level)).mkdir(parents=True)
+        for level, i, row in tile_rows(strips, sizes, tile):
+            for j, x in enumerate(range(0, row.shape[1], tile)):
+                name = f"image_files/{len(sizes) - 1 - level}/{j}_{i}.jpg"     # levels are counted from 1 x 1 upwards
+                (tmp / name).write_bytes(jpeg(row[:, x:x + tile], quality))
+        H, W = sizes[0]
+        (tmp / "image.dzi").write_text(DZI % (tile, W, H))
+        (tmp / "index.html").write_text(PAGE % (escape(title), tile, W, H), encoding="utf-8")
+        shutil.copyfile(viewer, tmp / "openseadragon.min.js")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(tmp, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as err:
+        raise UserError(f"could not write {folder}: {err}; check free space and permissions") from err
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def main(argv):
+    y, x = np.mgrid[:700, :1000]
+    image = np.stack([x * 255 // 1000, y * 255 // 700, 255 - x * 255 // 1000], -1).astype(np.uint8)  # (700,1000,3)
+    write_tiff("out/slide_demo.tif", np.array_split(image, 9), (700, 1000), mpp=0.5)
+    for level, (h, w) in enumerate(level_sizes((700, 1000), 256, 90, 256)):
+        print(f"out/slide_demo.tif, level {level}: {w} x {h} pixels, {2**level / 2} micrometres each")
+
+
+if __name__ == "__main__":
+    cli(main)
