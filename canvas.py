@@ -102,38 +102,48 @@ def starts(n, window, overlap=0):
     return [*range(0, n - window, window - overlap), n - window]
 
 
-def corners(h, w, window, overlap=0):
-    """Upper left corners of windows that cover a canvas, row by row."""
-    return [(i, j) for i in starts(h, window, overlap) for j in starts(w, window, overlap)]
+def ramps(n, side, overlap, fade=True):
+    """Weights of windows along a line, {start: (side,)}, that sum to 1 everywhere: neighbours fade into each other over
+    `overlap`, or, without fade, count the same."""
+    rise = (torch.arange(overlap) + 0.5) / max(overlap, 1)
+    weights, total = {}, torch.zeros(n)
+    for a in starts(n, side, overlap):
+        w = weights[a] = torch.ones(side)
+        if fade and a > 0:
+            w[:overlap] = rise
+        if fade and a + side < n:
+            w[side - overlap:] = w[side - overlap:].minimum(rise.flip(0))
+        total[a:a + side] += w
+    return {a: w / total[a:a + side] for a, w in weights.items()}
 
 
 class Canvas:
     """Windows over a canvas of h x w latents, and this rank's share of them under torchrun.
 
-    in:  window, a side or (height, width); overlap between neighbours, in latents; batch, windows per network call.
-    Attributes: ij, the corners of this rank's windows; tiles, the same without overlap, which is what gets decoded;
-    lo, hi: the rows that both need, all that this rank keeps. Rows in which windows of two ranks overlap are exchanged
-    by `average`. A canvas of fewer rows of windows than ranks is not split: every rank does the whole of it.
-    raises: ValueError if the windows do not cover the canvas.
+    in:  window, a side or (height, width); overlap between neighbours, in latents; fade: let them fade into each other
+    instead of averaging them uniformly (as L does), which leaves a step at the border of every window; batch, windows
+    per network call.
+    Attributes: ij, corners of this rank's windows; lo, hi: the rows they lie on, all that this rank keeps. Rows where
+    windows of several ranks overlap are exchanged by `average`. A canvas of fewer rows of windows than ranks is not
+    split: every rank does the whole of it. raises: ValueError if the windows do not cover the canvas.
     """
 
-    def __init__(self, h, w, window, overlap=0, batch=64):
-        self.h, self.w, self.batch = h, w, batch
+    def __init__(self, h, w, window, overlap=0, fade=False, batch=64):
+        self.h, self.w, self.batch, self.overlap, self.fade = h, w, batch, overlap, fade
         self.window = wh, ww = window if isinstance(window, tuple) else (window, window)
         if h < wh or w < ww or not 0 <= overlap < min(wh, ww):
             raise UserError(f"windows of {wh} x {ww} latents that share {overlap} do not cover a canvas of {h} x {w}: "
                             f"take a larger canvas, or a smaller overlap")
-        self.lines = {"ij": (starts(h, wh, overlap), starts(w, ww, overlap)), "tiles": (starts(h, wh), starts(w, ww))}
+        self.lines = ramps(h, wh, overlap, fade), ramps(w, ww, overlap, fade)
+        rows = list(self.lines[0])
         self.rank, self.world = ((dist.get_rank(), dist.get_world_size())
                                  if dist.is_available() and dist.is_initialized() else (0, 1))
-        if len(self.lines["tiles"][0]) < self.world:
+        if len(rows) < self.world:
             self.rank, self.world = 0, 1
-        mine = {name: [rows[len(rows) * r // self.world:len(rows) * (r + 1) // self.world] for r in range(self.world)]
-                for name, (rows, _) in self.lines.items()}
-        self.ranges = [(min(a[0], b[0]), max(a[-1], b[-1]) + wh) for a, b in zip(mine["ij"], mine["tiles"])]
+        mine = [rows[len(rows) * r // self.world:len(rows) * (r + 1) // self.world] for r in range(self.world)]
+        self.ranges = [(at[0], at[-1] + wh) for at in mine]
         self.lo, self.hi = self.ranges[self.rank]
-        self.ij, self.tiles = ([(i, j) for i in mine[name][self.rank] for j in self.lines[name][1]]
-                               for name in ("ij", "tiles"))
+        self.ij = [(i, j) for i in mine[self.rank] for j in self.lines[1]]
 
     def own(self, z):
         """This rank's rows of a whole canvas (1,C,h,w)."""
@@ -144,29 +154,32 @@ class Canvas:
         (wh, ww), lo = self.window, self.lo
         return torch.cat([z[..., i - lo:i - lo + wh, j:j + ww] for i, j in ij])
 
-    def each(self, name="ij"):
-        """The corners of this rank's windows, or tiles, a batch at a time."""
-        ij = getattr(self, name)
-        return (ij[k:k + self.batch] for k in range(0, len(ij), self.batch))
+    def batches(self):
+        """The corners of this rank's windows, a batch at a time."""
+        return (self.ij[k:k + self.batch] for k in range(0, len(self.ij), self.batch))
 
-    def count(self, name, like):
-        """How many windows, or tiles, of all ranks lie over each place of this rank's rows, (rows,w)."""
-        per_line = [torch.zeros(n).index_add_(0, (torch.tensor(at)[:, None] + torch.arange(side)).flatten(),
-                                              torch.ones(len(at) * side))
-                    for n, at, side in zip((self.h, self.w), self.lines[name], self.window)]
-        return (per_line[0][self.lo:self.hi, None] * per_line[1]).to(like)
+    def weights(self, ij, like):
+        """What windows count where they overlap, (n,1,window): over all windows they sum to 1 at every place."""
+        rows, columns = self.lines
+        return torch.stack([rows[i][:, None] * columns[j] for i, j in ij])[:, None].to(like)
 
-    def average(self, fn, name="ij"):
-        """Average fn(corners) -> (n,C,window) over all windows, or tiles: (1,C,rows,w). Where only one lies, its values
-        come back exactly."""
+    def total(self, fn):
+        """Add up fn(corners) -> (n,C,window) where it lies, over all windows of all ranks: (1,C,rows,w)."""
         total, (wh, ww) = None, self.window
-        for ij in self.each(name):
+        for ij in self.batches():
             parts = fn(ij)
             if total is None:
                 total = parts.new_zeros(1, parts.shape[1], self.hi - self.lo, self.w)
             for part, (i, j) in zip(parts, ij):
                 total[0, :, i - self.lo:i - self.lo + wh, j:j + ww] += part
-        return self.exchange(total) / self.count(name, total)
+        return self.exchange(total)
+
+    def average(self, fn):
+        """The weighted mean of fn(corners) over all windows. Where only one lies, its values come back exactly."""
+        def weighted(ij):
+            parts = fn(ij)
+            return parts * self.weights(ij, parts)
+        return self.total(weighted)
 
     def exchange(self, total):
         """Add what the windows of other ranks say of the rows this one shares with them."""
@@ -201,22 +214,6 @@ class Canvas:
 
 # ----- 3. Latents -> pixels, from top to bottom -----
 
-def ramps(n, side, overlap):
-    """Weights of tiles along a line: [(start, (side,))]. Neighbours fade into each other; everywhere they sum to 1."""
-    at = starts(n, side, overlap)
-    rise = (torch.arange(overlap) + 0.5) / max(overlap, 1)
-    weights, total = [], torch.zeros(n)
-    for a in at:
-        w = torch.ones(side)
-        if a > 0:
-            w[:overlap] = rise
-        if a + side < n:
-            w[side - overlap:] = w[side - overlap:].minimum(rise.flip(0))
-        total[a:a + side] += w
-        weights.append(w)
-    return [(a, w / total[a:a + side]) for a, w in zip(at, weights)]
-
-
 def decode_strips(decode, z, side, overlap, batch=8):
     """Decode a canvas in tiles that know their neighbours, fading from one to the next; yields strips of pixels.
 
@@ -227,23 +224,21 @@ def decode_strips(decode, z, side, overlap, batch=8):
     """
     h, w = z.shape[-2:]
     sides = min(side, h), min(side, w)
-    rows, columns = (ramps(n, s, min(overlap, s - 1)) for n, s in zip((h, w), sides))
+    rows, columns = (starts(n, s, min(overlap, s - 1)) for n, s in zip((h, w), sides))
     carry = None
-    for r, (i, wi) in enumerate(rows):
-        tiles = torch.cat([z[..., i:i + sides[0], j:j + sides[1]] for j, _ in columns])
+    for i, after in zip(rows, [*rows[1:], h]):
+        tiles = torch.cat([z[..., i:i + sides[0], j:j + sides[1]] for j in columns])
         x = torch.cat([decode(part) for part in tiles.split(batch)])                    # (n,3,k side,k side)
-        k = x.shape[-1] // sides[1]
-
-        def wide(weight, k=k, like=x):   # from latents to pixels
-            return weight.repeat_interleave(k).to(like)
+        k = x.shape[-1] // sides[1]                                                     # pixels per latent
+        down, across = (ramps(n * k, s * k, min(overlap, s - 1) * k) for n, s in zip((h, w), sides))
         strip = x.new_zeros(1, 3, sides[0] * k, w * k)
-        for part, (j, wj) in zip(x, columns):
-            strip[0, :, :, j * k:(j + sides[1]) * k] += part * wide(wi)[:, None] * wide(wj)
+        for part, j in zip(x, columns):
+            weight = down[i * k][:, None] * across[j * k]
+            strip[0, :, :, j * k:(j + sides[1]) * k] += part * weight.to(x)
         if carry is not None:
             strip[..., :carry.shape[-2], :] += carry
-        ready = (rows[r + 1][0] - i) * k if r + 1 < len(rows) else strip.shape[-2]
-        carry = strip[..., ready:, :]
-        yield strip[..., :ready, :].clamp(-1, 1)
+        carry = strip[..., (after - i) * k:, :]
+        yield strip[..., :(after - i) * k, :].clamp(-1, 1)
 
 
 # ----- 4. Conditions of windows anywhere -----

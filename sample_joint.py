@@ -1,279 +1,394 @@
-"""Draw images with a trained run: patches at any scale from the conditions of held-out images, and how good they are.
+"""Draw images with a trained run: patches at any scale, or one large image together with its coarse views.
 
-    python sample_joint.py out/toy                        # 8 patches a scale: PNGs and a contact sheet
-    python sample_joint.py out/toy --scale=3 --n=32 --guidance=1.5 --steps=100 --seed=7 --sampler=plms
-    python sample_joint.py out/toy --eval                 # the table of the README, on held-out slides
+    python sample_joint.py out/toy                          # 8 patches a scale: PNGs and a contact sheet
+    python sample_joint.py out/toy --eval                   # how good they are, on held-out slides
+    python sample_joint.py out/toy --size=1024 --context=4 --out=large.png
+    python sample_joint.py out/toy --size=512,1024 --context=3,1 --reference=photo.png --out=large.tif
+    python sample_joint.py out/toy paper --size=512 --context=3     # the published constants
+    torchrun --standalone --nproc_per_node=2 sample_joint.py out/toy --size=1024
 
-in:  a run folder and the data folder it was trained on   out: RUN/patches/*.png, sheet.png, eval.json
-read next: README.md
+in:  a run folder; conditions from its held-out slides, a reference image or an embedding grid
+out: RUN/patches/*.png, or one .png, .tif (pyramid) or .dzi (DeepZoom folder)     read next: README.md
 """
+import json
 import math
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
 
-from canvas import Canvas, Resize
-from common import UserError, cli, configure, setup
-from data import Pyramids
-from diffusion import ZoomLDM, ddim_step, ddim_timesteps, noise_levels, to_x0
+import proxy as proxies
+from canvas import Canvas, Grid, Resize, decode_strips  # noqa: F401 - Resize is part of this file's interface
+from cost import Profile
+from common import UserError, atomic, cli, configure, generator, load_tensors, save_tensors, setup, to_uint8
+from data import BuildConfig, Pyramids, crop, open_image
+from diffusion import ZoomLDM, ddim_timesteps
+from encoder import load_encoder
+from joint import GUIDES, Level, full_precision, joint_sample, sample_levels  # noqa: F401 - so is joint_sample
 from patches import evaluate, show
+from pyramid import embed
+from slide import write_deepzoom, write_tiff
+from summarizer import pack_grid
 
 
 @dataclass
 class Config:
     run: str = ""              # run folder (or an ema.safetensors)
+    preset: str = ""           # for large images: paper or notebook, the published constants; empty = ours
     data: str = ""             # data folder; default: the one the run was trained on
     split: str = "test"        # whose conditions: test or train
-    out: str = ""              # folder to write; default RUN/patches
-    scale: int = -1            # one scale, 0 = finest; -1 = all
-    n: int = 0                 # patches per scale, at most as many as there are; 0 = 8, or 128 with --eval
+    out: str = ""              # patches: a folder, default RUN/patches; large images: a file, default RUN/large.png
+    scale: int = -1            # one scale, 0 = finest; -1 = all, or 0 for large images
     guidance: float = 2.0      # eps_null + guidance (eps_cond - eps_null); 1 = no guidance
     steps: int = 50
-    sampler: str = "ddim"      # ddim or plms
     end: str = "clean"         # where ddim stops: clean, or published (leaves 3.9 % noise in the latent), as plms does
     seed: int = 0
-    batch: int = 64            # patches per network call
-    eval: bool = False         # measure instead of showing
+    batch: int = 64            # patches or windows per network call; halved, aloud, where memory does not suffice
     device: str = "auto"
     threads: int = 0
+    amp: bool = True           # bf16 where the device has it and no difference is taken
+    # patches
+    n: int = 0                 # patches per scale, at most as many as there are; 0 = 8, or 128 with --eval
+    sampler: str = "ddim"      # ddim or plms
+    eval: bool = False         # measure instead of showing
+    # large images
+    size: tuple = ()           # pixels, a side or height,width; empty = patches
+    context: tuple = (4,)      # coarser scales drawn with it; each guides the next finer one
+    method: str = "joint"      # joint; or, for comparison, multidiffusion, independent, bicubic
+    slide: int = 0             # whose embeddings: the k-th image of the split
+    reference: str = ""        # or those of this image, or of a .safetensors file with e (Gh,Gw,E) as data.py stores it
+    at: tuple = (0, 0)         # base tile (row, column) of the reference where the image begins
+    swap: str = ""             # move what is drawn: "i,j:k,l" exchanges two base tiles, more of them after ";"
+    paste: str = ""            # "i,j:k,l" or "i,j:k,l:rows,columns" copies a block over another
+    overlap: int = -1          # latents that windows share; -1 = a quarter of a window, multidiffusion three quarters
+    fade: bool = True          # windows fade into each other; False = uniform averages, as published
+    guide: str = "exact"       # exact (Z Algorithm S2), gradient (S1), proxy, x0, x0+proxy: see joint.py
+    inner: int = 1             # corrections per step (K)
+    lam: tuple = ()            # size of a correction, or first,last; x0 guides: share of the residual, default 1;
+    #                            others: largest change of a latent, default 0.5
+    delta: float = 0.005       # width of the denoiser's finite difference
+    zeta: float = 0.005        # width of the encoder's
+    during: tuple = (0, 1000)  # guide only while t lies here
+    A: str = "bicubic"         # down-sampling of the constraint: bicubic, or box, as pyramids are made
+    null: bool = True          # False: leave the null branch out of the denoiser's finite difference
+    repair: bool = False       # end with the published repair: back to t = 300, windows at a quarter of their side
+    frames: int = 0            # write the estimate every so many steps
+    profile: bool = False      # count calls, FLOPs and seconds
+    mpp: float = 0.0           # micrometres per pixel, for .tif; 0 = unknown
+    viewer: str = ""           # openseadragon.min.js, for .dzi
 
 
-# ----- 1. Joint sampling (Z Algorithms S1 and S2) -----
-
-GREY = 2 / 255  # one grey level
-GUIDES = {      # how the misfit of the image is turned into a direction for z0_hat, and that into one for z_t
-    "exact": ("encoder", "difference"),    # Z Algorithm S2: both by a finite difference
-    "gradient": ("decoder", "gradient"),   # Z Algorithm S1: both by backpropagation; the reference for the others
-    "proxy": ("proxy", "difference"),      # a small network instead of A Dec: its gradient costs next to nothing
-    "x0": ("encoder", None),               # z0_hat itself is corrected, so the U-Net is asked once per step
-    "x0+proxy": ("proxy", None),
+PRESETS = {
+    "": {},
+    "paper": dict(guide="exact", steps=50, inner=1, lam=0.5, guidance=2.0, overlap=0),      # Z S8.2
+    "notebook": dict(guide="exact", steps=20, inner=10, lam=0.5, guidance=3.0, overlap=0),  # reference: published Colab
 }
+METHODS = ("joint", "multidiffusion", "independent", "bicubic")
+BUDGET = 256 * 2 ** 20  # bytes of keys and values kept from step to step; windows beyond it compute theirs anew
 
 
-@dataclass
-class Level:
-    """One scale of a joint run. eps(z (n,C,window), t (n,), ij) -> eps of windows at corners ij; canvas, its windows;
-    z (1,C,rows,w), this rank's rows; factor: its pixels per pixel of the next coarser level, 0 = nothing guides it;
-    y (1,3,h,w): a fixed image it must match instead of that level. eps_diff: take denoiser differences of this cheaper
-    function; eps then returns (n,2C,...), its own answer and below it what eps_diff would have said."""
-    eps: Callable
-    canvas: Canvas
-    z: torch.Tensor
-    factor: int = 0
-    y: torch.Tensor | None = None
-    eps_diff: Callable | None = None
-
-
-@contextmanager
-def full_precision(device):
-    """No autocast, no TF32: of a perturbation of 0.005, bf16 rounds away 79 %, TF32 and fp16 10 %."""
-    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
-
-
-def see(canvas, decode, z, A, keep=None):
-    """A Dec(z), tile by tile: (1,3,h,w), whole on every rank. keep: a dict that receives the decoded tiles."""
-    total, share = None, 1 / canvas.count("tiles", z)[None, None]
-    for ij in canvas.each("tiles"):
-        x = decode(canvas.cut(z, ij)).to(z.dtype)                                       # (n,3,k window)
-        k = x.shape[-1] // canvas.window[1]                                             # pixels per latent
-        if total is None:
-            total = x.new_zeros(1, 3, canvas.h * k // A.factor, canvas.w * k // A.factor)
-        for part, w, (i, j) in zip(x, canvas.cut(share, ij), ij):
-            if keep is not None:
-                keep[i, j] = part
-            A.add_down(total, part[None] * w.repeat_interleave(k, 1).repeat_interleave(k, 2), i * k, j * k)
-    return canvas.reduce(total)
-
-
-def misfit(canvas, decode, z0_hat, A, target, keep=None):
-    """The residual y - A Dec(z0_hat). raises: ValueError if the canvas and the target do not match."""
-    view = see(canvas, decode, z0_hat, A, keep)
-    if view.shape != target.shape:
-        raise UserError(f"the canvas seen through A is {tuple(view.shape)}, the context {tuple(target.shape)}: the "
-                        f"canvas must be factor={A.factor} times as large")
-    return target - view
-
-
-def err_z_by_encoder(canvas, decode, encode, z0_hat, A, target, zeta):
-    """J_E A^T r by a difference of the encoder, which stands for J_D^T A^T r (Z Eq. 3-4). out: err_z, r."""
-    x = {}
-    residual = misfit(canvas, decode, z0_hat, A, target, x)
-
-    def ahead(ij):
-        here = torch.stack([x[p] for p in ij])                                          # (n,3,P,P)
-        k = here.shape[-1] // canvas.window[1]
-        err_x = torch.cat([A.up_part(residual, i * k, j * k, here.shape[2:]) for i, j in ij]) / A.factor ** 2
-        size = peak(err_x)
-        with full_precision(err_x.device):
-            return (encode(here + zeta * err_x / size) - encode(here)) * size / zeta
-    return canvas.average(ahead, "tiles"), residual
-
-
-def err_z_by_gradient(canvas, decode, z0_hat, A, target):
-    """J_D^T A^T r exactly, one batch of tiles at a time. decode may be a stand-in, as `Proxy` is. out: err_z, r."""
-    residual, count = misfit(canvas, decode, z0_hat, A, target), canvas.count("tiles", z0_hat)[None, None]
-
-    def back(ij):
-        with torch.enable_grad(), full_precision(z0_hat.device):
-            z = canvas.cut(z0_hat, ij).requires_grad_()
-            x = decode(z)
-            k = x.shape[-1] // canvas.window[1]
-            share = canvas.cut(1 / count, ij).repeat_interleave(k, 2).repeat_interleave(k, 3)
-            err_x = torch.cat([A.up_part(residual, i * k, j * k, x.shape[2:]) for i, j in ij]) / A.factor ** 2
-            return torch.autograd.grad(x, z, err_x * share)[0]
-    return canvas.average(back, "tiles") * count, residual
-
-
-def g_by_difference(level, z, z0_hat, err_z, estimate, delta):
-    """J err_z, with J the Jacobian of z0_hat(z_t), which stands for J^T err_z (Z Eq. 5-6)."""
-    size = level.canvas.reduce(err_z.abs().max().clamp_min(1e-12), "max")
-    return (estimate(z + delta / size * err_z) - z0_hat) * size / delta
-
-
-def g_by_gradient(level, z, err_z, t, ab):
-    """J^T err_z exactly, one batch of windows at a time."""
-    canvas = level.canvas
-    count = canvas.count("ij", z)[None, None]
-
-    def back(ij):
-        with torch.enable_grad(), full_precision(z.device):
-            part = canvas.cut(z, ij).requires_grad_()
-            eps = level.eps(part, index(t, part, part.device), ij)
-            return torch.autograd.grad(eps, part, canvas.cut(err_z / count, ij))[0]
-    return (err_z - (1 - ab) ** 0.5 * canvas.average(back) * count) / ab ** 0.5
-
-
-def index(t, like, device):
-    return torch.full((len(like),), t, dtype=torch.long, device=device)
-
-
-def peak(parts):
-    """Largest absolute value of each window, (N,1,1,1), never zero."""
-    return parts.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
-
-
-def unit(canvas, d, residual=None, floor=GREY):
-    """Scale a direction to a maximum of 1 in every window (the published code does, Z does not say so); where windows
-    overlap, by the average of their factors. Where the residual under a window is below `floor` everywhere the step
-    fades with it, or rounding errors would be blown up to steps of full size."""
-    def scale(ij):
-        s = 1 / peak(canvas.cut(d, ij))                                                 # (n,1,1,1)
-        if residual is not None:
-            r, (wh, ww) = residual.shape[-1] / canvas.w, canvas.window                  # pixels of it per latent
-            under = [residual[..., int(i * r):math.ceil((i + wh) * r), int(j * r):math.ceil((j + ww) * r)]
-                     for i, j in ij]
-            s = s * torch.cat([peak(x) for x in under]).div(floor).clamp_max(1)
-        return s.expand(-1, 1, *canvas.window)
-    return d * canvas.average(scale)
-
+# ----- 1. A trained model behind windows -----
 
 @torch.no_grad()
-def sample_levels(levels, decode, encode, schedule, *, steps=50, inner=1, lam=0.5, delta=0.005, zeta=0.005,
-                  guide="exact", normalize=True, callback=None, end="published", kind="bicubic", floor=GREY,
-                  during=(0, 1000), proxy=None, timesteps=None):
-    """Draw several scales of one image together, each guiding the next finer one at every step.
+def contexts(model, condition, s, canvas):
+    """Tokens {corner: c (65,D)} of this rank's windows. condition(s, i, j) -> e (E,G,G), standardised, for a window at
+    scale s whose upper left corner lies at base tile (i, j), any numbers; `Grid` is one, any function will do."""
+    out, (wh, ww) = {}, canvas.window
+    device = model.unet.conv_out.weight.device
+    with full_precision(device):
+        for ij in canvas.batches():
+            grids = [pack_grid(condition(s, i / wh * 2 ** s, j / ww * 2 ** s)) for i, j in ij]
+            tokens, mask = (torch.stack(v).to(device) for v in zip(*grids))
+            c = model.summarizer(tokens, mask, torch.full((len(ij),), s, device=device))
+            out |= zip(ij, c)
+    return out
 
-    in:  levels, coarse to fine, whose z are drawn over; decode, encode: latents <-> images; inner: corrections per step
-    (K); lam: the largest change of a number of z_t (of z0_hat, for x0 guides) in one of them, or (first, last), going
-    linearly from one to the other over the steps; with normalize=False the factor of the step; delta, zeta: widths of
-    the finite differences of denoiser and encoder; guide: see GUIDES; during: guide only while t lies in this range;
-    kind, floor: see Resize and unit; proxy (z -> pixels, factor by which it is smaller than decode); callback(n, t,
-    levels, estimates, targets) after every step, with this rank's rows. Call it under autocast for bf16: differences
-    are taken in float32 whatever surrounds them.
-    out: levels. raises: ValueError if two levels do not match. source: Z §3.2, Eq. 3-6, Algorithms S1, S2.
-    deviates: Eq. 5 adds the gradient, which climbs; this descends, as the code does.
-    """
-    if guide not in GUIDES or end not in ("clean", "published"):
-        raise UserError(f"guide={guide!r}, end={end!r}: known are {', '.join(GUIDES)}; clean, published")
-    by, pull = GUIDES[guide]
-    timesteps = ddim_timesteps(schedule.T, steps) if timesteps is None else timesteps
-    ab, ab_prev = noise_levels(schedule, timesteps, end)
-    lams = lam if isinstance(lam, tuple) else (lam, lam)
 
-    def estimate(level, z, i, eps, precise):
-        """eps, z0_hat and the z0_hat differences are taken from. Overlapping windows are averaged (L §3.2)."""
-        canvas = level.canvas
-        with full_precision(z.device) if precise else nullcontext():
-            out = canvas.average(lambda ij: eps(canvas.cut(z, ij), index(timesteps[i], ij, z.device), ij).to(z.dtype))
-        both = [to_x0(e, z, ab[i], "eps") for e in out.split(z.shape[1], 1)]
-        return out[:, :z.shape[1]], both[0], both[-1]
+def window_eps(model, c, guidance, null=True):
+    """eps(z, t, ij) of windows whose tokens are c, both guidance branches in one batch; keys and values are computed
+    once. out: eps, and for null=False the conditional branch alone, for differences, which eps then reports as well."""
+    kept, room = {}, [BUDGET]
 
-    for n, i in enumerate(reversed(range(len(timesteps)))):
-        step = lams[0] + (lams[1] - lams[0]) * n / max(len(timesteps) - 1, 1)
-        target, estimates, targets = None, [], []
-        for level in levels:
-            canvas, z = level.canvas, level.z
-            target = level.y if level.y is not None else target if level.factor else None
-            on = inner if step and target is not None and during[0] <= timesteps[i] <= during[1] else 0
-            eps, z0_hat, base = estimate(level, z, i, level.eps, on and pull == "difference")
-            for k in range(on):
-                A = Resize.cached(level.factor // (proxy[1] if by == "proxy" and proxy else 1), kind)
-                if by == "encoder":
-                    err_z, residual = err_z_by_encoder(canvas, decode, encode, z0_hat, A, target, zeta)
-                else:
-                    err_z, residual = err_z_by_gradient(canvas, proxy[0] if by == "proxy" and proxy else decode, z0_hat,
-                                                        A, target)
-                if pull == "difference":
-                    err_z = unit(canvas, err_z) if normalize else err_z
-                    err_z = g_by_difference(level, z, base, err_z, lambda z, level=level, i=i: estimate(
-                        level, z, i, level.eps_diff or level.eps, True)[-1], delta)
-                elif pull == "gradient":
-                    err_z = g_by_gradient(level, z, err_z, timesteps[i], ab[i])
-                change = step * (unit(canvas, err_z, residual, floor) if normalize else err_z)
-                if pull is None:
-                    z0_hat = z0_hat + change
-                else:
-                    z = z + change
-                    eps, z0_hat, base = estimate(level, z, i, level.eps, k < on - 1 and pull == "difference")
-            level.z = ddim_step(z, z0_hat, eps, ab_prev[i])
-            estimates, targets = [*estimates, z0_hat], [*targets, target]
-            if level is not levels[-1]:
-                target = see(canvas, decode, z0_hat, Resize.cached(1)).clamp(-1, 1)
-        if callback is not None:
-            callback(n, timesteps[i], levels, estimates, targets)
+    def kv(ij, both):
+        key = both, *ij
+        if key in kept:
+            return kept[key]
+        with torch.no_grad():
+            tokens = torch.stack([c[p] for p in ij])                                    # (n,65,D)
+            with full_precision(tokens.device):
+                made = model.unet.cache_context(torch.cat([torch.zeros_like(tokens), tokens]) if both else tokens)
+        room[0] -= sum(x.nbytes for pair in made for x in pair)
+        if room[0] > 0:
+            kept[key] = made
+        return made
+
+    def conditional(z, t, ij):
+        return model.eps(z, t, kv(ij, False))
+
+    def eps(z, t, ij):
+        if guidance == 1:
+            return conditional(z, t, ij)
+        without, cond = model.eps(torch.cat([z, z]), torch.cat([t, t]), kv(ij, True)).chunk(2)
+        out = without + guidance * (cond - without)
+        return out if null else torch.cat([out, cond], 1)
+    return careful(eps), None if null or guidance == 1 else careful(conditional)
+
+
+def careful(fn):
+    """fn(batch, ...) in smaller parts, said aloud, from the moment that memory does not suffice for the whole."""
+    most = [0]
+
+    def f(*args):
+        while True:
+            n = most[0] or len(args[0])
+            try:
+                parts = [fn(*(a[k:k + n] for a in args)) for k in range(0, len(args[0]), n)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as err:
+                known = isinstance(err, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(err)
+                if not known or n == 1:
+                    raise UserError("memory does not suffice for one window: close other programs, or take another "
+                                    "--device") if known else err from err
+                most[0] = n // 2
+                tqdm.write(f"memory does not suffice for {n} windows at once: going on with {n // 2}")
+    return f
+
+
+def sides(size, scales, patch, factor, known):
+    """Height and width in latents at every scale. raises: UserError if a scale does not fit the size or the model."""
+    size = tuple(size) * (2 if len(size) == 1 else 1)
+    if len(size) != 2 or not all(isinstance(n, int) for n in size):
+        raise UserError(f"--size={size}: give a side, or height,width, in pixels")
+    if len(set(scales)) < len(scales) or min(scales) < 0 or max(scales) >= known or scales[-1] != min(scales):
+        raise UserError(f"scales {scales}: the run knows 0 to {known - 1}; --context lists coarser ones than --scale, "
+                        f"each once")
+    out, unit = [], factor << (scales[0] - scales[-1])
+    if any(n % unit for n in size):
+        raise UserError(f"--size={size} does not divide: with --context={scales[0]} both sides must be multiples of "
+                        f"{unit}")
+    for s in scales:
+        h, w = (n // factor >> (s - scales[-1]) for n in size)
+        if min(h, w) < patch // factor:
+            raise UserError(f"--size={size} is {h * factor} x {w * factor} pixels at scale {s}, less than a patch of "
+                            f"{patch}: take a larger --size, or a smaller --context")
+        out.append((h, w))
+    return out
+
+
+def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, batch=64, fade=True, null=True):
+    """Levels for `sample_levels`, coarse to fine, with noise that depends on seed and scale alone."""
+    patch, factor, device = model.info["patch"], model.vae.factor, model.unet.conv_out.weight.device
+    window, levels = patch // factor, []
+    for (h, w), s in zip(sides(size, scales, patch, factor, model.summarizer.cfg.scales), scales):
+        canvas = Canvas(h, w, window, overlap, fade, batch)
+        z = torch.randn(1, model.unet.cfg.channels, h, w, generator=generator(seed, s)).to(device)
+        eps, eps_diff = window_eps(model, contexts(model, condition, s, canvas), guidance, null)
+        times = 2 ** (scales[len(levels) - 1] - s) if levels else 0    # finer than the level above
+        levels.append(Level(eps, canvas, canvas.own(z), times, eps_diff=eps_diff))
     return levels
 
 
-def joint_sample(eps_fine, eps_ctx, encode, decode, schedule, z_T, z_T_ctx, *, window, factor, steps=50, inner=1,
-                 lam=0.5, delta=0.005, zeta=0.005, overlap=0, guide="exact", normalize=True, y=None, callback=None,
-                 batch=64, **options):
-    """Draw a large image and the coarse view of it together: `sample_levels` for two levels and any functions.
+def repair(model, condition, level, s, *, guidance=2.0, seed=0, batch=64, start=300, step=50):
+    """The published way to mend borders: noise the canvas to t = start, then denoise it in windows at a quarter of
+    their side, averaged uniformly. out: a Level. reference: the published post-processing (Z S8.2)."""
+    old = level.canvas
+    canvas = Canvas(old.h, old.w, old.window, old.window[0] * 3 // 4, batch=batch)
+    z = old.whole(level.z)
+    noise = torch.randn(z.shape, generator=generator(seed, s, start)).to(z)
+    z = model.schedule.q_sample(z, torch.tensor([start], device=z.device), noise)
+    level = Level(window_eps(model, contexts(model, condition, s, canvas), guidance)[0], canvas, canvas.own(z))
+    return sample_levels([level], None, None, model.schedule, timesteps=list(range(step, start + 1, step)),
+                         end="clean")[0]
 
-    in:  eps_fine(z (N,C,window,window), t (N,), ij) -> eps of windows at canvas positions ij; eps_ctx(z, t) -> eps;
-    encode, decode: images <-> scaled latents; z_T (1,C,H,W) the fine canvas; z_T_ctx (1,C,h,w) the context, drawn in
-    one window; factor: fine pixels per context pixel; overlap of windows, in latents; batch: windows per call; y: a
-    fixed target (1,3,h,w) instead of the context's estimate (eps_ctx may be None then); callback(n, t, z, z0_hat,
-    target) after every step; the rest as in `sample_levels`. Under torchrun every rank gives and gets the whole canvas.
-    out: (z_fine, z_ctx). Costs 1 + 2 K estimates, K decodes and 2 K encodes a step (guide "exact").
-    raises: ValueError if the canvas is no place for the windows, or the context does not match it.
-    """
-    if eps_ctx is None and y is None:
-        raise UserError("nothing to match: give eps_ctx or y")
-    canvas = Canvas(*z_T.shape[2:], window, overlap, batch)
-    fine = Level(eps_fine, canvas, canvas.own(z_T), factor, y)
-    levels, z_ctx = [fine], z_T_ctx
-    if eps_ctx is not None:
-        whole = tuple(z_T_ctx.shape[2:])
-        levels = [Level(lambda z, t, ij: eps_ctx(z, t), Canvas(*whole, whole), z_T_ctx), fine]
 
-    def report(n, t, levels, estimates, targets):
-        callback(n, t, canvas.whole(levels[-1].z), canvas.whole(estimates[-1]), targets[-1])
-    sample_levels(levels, decode, encode, schedule, steps=steps, inner=inner, lam=lam, delta=delta, zeta=zeta,
-                  guide=guide, normalize=normalize, callback=callback and report, **options)
-    return canvas.whole(fine.z), z_ctx if eps_ctx is None else levels[0].z
+# ----- 2. Conditions -----
+
+def cells(text, name, n):
+    """"1,2:3,4;..." -> [((1,2),(3,4)), ...]"""
+    try:
+        out = [tuple(tuple(int(v) for v in pair.split(",")) for pair in item.split(":")) for item in text.split(";")]
+        assert all(2 <= len(item) <= n and all(len(pair) == 2 for pair in item) for item in out)
+        return out
+    except (ValueError, AssertionError) as err:
+        raise UserError(f"--{name}={text}: write row,column:row,column, several of them with ';' between") from err
+
+
+def load_grid(cfg, model, pyramids, need):
+    """The `Grid` of conditions under the image, (rows, columns) = need, edited as --swap and --paste say.
+    raises: UserError if there are not as many tiles, or the embeddings have another width."""
+    patch, info = model.info["patch"], model.info
+    (i, j), (h, w) = cfg.at, need
+    if cfg.reference.endswith(".safetensors"):
+        e, name = load_tensors(cfg.reference)[0].get("e"), cfg.reference
+        if e is None or e.ndim != 3 or e.shape[2] != model.summarizer.cfg.embed_dim:
+            raise UserError(f"{cfg.reference} holds e {None if e is None else tuple(e.shape)}, the run takes (rows, "
+                            f"columns, {model.summarizer.cfg.embed_dim}): embed with {info.get('encoder')!r}")
+    elif cfg.reference:
+        if not Path(cfg.reference).is_file():
+            raise UserError(f"--reference={cfg.reference} does not exist: give an image, or a .safetensors grid")
+        image, name = open_image(Path(cfg.reference), BuildConfig(patch=patch)), cfg.reference
+        encoder = load_encoder(info["encoder"], info["std"])
+        rows = []
+        for r in range(image.height // patch):
+            strip = crop(image, 0, r * patch, image.width // patch * patch, patch)
+            rows.append(embed(encoder, strip.reshape(patch, -1, patch, 3).swapaxes(0, 1)))
+        e = torch.stack(rows)                                                           # (Gh,Gw,E)
+    else:
+        mine = [k for k, x in enumerate(pyramids.slides) if x["split"] == cfg.split]
+        if not 0 <= cfg.slide < len(mine):
+            raise UserError(f"--slide={cfg.slide}: {pyramids.folder} has {len(mine)} {cfg.split!r} images, from 0")
+        e, name = pyramids.tensor(mine[cfg.slide], "e").float(), pyramids.slides[mine[cfg.slide]]["name"]
+        e = e if pyramids.rescale is None else e * pyramids.rescale
+    if i < 0 or j < 0 or i + h > e.shape[0] or j + w > e.shape[1]:
+        raise UserError(f"{name} has {e.shape[0]} x {e.shape[1]} base tiles, the image needs {h} x {w} from {cfg.at} "
+                        f"on: take a smaller --size, another --at, or a larger --reference")
+    grid = Grid(e[i:i + h, j:j + w].float().movedim(-1, 0))
+    try:
+        for a, b in cells(cfg.swap, "swap", 2) if cfg.swap else ():
+            grid.swap(a, b)
+        for a, b, *size in cells(cfg.paste, "paste", 3) if cfg.paste else ():
+            grid.paste(a, b, size[0] if size else (1, 1))
+    except (IndexError, RuntimeError) as err:
+        raise UserError(f"--swap, --paste: a cell lies outside the {h} x {w} tiles of the image ({err})") from err
+    return grid
+
+
+# ----- 3. One large image -----
+
+def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None):
+    """Sample one large image as cfg says. condition: see `contexts`; resume: a file that keeps the state every minute,
+    so that the same call goes on after an interruption; frame(n, level, estimate) after every step.
+    out: (levels, scales), coarse to fine, on every rank."""
+    fine = max(cfg.scale, 0)
+    scales = [*sorted(cfg.context, reverse=True), fine] if cfg.method in ("joint", "bicubic") else [fine]
+    window = model.info["patch"] // model.vae.factor
+    overlap = {"multidiffusion": 3 * window // 4, "independent": 0}.get(cfg.method, window // 4)
+    overlap = overlap if cfg.overlap < 0 or cfg.method == "independent" else cfg.overlap
+    levels = prepare(model, condition, cfg.size, scales, overlap, guidance=cfg.guidance, seed=cfg.seed, batch=cfg.batch,
+                     fade=cfg.fade and cfg.method != "multidiffusion", null=cfg.null)
+    if cfg.method == "bicubic":
+        levels, scales = levels[:1], scales[:1]
+    estimate_space = GUIDES[cfg.guide][1] is None
+    lam = cfg.lam or ((1.0,) if estimate_space else (0.5,))
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "frames", "profile", "batch", "threads")}
+    settings, skip, saved = json.loads(json.dumps(settings)), 0, [time.monotonic()]
+    if resume is not None and resume.exists():
+        state, meta = load_tensors(resume)
+        if meta.get("settings") == settings:
+            skip = meta["step"]
+            for k, level in enumerate(levels):
+                level.z = level.canvas.own(state[str(k)].to(level.z.device))
+            print(f"going on from step {skip}, found in {resume}")
+    bar = tqdm(total=len(ddim_timesteps(model.schedule.T, cfg.steps)), initial=skip, desc=cfg.method,
+               disable=ranks.rank > 0)
+
+    def step(n, t, levels, estimates, targets):
+        bar.update()
+        if frame is not None:
+            frame(n, levels[-1], estimates[-1])
+        due = torch.tensor(float(resume is not None and time.monotonic() - saved[0] > 60), device=levels[0].z.device)
+        if ranks.world > 1:
+            torch.distributed.broadcast(due, 0)
+        if due:
+            whole = {str(k): level.canvas.whole(level.z) for k, level in enumerate(levels)}
+            if ranks.rank == 0:
+                save_tensors(resume, whole, {"settings": settings, "step": n + 1})
+            saved[0] = time.monotonic()
+    with ranks.autocast() if cfg.amp else nullcontext():
+        sample_levels(levels, careful(model.decode), careful(model.encode), model.schedule, steps=cfg.steps,
+                      inner=cfg.inner if cfg.method == "joint" else 0, lam=(lam[0], lam[-1]), delta=cfg.delta,
+                      zeta=cfg.zeta, guide=cfg.guide, normalize="share" if estimate_space else True, end=cfg.end,
+                      kind=cfg.A, during=cfg.during, proxy=proxy, callback=step, skip=skip)
+        if cfg.repair and cfg.method != "bicubic":
+            levels[-1] = repair(model, condition, levels[-1], fine, guidance=cfg.guidance, seed=cfg.seed,
+                                batch=cfg.batch)
+    bar.close()
+    return levels, scales
+
+
+def pixels(model, z, ranks, batch=8):
+    """Strips (h,W,3) uint8 of a decoded canvas, from top to bottom: windows half as large again as a patch, a quarter
+    of a patch of which on every side fades into the neighbours."""
+    window = model.info["patch"] // model.vae.factor
+    with torch.no_grad(), ranks.autocast():
+        for strip in decode_strips(careful(model.decode), z, window * 3 // 2, window // 2, batch):
+            yield to_uint8(strip)[0].numpy()
+
+
+def picture(model, z, ranks):
+    """The whole decoded canvas as one uint8 array (H,W,3)."""
+    return np.concatenate(list(pixels(model, z, ranks)))
+
+
+def save_png(path, image):
+    with atomic(path) as tmp:
+        Image.fromarray(image).save(tmp, "PNG")
+
+
+def large(model, pyramids, cfg, ranks):
+    """Draw one large image and write it, and the coarse views it was drawn with, beside it."""
+    out, patch = Path(cfg.out), model.info["patch"]
+    if out.suffix not in (".png", ".tif", ".tiff", ".dzi"):
+        raise UserError(f"--out={out}: give a name that ends in .png, .tif (pyramid) or .dzi (DeepZoom)")
+    if cfg.method not in METHODS or cfg.guide not in GUIDES:
+        raise UserError(f"--method={cfg.method} --guide={cfg.guide}: known are {', '.join(METHODS)}; "
+                        f"{', '.join(GUIDES)}")
+    if len(cfg.during) != 2 or len(cfg.at) != 2 or len(cfg.lam) > 2:
+        raise UserError(f"--during={cfg.during} --at={cfg.at} --lam={cfg.lam}: give two numbers, for lam one or two")
+    fine = max(cfg.scale, 0)
+    scales = [*sorted(cfg.context, reverse=True), fine]
+    h, w = sides(cfg.size, scales, patch, model.vae.factor, model.summarizer.cfg.scales)[-1]
+    need = tuple(math.ceil(n * model.vae.factor * 2 ** fine / patch) for n in (h, w))
+    grid = load_grid(cfg, model, pyramids, need)
+    proxy = (proxies.load(Path(cfg.run) if Path(cfg.run).is_dir() else Path(cfg.run).parent, model, pyramids, ranks)
+             if cfg.method == "joint" and "proxy" in cfg.guide else None)
+    if ranks.rank == 0:
+        print(f"drawing {h * model.vae.factor} x {w * model.vae.factor} pixels, scales {scales}, writing {out}")
+
+    def frame(n, level, estimate):
+        if cfg.frames and (n + 1) % cfg.frames == 0:
+            z = level.canvas.whole(estimate)
+            if ranks.rank == 0:
+                image = Image.fromarray(picture(model, z, ranks))
+                image.thumbnail((1024, 1024), Image.Resampling.BOX)
+                with atomic(out.with_name(f"{out.stem}_frames") / f"{n + 1:04d}.png") as tmp:
+                    image.save(tmp, "PNG")
+    profile = Profile(model, proxy) if cfg.profile else None
+    resume = out.with_name(f".{out.name}.partial.safetensors")
+    levels, scales = draw_large(model, grid, cfg, ranks, proxy, resume, frame if cfg.frames else None)
+    canvases = [level.canvas.whole(level.z) for level in levels]
+    if ranks.rank > 0:
+        return ranks.barrier()
+    if cfg.method == "bicubic":
+        coarse = torch.from_numpy(picture(model, canvases[0], ranks)).movedim(-1, 0)[None] / 127.5 - 1
+        up = Resize(2 ** (scales[0] - fine)).up(coarse).clamp(-1, 1)
+        strips = iter([to_uint8(up)[0].numpy()])
+    else:
+        strips = pixels(model, canvases[-1], ranks)
+    size = h * model.vae.factor, w * model.vae.factor
+    if out.suffix == ".png":
+        save_png(out, np.concatenate(list(strips)))
+    elif out.suffix == ".dzi":
+        write_deepzoom(out.with_suffix(""), strips, size, viewer=cfg.viewer or None, title=out.stem)
+    else:
+        write_tiff(out, strips, size, mpp=cfg.mpp or None)
+    for z, s in zip(canvases[:None if cfg.method == "bicubic" else -1], scales):
+        save_png(out.with_name(f"{out.stem}_scale{s}.png"), picture(model, z, ranks))
+    if profile is not None:
+        profile.close()
+        profile.table(model.unet.cfg.context_dim)
+    resume.unlink(missing_ok=True)
+    print(f"wrote {out}" + "".join(f", {out.stem}_scale{s}.png" for s in scales if s != fine))
+    ranks.barrier()
 
 
 def main(argv):
-    cfg = configure(Config, argv, words=("run",), doc=__doc__)
+    cfg = configure(Config, argv, PRESETS, ("run", "preset"), doc=__doc__)
     if not cfg.run:
         raise UserError("say which run: python sample_joint.py out/toy (train one with python train.py)")
     if cfg.n < 0 or cfg.seed < 0 or cfg.steps < 1 or cfg.batch < 1:
@@ -283,8 +398,8 @@ def main(argv):
         raise UserError(f"--end={cfg.end}: known are clean, published")
     cfg.n = cfg.n or (128 if cfg.eval else 8)
     run = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
-    cfg.out = cfg.out or str(run / ("eval" if cfg.eval else "patches"))
-    ranks = setup(cfg.device, threads=cfg.threads)
+    cfg.out = cfg.out or str(run / ("large.png" if cfg.size else "eval" if cfg.eval else "patches"))
+    ranks = setup(cfg.device, cfg.amp, cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
     info = model.info
     pyramids = Pyramids(cfg.data or info.get("data", ""), std=info.get("std"))
@@ -294,7 +409,7 @@ def main(argv):
     if pyramids.embed_dim != model.summarizer.cfg.embed_dim or pyramids.encoder != info.get("encoder"):
         raise UserError(f"{pyramids.folder} was embedded with {pyramids.encoder!r} ({pyramids.embed_dim} numbers), the "
                         f"run with {info.get('encoder')!r} ({model.summarizer.cfg.embed_dim}): give its own data")
-    (evaluate if cfg.eval else show)(model, pyramids, cfg, ranks)
+    (large if cfg.size else evaluate if cfg.eval else show)(model, pyramids, cfg, ranks)
 
 
 if __name__ == "__main__":
