@@ -1,7 +1,7 @@
 """Patches: draw them at any scale from the conditions of held-out images, and measure how good they are.
 
 in:  a trained model and the pyramids it was trained on   out: PNGs, a contact sheet, a table, eval.json
-run: python patches.py (lists what is measured), python sample_joint.py out/toy, python sample_joint.py out/toy --eval
+run: python sample_joint.py out/toy, python sample_joint.py out/toy --eval
 read next: canvas.py
 """
 import json
@@ -62,14 +62,18 @@ def show(model, pyramids, cfg, ranks):
 # ----- 2. Evaluation on held-out patches -----
 
 def truth(pyramids, batch, size):
-    """Tissue shares (N,4) by the region map, for toy data. The map has a quarter of the slide's resolution."""
-    rows = []
+    """For toy data, tissue shares (N,4) by the region map, which has a quarter of the slide's resolution, and the share
+    of nuclei (N,) by the list of those drawn: their discs' area, where the centre lies in the patch."""
+    rows, areas = [], []
     for k, s, (i, j) in zip(batch["slide"].tolist(), batch["s"].tolist(), batch["ij"].tolist()):
+        side = size * 2 ** s
         with open_tensors(pyramids.folder / pyramids.slides[k]["file"]) as f:
-            side = size * 2 ** s // 4
-            region = f.get_tensor("region")[i * side:(i + 1) * side, j * side:(j + 1) * side]
+            region = f.get_tensor("region")[i * side // 4:(i + 1) * side // 4, j * side // 4:(j + 1) * side // 4]
+            x, y, radius = f.get_tensor("nuclei").double().T
         rows.append(torch.bincount(region.flatten().long(), minlength=4) / region.numel())
-    return torch.stack(rows)
+        inside = (x >= j * side) & (x < (j + 1) * side) & (y >= i * side) & (y < (i + 1) * side)
+        areas.append(torch.pi * radius[inside].square().sum() / side ** 2)
+    return torch.stack(rows), torch.stack(areas)
 
 
 def palette_of(pyramids):
@@ -126,12 +130,11 @@ def evaluate(model, pyramids, cfg, ranks):
                 row[f"dist_{space}_{name}"] = measure(value, held)
         if palette is not None:
             cell = {0: 16, 1: 16, 2: 8}.get(s, 4)   # pixels averaged before a colour counts as a tissue
-            want = truth(pyramids, batch, pyramids.patch)
+            want, area = truth(pyramids, batch, pyramids.patch)
             for name, x in (("fake", fake), ("real", real), ("vae", coded), ("null", null)):
                 row[f"tissue_{name}"] = float((M.tissue_fractions(x, palette, cell) - want).abs().mean())
-            area = M.nuclei_fraction(real)
             row["nuclei_mean"] = float(area.mean())
-            for name, x in (("fake", fake), ("vae", coded), ("null", null)):
+            for name, x in (("fake", fake), ("real", real), ("vae", coded), ("null", null)):
                 row[f"nuclei_{name}"] = float((M.nuclei_fraction(x) - area).abs().mean())
         table.append(row)
         rows, labels = rows + [real[:12], fake[:12]], labels + [f"scale {s} real", f"scale {s} drawn"]
@@ -160,9 +163,10 @@ def print_table(table):
               ("distance to held-out patches (Fréchet if n >= 256, else kernel ± standard error), 16 components",
                ["scale"] + [f"dist_{sp}_{k}" for sp in ("desc", "rand") for k in ("fake", "floor", "vae", "null")])]
     if "tissue_fake" in table[0]:
-        blocks.append(("mean absolute error: tissue shares against the region map; nuclei area (by colour, mean given) "
-                       "against the real patch", ["scale", "tissue_fake", "tissue_vae", "tissue_real", "tissue_null",
-                                                  "nuclei_fake", "nuclei_vae", "nuclei_null", "nuclei_mean"]))
+        blocks.append(("mean absolute error of what colours say: tissue shares against the region map, the share of "
+                       "nuclei against those drawn (mean given)",
+                       ["scale", *(f"{what}_{name}" for what in ("tissue", "nuclei")
+                                   for name in ("fake", "vae", "real", "null")), "nuclei_mean"]))
     for title, keys in blocks:
         print(f"\n{title}\n" + " ".join(f"{k.replace('_', ' '):>14}" for k in keys))
         for row in table:

@@ -1,0 +1,217 @@
+"""How good large images are: every way of drawing them on the same conditions, noise and context.
+
+    python quality.py out/toy_long --size=512 --n=4     # table, RUN/bench/quality_512.png and .json
+    python quality.py out/toy_long --plot               # quality against cost, from those tables (extra: plot)
+
+in:  a run folder, held-out slides   out: a table with the real images as ceiling, pictures     read next: bench.py
+"""
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import metrics as M
+import proxy as proxies
+import sample_joint as S
+from canvas import Grid, Resize
+from common import UserError, atomic, cli, configure, open_tensors, save_grid, setup, write_text
+from cost import Profile, full_size
+from data import Pyramids, fixed_batch
+from diffusion import ZoomLDM
+from encoder import load_encoder
+from summarizer import standardize
+
+
+@dataclass
+class Config:
+    run: str = ""           # run folder
+    data: str = ""          # data folder; default: the one the run was trained on
+    size: int = 512         # pixels a side
+    context: int = 0        # scale of the context; 0 = the one whose patch is the whole image
+    n: int = 4              # held-out slides
+    steps: int = 50
+    seed: int = 0
+    methods: str = ""       # of METHODS, with ";" between; empty = all
+    plot: bool = False      # only draw what was measured before
+    device: str = "auto"
+    threads: int = 2
+
+
+METHODS = {  # settings of sample_joint.py
+    "independent": dict(method="independent"),
+    "multidiffusion": dict(method="multidiffusion", overlap=4),
+    "bicubic": dict(method="bicubic"),
+    "S2, published": dict(guide="exact", lam=(0.5,), overlap=0, fade=False),
+    "exact": dict(guide="exact"),
+    "proxy": dict(guide="proxy"),
+    "x0": dict(guide="x0"),
+    "x0+proxy": dict(guide="x0+proxy"),
+}
+
+
+def open_run(cfg):
+    ranks = setup(cfg.device, threads=cfg.threads)
+    model = ZoomLDM.from_run(cfg.run).to(ranks.device)
+    pyramids = Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
+    return model, pyramids, proxies.load(cfg.run, model, pyramids, ranks), ranks
+
+
+def held_out(pyramids, k, size):
+    """The upper left part of the k-th held-out slide: e (E,G,G), image (1,3,size,size), region map or None."""
+    slides = [i for i, x in enumerate(pyramids.slides) if x["split"] == "test" and x["size"][0] >= size
+              and x["size"][1] >= size]
+    if k >= len(slides):
+        raise UserError(f"{pyramids.folder} has {len(slides)} held-out images of {size} pixels: lower --n or --size")
+    i, P, G = slides[k], pyramids.patch, size // pyramids.patch
+    e = pyramids.tensor(i, "e")[:G, :G].float().movedim(-1, 0)
+    e = e if pyramids.rescale is None else e * pyramids.rescale[:, None, None]
+    x = torch.zeros(1, 3, size, size)
+    for n, (r, c) in enumerate(pyramids.tensor(i, "ij0").tolist()):
+        if r < G and c < G:
+            x[0, :, r * P:(r + 1) * P, c * P:(c + 1) * P] = pyramids.read(i, 0, n)["x"]
+    with open_tensors(pyramids.folder / pyramids.slides[i]["file"]) as f:
+        region = f.get_tensor("region")[:size // 4, :size // 4] if "region" in f.keys() else None
+    return Grid(e), x, region
+
+
+def settings(cfg, method, context):
+    """The Config of sample_joint.py for one of METHODS."""
+    return replace(S.Config(run=cfg.run, size=(cfg.size,), context=(context,), steps=cfg.steps, seed=cfg.seed),
+                   **METHODS[method])
+
+
+def crops(x, side):
+    """(1,3,H,W) -> all its patches (n,3,side,side)."""
+    return F.unfold(x, side, stride=side)[0].T.reshape(-1, 3, side, side)
+
+
+def seams_by_tissue(x, region, window):
+    """Seam ratio within each tissue, {index: ratio}: steps across window borders over other steps between neighbours of
+    that tissue."""
+    full = region.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    out = {}
+    for tissue in full.unique().tolist():
+        across, inside = [], []
+        for axis in (0, 1):
+            step = x[0].diff(dim=axis + 1).abs().mean(0).movedim(axis, 0)
+            mine = (full == tissue).movedim(axis, 0)
+            mine, border = mine[1:] & mine[:-1], torch.arange(1, len(step) + 1) % window == 0
+            across, inside = [*across, step[border][mine[border]]], [*inside, step[~border][mine[~border]]]
+        across, inside = torch.cat(across), torch.cat(inside)
+        if len(across) > 500:
+            out[tissue] = float(across.mean() / inside.mean())
+    return out
+
+
+def quality(cfg):
+    """Every method on the same conditions and noise. coherence: A(large) against the context, which is the same for all
+    of them; crops and coarse views: distances to the real ones; reference: similarity of each tile to its real one."""
+    model, pyramids, proxy, ranks = open_run(cfg)
+    P, out = pyramids.patch, Path(cfg.run) / "bench"
+    context = cfg.context or (cfg.size // P).bit_length() - 1
+    names = [n.strip() for n in cfg.methods.split(";")] if cfg.methods else list(METHODS)
+    if set(names) - set(METHODS):
+        raise UserError(f"--methods={cfg.methods}: known are {'; '.join(METHODS)} (put ';' between)")
+    encoder, A, full = load_encoder(pyramids.encoder, pyramids.std), Resize(2 ** context), full_size()
+    spaces = {"desc": lambda x: standardize(encoder((x + 1) / 2)[..., None, None])[..., 0, 0],
+              "rand": M.random_features}
+    base = {name: f(fixed_batch(pyramids, "train", 0, 512)["x"]) for name, f in spaces.items()}
+    far = {name: f(fixed_batch(pyramids, "train", context - 1, 256)["x"]) for name, f in spaces.items()}
+    slides = [held_out(pyramids, k, cfg.size) for k in range(cfg.n)]
+    with torch.no_grad(), ranks.autocast():
+        coded = [torch.cat([model.decode(model.encode(p.to(ranks.device))).float().clamp(-1, 1).cpu()
+                            for p in crops(x, P).split(32)]) for _, x, _ in slides]
+    coded = [F.fold(c.flatten(1).T[None], cfg.size, P, stride=P) for c in coded]
+    drawn, views, table = {"real": [x for _, x, _ in slides], "real, coded": coded}, [], []
+    shared = [torch.from_numpy(S.picture(model, S.draw_large(
+        model, grid, settings(cfg, "bicubic", context), ranks)[0][0].z, ranks)).movedim(-1, 0)[None] / 127.5 - 1
+        for grid, _, _ in slides]
+    bill = {}
+    for name in names:
+        settle = settings(cfg, name, context)
+        drawn[name], meter, began = [], Profile(model, proxy), time.perf_counter()
+        for k, (grid, _, _) in enumerate(slides):
+            if name == "bicubic":
+                drawn[name].append(Resize(2 ** context).up(shared[k]).clamp(-1, 1))
+                continue
+            z = S.draw_large(model, grid, settle, ranks, proxy)[0][-1].z
+            drawn[name].append(torch.from_numpy(S.picture(model, z, ranks)).movedim(-1, 0)[None] / 127.5 - 1)
+        meter.close()
+        bill[name] = ((time.perf_counter() - began) / cfg.n,
+                      sum(meter.rows[k] * full.get(k, 0) for k in meter.rows) / 1e12 / cfg.n)
+    for name, images in drawn.items():
+        row = {"method": name, "seconds": bill.get(name, (0, 0))[0], "TFLOP": bill.get(name, (0, 0))[1]}
+        aim = [Resize(2 ** context, "box").down(x) for _, x, _ in slides] if "real" in name else shared
+        seen = [A.down(x).clamp(-1, 1) for x in images]
+        row["psnr"], row["ssim"] = (f(torch.cat(seen), torch.cat(aim)) for f in (M.psnr, M.ssim))
+        row["seams"] = M.seam_ratio(torch.cat(images), P)
+        near, real = (torch.cat([crops(x, P) for x in xs]) for xs in (images, drawn["real"]))
+        half = Resize(2 ** (context - 1), "box")
+        away, real_away = (torch.cat([crops(half.down(x), P) for x in xs]) for xs in (images, drawn["real"]))
+        for space, f in spaces.items():
+            axes = M.principal(base[space], 16)
+            measure = M.frechet if len(near) >= 256 else lambda a, b: M.kernel_distance(a, b)[0]
+            row[f"crops_{space}"] = measure(axes(f(near)), axes(f(real)))
+            axes = M.principal(far[space], 16)
+            row[f"views_{space}"] = M.kernel_distance(axes(f(away)), axes(f(real_away)))[0]
+            like = M.standard(base[space])
+            row[f"ref_{space}"] = M.similarity(like(f(near)), like(f(real)))
+        for k, (_, _, region) in enumerate(slides):
+            if region is not None:
+                for tissue, value in seams_by_tissue(images[k], region, P).items():
+                    row.setdefault("tissue_seams", {}).setdefault(str(tissue), []).append(value)
+        row["tissue_seams"] = {k: sum(v) / len(v) for k, v in sorted(row.get("tissue_seams", {}).items())}
+        table.append(row)
+        views.append(torch.cat(images[:2]))
+    save_grid(out / f"quality_{cfg.size}.png", views, list(drawn))
+    write_text(out / f"quality_{cfg.size}.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))
+    keys = ["psnr", "ssim", "crops_desc", "crops_rand", "views_desc", "views_rand", "ref_desc", "ref_rand", "seams",
+            "seconds", "TFLOP"]
+    print(f"{cfg.n} images of {cfg.size} x {cfg.size} pixels, context at scale {context}, {cfg.steps} steps\n"
+          f"{'':>16}" + "".join(f"{k.replace('_', ' '):>11}" for k in keys) + "  seams: background stroma tumour fat")
+    for row in table:
+        tissue = " ".join(f"{row['tissue_seams'][k]:.2f}" if k in row["tissue_seams"] else "-" for k in "0123")
+        print(f"{row['method']:>16}" + "".join(f"{row[k]:>11.3f}" if abs(row[k]) < 10 else f"{row[k]:>11.1f}"
+                                               for k in keys) + "  " + tissue)
+    print(f"wrote {out}/quality_{cfg.size}.json and .png")
+
+
+def plot(folder):
+    """Coherence and crop distance of every method over its cost, from quality_*.json."""
+    try:
+        import matplotlib
+    except ImportError as err:
+        raise UserError("--plot needs matplotlib: pip install -e '.[plot]'") from err
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    files = sorted(folder.glob("quality_*.json"))
+    if not files:
+        raise UserError(f"{folder} holds no quality_*.json: measure first, without --plot")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    for marker, file in zip("os^D", files):
+        rows = [r for r in json.loads(file.read_text())["rows"] if r["seconds"]]
+        for ax, key, label in ((axes[0], "psnr", "A(image) against the context, dB"),
+                               (axes[1], "crops_desc", "distance of crops to real ones (descriptor)")):
+            ax.set(xscale="log", xlabel="seconds per image", ylabel=label)
+            ax.scatter([r["seconds"] for r in rows], [r[key] for r in rows], marker=marker, label=file.stem[8:] + " px")
+            for r in rows:
+                ax.annotate(r["method"], (r["seconds"], r[key]), fontsize=8, xytext=(4, 3), textcoords="offset points")
+    axes[0].legend()
+    figure.tight_layout()
+    with atomic(folder / "quality.png") as tmp:
+        figure.savefig(tmp, format="png", dpi=110)
+    print(f"wrote {folder / 'quality.png'}")
+
+
+def main(argv):
+    cfg = configure(Config, argv, words=("run",), doc=__doc__)
+    if not cfg.run:
+        raise UserError("say which run: python quality.py out/toy_long (train one with python train.py toy_long)")
+    plot(Path(cfg.run) / "bench") if cfg.plot else quality(cfg)
+
+
+if __name__ == "__main__":
+    cli(main)
