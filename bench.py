@@ -65,8 +65,7 @@ def transcribed(model, c, c_ctx, z, z_ctx, factor, steps, guidance=2.0, lam=0.5,
     in:  c {corner: tokens} and noise z of the fine canvas, c_ctx and z_ctx of the context. out: latents (1,3,H,W), and
     after the published decoding: windows at a quarter of their side, blended with a Gaussian. reference.md §7.
     """
-    (H, W), w = z.shape[2:], z_ctx.shape[-1]
-    ij, A = list(c), Resize(factor)
+    W, w, ij, A = z.shape[-1], z_ctx.shape[-1], list(c), Resize(factor)
     patches = torch.cat([z[..., i:i + w, j:j + w] for i, j in ij])                      # (n,3,w,w)
     tokens, columns = torch.stack([c[p] for p in ij]), W // w
     fns = [model.guided(tokens[k:k + 16], guidance) for k in range(0, len(ij), 16)]
@@ -164,7 +163,7 @@ def speed(cfg):
                 spent.append(sum(meter.rows[p] * full.get(p, 0) for p in meter.rows))
             flops[name] = spent[0] * 50 / cfg.steps + spent[1]
     far = (theirs() - ours("exact", False)).abs().max()
-    print(f"{cfg.size} x {cfg.size} pixels, no overlap, guidance 2, medians of {cfg.rounds} rounds of {cfg.steps} steps\n"
+    print(f"{cfg.size} x {cfg.size} pixels, no overlap, guidance 2, medians of {cfg.rounds} rounds, {cfg.steps} steps\n"
           f"largest difference of latents, transcription and exact in float32: {far:.1e}\n"
           f"{'':>16}{'s a step':>10}{'decoding':>10}{'50 steps':>10}{'times':>8}{'full size, TFLOP':>18}{'times':>8}")
     half = {name: [sorted(v)[len(v) // 2] for v in pair] for name, pair in seconds.items()}

@@ -3,7 +3,7 @@
 `Resize` is the operator A of the constraint A Dec(z) = y (Z Eq. 1). `Canvas` cuts a canvas into windows, averages
 their answers (MultiDiffusion, L §3.2), and under torchrun keeps only the rows that this rank's windows touch.
 `decode_strips` turns latents into pixels from top to bottom, `Grid` answers what condition any window has. Nothing
-here needs a network, and nothing but the latents, a sixteenth of the image, is ever held for the whole canvas.
+here needs a network, and nothing but the latents, a sixteenth of the image, is held for the whole canvas.
 
 in:  latents (1,C,H,W), embeddings (E,Gh,Gw)   out: windows, averages, strips of pixels, conditions
 run: python canvas.py     read next: sample_joint.py
@@ -117,6 +117,12 @@ def ramps(n, side, overlap, fade=True):
     return {a: w / total[a:a + side] for a, w in weights.items()}
 
 
+def exact(like):
+    """float64, in which sums hardly depend on their order: joint sampling would blow the difference between one rank
+    and several up to something one can see. (MPS has no float64.)"""
+    return like.dtype if like.device.type == "mps" else torch.float64
+
+
 class Canvas:
     """Windows over a canvas of h x w latents, and this rank's share of them under torchrun.
 
@@ -169,10 +175,10 @@ class Canvas:
         for ij in self.batches():
             parts = fn(ij)
             if total is None:
-                total = parts.new_zeros(1, parts.shape[1], self.hi - self.lo, self.w)
+                total = parts.new_zeros(1, parts.shape[1], self.hi - self.lo, self.w, dtype=exact(parts))
             for part, (i, j) in zip(parts, ij):
                 total[0, :, i - self.lo:i - self.lo + wh, j:j + ww] += part
-        return self.exchange(total)
+        return self.exchange(total).to(parts.dtype)
 
     def average(self, fn):
         """The weighted mean of fn(corners) over all windows. Where only one lies, its values come back exactly."""
@@ -228,7 +234,7 @@ def decode_strips(decode, z, side, overlap, batch=8):
     carry = None
     for i, after in zip(rows, [*rows[1:], h]):
         tiles = torch.cat([z[..., i:i + sides[0], j:j + sides[1]] for j in columns])
-        x = torch.cat([decode(part) for part in tiles.split(batch)])                    # (n,3,k side,k side)
+        x = torch.cat([decode(part).float() for part in tiles.split(batch)])            # (n,3,k side,k side)
         k = x.shape[-1] // sides[1]                                                     # pixels per latent
         down, across = (ramps(n * k, s * k, min(overlap, s - 1) * k) for n, s in zip((h, w), sides))
         strip = x.new_zeros(1, 3, sides[0] * k, w * k)
@@ -268,13 +274,24 @@ class Grid:
         block = slerp(block[:, :, :-1], block[:, :, 1:], j - int(j))                    # (E,g+1,g)
         return standardize(slerp(block[:, :-1], block[:, 1:], i - int(i)))
 
+    def inside(self, corner, size=(1, 1)):
+        shape = tuple(self.e.shape[1:])
+        if min(corner) < 0 or min(size) < 1 or any(a + n > m for a, n, m in zip(corner, size, shape)):
+            raise UserError(f"cells {size} at {corner} do not lie inside the {shape[0]} x {shape[1]} tiles of the "
+                            f"image: count rows and columns from 0")
+
     def swap(self, a, b):
-        """Exchange cells a and b, each (row, column). Moving cells moves what is drawn there (L §3.2)."""
+        """Exchange cells a and b, each (row, column). Moving cells moves what is drawn there (L §3.2). raises:
+        ValueError for cells outside."""
+        self.inside(a)
+        self.inside(b)
         self.e = self.e.clone()
         self.e[:, [a[0], b[0]], [a[1], b[1]]] = self.e[:, [b[0], a[0]], [b[1], a[1]]]
 
     def paste(self, a, b, size):
-        """Copy the block of `size` (rows, columns) cells at a over the one at b."""
+        """Copy the block of `size` (rows, columns) cells at a over the one at b. raises: as swap."""
+        self.inside(a, size)
+        self.inside(b, size)
         block, self.e = self.e[:, a[0]:a[0] + size[0], a[1]:a[1] + size[1]].clone(), self.e.clone()
         self.e[:, b[0]:b[0] + size[0], b[1]:b[1] + size[1]] = block
 

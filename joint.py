@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from canvas import Canvas, Resize
+from canvas import Canvas, Resize, exact
 from common import UserError, cli
 from diffusion import Schedule, ddim_step, ddim_timesteps, noise_levels, to_eps, to_x0
 
@@ -70,18 +70,23 @@ def autocasting(device):
 
 
 def see(canvas, decode, z, A, keep=None):
-    """A Dec(z), window by window: (1,3,h,w), whole on every rank. keep: a dict that receives the decoded windows."""
+    """A Dec(z), window by window: (1,3,h,w), whole on every rank. keep: a dict that receives the decoded windows, which
+    is the one thing here that grows with the image. raises: ValueError if A does not divide the canvas."""
     total = None
     for ij in canvas.batches():
-        x = decode(canvas.cut(z, ij)).to(z.dtype)                                       # (n,3,k window)
+        x = decode(canvas.cut(z, ij))                                                   # (n,3,k window)
         k = x.shape[-1] // canvas.window[1]                                             # pixels per latent
+        if canvas.h * k % A.factor or canvas.w * k % A.factor:
+            raise UserError(f"factor={A.factor} does not divide the canvas of {canvas.h * k} x {canvas.w * k} pixels: "
+                            f"take another factor, or another size")
+        if keep is not None:
+            keep |= zip(ij, x)
         if total is None:
-            total = x.new_zeros(1, 3, canvas.h * k // A.factor, canvas.w * k // A.factor)
-        for part, w, (i, j) in zip(x, wide(canvas.weights(ij, z), k), ij):
-            if keep is not None:
-                keep[i, j] = part
-            A.add_down(total, part[None] * w, i * k, j * k)
-    return canvas.reduce(total)
+            total = x.new_zeros(1, 3, canvas.h * k // A.factor, canvas.w * k // A.factor, dtype=exact(x))
+        x = x.to(total.dtype) * wide(canvas.weights(ij, total), k)
+        for part, (i, j) in zip(x, ij):
+            A.add_down(total, part[None], i * k, j * k)
+    return canvas.reduce(total).to(z.dtype)
 
 
 def wide(weights, k):
@@ -110,7 +115,7 @@ def err_z_by_encoder(canvas, decode, encode, z0_hat, A, target, zeta):
     residual = misfit(canvas, decode, z0_hat, A, target, x)
 
     def ahead(ij):
-        here = torch.stack([x[p] for p in ij])                                          # (n,3,P,P)
+        here = torch.stack([x[p] for p in ij]).to(z0_hat.dtype)                         # (n,3,P,P)
         e = err_x(canvas, A, residual, ij, here)
         size = peak(e)
         return (encode(here + zeta * e / size) - encode(here)) * size / zeta
@@ -143,7 +148,7 @@ def g_by_gradient(level, z, err_z, t, ab):
     def back(ij):
         with torch.enable_grad():
             part = canvas.cut(z, ij).requires_grad_()
-            eps = level.eps(part, index(t, part, part.device), ij)
+            eps = level.eps(part, index(t, part, part.device), ij)[:, :part.shape[1]]
             return torch.autograd.grad(eps, part, canvas.cut(err_z, ij) * canvas.weights(ij, z))[0]
     return (err_z - (1 - ab) ** 0.5 * canvas.total(back)) / ab ** 0.5
 
@@ -224,8 +229,10 @@ def sample_levels(levels, decode, encode, schedule, *, steps=50, inner=1, lam=0.
                         err_z, residual = err_z_by_encoder(canvas, fast(decode), encode, z0_hat, A, target, zeta)
                     else:
                         image, smaller = (proxy, proxy.factor) if by == "proxy" and proxy else (decode, 1)
-                        A = Resize.cached(level.factor // smaller, kind)
-                        err_z, residual = err_z_by_gradient(canvas, image, z0_hat, A, target)
+                        A, aim = Resize.cached(max(level.factor // smaller, 1), kind), target
+                        if level.factor < smaller:  # compare what both can be reduced to
+                            aim = Resize.cached(smaller // level.factor, kind).down(target)
+                        err_z, residual = err_z_by_gradient(canvas, image, z0_hat, A, aim)
                     if normalize == "share":
                         err_z = err_z * A.factor ** 2
                         if by == "proxy" and proxy:

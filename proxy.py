@@ -8,6 +8,7 @@ in:  scaled latents (B,3,h,w)   out: images (B,3,h,w) in [-1,1], and RUN/proxy.s
 run: python proxy.py out/toy     read next: sample_joint.py
 """
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -86,19 +87,26 @@ def fit(model, pyramids, ranks, n=1024, steps=1200, batch=64, lr=3e-3, guidance=
     return proxy
 
 
+def fingerprint(model):
+    """Tells models apart: a hash of the last layers of U-Net and decoder."""
+    parts = (model.unet.conv_out.weight, model.vae.decoder.conv_out.weight)
+    return sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in parts)).hexdigest()[:16]
+
+
 def load(folder, model, pyramids, ranks, guidance=2.0):
-    """The proxy of a run, fitted now if it has none, and saved beside the model."""
+    """The proxy of a run, saved beside the model; fitted now if there is none, or one of another model."""
     path = Path(folder) / "proxy.safetensors"
     proxy = Proxy(model.vae.factor)
-    if path.exists():
+    state, meta = load_tensors(path) if path.exists() else ({}, {"model": None})
+    if meta.get("model", fingerprint(model)) == fingerprint(model):
         try:
-            proxy.load_state_dict(load_tensors(path)[0])
+            proxy.load_state_dict(state)
         except RuntimeError as err:
             raise UserError(f"{path} does not fit this program: remove it, it is made again in a minute") from err
         return proxy.to(ranks.device).eval().requires_grad_(False)
     proxy = fit(model, pyramids, ranks, guidance=guidance)
     if ranks.rank == 0:
-        save_tensors(path, proxy.state_dict())
+        save_tensors(path, proxy.state_dict(), {"model": fingerprint(model)})
         print(f"wrote {path}")
     ranks.barrier()
     return proxy

@@ -120,7 +120,7 @@ def quality(cfg):
               "rand": M.random_features}
     base = {name: f(fixed_batch(pyramids, "train", 0, 512)["x"]) for name, f in spaces.items()}
     far = {name: f(fixed_batch(pyramids, "train", context - 1, 256)["x"]) for name, f in spaces.items()}
-    slides = [held_out(pyramids, k, cfg.size) for k in range(cfg.n)]
+    slides, others = ([held_out(pyramids, k, cfg.size) for k in range(a, a + cfg.n)] for a in (0, cfg.n))
     with torch.no_grad(), ranks.autocast():
         coded = [torch.cat([model.decode(model.encode(p.to(ranks.device))).float().clamp(-1, 1).cpu()
                             for p in crops(x, P).split(32)]) for _, x, _ in slides]
@@ -148,9 +148,11 @@ def quality(cfg):
         seen = [A.down(x).clamp(-1, 1) for x in images]
         row["psnr"], row["ssim"] = (f(torch.cat(seen), torch.cat(aim)) for f in (M.psnr, M.ssim))
         row["seams"] = M.seam_ratio(torch.cat(images), P)
-        near, real = (torch.cat([crops(x, P) for x in xs]) for xs in (images, drawn["real"]))
         half = Resize(2 ** (context - 1), "box")
+        near, real = (torch.cat([crops(x, P) for x in xs]) for xs in (images, drawn["real"]))
         away, real_away = (torch.cat([crops(half.down(x), P) for x in xs]) for xs in (images, drawn["real"]))
+        if name == "real":  # a set against itself says nothing: take other slides, the distance between contents
+            real, real_away = (torch.cat([crops(f(x), P) for _, x, _ in others]) for f in (lambda x: x, half.down))
         for space, f in spaces.items():
             axes = M.principal(base[space], 16)
             measure = M.frechet if len(near) >= 256 else lambda a, b: M.kernel_distance(a, b)[0]
@@ -158,7 +160,7 @@ def quality(cfg):
             axes = M.principal(far[space], 16)
             row[f"views_{space}"] = M.kernel_distance(axes(f(away)), axes(f(real_away)))[0]
             like = M.standard(base[space])
-            row[f"ref_{space}"] = M.similarity(like(f(near)), like(f(real)))
+            row[f"ref_{space}"] = M.similarity(like(f(near)), like(f(real))) if name != "real" else 1.0
         for k, (_, _, region) in enumerate(slides):
             if region is not None:
                 for tissue, value in seams_by_tissue(images[k], region, P).items():

@@ -67,10 +67,10 @@ class Config:
     paste: str = ""            # "i,j:k,l" or "i,j:k,l:rows,columns" copies a block over another
     overlap: int = -1          # latents that windows share; -1 = a quarter of a window, multidiffusion three quarters
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
-    guide: str = "exact"       # exact (Z Algorithm S2), gradient (S1), proxy, x0, x0+proxy: see joint.py
+    guide: str = "x0+proxy"    # exact (Z Algorithm S2), gradient (S1), proxy, x0, x0+proxy: see joint.py
     inner: int = 1             # corrections per step (K)
-    lam: tuple = ()            # size of a correction, or first,last; x0 guides: share of the residual, default 1;
-    #                            others: largest change of a latent, default 0.5
+    lam: tuple = ()            # size of a correction, or first,last; x0 guides: share of the residual, default 0.3;
+    #                            others: largest change of a latent, default 0.1 (published: 0.5)
     delta: float = 0.005       # width of the denoiser's finite difference
     zeta: float = 0.005        # width of the encoder's
     during: tuple = (0, 1000)  # guide only while t lies here
@@ -150,7 +150,8 @@ def careful(fn):
                 parts = [fn(*(a[k:k + n] for a in args)) for k in range(0, len(args[0]), n)]
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as err:
-                known = isinstance(err, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(err)
+                known = (isinstance(err, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(err)
+                         or "can't allocate memory" in str(err))
                 if not known or n == 1:
                     raise UserError("memory does not suffice for one window: close other programs, or take another "
                                     "--device") if known else err from err
@@ -159,11 +160,17 @@ def careful(fn):
     return f
 
 
+def scales_of(cfg):
+    """The scales that are drawn, coarse to fine."""
+    fine = max(cfg.scale, 0)
+    return [*sorted(cfg.context, reverse=True), fine] if cfg.method in ("joint", "bicubic") else [fine]
+
+
 def sides(size, scales, patch, factor, known):
     """Height and width in latents at every scale. raises: UserError if a scale does not fit the size or the model."""
     size = tuple(size) * (2 if len(size) == 1 else 1)
-    if len(size) != 2 or not all(isinstance(n, int) for n in size):
-        raise UserError(f"--size={size}: give a side, or height,width, in pixels")
+    if len(size) != 2 or not all(isinstance(n, int) for n in (*size, *scales)):
+        raise UserError(f"--size={size}, scales {scales}: give a side, or height,width, in pixels, and whole scales")
     if len(set(scales)) < len(scales) or min(scales) < 0 or max(scales) >= known or scales[-1] != min(scales):
         raise UserError(f"scales {scales}: the run knows 0 to {known - 1}; --context lists coarser ones than --scale, "
                         f"each once")
@@ -180,11 +187,13 @@ def sides(size, scales, patch, factor, known):
     return out
 
 
-def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, batch=64, fade=True, null=True):
-    """Levels for `sample_levels`, coarse to fine, with noise that depends on seed and scale alone."""
+def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, batch=64, fade=True, null=True,
+            only=None):
+    """Levels for `sample_levels`, coarse to fine (the first `only` of them), with noise that depends on seed and scale
+    alone."""
     patch, factor, device = model.info["patch"], model.vae.factor, model.unet.conv_out.weight.device
     window, levels = patch // factor, []
-    for (h, w), s in zip(sides(size, scales, patch, factor, model.summarizer.cfg.scales), scales):
+    for (h, w), s in list(zip(sides(size, scales, patch, factor, model.summarizer.cfg.scales), scales))[:only]:
         canvas = Canvas(h, w, window, overlap, fade, batch)
         z = torch.randn(1, model.unet.cfg.channels, h, w, generator=generator(seed, s)).to(device)
         eps, eps_diff = window_eps(model, contexts(model, condition, s, canvas), guidance, null)
@@ -231,7 +240,10 @@ def load_grid(cfg, model, pyramids, need):
     elif cfg.reference:
         if not Path(cfg.reference).is_file():
             raise UserError(f"--reference={cfg.reference} does not exist: give an image, or a .safetensors grid")
-        image, name = open_image(Path(cfg.reference), BuildConfig(patch=patch)), cfg.reference
+        image, name = open_image(Path(cfg.reference), BuildConfig(patch=16)), cfg.reference
+        if min(image.size) < patch:
+            raise UserError(f"{name} is {image.width} x {image.height} pixels, smaller than a patch of {patch}: take a "
+                            f"larger --reference")
         encoder = load_encoder(info["encoder"], info["std"])
         rows = []
         for r in range(image.height // patch):
@@ -253,8 +265,8 @@ def load_grid(cfg, model, pyramids, need):
             grid.swap(a, b)
         for a, b, *size in cells(cfg.paste, "paste", 3) if cfg.paste else ():
             grid.paste(a, b, size[0] if size else (1, 1))
-    except (IndexError, RuntimeError) as err:
-        raise UserError(f"--swap, --paste: a cell lies outside the {h} x {w} tiles of the image ({err})") from err
+    except UserError as err:
+        raise UserError(f"--swap={cfg.swap} --paste={cfg.paste}: {err}") from err
     return grid
 
 
@@ -265,18 +277,19 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None
     so that the same call goes on after an interruption; frame(n, level, estimate) after every step.
     out: (levels, scales), coarse to fine, on every rank."""
     fine = max(cfg.scale, 0)
-    scales = [*sorted(cfg.context, reverse=True), fine] if cfg.method in ("joint", "bicubic") else [fine]
+    scales = scales_of(cfg)
     window = model.info["patch"] // model.vae.factor
     overlap = {"multidiffusion": 3 * window // 4, "independent": 0}.get(cfg.method, window // 4)
     overlap = overlap if cfg.overlap < 0 or cfg.method == "independent" else cfg.overlap
     levels = prepare(model, condition, cfg.size, scales, overlap, guidance=cfg.guidance, seed=cfg.seed, batch=cfg.batch,
-                     fade=cfg.fade and cfg.method != "multidiffusion", null=cfg.null)
-    if cfg.method == "bicubic":
-        levels, scales = levels[:1], scales[:1]
+                     fade=cfg.fade and cfg.method != "multidiffusion", null=cfg.null,
+                     only=1 if cfg.method == "bicubic" else None)
+    scales = scales[:len(levels)]
     estimate_space = GUIDES[cfg.guide][1] is None
-    lam = cfg.lam or ((1.0,) if estimate_space else (0.5,))
+    lam = cfg.lam or ((0.3,) if estimate_space else (0.1,))
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "frames", "profile", "batch", "threads")}
-    settings, skip, saved = json.loads(json.dumps(settings)), 0, [time.monotonic()]
+    settings = json.loads(json.dumps(settings | {"model": proxies.fingerprint(model)}))
+    skip, saved = 0, [time.monotonic()]
     if resume is not None and resume.exists():
         state, meta = load_tensors(resume)
         if meta.get("settings") == settings:
@@ -338,10 +351,11 @@ def large(model, pyramids, cfg, ranks):
     if cfg.method not in METHODS or cfg.guide not in GUIDES:
         raise UserError(f"--method={cfg.method} --guide={cfg.guide}: known are {', '.join(METHODS)}; "
                         f"{', '.join(GUIDES)}")
-    if len(cfg.during) != 2 or len(cfg.at) != 2 or len(cfg.lam) > 2:
-        raise UserError(f"--during={cfg.during} --at={cfg.at} --lam={cfg.lam}: give two numbers, for lam one or two")
+    if len(cfg.during) != 2 or len(cfg.lam) > 2 or [type(v) for v in cfg.at] != [int, int]:
+        raise UserError(f"--during={cfg.during} --at={cfg.at} --lam={cfg.lam}: give two numbers, whole ones for at, "
+                        f"one or two for lam")
     fine = max(cfg.scale, 0)
-    scales = [*sorted(cfg.context, reverse=True), fine]
+    scales = scales_of(cfg)
     h, w = sides(cfg.size, scales, patch, model.vae.factor, model.summarizer.cfg.scales)[-1]
     need = tuple(math.ceil(n * model.vae.factor * 2 ** fine / patch) for n in (h, w))
     grid = load_grid(cfg, model, pyramids, need)

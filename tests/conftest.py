@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository on the path, two threads that do not spin, the same random numbers."""
+"""Shared by all tests: the repository on the path, two threads that do not spin, equal random numbers, a tiny run."""
 import os
 import sys
 from pathlib import Path
@@ -18,6 +18,28 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+TINY = ["smoke", "--vae_steps=8", "--steps=6", "--batch=4", "--vae_batch=4", "--save_every=3", "--log_every=1",
+        "--sample_every=6", "--summarizer.width=32", "--unet.width=16", "--amp=False", "--device=cpu"]
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A tiny pyramid set: 6 + 2 slides of 256 px, three scales."""
+    import data
+    folder = tmp_path_factory.mktemp("toy") / "data"
+    data.main(["toy", f"--out={folder}", "--slides=6", "--test=2", "--size=256", "--workers=1"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(toy, tmp_path_factory):
+    """One uninterrupted training."""
+    import train
+    out = tmp_path_factory.mktemp("run") / "a"
+    train.main([*TINY, f"--data={toy}", f"--out={out}"])
+    return out
 
 
 @pytest.fixture(scope="session")

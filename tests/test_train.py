@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 from PIL import Image
 
 import data
@@ -19,25 +19,6 @@ import train
 from common import Ranks, UserError, load_tensors
 from diffusion import ZoomLDM
 from zoom_vae import VAEConfig
-
-TINY = ["smoke", "--vae_steps=8", "--steps=6", "--batch=4", "--vae_batch=4", "--save_every=3", "--log_every=1",
-        "--sample_every=6", "--summarizer.width=32", "--unet.width=16", "--amp=False", "--device=cpu"]
-
-
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    """A tiny pyramid set: 6 + 2 slides of 256 px, three scales."""
-    folder = tmp_path_factory.mktemp("toy") / "data"
-    data.main(["toy", f"--out={folder}", "--slides=6", "--test=2", "--size=256", "--workers=1"])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def run(toy, tmp_path_factory):
-    """One uninterrupted training."""
-    out = tmp_path_factory.mktemp("run") / "a"
-    train.main([*TINY, f"--data={toy}", f"--out={out}"])
-    return out
 
 
 def log(out, stage="ldm"):
