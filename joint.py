@@ -22,7 +22,6 @@ from diffusion import Schedule, ddim_step, ddim_timesteps, noise_levels, to_eps,
 # ----- 1. From the misfit of the image to a direction for the latents -----
 
 GREY = 2 / 255  # one grey level
-ANCHOR = 5      # steps after which a proxy is held against the decoder again, lest the image drift to where it errs
 GUIDES = {      # how the misfit of the image is turned into a direction for z0_hat, and that into one for z_t
     "exact": ("encoder", "difference"),    # Z Algorithm S2: both by a finite difference
     "gradient": ("decoder", "gradient"),   # Z Algorithm S1: both by backpropagation; the reference for the others
@@ -37,15 +36,13 @@ class Level:
     """One scale of a joint run. eps(z (n,C,window), t (n,), ij) -> eps of windows at corners ij; canvas, its windows;
     z (1,C,rows,w), this rank's rows; factor: its pixels per pixel of the next coarser level, 0 = nothing guides it;
     y (1,3,h,w): a fixed image it must match instead of that level. eps_diff: take denoiser differences of this cheaper
-    function; eps then returns (n,2C,...), its own answer and below it what eps_diff would have said. bias: what the
-    proxy was last found to be wrong by, like y."""
+    function; eps then returns (n,2C,...), its own answer and below it what eps_diff would have said."""
     eps: Callable
     canvas: Canvas
     z: torch.Tensor
     factor: int = 0
     y: torch.Tensor | None = None
     eps_diff: Callable | None = None
-    bias: torch.Tensor | None = None
 
 
 @contextmanager
@@ -233,12 +230,8 @@ def sample_levels(levels, decode, encode, schedule, *, steps=50, inner=1, lam=0.
                     else:
                         image, smaller = (proxy, proxy.factor) if by == "proxy" and proxy else (decode, 1)
                         A, aim = Resize.cached(max(level.factor // smaller, 1), kind), target
-                        more = Resize.cached(max(smaller // level.factor, 1), kind)  # if the proxy is the smaller
-                        if smaller > 1:
-                            if k == 0 and (n % ANCHOR == 0 or level.bias is None):
-                                seen = see(canvas, fast(decode), z0_hat, Resize.cached(level.factor, kind))
-                                level.bias = more.down(seen) - see(canvas, proxy, z0_hat, A)
-                            aim = more.down(target) - level.bias
+                        if level.factor < smaller:  # compare what both can be reduced to
+                            aim = Resize.cached(smaller // level.factor, kind).down(target)
                         err_z, residual = err_z_by_gradient(canvas, image, z0_hat, A, aim)
                     if normalize == "share":
                         err_z = err_z * A.factor ** 2

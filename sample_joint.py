@@ -29,7 +29,7 @@ from common import UserError, atomic, cli, configure, generator, load_tensors, s
 from data import BuildConfig, Pyramids, crop, open_image
 from diffusion import ZoomLDM, ddim_timesteps
 from encoder import load_encoder
-from joint import ANCHOR, GUIDES, Level, full_precision, joint_sample, sample_levels  # noqa: F401 - so is joint_sample
+from joint import GUIDES, Level, full_precision, joint_sample, sample_levels  # noqa: F401 - so is joint_sample
 from patches import evaluate, show
 from pyramid import embed
 from slide import write_deepzoom, write_tiff
@@ -304,9 +304,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None
         bar.update()
         if frame is not None:
             frame(n, levels[-1], estimates[-1])
-        again = proxy is None or (n + 1) % ANCHOR == 0  # only where a proxy is held against the decoder in any case
-        due = resume is not None and time.monotonic() - saved[0] > 60 and again
-        due = torch.tensor(float(due), device=levels[0].z.device)
+        due = torch.tensor(float(resume is not None and time.monotonic() - saved[0] > 60), device=levels[0].z.device)
         if ranks.world > 1:
             torch.distributed.broadcast(due, 0)
         if due:

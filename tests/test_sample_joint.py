@@ -231,7 +231,7 @@ def test_the_proxy_is_fitted_once(run, tmp_path, monkeypatch):
     monkeypatch.setattr(proxies.Proxy, "forward", lambda self, z: asked.append(len(z)) or forward(self, z))
     b = draw(tmp_path / "ema.safetensors", tmp_path / "c.png", *large, "--guide=x0+proxy")
     assert len(calls) == 1 and (tmp_path / "proxy.safetensors").exists() and np.array_equal(a, b)
-    assert asked == [25, 25, 25]  # against the decoder, for the misfit, and to differentiate
+    assert asked == [25, 25]  # for the misfit, and to differentiate
 
 
 def test_a_proxy_with_a_context_one_scale_up(ready, tmp_path, monkeypatch):
