@@ -17,7 +17,7 @@ import metrics as M
 import proxy as proxies
 import sample_joint as S
 from canvas import Grid, Resize
-from common import UserError, atomic, cli, configure, open_tensors, save_grid, setup, write_text
+from common import UserError, atomic, cli, configure, open_tensors, save_grid, setup, to_uint8, write_text
 from cost import Profile, full_size
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM
@@ -48,7 +48,9 @@ METHODS = {  # settings of sample_joint.py
     "exact": dict(guide="exact"),
     "proxy": dict(guide="proxy"),
     "x0": dict(guide="x0"),
+    "x0, lam 0.1": dict(guide="x0", lam=(0.1,)),
     "x0+proxy": dict(guide="x0+proxy"),
+    "x0+proxy, 0.3": dict(guide="x0+proxy", lam=(0.3,)),
 }
 
 
@@ -107,8 +109,9 @@ def seams_by_tissue(x, region, window):
 
 
 def quality(cfg):
-    """Every method on the same conditions and noise. coherence: A(large) against the context, which is the same for all
-    of them; crops and coarse views: distances to the real ones; reference: similarity of each tile to its real one."""
+    """Every method on the same conditions and noise; rows measured before with the same settings are kept. psnr, ssim:
+    A(large) against the context, which is the same for all; crops, views: distances of patches, and of patches at the
+    scale below the context's, to the real ones; ref: similarity of each tile to its real one."""
     model, pyramids, proxy, ranks = open_run(cfg)
     P, out = pyramids.patch, Path(cfg.run) / "bench"
     context = cfg.context or (cfg.size // P).bit_length() - 1
@@ -129,8 +132,12 @@ def quality(cfg):
     shared = [torch.from_numpy(S.picture(model, S.draw_large(
         model, grid, settings(cfg, "bicubic", context), ranks)[0][0].z, ranks)).movedim(-1, 0)[None] / 127.5 - 1
         for grid, _, _ in slides]
-    bill = {}
-    for name in names:
+    bill, file = {}, out / f"quality_{cfg.size}.json"
+    same = {k: v for k, v in vars(cfg).items() if k not in ("methods", "plot", "device", "threads")}
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept = {r["method"]: r for r in kept.get("rows", ()) if kept.get("same") == same and r.get("options") is not None
+            and r["options"] == json.loads(json.dumps(METHODS.get(r["method"])))}
+    for name in names if cfg.methods else [n for n in names if n not in kept]:
         settle = settings(cfg, name, context)
         drawn[name], meter, began = [], Profile(model, proxy), time.perf_counter()
         for k, (grid, _, _) in enumerate(slides):
@@ -143,7 +150,8 @@ def quality(cfg):
         bill[name] = ((time.perf_counter() - began) / cfg.n,
                       sum(meter.rows[k] * full.get(k, 0) for k in meter.rows) / 1e12 / cfg.n)
     for name, images in drawn.items():
-        row = {"method": name, "seconds": bill.get(name, (0, 0))[0], "TFLOP": bill.get(name, (0, 0))[1]}
+        seconds, tflop = bill.get(name, (0, 0))
+        row = {"method": name, "options": METHODS.get(name), "seconds": seconds, "TFLOP": tflop}
         aim = [Resize(2 ** context, "box").down(x) for _, x, _ in slides] if "real" in name else shared
         seen = [A.down(x).clamp(-1, 1) for x in images]
         row["psnr"], row["ssim"] = (f(torch.cat(seen), torch.cat(aim)) for f in (M.psnr, M.ssim))
@@ -154,11 +162,9 @@ def quality(cfg):
         if name == "real":  # a set against itself says nothing: take other slides, the distance between contents
             real, real_away = (torch.cat([crops(f(x), P) for _, x, _ in others]) for f in (lambda x: x, half.down))
         for space, f in spaces.items():
-            axes = M.principal(base[space], 16)
-            measure = M.frechet if len(near) >= 256 else lambda a, b: M.kernel_distance(a, b)[0]
-            row[f"crops_{space}"] = measure(axes(f(near)), axes(f(real)))
-            axes = M.principal(far[space], 16)
-            row[f"views_{space}"] = M.kernel_distance(axes(f(away)), axes(f(real_away)))[0]
+            for key, sample, a, b in (("crops", base, near, real), ("views", far, away, real_away)):
+                axes = M.principal(sample[space], 16)
+                row[f"{key}_{space}"], row[f"{key}_{space}_se"] = M.kernel_distance(axes(f(a)), axes(f(b)))
             like = M.standard(base[space])
             row[f"ref_{space}"] = M.similarity(like(f(near)), like(f(real))) if name != "real" else 1.0
         for k, (_, _, region) in enumerate(slides):
@@ -168,16 +174,22 @@ def quality(cfg):
         row["tissue_seams"] = {k: sum(v) / len(v) for k, v in sorted(row.get("tissue_seams", {}).items())}
         table.append(row)
         views.append(torch.cat(images[:2]))
+        S.save_png(out / f"{cfg.size}_{name.replace(', ', '_').replace(' ', '_')}.png", to_uint8(images[0])[0].numpy())
+    fresh = {row["method"]: row for row in table}
+    table = [{**kept, **fresh}[name] for name in ("real", "real, coded", *METHODS) if name in kept or name in fresh]
     save_grid(out / f"quality_{cfg.size}.png", views, list(drawn))
-    write_text(out / f"quality_{cfg.size}.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))
+    write_text(file, json.dumps({"same": same, "rows": table}, indent=1))
     keys = ["psnr", "ssim", "crops_desc", "crops_rand", "views_desc", "views_rand", "ref_desc", "ref_rand", "seams",
             "seconds", "TFLOP"]
+
+    def cell(row, key):
+        error = f"±{row[key + '_se']:.2f}" if key + "_se" in row else ""
+        return f"{row[key]:.2f}{error}" if abs(row[key]) < 100 else f"{row[key]:.0f}"
     print(f"{cfg.n} images of {cfg.size} x {cfg.size} pixels, context at scale {context}, {cfg.steps} steps\n"
           f"{'':>16}" + "".join(f"{k.replace('_', ' '):>11}" for k in keys) + "  seams: background stroma tumour fat")
     for row in table:
         tissue = " ".join(f"{row['tissue_seams'][k]:.2f}" if k in row["tissue_seams"] else "-" for k in "0123")
-        print(f"{row['method']:>16}" + "".join(f"{row[k]:>11.3f}" if abs(row[k]) < 10 else f"{row[k]:>11.1f}"
-                                               for k in keys) + "  " + tissue)
+        print(f"{row['method']:>16}" + "".join(f"{cell(row, k):>11}" for k in keys) + "  " + tissue)
     print(f"wrote {out}/quality_{cfg.size}.json and .png")
 
 

@@ -69,8 +69,8 @@ class Config:
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
     guide: str = "x0+proxy"    # exact (Z Algorithm S2), gradient (S1), proxy, x0, x0+proxy: see joint.py
     inner: int = 1             # corrections per step (K)
-    lam: tuple = ()            # size of a correction, or first,last; x0 guides: share of the residual, default 0.3;
-    #                            others: largest change of a latent, default 0.1 (published: 0.5)
+    lam: tuple = ()            # size of a correction, or first,last. x0: share of the residual, default 0.3, and with
+    #                            a proxy 0.1; others: largest change of a latent, default 0.1 (published: 0.5)
     delta: float = 0.005       # width of the denoiser's finite difference
     zeta: float = 0.005        # width of the encoder's
     during: tuple = (0, 1000)  # guide only while t lies here
@@ -286,7 +286,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None
                      only=1 if cfg.method == "bicubic" else None)
     scales = scales[:len(levels)]
     estimate_space = GUIDES[cfg.guide][1] is None
-    lam = cfg.lam or ((0.3,) if estimate_space else (0.1,))
+    lam = cfg.lam or ((0.3,) if cfg.guide == "x0" else (0.1,))
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "frames", "profile", "batch", "threads")}
     settings = json.loads(json.dumps(settings | {"model": proxies.fingerprint(model)}))
     skip, saved = 0, [time.monotonic()]
