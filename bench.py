@@ -15,13 +15,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import proxy as proxies
 import sample_joint as S
 from canvas import Canvas, Resize
-from common import UserError, cli, configure, setup
+from common import UserError, cli, configure
 from cost import Profile, full_size
-from data import Pyramids
-from diffusion import ZoomLDM, ddim_step, ddim_timesteps, noise_levels, to_x0
+from diffusion import ddim_step, ddim_timesteps, noise_levels, to_x0
 from joint import (
     err_z_by_encoder,
     err_z_by_gradient,
@@ -32,7 +30,7 @@ from joint import (
     sample_levels,
     unit,
 )
-from quality import held_out
+from quality import held_out, open_run
 
 
 @dataclass
@@ -47,13 +45,6 @@ class Config:
     overlap: int = -1
     device: str = "auto"
     threads: int = 2
-
-
-def open_run(cfg):
-    ranks = setup(cfg.device, threads=cfg.threads)
-    model = ZoomLDM.from_run(cfg.run).to(ranks.device)
-    pyramids = Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
-    return model, pyramids, proxies.load(cfg.run, model, pyramids, ranks), ranks
 
 
 # ----- 1. Algorithm S2 as one would write it down -----

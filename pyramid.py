@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import slide
 from common import UserError, atomic, cli, open_tensors, write_text
 
 GRID, POOLED = 8, 4  # Z S8.1: grids over 8x8 are pooled; scale 4 (16x16) is the first, stored pooled as well
@@ -25,9 +26,7 @@ GRID, POOLED = 8, 4  # Z S8.1: grids over 8x8 are pooled; scale 4 (16x16) is the
 
 def halve(x):
     """Halve the resolution: in (h,w,3) uint8, out (h//2,w//2,3) uint8, (a+b+c+d+2)//4 of each 2x2 block."""
-    h, w = x.shape[0] // 2 * 2, x.shape[1] // 2 * 2
-    x = x[:h, :w].astype(np.uint16)
-    return ((x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2] + 2) // 4).astype(np.uint8)
+    return slide.halve(x[:x.shape[0] // 2 * 2, :x.shape[1] // 2 * 2])
 
 
 def tile_rows(strips, patch, scales):

@@ -129,9 +129,8 @@ def quality(cfg):
                             for p in crops(x, P).split(32)]) for _, x, _ in slides]
     coded = [F.fold(c.flatten(1).T[None], cfg.size, P, stride=P) for c in coded]
     drawn, views, table = {"real": [x for _, x, _ in slides], "real, coded": coded}, [], []
-    shared = [torch.from_numpy(S.picture(model, S.draw_large(
-        model, grid, settings(cfg, "bicubic", context), ranks)[0][0].z, ranks)).movedim(-1, 0)[None] / 127.5 - 1
-        for grid, _, _ in slides]
+    shared = [S.decoded(model, S.draw_large(model, grid, settings(cfg, "bicubic", context), ranks)[0][0].z, ranks)
+              for grid, _, _ in slides]
     bill, file = {}, out / f"quality_{cfg.size}.json"
     same = {k: v for k, v in vars(cfg).items() if k not in ("methods", "plot", "device", "threads")}
     kept = json.loads(file.read_text()) if file.exists() else {}
@@ -145,7 +144,7 @@ def quality(cfg):
                 drawn[name].append(Resize(2 ** context).up(shared[k]).clamp(-1, 1))
                 continue
             z = S.draw_large(model, grid, settle, ranks, proxy)[0][-1].z
-            drawn[name].append(torch.from_numpy(S.picture(model, z, ranks)).movedim(-1, 0)[None] / 127.5 - 1)
+            drawn[name].append(S.decoded(model, z, ranks))
         meter.close()
         bill[name] = ((time.perf_counter() - began) / cfg.n,
                       sum(meter.rows[k] * full.get(k, 0) for k in meter.rows) / 1e12 / cfg.n)

@@ -160,7 +160,7 @@ def careful(fn):
     return f
 
 
-def scales_of(cfg):
+def drawn_scales(cfg):
     """The scales that are drawn, coarse to fine."""
     fine = max(cfg.scale, 0)
     return [*sorted(cfg.context, reverse=True), fine] if cfg.method in ("joint", "bicubic") else [fine]
@@ -276,8 +276,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None
     """Sample one large image as cfg says. condition: see `contexts`; resume: a file that keeps the state every minute,
     so that the same call goes on after an interruption; frame(n, level, estimate) after every step.
     out: (levels, scales), coarse to fine, on every rank."""
-    fine = max(cfg.scale, 0)
-    scales = scales_of(cfg)
+    scales = drawn_scales(cfg)
     window = model.info["patch"] // model.vae.factor
     overlap = {"multidiffusion": 3 * window // 4, "independent": 0}.get(cfg.method, window // 4)
     overlap = overlap if cfg.overlap < 0 or cfg.method == "independent" else cfg.overlap
@@ -318,7 +317,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None
                       zeta=cfg.zeta, guide=cfg.guide, normalize="share" if estimate_space else True, end=cfg.end,
                       kind=cfg.A, during=cfg.during, proxy=proxy, callback=step, skip=skip)
         if cfg.repair and cfg.method != "bicubic":
-            levels[-1] = repair(model, condition, levels[-1], fine, guidance=cfg.guidance, seed=cfg.seed,
+            levels[-1] = repair(model, condition, levels[-1], scales[-1], guidance=cfg.guidance, seed=cfg.seed,
                                 batch=cfg.batch)
     bar.close()
     return levels, scales
@@ -338,6 +337,11 @@ def picture(model, z, ranks):
     return np.concatenate(list(pixels(model, z, ranks)))
 
 
+def decoded(model, z, ranks):
+    """The whole decoded canvas as it would be written, (1,3,H,W) in [-1,1]."""
+    return torch.from_numpy(picture(model, z, ranks)).movedim(-1, 0)[None] / 127.5 - 1
+
+
 def save_png(path, image):
     with atomic(path) as tmp:
         Image.fromarray(image).save(tmp, "PNG")
@@ -355,7 +359,7 @@ def large(model, pyramids, cfg, ranks):
         raise UserError(f"--during={cfg.during} --at={cfg.at} --lam={cfg.lam}: give two numbers, whole ones for at, "
                         f"one or two for lam")
     fine = max(cfg.scale, 0)
-    scales = scales_of(cfg)
+    scales = drawn_scales(cfg)
     h, w = sides(cfg.size, scales, patch, model.vae.factor, model.summarizer.cfg.scales)[-1]
     need = tuple(math.ceil(n * model.vae.factor * 2 ** fine / patch) for n in (h, w))
     grid = load_grid(cfg, model, pyramids, need)
@@ -379,8 +383,7 @@ def large(model, pyramids, cfg, ranks):
     if ranks.rank > 0:
         return ranks.barrier()
     if cfg.method == "bicubic":
-        coarse = torch.from_numpy(picture(model, canvases[0], ranks)).movedim(-1, 0)[None] / 127.5 - 1
-        up = Resize(2 ** (scales[0] - fine)).up(coarse).clamp(-1, 1)
+        up = Resize(2 ** (scales[0] - fine)).up(decoded(model, canvases[0], ranks)).clamp(-1, 1)
         strips = iter([to_uint8(up)[0].numpy()])
     else:
         strips = pixels(model, canvases[-1], ranks)
