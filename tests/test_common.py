@@ -119,6 +119,7 @@ def run_python(code, *argv):
 
 def test_exit_codes():
     code = ("import sys, os, signal\nfrom common import UserError, cli\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background inherits "ignore"
             "def main(argv):\n"
             "    if argv == ['user']: raise UserError('no such file: give one')\n"
             "    if argv == ['stop']: os.kill(os.getpid(), signal.SIGINT)\n"
