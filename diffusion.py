@@ -223,8 +223,8 @@ class ZoomLDM(nn.Module):
         return self.vae.decode(z / self.latent_scale, quantize)
 
     def eps(self, z_t, t, c):
-        """The noise estimate, whatever the network predicts. in: as UNet.forward; out: eps_hat like z_t, float32."""
-        return to_eps(self.unet(z_t, t, c).float(), z_t, self.schedule.at(t, z_t), self.pred)
+        """The noise estimate, whatever the network predicts. in: as UNet.forward; out: eps_hat like z_t (dtype too)."""
+        return to_eps(self.unet(z_t, t, c).to(z_t.dtype), z_t, self.schedule.at(t, z_t), self.pred)
 
     def guided(self, c, guidance=1.0):
         """in: c (B,65,D). out: f(z_t, t) -> guided eps; the keys and values of c are computed once."""

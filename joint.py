@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from canvas import Canvas, Resize, exact
 from common import UserError, cli
@@ -110,13 +111,16 @@ def err_x(canvas, A, residual, ij, x):
 
 
 def err_z_by_encoder(canvas, decode, encode, z0_hat, A, target, zeta):
-    """J_E A^T r by a difference of the encoder, which stands for J_D^T A^T r (Z Eq. 3-4). out: err_z, r."""
+    """J_E A^T r by a difference of the encoder, which stands for J_D^T A^T r (Z Eq. 3-4). zeta: the largest change of a
+    pixel, or None: all that the residual asks for, up(r), which asks for no precision. out: err_z, r."""
     x = {}
     residual = misfit(canvas, decode, z0_hat, A, target, x)
 
     def ahead(ij):
         here = torch.stack([x[p] for p in ij]).to(z0_hat.dtype)                         # (n,3,P,P)
         e = err_x(canvas, A, residual, ij, here)
+        if zeta is None:
+            return (encode(here + A.factor ** 2 * e) - encode(here)).to(z0_hat.dtype) / A.factor ** 2
         size = peak(e)
         return (encode(here + zeta * e / size) - encode(here)) * size / zeta
     return canvas.average(ahead), residual
@@ -136,7 +140,11 @@ def err_z_by_gradient(canvas, decode, z0_hat, A, target):
 
 
 def g_by_difference(level, z, z0_hat, err_z, estimate, delta):
-    """J err_z, with J the Jacobian of z0_hat(z_t), which stands for J^T err_z (Z Eq. 5-6)."""
+    """J err_z, with J the Jacobian of z0_hat(z_t), which stands for J^T err_z (Z Eq. 5-6). delta 0: without a width, by
+    forward-mode differentiation, which the fused attention kernels do not know."""
+    if delta == 0:
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(estimate, (z,), (err_z,))[1]
     size = level.canvas.reduce(err_z.abs().max().clamp_min(1e-12), "max")
     return (estimate(z + delta / size * err_z) - z0_hat) * size / delta
 
@@ -226,7 +234,9 @@ def sample_levels(levels, decode, encode, schedule, *, steps=50, inner=1, lam=0.
                 for k in range(on):
                     if by == "encoder":
                         A = Resize.cached(level.factor, kind)
-                        err_z, residual = err_z_by_encoder(canvas, fast(decode), encode, z0_hat, A, target, zeta)
+                        whole = normalize == "share"  # then nothing small is subtracted, and bf16 will do
+                        err_z, residual = err_z_by_encoder(canvas, fast(decode), fast(encode) if whole else encode,
+                                                           z0_hat, A, target, None if whole else zeta)
                     else:
                         image, smaller = (proxy, proxy.factor) if by == "proxy" and proxy else (decode, 1)
                         A, aim = Resize.cached(max(level.factor // smaller, 1), kind), target

@@ -205,13 +205,13 @@ def plot(folder):
         raise UserError(f"{folder} holds no quality_*.json: measure first, without --plot")
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for marker, file in zip("os^D", files):
-        rows = [r for r in json.loads(file.read_text())["rows"] if r["seconds"]]
+        rows = [r for r in json.loads(file.read_text())["rows"] if r["TFLOP"]]
         for ax, key, label in ((axes[0], "psnr", "A(image) against the context, dB"),
                                (axes[1], "crops_desc", "distance of crops to real ones (descriptor)")):
-            ax.set(xscale="log", xlabel="seconds per image", ylabel=label)
-            ax.scatter([r["seconds"] for r in rows], [r[key] for r in rows], marker=marker, label=file.stem[8:] + " px")
+            ax.set(xscale="log", xlabel="TFLOP per image, at full size", ylabel=label)
+            ax.scatter([r["TFLOP"] for r in rows], [r[key] for r in rows], marker=marker, label=file.stem[8:] + " px")
             for r in rows:
-                ax.annotate(r["method"], (r["seconds"], r[key]), fontsize=8, xytext=(4, 3), textcoords="offset points")
+                ax.annotate(r["method"], (r["TFLOP"], r[key]), fontsize=8, xytext=(4, 3), textcoords="offset points")
     axes[0].legend()
     figure.tight_layout()
     with atomic(folder / "quality.png") as tmp:

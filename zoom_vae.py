@@ -160,14 +160,14 @@ class VQVAE(nn.Module):
         out: z_q, equal to the code in value while gradients pass straight to z; indices (B,h,w) int64; the codebook
         loss. official: the legacy weighting, 1 on the commitment of z to its code and 0.25 on the code's own move.
         """
-        flat = z.float().movedim(1, -1)                                                    # (B,h,w,3)
         codes = self.codebook.weight
+        flat = z.to(codes.dtype).movedim(1, -1)                                            # (B,h,w,3)
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # bf16 distances pick a tenth wrongly
             indices = torch.cat([(codes.square().sum(1) - 2 * part @ codes.T).argmin(1)    # |z|^2 changes no minimum
                                  for part in flat.flatten(0, 2).split(1 << 14)])           # rows x K floats at a time
             indices = indices.view(flat.shape[:-1])                                        # (B,h,w)
         z_q = F.embedding(indices, codes).movedim(-1, 1)                                   # (B,3,h,w)
-        loss = F.mse_loss(z_q.detach(), z.float()) + 0.25 * F.mse_loss(z_q, z.detach().float())
+        loss = F.mse_loss(z_q.detach(), z.to(z_q.dtype)) + 0.25 * F.mse_loss(z_q, z.detach().to(z_q.dtype))
         return z + (z_q - z).detach(), indices, loss
 
     def decode(self, z, quantize=True):

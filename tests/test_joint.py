@@ -302,11 +302,16 @@ def test_differences_are_forward_derivatives(overlap, fade):
     err_z, residual = err_z_by_encoder(canvas, decode, encode, z, A, y, 1e-6)
     assert_close(residual, r, 1e-6)
     assert_close(err_z, stitched(ahead, z, overlap, fade), 1e-5)
+    err_z, _ = err_z_by_encoder(canvas, decode, encode, z, A, y, None)      # all that the residual asks for, at once
+    assert_close(err_z, stitched(lambda part, ij: (encode(x[ij] + A.up(r)[..., 2 * ij[0]:2 * ij[0] + 2 * W,
+                                                                       2 * ij[1]:2 * ij[1] + 2 * W])
+                                                   - encode(x[ij])) / K ** 2, z, overlap, fade), 1e-5)
 
     def z0_hat(z):
         return to_x0(stitched(lambda part, ij: eps(part, None, [ij]), z, overlap, fade), z, S.alpha_bar[t], "eps")
     want = (z0_hat(z + h * v) - z0_hat(z - h * v)) / (2 * h)
     assert_close(g_by_difference(Level(eps, canvas, z), z, z0_hat(z), v, z0_hat, 1e-4), want, 1e-3)
+    assert_close(g_by_difference(Level(eps, canvas, z), z, z0_hat(z), v, z0_hat, 0), want, 1e-6)
 
 
 @pytest.mark.parametrize("t", [200, 600])
