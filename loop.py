@@ -110,7 +110,7 @@ def save_state(path, cfg, step, net, ema, opt):
 
 # settings that may differ when a run is resumed: they do not change what is computed, only where, how long and how loud
 FREE = {"preset", "out", "device", "threads", "workers", "compile", "plot", "steps", "micro", "toy", "log_every",
-        "sample_every", "save_every"}
+        "sample_every", "save_every", "run", "sheet"}
 
 
 def check_settings(path, cfg, only=""):
@@ -179,9 +179,9 @@ class Log:
         def binned(value, bins, n):
             return torch.zeros(n, device=s.device).index_add_(0, bins, value), torch.zeros(
                 n, device=s.device).index_add_(0, bins, torch.ones_like(value))
-        key = "eps" if "eps" in rows else "psnr"  # what is comparable between samples
+        key = next(k for k in ("eps", "psnr", "x0") if k in rows)  # what is comparable between samples
         sums = {k: binned(v, torch.zeros_like(s), 1) for k, v in rows.items()} | {
-            "by_scale": binned(rows[key], s, self.net.cfg.summarizer.scales)}
+            "by_scale": binned(rows[key], s, self.net.scales)}
         if t is not None:
             sums["by_t"] = binned(rows[key], (t * 4 / self.net.schedule.T).long(), 4)
         record = {"stage": self.stage, "step": step}

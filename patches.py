@@ -34,6 +34,17 @@ def draw_patches(model, batch, cfg, ranks, null=False):
     return torch.cat(out)
 
 
+@torch.no_grad()
+def draw(model, c, side, ranks, guidance=2.0, steps=50, seed=0, batch=64):
+    """Patches for given tokens c (N,65,D), side latents a side: (N,3,P,P) in [-1,1] on the CPU."""
+    out = []
+    for k in range(0, len(c), batch):
+        with ranks.autocast():
+            z = model.sample(c[k:k + batch], (side, side), guidance, steps, seed, first=k)
+            out.append(model.decode(z).float().clamp(-1, 1).cpu())
+    return torch.cat(out)
+
+
 def scales_of(cfg, pyramids):
     there = [s for s in range(pyramids.scales) if pyramids.count(cfg.split, s)]
     if not there:

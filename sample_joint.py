@@ -4,10 +4,11 @@
     python sample_joint.py out/toy --eval                   # how good they are, on held-out slides
     python sample_joint.py out/toy --size=1024 --context=4 --out=large.png
     python sample_joint.py out/toy --size=512,1024 --context=3,1 --reference=photo.png --out=large.tif
+    python sample_joint.py out/toy --condition=cdm          # no image behind them (python cdm.py train out/toy first)
     python sample_joint.py out/toy paper --size=512 --context=3     # the published constants
     torchrun --standalone --nproc_per_node=2 sample_joint.py out/toy --size=1024
 
-in:  a run folder; conditions from its held-out slides, a reference image or an embedding grid
+in:  a run folder; conditions from its held-out slides, a reference image, an embedding grid, or the models of cdm.py
 out: RUN/patches/*.png, or one .png, .tif (pyramid) or .dzi (DeepZoom folder)     read next: README.md
 """
 import json
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import cdm
 import proxy as proxies
 from canvas import Canvas, Grid, Resize, decode_strips  # noqa: F401 - Resize is part of this file's interface
 from cost import Profile
@@ -52,7 +54,9 @@ class Config:
     device: str = "auto"
     threads: int = 0
     amp: bool = True           # bf16 where the device has it and no difference is taken
+    compile: bool = False      # torch.compile U-Net, encoder and decoder: for long runs, and only with a compiler
     # patches
+    condition: str = "reference"  # embeddings of real images; or invented ones: cdm, edm (patches), grid (large images)
     n: int = 0                 # patches per scale, at most as many as there are; 0 = 8, or 128 with --eval
     sampler: str = "ddim"      # ddim or plms
     eval: bool = False         # measure instead of showing
@@ -63,6 +67,9 @@ class Config:
     slide: int = 0             # whose embeddings: the k-th image of the split
     reference: str = ""        # or those of this image, or of a .safetensors file with e (Gh,Gw,E) as data.py stores it
     at: tuple = (0, 0)         # base tile (row, column) of the reference where the image begins
+    caption: str = ""          # with --condition=grid: what the image shows, in words
+    vector: str = ""           # or as a vector made elsewhere, a .safetensors file with v (V,)
+    emphasis: float = 2.0      # guidance of the grid model towards its caption
     swap: str = ""             # move what is drawn: "i,j:k,l" exchanges two base tiles, more of them after ";"
     paste: str = ""            # "i,j:k,l" or "i,j:k,l:rows,columns" copies a block over another
     overlap: int = -1          # latents that windows share; -1 = a quarter of a window, multidiffusion three quarters
@@ -71,7 +78,7 @@ class Config:
     inner: int = 1             # corrections per step (K)
     lam: tuple = ()            # size of a correction, or first,last. x0: share of the residual, default 0.3, and with
     #                            a proxy 0.1; others: largest change of a latent, default 0.1 (published: 0.5)
-    delta: float = 0.005       # width of the denoiser's finite difference
+    delta: float = 0.005       # width of the denoiser's finite difference; 0 = forward-mode differentiation instead
     zeta: float = 0.005        # width of the encoder's
     during: tuple = (0, 1000)  # guide only while t lies here
     A: str = "bicubic"         # down-sampling of the constraint: bicubic, or box, as pyramids are made
@@ -232,7 +239,11 @@ def load_grid(cfg, model, pyramids, need):
     raises: UserError if there are not as many tiles, or the embeddings have another width."""
     patch, info = model.info["patch"], model.info
     (i, j), (h, w) = cfg.at, need
-    if cfg.reference.endswith(".safetensors"):
+    if cfg.condition == "grid":
+        made = cdm.load(cfg.run, "grid", model)
+        v = cdm.vector_of(made, cfg.caption, cfg.vector)
+        e, name, (i, j) = made.grid(h, w, v, cfg.emphasis, cfg.seed).movedim(0, -1), "the invented grid", (0, 0)
+    elif cfg.reference.endswith(".safetensors"):
         e, name = load_tensors(cfg.reference)[0].get("e"), cfg.reference
         if e is None or e.ndim != 3 or e.shape[2] != model.summarizer.cfg.embed_dim:
             raise UserError(f"{cfg.reference} holds e {None if e is None else tuple(e.shape)}, the run takes (rows, "
@@ -419,6 +430,9 @@ def main(argv):
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
     info = model.info
+    if cfg.compile:
+        model.unet.compile()
+        model.vae.encode, model.vae.decode = torch.compile(model.vae.encode), torch.compile(model.vae.decode)
     pyramids = Pyramids(cfg.data or info.get("data", ""), std=info.get("std"))
     if pyramids.scales > model.summarizer.cfg.scales or pyramids.patch != info.get("patch"):
         raise UserError(f"{pyramids.folder} has {pyramids.scales} scales of {pyramids.patch}-pixel patches, the run "
@@ -426,6 +440,13 @@ def main(argv):
     if pyramids.embed_dim != model.summarizer.cfg.embed_dim or pyramids.encoder != info.get("encoder"):
         raise UserError(f"{pyramids.folder} was embedded with {pyramids.encoder!r} ({pyramids.embed_dim} numbers), the "
                         f"run with {info.get('encoder')!r} ({model.summarizer.cfg.embed_dim}): give its own data")
+    known = ("reference", "grid") if cfg.size else ("reference", "cdm", "edm")
+    if cfg.condition not in known or cfg.condition != "grid" and (cfg.caption or cfg.vector):
+        raise UserError(f"--condition={cfg.condition} with{'' if cfg.size else 'out'} --size: known here are "
+                        f"{', '.join(known)}; --caption and --vector go with grid")
+    if cfg.condition in ("cdm", "edm"):
+        names = ("run", "scale", "n", "steps", "guidance", "seed", "out", "data", "device", "threads", "amp")
+        return cdm.sample(cdm.SampleConfig(model=cfg.condition, **{k: getattr(cfg, k) for k in names}))
     (large if cfg.size else evaluate if cfg.eval else show)(model, pyramids, cfg, ranks)
 
 

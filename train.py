@@ -116,7 +116,7 @@ class VAEStage(nn.Module):
     def __init__(self, cfg, anchor):
         """anchor (N,3,P,P): fixed patches whose latents decide where codes are placed."""
         super().__init__()
-        self.vae, self.cfg, self.anchor = VQVAE(cfg.vae), cfg, anchor
+        self.vae, self.cfg, self.anchor, self.scales = VQVAE(cfg.vae), cfg, anchor, cfg.summarizer.scales
         self.disc = PatchGAN() if cfg.disc_weight else None
         self.register_buffer("usage", torch.zeros(cfg.vae.codes))
         self.used = torch.zeros(cfg.vae.codes, device=anchor.device)  # by this rank in this step
@@ -171,6 +171,7 @@ class LDMStage(nn.Module):
         super().__init__()
         self.summarizer, self.unet, self.cfg = Summarizer(cfg.summarizer), UNet(cfg.unet), cfg
         self.schedule, self.latent_scale, self.side = Schedule(cfg.schedule), latent_scale, latent_side
+        self.scales = cfg.summarizer.scales
         if cfg.compile:
             self.unet.compile()  # in place: the names of the weights stay
 

@@ -125,8 +125,9 @@ def derive(source, target=GOLDEN):
     # the same U-Net with 32 channels instead of 192 and a context of 64 instead of 512
     shapes["unet_1235_rule"] = {k: [d // 6 if d % 192 == 0 else 64 if d == 512 else d for d in v]
                                 for k, v in shapes["full_unet_rule"].items()}
+    shapes["full_cdm_rule"] = keys["cdm"]
     for name in ("vae_small", "unet_small", "unet_1235_rule", "summarizer_small", "full_vae_rule", "full_unet_rule",
-                 "full_summarizer_rule", "ddim_small", "plms_small", "schedule"):
+                 "full_summarizer_rule", "ddim_small", "plms_small", "schedule", "cdm_small", "full_cdm_rule"):
         with safe_open(source / f"{name}.safetensors", "pt") as f:
             meta = {k: json.loads(v) for k, v in f.metadata().items() if k in ("config", "rule", "cfg_scale")}
             stored = {k[8:]: f.get_tensor(k) for k in f.keys() if k.startswith("weights/")}
@@ -136,6 +137,8 @@ def derive(source, target=GOLDEN):
         rule = meta.pop("rule", None)
         if rule:
             meta |= {"seed": rule["seed"], "gains": rule["gains"], "every": 40 if name == "full_unet_rule" else 1}
+            stored.pop("pos_embed", None)      # a fixed table, which the constructor makes
+            shapes[name].pop("pos_embed", None)
             state = weights(shapes[name], rule["seed"], rule["gains"])
             meta["crc"] = fingerprint(state, meta["every"])
             assert all(torch.equal(state[k], v) for k, v in stored.items()), name
@@ -154,6 +157,9 @@ def derive(source, target=GOLDEN):
                 kept["out/cosine_alphas_cumprod_float64"] = f.get_tensor("out/full_alphas_cumprod")
         if name.endswith("summarizer_small"):
             kept = {k: v for k, v in kept.items() if "pre_encoder" not in k and "mixed" not in k}
+        if name.endswith(("cdm_small", "cdm_rule")):  # of the prediction, not the variance, which is never used
+            kept = {k: v for k, v in kept.items() if "_p_" not in k and "alphas" not in k and "betas" not in k}
+            kept["out/out"] = kept["out/out"][:, :kept["in/x"].shape[1]].contiguous()
         meta["every_kth"] = THIN.get(name, {})
         kept = {k: v.flatten()[::meta["every_kth"].get(k, 1)].contiguous() if k in meta["every_kth"] else v
                 for k, v in kept.items()}
