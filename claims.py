@@ -73,8 +73,8 @@ def distances(cfg, pyramids, s, sets):
         held = axes(f(real))
         for name, draws in sets.items():
             out[name][space] = mean_error([M.kernel_distance(axes(f(x)), held)[0] for x in draws])
-        thirds = axes(described).chunk(cfg.seeds)
-        out["floor"][space] = mean_error([M.kernel_distance(part, held)[0] for part in thirds])
+        parts = axes(described).chunk(max(1, min(cfg.seeds, len(base) // 8)))
+        out["floor"][space] = mean_error([M.kernel_distance(part, held)[0] for part in parts])
     return out
 
 
@@ -92,7 +92,10 @@ def conditions(cfg, model, pyramids, ranks):
         if (Path(cfg.run) / f"{kind}.safetensors").exists() or kind == "cdm":
             made[kind] = cdm.load(cfg.run, kind, model)
     for s in range(pyramids.scales):
-        sets, rows = {name: [] for name in ("true", *made, "null")}, []
+        if min(pyramids.count(split, s) for split in ("train", "test")) < 3:
+            print(f"scale {s} left out: too few patches to measure a distance to")
+            continue
+        sets = {name: [] for name in ("true", *made, "null")}
         for seed in range(cfg.seeds):
             c = {"true": true_tokens(model, pyramids, s, cfg.n, seed)}
             c |= {kind: m.tokens([s] * cfg.n, seed) for kind, m in made.items()}
