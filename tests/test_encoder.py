@@ -105,8 +105,9 @@ def weights(name, folder):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_tiles_are_prepared_as_published(name, tmp_path):
-    """Pillow's resize, which rounds twice, to about a grey level; then the normalisation. Tiles without black and white,
-    where Pillow would also clip twice. catches: no antialiasing; bilinear for bicubic; ImageNet's numbers for HIPT; normalising before resizing."""
+    """Pillow's resize, which rounds twice, to about a grey level; then the normalisation. Tiles have no black or white,
+    where Pillow would also clip twice. catches: no antialiasing; bilinear for bicubic; ImageNet's numbers for HIPT;
+    normalising before resizing."""
     path, state = weights(name, tmp_path)
     net, levels = load_encoder(name, weights=path), np.random.default_rng(0).integers(64, 192, (64, 64, 3), np.uint8)
     image = Image.fromarray(levels).resize((256, 256), Image.Resampling.BICUBIC)  # smooth, as tiles are
