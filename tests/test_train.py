@@ -308,6 +308,7 @@ def test_runs_of_before_a_setting_existed_go_on(toy, run, tmp_path):
     meta["settings"].pop("init_from")
     save_tensors(tmp_path / "state.safetensors", tensors, meta)
     cfg = train.configure(train.Config, [*TINY, f"--data={toy}"], train.PRESETS, ("preset",))
+    cfg.summarizer.embed_dim, cfg.summarizer.scales, cfg.unet.context_dim = 96, 3, 32  # as the data say
     loop.check_settings(tmp_path / "state.safetensors", cfg)
     cfg.init_from = "x.ckpt"
     with pytest.raises(UserError, match="init_from"):
