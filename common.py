@@ -4,7 +4,6 @@ Nothing here knows about diffusion. The list is closed: whatever is specific to 
 
 read next: zoom_vae.py
 """
-import argparse
 import ast
 import difflib
 import inspect
@@ -161,11 +160,16 @@ def load_tensors(path):
         return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("json", "{}"))
 
 
+# old checkpoints name these classes beside their tensors: read as empty ones that do nothing
+INERT = [type(name, (), {"__module__": module}) for module, name in (
+    ("argparse", "Namespace"), ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"))]
+
+
 def load_state_dict(path):
     """Read a foreign checkpoint (.safetensors, or .ckpt/.pt/.pth/.bin holding tensors only) as a flat state dict.
 
-    A wrapping "state_dict" entry is taken off, or "ema", which the published CDM is sampled with. raises: UserError if
-    missing, cut short, or if unpickling it would run code (weights_only=True refuses that).
+    A wrapping "state_dict" (CompVis), "ema" (which the published CDM is sampled with) or "teacher" (DINO) entry is
+    taken off. raises: UserError if missing, cut short, or if unpickling it would run code (weights_only=True refuses).
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -173,7 +177,7 @@ def load_state_dict(path):
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: check the path")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # a plain holder; the published CDM has one
+        with torch.serialization.safe_globals(INERT):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         raise UserError(f"{path} is damaged or no plain tensor checkpoint (unpickling it could run code, so it is "
@@ -181,8 +185,10 @@ def load_state_dict(path):
     except Exception as err:  # torch meets damaged bytes with IndexError, TypeError, struct.error and many more
         reason = (str(err).splitlines() or [type(err).__name__])[0]
         raise UserError(f"{path} is damaged or cut short ({reason}); download it again") from err
-    for wrap in ("state_dict", "ema"):
-        state = state[wrap] if isinstance(state, dict) and isinstance(state.get(wrap), dict) else state
+    for wrap in ("state_dict", "ema", "teacher"):
+        if isinstance(state, dict) and isinstance(state.get(wrap), dict):
+            state = state[wrap]
+            break
     if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
         raise UserError(f"{path} holds no state dict of tensors; give a checkpoint of the published layout")
     return state

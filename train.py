@@ -30,6 +30,7 @@ from data import PatchDataset, Pyramids, fixed_batch
 from diffusion import Schedule, ZoomLDM, diffusion_loss
 from loop import check_settings, plot, read_lines, run_stage
 from metrics import layout_fidelity
+from published import Samples, layout_of
 from pyramid import read_index
 from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
@@ -61,6 +62,7 @@ class Config:
 
     summarizer: SummarizerConfig = field(default_factory=SummarizerConfig)  # embed_dim and scales come from the data
     unet: UNetConfig = field(default_factory=UNetConfig)                    # context_dim is summarizer.width
+    init_from: str = ""         # start the U-Net from a published one, as the papers did: cin256-v2.ckpt
     pred: str = "eps"           # what the U-Net predicts: eps as published, x0, or v (see diffusion.py)
     schedule: str = "scaled_linear"  # of the noise; as published (see diffusion.py)
     steps: int = 1500
@@ -293,13 +295,15 @@ def sample_sheet(model, pyramids, split, seed, amp, n=16, show=8, guidance=2.0, 
         if not pyramids.count(split, s):
             layout.append(None)
             continue
-        batch = fixed_batch(pyramids, split, s, n)
+        pictures = getattr(pyramids, "images", True)  # official samples may have latents alone
+        batch = fixed_batch(pyramids, split, s, n, ("x",) if pictures else ("z",))
         with amp, torch.no_grad():
             c = model.summarizer(batch["tokens"].to(device), batch["mask"].to(device), batch["s"].to(device))
-            x = model.decode(model.sample(c.float(), [v // 4 for v in batch["x"].shape[-2:]], guidance, steps, seed))
-        rows += [batch["x"][:show], x[:show].float().cpu()]
+            x = model.decode(model.sample(c.float(), [pyramids.patch // 4] * 2, guidance, steps, seed)).float().cpu()
+            real = batch["x"] if pictures else model.decode(batch["z"].to(device) * model.latent_scale).float().cpu()
+        rows += [real[:show], x[:show]]
         labels += [f"scale {s} real", f"scale {s} drawn"]
-        layout.append(round(layout_fidelity(x.float().cpu(), batch["x"], min(2 ** s, 8)), 4))
+        layout.append(round(layout_fidelity(x, real, min(2 ** s, 8)), 4))
     return rows, labels, layout
 
 
@@ -342,7 +346,10 @@ def main(argv):
     out, ranks = Path(cfg.out), setup(cfg.device, cfg.amp, cfg.threads)
     prepare(cfg)
     ranks.barrier()
-    pyramids = Pyramids(cfg.data)
+    official = bool(layout_of(cfg.data))
+    pyramids = Samples(cfg.data) if official else Pyramids(cfg.data)
+    if official and not cfg.vae_weights:
+        raise UserError(f"{cfg.data} holds latents of the published VAE: give it with --vae_weights=FILE")
     cfg.summarizer.embed_dim, cfg.summarizer.scales = pyramids.embed_dim, pyramids.scales
     cfg.unet.context_dim, side = cfg.summarizer.width, pyramids.patch // 4
     if side % 2 ** (len(cfg.unet.mult) - 1):
@@ -353,7 +360,10 @@ def main(argv):
                       only_scale=None if cfg.only_scale < 0 else cfg.only_scale)
     dataset(pyramids)  # both refuse here what does not fit, not after the VAE is trained
     with torch.device("meta"):
-        LDMStage(cfg, 1.0, side)
+        trial = LDMStage(cfg, 1.0, side)
+    start, dropped = {}, []
+    if cfg.init_from and not (out / "state.safetensors").exists():
+        start, dropped = trial.unet.official_start(load_state_dict(cfg.init_from))
     check_settings(out / "vae.safetensors", cfg, ("vae", "data", "seed", "disc", "lpips"))
     check_settings(out / "state.safetensors", cfg)
     ranks.barrier()
@@ -364,14 +374,20 @@ def main(argv):
               f"{'bf16 autocast' if ranks.amp else 'float32'}, {torch.get_num_threads()} threads")
         if split == "train":
             print(f"{cfg.data} holds no held-out images: sample grids show training patches")
+        if start:
+            print(f"U-Net: {len(start)} tensors of {cfg.init_from}; dropped, for the class embedder: "
+                  f"{', '.join(dropped) or 'nothing'}")
         write_text(out / "config.json", json.dumps(asdict(cfg) | {"torch": torch.__version__}, indent=1))
     torch.manual_seed(cfg.seed)
     vae, scale = get_vae(cfg, ranks, pyramids)
     if not cfg.steps:
         return  # --steps=0: the VAE alone
-    pyramids = Pyramids(cfg.data, latents=encode_latents(cfg, ranks, vae, pyramids))
+    if not official:
+        pyramids = Pyramids(cfg.data, latents=encode_latents(cfg, ranks, vae, pyramids))
     torch.manual_seed(cfg.seed + 1)
     net = LDMStage(cfg, scale, side)
+    if start:
+        net.unet.load_state_dict(start)
     info = {"encoder": pyramids.encoder, "std": pyramids.std, "patch": pyramids.patch, "data": cfg.data}
     model = ZoomLDM(vae, Summarizer(cfg.summarizer), UNet(cfg.unet), scale, cfg.pred, cfg.schedule, info)
     model = model.to(ranks.device)

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, cli, common_count, common_size, load_official, summary
+from common import UserError, check_official, cli, common_count, common_size, load_official, summary
 from summarizer import place_code
 
 
@@ -273,6 +273,23 @@ class UNet(nn.Module):
             model = cls(cls.infer_config(state, prefix))
         load_official(model, state, prefix, model.official_name)
         return model.eval()
+
+    def official_start(self, state):
+        """Weights to start training from: the U-Net of a published latent diffusion model, such as cin256-v2.ckpt.
+
+        in:  a whole checkpoint's state dict, of which the raw U-Net counts, as in the papers; or the U-Net's alone
+        out: {our name: tensor}; the keys of the class embedder, which has no place here and is dropped
+        raises: ValueError listing missing, unexpected and mis-shaped keys.
+        """
+        raw = "model.diffusion_model."
+        prefix = raw if any(k.startswith(raw) for k in state) else ""
+        dropped = [k for k in state if k.startswith(("cond_stage_model.", prefix + "label_emb."))]
+        state = {k: v for k, v in state.items() if k not in dropped}
+        names = check_official(self, state, prefix, self.official_name)
+        if self.cfg.heads != 1 or self.cfg.groups != 32:
+            raise UserError(f"unet.heads={self.cfg.heads} and unet.groups={self.cfg.groups}, which weights do not show:"
+                            f" the published ones were trained with 1 and 32")
+        return {ours: state[k] for ours, k in names.items()}, dropped
 
     @staticmethod
     def infer_config(state, prefix=""):

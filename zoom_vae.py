@@ -6,6 +6,7 @@ nearest codebook vector.
 
 in:  x (B,3,H,W) in [-1,1]   out: z (B,3,H/4,W/4), and back
 run: python zoom_vae.py      trained by: python train.py      read next: encoder.py
+     python zoom_vae.py extract CHECKPOINT --out=FILE     take it out of a whole ZoomLDM or PathLDM checkpoint
 """
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from common import UserError, cli, common_count, common_size, load_official, summary
+from common import UserError, cli, common_count, common_size, configure, load_official, load_state_dict, save_tensors
+from common import summary
 
 
 @dataclass
@@ -308,7 +310,39 @@ def perplexity(usage):
     return float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()))
 
 
+# ----- 4. python zoom_vae.py extract -----
+
+@dataclass
+class ExtractConfig:
+    checkpoint: str = ""  # a whole latent diffusion checkpoint: ZoomLDM, PathLDM (.ckpt, .pt, .safetensors)
+    out: str = ""         # the file to write, .safetensors; train.py takes it as --vae_weights
+
+
+def extract(argv):
+    """Write the VAE of a whole checkpoint under the names that a published vq-f4 file has."""
+    cfg, prefix = configure(ExtractConfig, argv, words=("checkpoint",), doc=__doc__), "first_stage_model."
+    if not cfg.checkpoint or not cfg.out.endswith(".safetensors"):
+        raise UserError(f"got checkpoint {cfg.checkpoint!r} and --out={cfg.out!r}: write python zoom_vae.py extract "
+                        f"CHECKPOINT --out=FILE.safetensors")
+    state = load_state_dict(cfg.checkpoint)
+    if not any(k.startswith(prefix) for k in state):
+        raise UserError(f"{cfg.checkpoint} holds no VAE beside a diffusion model (no keys {prefix}*): give a whole "
+                        f"checkpoint; a vq-f4 file, or a run folder, is what --vae_weights takes as it is")
+    vae = VQVAE.from_official(state, prefix)
+    mine = {vae.official_name(k): v for k, v in vae.state_dict().items()}
+    save_tensors(cfg.out, mine, {"source": cfg.checkpoint})
+    print(f"wrote {cfg.out}: {len(mine)} of {len(state)} tensors, {sum(v.numel() for v in mine.values()):,} numbers; "
+          f"train.py takes it as --vae_weights={cfg.out}")
+
+
 def main(argv):
+    if argv[:1] == ["extract"]:
+        return extract(argv[1:])
+    if argv:
+        print(__doc__)
+        if argv[0] not in ("-h", "--help"):
+            raise UserError(f"got {argv[0]!r}: the one command is extract")
+        return
     with torch.device("meta"):
         vae = VQVAE(VAEConfig())
         vae.forward = lambda x: vae.decoder(vae.from_latent(vae.to_latent(vae.encoder(x))))

@@ -2,12 +2,14 @@
 
 A weight is a function of its published name, its shape, a seed and a short list of gains, by way of numpy's frozen
 RandomState, so it has the same bits on every machine. Every tensor is u, uniform in [-1,1) from the seed
-crc32(name) ^ seed, scaled and shifted: 1 + 0.3 u for a norm's scale, 0.1 u for a bias, else deviation `gain` ("std") or
-gain / sqrt(fan-in) ("fan"). A gain is [regex, mode, gain]; the first whose regex is found in the name counts.
+crc32(name) ^ seed (for encoders, whose seed is a list, crc32 of Python's text for (seed, name)), scaled and shifted:
+1 + 0.3 u for a norm's scale, 0.1 u for a bias, else deviation `gain` ("std") or gain / sqrt(fan-in) ("fan"). A gain
+is [regex, mode, gain]; the first whose regex is found in the name counts.
 
 The files in tests/golden were derived, by `derive` below, from files that running the published ZoomLDM code made (CPU,
 float32, eval mode, torch 2.13). What they leave out: all weights, inputs that stand in another file already, and most
-of the large activations (every k-th element is kept, counted over the flattened tensor).
+of the large activations (every k-th element is kept, counted over the flattened tensor). Images of the encoders are
+kept as grey levels; those of their weights that follow no rule (tokens, positions, LayerScale) are kept themselves.
 """
 import gzip
 import json
@@ -39,7 +41,8 @@ def tensor(name, shape, seed, gains):
         scale, shift = gain * math.sqrt(3 / math.prod(shape[1:])), 0.0
     else:
         scale, shift = (0.3, 1.0) if name.endswith("weight") else (0.1, 0.0)
-    draw, out = np.random.RandomState(zlib.crc32(name.encode()) ^ seed), np.empty(math.prod(shape), np.float32)
+    key = zlib.crc32(name.encode()) ^ seed if isinstance(seed, int) else zlib.crc32(repr((tuple(seed), name)).encode())
+    draw, out = np.random.RandomState(key), np.empty(math.prod(shape), np.float32)
     for part in np.split(out, range(1 << 16, out.size, 1 << 16)):  # in pieces that stay in the cache
         u = draw.random_sample(part.size)
         u *= 2
@@ -75,15 +78,16 @@ def golden(name):
 @cache
 def manifest(name):
     """Published name -> shape. name: unet, first_stage, cond_stage (all of full size, with the prefix of a whole
-    checkpoint), ema, buffers, or one of the golden modules (without prefix)."""
+    checkpoint), ema, buffers, full_uni and the like, or one of the golden modules (both without prefix)."""
     keys = json.loads(gzip.decompress((GOLDEN / "keys.json.gz").read_bytes()))
     return {k: tuple(v) for k, v in keys[name].items()}
 
 
 def state_dict(name):
     """The weights behind a golden file, by published name. Fresh tensors each time."""
-    meta = golden(name)[1]
+    tensors, meta = golden(name)
     state = weights(manifest(name), meta["seed"], meta["gains"])
+    state |= {k[8:]: v.clone() for k, v in tensors.items() if k.startswith("weights/")}  # those that follow no rule
     assert fingerprint(state, meta["every"]) == meta["crc"], f"{name}: the rule no longer gives the published weights"
     return state
 
@@ -109,6 +113,45 @@ def assert_golden(ours, name, key, tol):
 THIN = {"full_unet_rule": {"out/middle_block": 7, "out/output_blocks_3": 7}, "vae_small": {"out/decode_no_quant": 5},
         "full_vae_rule": {"out/decode": 5, "out/decode_no_quant": 5},
         "full_summarizer_rule": {f"out/tokens_{g}": 3 for g in ("1x1", "2x2", "4x4", "8x8")}}
+
+
+# image sizes that are kept
+ENCODERS = {"uni": ("96x96", "224x224"), "uni2h": ("98x98", "224x224"), "dinov2": ("70x70", "126x126"),
+            "dinov2_reg": ("70x70", "126x126"), "hipt": ("96x96", "256x256"), "phikon": ("96x96", "224x224")}
+FULL = {"uni": "uni_vitl16", "uni2h": "uni2_h", "dinov2": "dinov2_vitl14", "dinov2_reg": "dinov2_vitl14_reg4",
+        "hipt": "hipt_vit256_small", "phikon": "phikon"}
+
+
+def picture(levels, config):
+    """in: grey levels (B,3,H,W) uint8. out: float32, normalised as an encoder wants it."""
+    mean, std = (torch.tensor(config[k])[:, None, None] for k in ("mean", "std"))
+    return (levels.float() / 255 - mean) / std
+
+
+def derive_encoder(source, target, name, shapes):
+    from safetensors import safe_open
+    with safe_open(source / f"encoder_{name}.safetensors", "pt") as f:
+        config = json.loads(f.metadata()["config"])
+        stored = {k[8:]: f.get_tensor(k) for k in f.keys() if k.startswith("weights/")}
+        kept = {k: f.get_tensor(k) for k in f.keys()
+                if "pos37" in k or k[0] in "io" and k.rpartition("_")[2] in ENCODERS[name]}
+    gains = [["patch_embed", "fan", 0.1], ["(qkv|query|key|value).weight", "fan", 1.5]] + (
+        [["(attn.proj|output.dense|mlp.fc2).weight", "fan", 0.15]] if name in ("hipt", "phikon") else [])
+    shapes[f"encoder_{name}"] = {k: list(v.shape) for k, v in stored.items()}
+    by_rule = weights(shapes[f"encoder_{name}"], [31007, name], gains)
+    kept |= {"weights/" + k: v for k, v in stored.items() if not torch.equal(v, by_rule[k])}
+    for k in [k for k in kept if k.startswith("in/image")]:
+        mean, std = (torch.tensor(config[n])[:, None, None] for n in ("mean", "std"))
+        levels = ((kept[k] * std + mean) * 255).round().byte()
+        assert torch.equal(picture(levels, config), kept[k])
+        kept[k] = levels
+    every = {k: 7 for k in kept if "patch_tokens" in k}
+    kept = {k: v.flatten()[::every[k]].contiguous() if k in every else v for k, v in kept.items()}
+    meta = {"config": config, "seed": [31007, name], "gains": gains, "every": 1, "crc": fingerprint(stored),
+            "every_kth": every}
+    save_tensors(target / f"encoder_{name}.safetensors", kept, meta)
+    (target / f"encoder_{name}.safetensors").chmod(0o644)
+    print(f"encoder_{name}: {len(stored)} weights, {sum(k.startswith('weights/') for k in kept)} of them stored")
 
 
 def derive(source, target=GOLDEN):
@@ -165,6 +208,10 @@ def derive(source, target=GOLDEN):
                 for k, v in kept.items()}
         save_tensors(target / f"{name}.safetensors", kept, meta)
         (target / f"{name}.safetensors").chmod(0o644)
+    encoders = json.loads((source / "keys_encoders.json").read_text())
+    for name in ENCODERS:
+        derive_encoder(source, target, name, shapes)
+        shapes[f"full_{name}"] = encoders[FULL[name]]["keys"]
     text = json.dumps(shapes, separators=(",", ":"))
     (target / "keys.json.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 

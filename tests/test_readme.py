@@ -6,7 +6,12 @@ import pytest
 from conftest import ROOT
 from test_style import ORDER
 
+import bench
+import captions
+import cdm
+import claims
 import data
+import quality
 import sample_joint
 import train
 from common import configure
@@ -35,13 +40,24 @@ def test_command_parses(command):
         configure(train.Config, args, train.PRESETS, ("preset",)) if "--help" not in args else None
     elif file == "sample_joint.py":
         configure(sample_joint.Config, args, words=("run",))
+    elif file == "cdm.py" and args:
+        configure(cdm.Config if args[0] == "train" else cdm.SampleConfig, args[1:],
+                  cdm.PRESETS if args[0] == "train" else None, ("run", "preset") if args[0] == "train" else ("run",))
+    elif file == "captions.py":
+        configure(captions.Config, args, words=("command", "path"))
+    elif file in ("claims.py", "quality.py", "bench.py"):
+        settings, words = {"claims.py": (claims.Config, ("command", "run")), "quality.py": (quality.Config, ("run",)),
+                           "bench.py": (bench.Config, ("command", "run"))}[file]
+        configure(settings, args, words=words)
     elif file == "data.py" and "--help" not in args:
         configure({"toy": data.ToyConfig, "build": data.BuildConfig}[args[0]], args[1:])
 
 
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"`--([a-z_.]+)", TEXT))))
 def test_option_exists(option):
-    kinds = {**vars(train.Config), **vars(sample_joint.Config), **vars(data.BuildConfig)}
+    kinds = {**vars(train.Config), **vars(sample_joint.Config), **vars(data.BuildConfig),
+             **cdm.Config.__annotations__, **cdm.SampleConfig.__annotations__, **captions.Config.__annotations__,
+             **claims.Config.__annotations__, **quality.Config.__annotations__, **bench.Config.__annotations__}
     assert option.split(".")[0] in {*kinds, *train.Config.__annotations__}
 
 

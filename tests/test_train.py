@@ -16,7 +16,7 @@ import data
 import loop
 import sample_joint
 import train
-from common import Ranks, UserError, load_tensors
+from common import Ranks, UserError, load_tensors, save_tensors
 from diffusion import ZoomLDM
 from zoom_vae import VAEConfig
 
@@ -241,6 +241,78 @@ def test_plot_draws_the_log(run):
 def test_vae_of_another_run(toy, run, tmp_path):
     train.main([*TINY, f"--data={toy}", f"--out={tmp_path}", "--steps=0", f"--vae_weights={run}"])
     assert same(run / "vae.safetensors", tmp_path / "vae.safetensors")
+
+
+PLAIN = ["--unet.positions=0", "--summarizer.positions=0", "--unet.groups=32", "--unet.width=32"]  # as published
+
+
+def cin256():
+    """A network, and a checkpoint of it like cin256-v2: a class embedder, a VAE, averages that differ."""
+    cfg = train.configure(train.Config, [*TINY, *PLAIN], train.PRESETS, ("preset",))
+    cfg.unet.context_dim = cfg.summarizer.width
+    unet, raw = train.UNet(cfg.unet), "model.diffusion_model."
+    state = {raw + unet.official_name(k): torch.randn_like(v) for k, v in unet.state_dict().items()}
+    ema = {"model_ema." + k.removeprefix("model.").replace(".", ""): v + 1 for k, v in state.items()}
+    rest = {"cond_stage_model.embedding.weight": torch.zeros(1001, 32), "betas": torch.zeros(9),
+            "first_stage_model.quant_conv.bias": torch.zeros(3)}
+    return unet, state, state | ema | rest
+
+
+def test_start_from_a_published_unet(toy, run, tmp_path, capsys):
+    """With a learning rate of zero, the trained U-Net is the one it started from: the raw one. catches: the averages;
+    weights that the seed then overwrites."""
+    unet, raw, whole = cin256()
+    torch.save({"state_dict": whole, "global_step": 178000}, tmp_path / "cin256-v2.ckpt")
+    args = [*TINY, *PLAIN, f"--data={toy}", f"--out={tmp_path / 'a'}", f"--vae_weights={run}", "--lr=0", "--steps=1",
+            f"--init_from={tmp_path / 'cin256-v2.ckpt'}"]
+    train.main(args)
+    assert f"U-Net: {len(raw)} tensors" in (text := capsys.readouterr().out)
+    assert "class embedder: cond_stage_model.embedding.weight" in text
+    for k, v in ZoomLDM.from_run(tmp_path / "a").unet.state_dict().items():
+        assert torch.allclose(v, raw["model.diffusion_model." + unet.official_name(k)], atol=1e-6), k
+    (tmp_path / "cin256-v2.ckpt").unlink()
+    train.main(args)  # a run that goes on does not need the file any more
+    with pytest.raises(UserError, match="other settings .*init_from"):
+        train.main([a for a in args if "init_from" not in a])
+
+
+def test_start_from_a_unet_alone():
+    """As the papers' own file is: U-Net-level keys. The class embedder is named, anything else unknown refused."""
+    unet, raw, _ = cin256()
+    state = {k.removeprefix("model.diffusion_model."): v for k, v in raw.items()}
+    start, dropped = unet.official_start(state | {"label_emb.0.weight": torch.zeros(2)})
+    assert dropped == ["label_emb.0.weight"] and start.keys() == unet.state_dict().keys()
+    assert torch.equal(start["conv_out.bias"], state["out.2.bias"])
+    with pytest.raises(UserError, match="1 unexpected: more"):
+        unet.official_start(state | {"more": torch.zeros(2)})
+
+
+def test_a_start_that_does_not_fit(toy, run, tmp_path):
+    """Refused before anything is trained, with the keys. catches: a non-strict load."""
+    whole = cin256()[2]
+    save_tensors(good := tmp_path / "good.safetensors", whole)
+    del whole["model.diffusion_model.out.2.bias"]
+    save_tensors(bad := tmp_path / "bad.safetensors", whole)
+    args = [*TINY, *PLAIN, f"--data={toy}", f"--out={tmp_path / 'a'}", f"--vae_weights={run}"]
+    for more, says in (([f"--init_from={bad}"], "1 missing: model.diffusion_model.out.2.bias"),
+                       ([f"--init_from={good}", "--unet.width=64"], "of another shape"),
+                       ([f"--init_from={good}", "--unet.groups=16"], "unet.groups=16, which weights do not show")):
+        with pytest.raises(UserError, match=says):
+            train.main([*args, *more])
+    assert not (tmp_path / "a").exists()
+
+
+def test_runs_of_before_a_setting_existed_go_on(toy, run, tmp_path):
+    """A state file that does not know a setting was made with its default."""
+    tensors, meta = load_tensors(run / "state.safetensors")
+    meta["settings"].pop("init_from")
+    save_tensors(tmp_path / "state.safetensors", tensors, meta)
+    cfg = train.configure(train.Config, [*TINY, f"--data={toy}"], train.PRESETS, ("preset",))
+    cfg.summarizer.embed_dim, cfg.summarizer.scales, cfg.unet.context_dim = 96, 3, 32  # as the data say
+    loop.check_settings(tmp_path / "state.safetensors", cfg)
+    cfg.init_from = "x.ckpt"
+    with pytest.raises(UserError, match="init_from"):
+        loop.check_settings(tmp_path / "state.safetensors", cfg)
 
 
 def test_other_vae_settings_are_not_ignored(toy, run):
