@@ -31,7 +31,7 @@ from diffusion import Schedule, ZoomLDM, diffusion_loss
 from loop import check_settings, plot, read_lines, run_stage
 from metrics import layout_fidelity
 from pyramid import read_index
-from summarizer import Summarizer, SummarizerConfig
+from summarizer import KINDS, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, PatchGAN, VAEConfig, perplexity, rebase, revive_codes, vae_loss
 
@@ -89,7 +89,7 @@ TOY = {"vae.width": 32, "vae.res_blocks": 1, "vae.codes": 1024, "vae.groups": 8,
        "unet.positions": 16, "pred": "v", "steps": 800, "sample_every": 200}
 PUBLISHED = {"vae_steps": 0, "lr": 2e-5, "betas": (0.9, 0.999), "warmup": 1000, "decay": "constant", "clip": 0.0,
              "ema": 0.9999, "steps": 500_000, "workers": 4, "log_every": 100, "sample_every": 10_000,
-             "save_every": 5000}
+             "save_every": 5000, "summarizer.side": 128}
 PRESETS = {
     # small rates and few codes: otherwise 40 steps blow up the rounding by which two ranks differ from one
     "smoke": TOY | {"data": "data/smoke", "amp": False, "toy": (8, 4, 256), "vae_steps": 40, "vae_lr": 1e-4,
@@ -169,7 +169,7 @@ class LDMStage(nn.Module):
 
     def __init__(self, cfg, latent_scale, latent_side):
         super().__init__()
-        self.summarizer, self.unet, self.cfg = Summarizer(cfg.summarizer), UNet(cfg.unet), cfg
+        self.summarizer, self.unet, self.cfg = KINDS[cfg.summarizer.kind](cfg.summarizer), UNet(cfg.unet), cfg
         self.schedule, self.latent_scale, self.side = Schedule(cfg.schedule), latent_scale, latent_side
         if cfg.compile:
             self.unet.compile()  # in place: the names of the weights stay
@@ -183,7 +183,7 @@ class LDMStage(nn.Module):
                 "eps": torch.randn(n, self.unet.cfg.channels, self.side, self.side, generator=g)}
 
     def forward(self, batch):
-        c = self.summarizer(batch["tokens"], batch["mask"], batch["s"])                    # (B,65,D)
+        c = self.summarizer(batch["tokens"], batch["mask"], batch["s"])                    # (B,L,D)
         c = c * batch["keep"][:, None, None]
         loss, eps_loss = diffusion_loss(lambda z, t: self.unet(z, t, c), batch["z"] * self.latent_scale,
                                         batch["t"], batch["eps"], self.schedule, self.cfg.pred)
@@ -286,8 +286,7 @@ def encode_latents(cfg, ranks, vae, pyramids):
 
 def sample_sheet(model, pyramids, split, seed, amp, n=16, show=8, guidance=2.0, steps=20):
     """Patches drawn from the conditions of real ones. out: picture rows, a pair per scale; labels; layout fidelity."""
-    rows, labels, layout = [], [], []
-    device = next(model.parameters()).device
+    rows, labels, layout, device = [], [], [], next(model.parameters()).device
     for s in range(pyramids.scales):
         if not pyramids.count(split, s):
             layout.append(None)
@@ -319,9 +318,10 @@ def check(cfg):
     for name, low in least.items():
         if getattr(cfg, name) < low:
             raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {low}")
-    for name, known in (("pred", ("eps", "x0", "v")), ("decay", ("cosine", "constant"))):
-        if getattr(cfg, name) not in known:
-            raise UserError(f"--{name}={getattr(cfg, name)}: known are {', '.join(known)}")
+    for name, given, known in (("pred", cfg.pred, ("eps", "x0", "v")), ("decay", cfg.decay, ("cosine", "constant")),
+                               ("summarizer", cfg.summarizer.kind, KINDS)):
+        if given not in known:
+            raise UserError(f"--{name}={given}: known are {', '.join(known)}")
     if len(cfg.betas) != 2 or len(cfg.toy) != 3:
         raise UserError(f"--betas={cfg.betas} takes two numbers, --toy={cfg.toy} three: slides, held-out slides, side")
     if len(cfg.vae.mult) != 3 or cfg.vae.channels != cfg.unet.channels or cfg.vae_crop % 4:
@@ -372,8 +372,8 @@ def main(argv):
     torch.manual_seed(cfg.seed + 1)
     net = LDMStage(cfg, scale, side)
     info = {"encoder": pyramids.encoder, "std": pyramids.std, "patch": pyramids.patch, "data": cfg.data}
-    model = ZoomLDM(vae, Summarizer(cfg.summarizer), UNet(cfg.unet), scale, cfg.pred, cfg.schedule, info)
-    model = model.to(ranks.device)
+    summarizer = KINDS[cfg.summarizer.kind](cfg.summarizer)
+    model = ZoomLDM(vae, summarizer, UNet(cfg.unet), scale, cfg.pred, cfg.schedule, info).to(ranks.device)
 
     def export(step, ema):
         """Save the averaged model and draw held-out patches with it."""
