@@ -170,9 +170,9 @@ def make(cfg, model, pyramids):
     schedule, cfg.dit.cond = KINDS[cfg.model]
     if cfg.model != "grid":
         dataset = PatchDataset(pyramids, "train", cfg.seed, ())
-        first = {k: torch.as_tensor(dataset[0][k])[None] for k in ("tokens", "mask", "s")}
+        device, first = next(model.parameters()).device, dataset[0]
         with torch.no_grad():
-            c = model.summarizer.cpu()(first["tokens"], first["mask"], first["s"])           # (1,N,D)
+            c = model.summarizer(*(torch.as_tensor(first[k], device=device)[None] for k in ("tokens", "mask", "s")))
         cfg.dit.tokens, cfg.dit.channels, cfg.dit.scales = *c.shape[1:], model.summarizer.cfg.scales
         return Conditioner(cfg.model, cfg.dit, {"summarizer": fingerprint(model.summarizer)}), dataset
     cfg.dit.tokens, cfg.dit.channels, cfg.dit.scales, cfg.dit.plane = cfg.side ** 2, pyramids.embed_dim, 0, True

@@ -51,7 +51,8 @@ def configure(cls, argv, presets=None, words=(), doc=""):
     """Build the dataclass `cls` from defaults < preset < command line.
 
     in:  words, the names of the fields that positional words fill, in order; a word for the field "preset" also
-         applies presets[word], a dict of (dotted) field names. Options are --key=value, --nested.key=value, or --flag.
+         applies presets[word], a dict of (dotted) field names. Options are --key=value, --nested.key=value, or --flag;
+         --nested=value sets nested.kind, where there is such a field.
     out: an instance of cls. `--help` prints doc and the source of cls, which documents every field, and exits.
     raises: UserError for an unknown key or preset (with the nearest known one) or a value of the wrong type.
     """
@@ -89,6 +90,8 @@ def _set(cfg, key, value):
     """Set one (dotted) field, converting a command-line string to the annotated type."""
     head, _, rest = key.partition(".")
     types = typing.get_type_hints(type(cfg))
+    if not rest and is_dataclass(types.get(head)) and hasattr(types[head], "kind"):
+        rest = "kind"  # --summarizer=cnn
     if head not in types or bool(rest) != is_dataclass(types[head]):
         known = [n + ".*" if is_dataclass(t) else n for n, t in types.items()]
         raise UserError(f"unknown option --{key}{_nearest(key, known)}; known here: {', '.join(known)}")

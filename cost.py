@@ -15,12 +15,12 @@ from zoom_vae import VQVAE, VAEConfig
 
 
 @torch.no_grad()
-def flops(part, shape, width=0):
-    """FLOPs (2 per multiplication and addition) of one forward pass on one row of this shape; width: of the tokens."""
+def flops(part, shape, width=0, length=65):
+    """FLOPs (2 per multiplication and addition) of one forward pass on one row of this shape; width, length: of c."""
     device = next(part.parameters()).device
     args = [torch.zeros(1, *shape, device=device)]
     if width:
-        args += [torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, 65, width, device=device)]
+        args += [torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, length, width, device=device)]
     with FlopCounterMode(display=False) as counter:
         part(*args)
     return counter.get_total_flops()
@@ -42,7 +42,7 @@ class Profile:
         if proxy is not None:
             self.parts["proxy"] = proxy
         self.rows, self.seconds, self.hooks = dict.fromkeys(self.parts, 0), dict.fromkeys(self.parts, 0.0), []
-        self.began, self.size = time.perf_counter(), {}
+        self.began, self.size, self.length = time.perf_counter(), {}, model.summarizer.pos.shape[1]
         for name, part in self.parts.items():
             self.hooks += [part.register_forward_pre_hook(lambda *a, name=name: self.begin(name)),
                            part.register_forward_hook(lambda m, args, out, name=name: self.end(name, args))]
@@ -70,7 +70,7 @@ class Profile:
     def table(self, width):
         """Print a row per network. width: of the tokens."""
         full = full_size()
-        mine = {name: self.rows[name] * flops(part, self.size[name], width if name == "U-Net" else 0)
+        mine = {name: self.rows[name] * flops(part, self.size[name], width if name == "U-Net" else 0, self.length)
                 for name, part in self.parts.items() if self.rows[name]}
         large = {name: self.rows[name] * full.get(name, 0) for name in mine}
         print(f"\n{'':>8}{'patches':>10}{'GFLOP':>12}{'share':>8}{'seconds':>10}{'full size, TFLOP':>18}{'share':>8}")

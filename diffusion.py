@@ -3,7 +3,7 @@
 A sampler takes any function fn(z_t, t) -> prediction, so it can be tried on closed forms (tests/test_diffusion.py) and
 needs no network. t is an index 0..T-1; t = -1 means clean, alpha_bar = 1.
 
-in:  c (B,65,D) and noise z_T (B,3,h,w)   out: latents z_0 (B,3,h,w), decoded to images (B,3,4h,4w)
+in:  c (B,L,D) and noise z_T (B,3,h,w)   out: latents z_0 (B,3,h,w), decoded to images (B,3,4h,4w)
 run: python diffusion.py     read next: data.py
 """
 import json
@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 
 from common import UserError, check_official, cli, generator, load_state_dict, load_tensors, save_tensors, summary
-from summarizer import Summarizer, SummarizerConfig
+from summarizer import KINDS, Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
 
@@ -103,7 +103,7 @@ def guided(fn, c, guidance=1.0, c_null=None):
     """
     if guidance == 1.0:
         return lambda z, t: fn(z, t, c)
-    both = torch.cat([torch.zeros_like(c) if c_null is None else c_null, c])        # (2B,65,D), both in one batch
+    both = torch.cat([torch.zeros_like(c) if c_null is None else c_null, c])        # (2B,L,D), both in one batch
 
     def f(z, t):
         null, cond = fn(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
@@ -227,7 +227,7 @@ class ZoomLDM(nn.Module):
         return to_eps(self.unet(z_t, t, c).to(z_t.dtype), z_t, self.schedule.at(t, z_t), self.pred)
 
     def guided(self, c, guidance=1.0):
-        """in: c (B,65,D). out: f(z_t, t) -> guided eps; the keys and values of c are computed once."""
+        """in: c (B,L,D). out: f(z_t, t) -> guided eps; the keys and values of c are computed once."""
         if guidance == 1.0:
             kv = self.unet.cache_context(c)
             return lambda z, t: self.eps(z, t, kv)
@@ -236,7 +236,7 @@ class ZoomLDM(nn.Module):
 
     @torch.no_grad()
     def sample(self, c, size, guidance=2.0, steps=50, seed=0, sampler="ddim", end="clean", first=0):
-        """Draw latents for conditions c (B,65,D). size: latent height and width. Image i of a batch starts from noise
+        """Draw latents for conditions c (B,L,D). size: latent height and width. Image i of a batch starts from noise
         that depends on (seed, first + i) alone. end: for ddim; plms ends as published. out: z (B,3,*size), scaled."""
         z_T = torch.stack([torch.randn(self.unet.cfg.channels, *size, generator=generator(seed, first + i))
                            for i in range(len(c))]).to(c.device)
@@ -255,8 +255,9 @@ class ZoomLDM(nn.Module):
     def from_config(cls, config):
         def cfg(kind, name):
             return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config[name].items()})
-        return cls(VQVAE(cfg(VAEConfig, "vae")), Summarizer(cfg(SummarizerConfig, "summarizer")),
-                   UNet(cfg(UNetConfig, "unet")), *(config[k] for k in ("latent_scale", "pred", "schedule", "info")))
+        summarizer = cfg(SummarizerConfig, "summarizer")
+        return cls(VQVAE(cfg(VAEConfig, "vae")), KINDS[summarizer.kind](summarizer), UNet(cfg(UNetConfig, "unet")),
+                   *(config[k] for k in ("latent_scale", "pred", "schedule", "info")))
 
     def save(self, folder):
         """Write folder/ema.safetensors: all weights, the configuration in its header."""

@@ -99,6 +99,8 @@ def update_ema(ema, net, decay):
     weights = net.state_dict()
     floats = [k for k, v in weights.items() if v.is_floating_point()]
     torch._foreach_lerp_([ema[k] for k in floats], [weights[k] for k in floats], 1 - decay)
+    for k in weights.keys() - set(floats):
+        ema[k].copy_(weights[k])  # the batch counters of batch norm
 
 
 def save_state(path, cfg, step, net, ema, opt):
@@ -109,19 +111,26 @@ def save_state(path, cfg, step, net, ema, opt):
 
 
 # settings that may differ when a run is resumed: they do not change what is computed, only where, how long and how loud
+# (micro: unless there is batch norm, in PatchGAN or the CNN Summarizer)
 FREE = {"preset", "out", "device", "threads", "workers", "compile", "plot", "steps", "micro", "toy", "log_every",
         "sample_every", "save_every", "run", "sheet"}
 
 
+def completed(then, default):
+    """in: settings as stored, and the defaults, both nested dicts. out: those stored, the missing at their default."""
+    return default | {k: completed(v, default[k]) if isinstance(default.get(k), dict) else v for k, v in then.items()}
+
+
 def check_settings(path, cfg, only=""):
     """raises: UserError if the file at `path`, should it exist, was made with other settings (whose names start with
-    `only`) than cfg. Every rank of a run reads the same file, so all stop together."""
+    `only`) than cfg; a setting that did not exist then counts as its default. Every rank of a run reads the same file,
+    so all stop together."""
     if not path.exists():
         return
     with open_tensors(path) as f:
         then = json.loads(f.metadata()["json"]).get("settings", {})
-    default, now = (json.loads(json.dumps(asdict(c))) for c in (type(cfg)(), cfg))
-    then = default | then  # a setting that did not exist then
+    now, default = (json.loads(json.dumps(asdict(c))) for c in (cfg, type(cfg)()))
+    then = then and completed(then, default)  # a file without any settings is none of ours
     changed = [k for k in now if k not in FREE and k.startswith(only) and now[k] != then.get(k)]
     if changed:
         raise UserError(f"{path} belongs to a run with other settings ({', '.join(changed)}): give the same ones to "

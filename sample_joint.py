@@ -103,7 +103,7 @@ BUDGET = 256 * 2 ** 20  # bytes of keys and values kept from step to step; windo
 
 @torch.no_grad()
 def contexts(model, condition, s, canvas):
-    """Tokens {corner: c (65,D)} of this rank's windows. condition(s, i, j) -> e (E,G,G), standardised, for a window at
+    """Tokens {corner: c (L,D)} of this rank's windows. condition(s, i, j) -> e (E,G,G), standardised, for a window at
     scale s whose upper left corner lies at base tile (i, j), any numbers; `Grid` is one, any function will do."""
     out, (wh, ww) = {}, canvas.window
     device = model.unet.conv_out.weight.device
@@ -126,7 +126,7 @@ def window_eps(model, c, guidance, null=True):
         if key in kept:
             return kept[key]
         with torch.no_grad():
-            tokens = torch.stack([c[p] for p in ij])                                    # (n,65,D)
+            tokens = torch.stack([c[p] for p in ij])                                    # (n,L,D)
             with full_precision(tokens.device):
                 made = model.unet.cache_context(torch.cat([torch.zeros_like(tokens), tokens]) if both else tokens)
         room[0] -= sum(x.nbytes for pair in made for x in pair)

@@ -2,9 +2,9 @@
 
 A patch at scale s covers 2^s x 2^s base tiles, each with one embedding of width E. `standardize` pools the grid to at
 most 8x8 and normalises each embedding; `pack_grid` lays it into 64 slots; the `Summarizer`, a small transformer that
-also sees the scale, turns the slots into tokens that the U-Net attends to.
+also sees the scale, turns the slots into tokens that the U-Net attends to; so does the workshop's `CNNSummarizer` (W).
 
-in:  e (E,G,G), scale s   out: c (65,D): one scale token, then 64 grid tokens. The null condition is c = zeros.
+in:  e (E,G,G), scale s   out: c (65,D): one scale token (not from the CNN), 64 grid tokens. The null is c = zeros.
 run: python summarizer.py     read next: unet.py
 """
 import math
@@ -28,6 +28,8 @@ class SummarizerConfig:
     mlp: int = 2048        # hidden width of their MLPs
     scales: int = 8        # levels of the scale embedding (NAIP: 4)
     positions: int = 0     # channels of the place code added to the tokens; 0 = none, as published (see place_code)
+    kind: str = "transformer"  # of the CVPR version; or cnn, of the workshop's, which has no use for depth and mlp
+    side: int = 32         # cnn: what grids are up-sampled to; published: 128, for patches of 256
 
 
 def pack_grid(e):
@@ -77,6 +79,14 @@ def place_code(h, w, dim, device=None):
     y, x = (((torch.arange(n, device=device) + 0.5) / n)[:, None] * freq for n in (h, w))    # (n,dim/4)
     y, x = torch.cat([y.sin(), y.cos()], 1), torch.cat([x.sin(), x.cos()], 1)                # (n,dim/2)
     return torch.cat([y[:, None].expand(h, w, -1), x[None].expand(h, w, -1)], 2).flatten(0, 1)
+
+
+def grid_of(tokens, mask, cfg):
+    """Which grid fills the slots: g (B,), its side is 2^g. raises: ValueError for tokens of another shape."""
+    if tokens.shape[1:] != (SLOTS, cfg.embed_dim):
+        raise UserError(f"got tokens of shape {tuple(tokens.shape)}, this Summarizer takes (B,{SLOTS},{cfg.embed_dim})"
+                        f": use pack_grid, and embeddings of the encoder it was trained with")
+    return mask.sum(1).float().log2().div(2).round().long()            # 1, 4, 16, 64 real tokens -> 0, 1, 2, 3
 
 
 class Block(nn.Module):
@@ -139,13 +149,10 @@ class Summarizer(nn.Module):
         self.embed.bias[:self.cfg.positions].zero_()
 
     def forward(self, tokens, mask, s):
-        if tokens.shape[1:] != (SLOTS, self.cfg.embed_dim):
-            raise UserError(f"got tokens of shape {tuple(tokens.shape)}, this Summarizer takes (B,{SLOTS},"
-                            f"{self.cfg.embed_dim}): use pack_grid, and embeddings of the encoder it was trained with")
+        grid = grid_of(tokens, mask, self.cfg)                          # (B,)
         x = torch.where(mask[..., None], self.embed(tokens), self.pad)  # (B,64,D)
         if self.cfg.positions:
-            side = mask.sum(1).float().log2().div(2).round().long()    # 1, 4, 16, 64 real tokens -> 0, 1, 2, 3
-            x = x + F.pad(self.place[side], (0, self.cfg.width - self.cfg.positions))
+            x = x + F.pad(self.place[grid], (0, self.cfg.width - self.cfg.positions))
         x = torch.cat([self.scale(s)[:, None], x], 1) + self.pos       # (B,65,D), scale token first
         for block in self.blocks:
             x = block(x)
@@ -189,10 +196,91 @@ class Summarizer(nn.Module):
         return model.eval()
 
 
+class RankSum(torch.autograd.Function):
+    """The sum over all ranks, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        torch.distributed.all_reduce(x := x.clone())
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return RankSum.apply(grad)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Over all ranks, so that without --micro their number changes nothing: a SyncBatchNorm that takes CPUs."""
+
+    def forward(self, x):
+        if not (self.training and torch.distributed.is_initialized()):
+            return super().forward(x)
+        h, n = x.float(), torch.distributed.get_world_size() * x.numel() // x.shape[1]
+        h = h - (mean := RankSum.apply(h.sum((0, 2, 3), keepdim=True)) / n)                # (1,C,1,1)
+        var = RankSum.apply(h.square().sum((0, 2, 3), keepdim=True)) / n
+        self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
+        self.running_var.lerp_(var.detach().flatten() * n / (n - 1), self.momentum)
+        self.num_batches_tracked += 1
+        return (h * (var + self.eps).rsqrt()).to(x.dtype)
+
+
+class ConvBlock(nn.Module):
+    """x + SiLU(FiLM(batch norm(convolution of x))), then max-pooling unless it is down to 8x8."""
+
+    def __init__(self, cin, cout, scales):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, 3, padding=1, bias=False)
+        self.norm = BatchNorm(cout, affine=False)                      # FiLM has its scale and shift
+        self.film = nn.Embedding.from_pretrained(torch.zeros(scales, 2 * cout), freeze=False)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x, s):
+        scale, shift = self.film(s)[:, :, None, None].chunk(2, 1)      # (B,C,1,1) each
+        x = self.skip(x) + F.silu(self.norm(self.conv(x)) * (1 + scale) + shift)
+        return F.max_pool2d(x, 2) if x.shape[-1] > 8 else x
+
+
+class CNNSummarizer(nn.Module):
+    """The network of the workshop version. Called as `Summarizer`, it makes one token per cell of 8x8: c (B,64,D).
+
+    source: W: grid up-sampled by nearest neighbour to 128x128, four residual blocks of convolution, batch norm and
+    max-pooling, FiLM from a learned embedding of the scale, 8x8 tokens. Left open there, chosen here: a Linear E -> D/2
+    first, which commutes with up-sampling; one 3x3 convolution a block, D/2, D/2, D, D wide; SiLU; a position, or the
+    U-Net could not tell tokens apart; the transformer's end. If `side` is smaller, the *first* log2(side/8) blocks
+    pool: cells are constant, so pooling early loses nothing and costs least, and the others see whole neighbours.
+    """
+
+    def __init__(self, cfg: SummarizerConfig):
+        super().__init__()
+        if cfg.side not in (8, 16, 32, 64, 128) or cfg.positions % 4 or cfg.positions > cfg.width:
+            raise UserError(f"{cfg}: give a side of 8, 16, 32, 64 or 128, positions a multiple of 4, at most the width")
+        self.cfg, widths = cfg, (cfg.width // 2,) * 3 + (cfg.width,) * 2
+        self.embed = nn.Linear(cfg.embed_dim, widths[0])
+        self.blocks = nn.ModuleList(ConvBlock(*widths[i:i + 2], cfg.scales) for i in range(4))
+        self.pos = nn.Parameter(torch.randn(1, SLOTS, cfg.width) * 0.02)
+        self.norm, self.norm_out = nn.LayerNorm(cfg.width, eps=1e-6), nn.LayerNorm(cfg.width, eps=1e-5)
+        self.proj = nn.Linear(cfg.width, cfg.width)
+        nn.init.zeros_(self.proj.weight[:cfg.positions])               # as in Summarizer.start_aligned
+        nn.init.zeros_(self.proj.bias[:cfg.positions])
+
+    def forward(self, tokens, mask, s):
+        g, cell = grid_of(tokens, mask, self.cfg)[:, None], torch.arange(SLOTS, device=mask.device)
+        i, j, start = cell // 8 >> 3 - g, cell % 8 >> 3 - g, SLOTS // 2 - 4 ** g // 2      # in the grid; its first slot
+        x = self.embed(tokens.gather(1, (start + i * 2 ** g + j)[..., None].expand_as(tokens)))     # (B,64,D/2)
+        x = F.interpolate(x.mT.unflatten(2, (8, 8)), self.cfg.side)                        # (B,D/2,side,side)
+        for block in self.blocks:
+            x = block(x, s)
+        place = F.pad(place_code(8, 8, self.cfg.positions, x.device), (0, self.cfg.width - self.cfg.positions))
+        return self.norm_out(self.proj(self.norm(x.flatten(2).mT + self.pos)) + place)     # (B,64,D)
+
+
+KINDS = {"transformer": Summarizer, "cnn": CNNSummarizer}
+
+
 def main(argv):
     with torch.device("meta"):
-        summary(Summarizer(SummarizerConfig()), torch.randn(2, 64, 1024), torch.ones(2, 64, dtype=torch.bool),
-                torch.zeros(2, dtype=torch.long))
+        for net in (Summarizer(SummarizerConfig()), CNNSummarizer(SummarizerConfig(kind="cnn", side=128))):
+            summary(net, torch.randn(2, 64, 1024), torch.ones(2, 64, dtype=torch.bool), torch.zeros(2).long())
     tokens, mask = pack_grid(standardize(torch.randn(96, 4, 4)))
     c = Summarizer(SummarizerConfig(96, 64, 2, 128, 5))(tokens[None], mask[None], torch.tensor([2]))
     print(f"\ntiny forward on the CPU: a 4x4 grid fills {int(mask.sum())} of 64 slots -> c {tuple(c.shape)}")

@@ -32,7 +32,7 @@ from loop import check_settings, plot, read_lines, run_stage
 from metrics import layout_fidelity
 from published import Samples, layout_of
 from pyramid import read_index
-from summarizer import Summarizer, SummarizerConfig
+from summarizer import KINDS, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, PatchGAN, VAEConfig, perplexity, rebase, revive_codes, vae_loss
 
@@ -91,7 +91,7 @@ TOY = {"vae.width": 32, "vae.res_blocks": 1, "vae.codes": 1024, "vae.groups": 8,
        "unet.positions": 16, "pred": "v", "steps": 800, "sample_every": 200}
 PUBLISHED = {"vae_steps": 0, "lr": 2e-5, "betas": (0.9, 0.999), "warmup": 1000, "decay": "constant", "clip": 0.0,
              "ema": 0.9999, "steps": 500_000, "workers": 4, "log_every": 100, "sample_every": 10_000,
-             "save_every": 5000}
+             "save_every": 5000, "summarizer.side": 128}
 PRESETS = {
     # small rates and few codes: otherwise 40 steps blow up the rounding by which two ranks differ from one
     "smoke": TOY | {"data": "data/smoke", "amp": False, "toy": (8, 4, 256), "vae_steps": 40, "vae_lr": 1e-4,
@@ -171,7 +171,7 @@ class LDMStage(nn.Module):
 
     def __init__(self, cfg, latent_scale, latent_side):
         super().__init__()
-        self.summarizer, self.unet, self.cfg = Summarizer(cfg.summarizer), UNet(cfg.unet), cfg
+        self.summarizer, self.unet, self.cfg = KINDS[cfg.summarizer.kind](cfg.summarizer), UNet(cfg.unet), cfg
         self.schedule, self.latent_scale, self.side = Schedule(cfg.schedule), latent_scale, latent_side
         self.scales = cfg.summarizer.scales
         if cfg.compile:
@@ -186,7 +186,7 @@ class LDMStage(nn.Module):
                 "eps": torch.randn(n, self.unet.cfg.channels, self.side, self.side, generator=g)}
 
     def forward(self, batch):
-        c = self.summarizer(batch["tokens"], batch["mask"], batch["s"])                    # (B,65,D)
+        c = self.summarizer(batch["tokens"], batch["mask"], batch["s"])                    # (B,L,D)
         c = c * batch["keep"][:, None, None]
         loss, eps_loss = diffusion_loss(lambda z, t: self.unet(z, t, c), batch["z"] * self.latent_scale,
                                         batch["t"], batch["eps"], self.schedule, self.cfg.pred)
@@ -289,8 +289,7 @@ def encode_latents(cfg, ranks, vae, pyramids):
 
 def sample_sheet(model, pyramids, split, seed, amp, n=16, show=8, guidance=2.0, steps=20):
     """Patches drawn from the conditions of real ones. out: picture rows, a pair per scale; labels; layout fidelity."""
-    rows, labels, layout = [], [], []
-    device = next(model.parameters()).device
+    rows, labels, layout, device = [], [], [], next(model.parameters()).device
     for s in range(pyramids.scales):
         if not pyramids.count(split, s):
             layout.append(None)
@@ -324,9 +323,10 @@ def check(cfg):
     for name, low in least.items():
         if getattr(cfg, name) < low:
             raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {low}")
-    for name, known in (("pred", ("eps", "x0", "v")), ("decay", ("cosine", "constant"))):
-        if getattr(cfg, name) not in known:
-            raise UserError(f"--{name}={getattr(cfg, name)}: known are {', '.join(known)}")
+    for name, given, known in (("pred", cfg.pred, ("eps", "x0", "v")), ("decay", cfg.decay, ("cosine", "constant")),
+                               ("summarizer", cfg.summarizer.kind, KINDS)):
+        if given not in known:
+            raise UserError(f"--{name}={given}: known are {', '.join(known)}")
     if len(cfg.betas) != 2 or len(cfg.toy) != 3:
         raise UserError(f"--betas={cfg.betas} takes two numbers, --toy={cfg.toy} three: slides, held-out slides, side")
     if len(cfg.vae.mult) != 3 or cfg.vae.channels != cfg.unet.channels or cfg.vae_crop % 4:
@@ -389,8 +389,8 @@ def main(argv):
     if start:
         net.unet.load_state_dict(start)
     info = {"encoder": pyramids.encoder, "std": pyramids.std, "patch": pyramids.patch, "data": cfg.data}
-    model = ZoomLDM(vae, Summarizer(cfg.summarizer), UNet(cfg.unet), scale, cfg.pred, cfg.schedule, info)
-    model = model.to(ranks.device)
+    summarizer = KINDS[cfg.summarizer.kind](cfg.summarizer)
+    model = ZoomLDM(vae, summarizer, UNet(cfg.unet), scale, cfg.pred, cfg.schedule, info).to(ranks.device)
 
     def export(step, ema):
         """Save the averaged model and draw held-out patches with it."""

@@ -1,9 +1,9 @@
 """U-Net: predict the noise in a latent, given the time step and the conditioning tokens (Z §3.1; ADM/LDM family).
 
 Three kinds of stage (convolution, residual block + transformer, resampling) run down, through the middle and up again;
-every output on the way down is concatenated on the way up. The transformers attend to the 65 tokens of the Summarizer.
+every output on the way down is concatenated on the way up. The transformers attend to the L tokens of the Summarizer.
 
-in:  z_t (B,3,h,w), t (B,) int64, c (B,65,D)   out: eps_hat (B,3,h,w)
+in:  z_t (B,3,h,w), t (B,) int64, c (B,L,D), L = 65 as published   out: eps_hat (B,3,h,w)
 run: python unet.py     read next: diffusion.py
 """
 import math
@@ -186,7 +186,7 @@ class UNet(nn.Module):
     def cache_context(self, c):
         """Cross-attention keys and values of every transformer, for reuse while c stays the same.
 
-        in: c (B,65,D). out: a list that `forward` and `features` accept in place of c.
+        in: c (B,L,D). out: a list that `forward` and `features` accept in place of c.
         """
         if c.shape[-1] != self.cfg.context_dim:
             raise UserError(f"got conditioning tokens of width {c.shape[-1]}, this U-Net takes {self.cfg.context_dim}")
@@ -215,7 +215,7 @@ class UNet(nn.Module):
         yield "out", self.conv_out(F.silu(self.norm_out(h)))
 
     def forward(self, z_t, t, c):
-        """in: z_t (B,3,h,w), h and w multiples of 2^(levels-1); t (B,) int64; c (B,65,D) or a cached list.
+        """in: z_t (B,3,h,w), h and w multiples of 2^(levels-1); t (B,) int64; c (B,L,D) or a cached list.
         out: eps_hat (B,3,h,w). raises: ValueError for other sizes."""
         return self.features(z_t, t, c, "out")
 

@@ -43,5 +43,14 @@ def run(toy, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def cnn(toy, run, tmp_path_factory):
+    """The same with the CNN Summarizer, on the VAE of `run`."""
+    import train
+    out = tmp_path_factory.mktemp("run") / "cnn"
+    train.main([*TINY, "--summarizer=cnn", f"--data={toy}", f"--out={out}", f"--vae_weights={run}"])
+    return out
+
+
+@pytest.fixture(scope="session")
 def root():
     return ROOT

@@ -42,6 +42,12 @@ class Net:
 
 
 @dataclass
+class Side:
+    width: int = 3
+    kind: str = "right"
+
+
+@dataclass
 class Config:
     preset: str = "toy"
     out: str = ""
@@ -50,9 +56,10 @@ class Config:
     amp: bool = True
     only: int | None = None
     net: Net = field(default_factory=Net)
+    side: Side = field(default_factory=Side)
 
 
-PRESETS = {"toy": {}, "smoke": {"steps": 3, "net.width": 8}}
+PRESETS = {"toy": {}, "smoke": {"steps": 3, "net.width": 8, "side": "left"}}
 
 
 def parse(*argv):
@@ -76,6 +83,12 @@ def test_nested_values_and_tuples():
     assert parse("--net.mult=[3]").net.mult == parse("--net.mult=3").net.mult == (3,)
 
 
+def test_a_word_for_nested_settings_is_their_kind():
+    """--summarizer=cnn. --net=3 is refused below, for those have none."""
+    assert parse("--side=up").side == parse("--side.kind=up").side == Side(3, "up")
+    assert parse("--side=12", "--side.width=4").side == Side(4, "12") and parse("smoke").side.kind == "left"
+
+
 def test_presets_lie_between_defaults_and_options():
     assert (parse("smoke").steps, parse("smoke").net.width, parse("smoke").preset) == (3, 8, "smoke")
     assert parse("smoke", "--steps=5").steps == parse("--steps=5", "smoke").steps == 5
@@ -86,6 +99,8 @@ def test_presets_lie_between_defaults_and_options():
     (["--stepz=3"], "unknown option --stepz; did you mean 'steps'"),
     (["--net.widht=3"], "did you mean 'width'"),
     (["--net=3"], r"unknown option --net.*known here: .*net\.\*"),
+    (["--side"], "--kind=True: expected str"),
+    (["--side.knid=up"], "did you mean 'kind'"),
     (["--steps.x=3"], "unknown option --steps.x"),
     (["--steps=many"], "--steps=many: expected int, got str"),
     (["--steps=1e3"], "--steps=1000.0: expected int, got float"),

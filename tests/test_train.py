@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import sample_joint
 import train
 from common import Ranks, UserError, load_tensors, save_tensors
 from diffusion import ZoomLDM
+from summarizer import CNNSummarizer
 from zoom_vae import VAEConfig
 
 
@@ -43,8 +45,35 @@ def test_run_folder(run):
     assert model.info["encoder"] == "stats" and model.summarizer.cfg.scales == 3
 
 
-def test_interrupted_run_ends_bit_identical(toy, run, tmp_path, monkeypatch):
-    """Catches: a missing moment, a generator that is not keyed by step, data order that depends on the start."""
+def test_run_with_the_cnn_summarizer(run, cnn, tmp_path):
+    """What is exported are the averaged weights *and* statistics, and they draw as they are. Catches: statistics that
+    are not averaged, counters averaged as if they were weights, a model drawn from in training mode."""
+    state = load_tensors(cnn / "state.safetensors")[0]
+    model = ZoomLDM.from_run(cnn)
+    assert type(model.summarizer) is CNNSummarizer and not model.training and model.summarizer.cfg.positions == 16
+    exported, moved = model.summarizer.state_dict(), 0
+    for name, value in exported.items():
+        raw, ema = (state[f"{kind}.summarizer.{name}"] for kind in ("net", "ema"))
+        assert torch.equal(value, ema), name
+        if name.endswith("num_batches_tracked"):
+            assert ema == raw == 6
+        elif "running" in name:
+            moved += 1
+            assert not torch.equal(ema, raw) and (ema - 0.5).abs().max() > 0
+    assert moved == 8
+    for out in ("a", "b"):
+        sample_joint.main([str(cnn), "--n=2", "--scale=1", "--steps=2", f"--out={tmp_path / out}", "--device=cpu"])
+    assert (tmp_path / "a/sheet.png").read_bytes() == (tmp_path / "b/sheet.png").read_bytes()
+    assert same(cnn / "vae.safetensors", run / "vae.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["transformer", "cnn"])
+def test_interrupted_run_ends_bit_identical(toy, kind, request, tmp_path, monkeypatch):
+    """Catches: a missing moment, a generator that is not keyed by step, data order that depends on the start; batch
+    statistics that are not in the state."""
+    run, cnn = (request.getfixturevalue(name) for name in ("run", "cnn"))
+    more = ["--summarizer=cnn", f"--vae_weights={run}"] if kind == "cnn" else []
+    run = cnn if kind == "cnn" else run
     real, calls = loop.update_ema, []
 
     def dies(*args):
@@ -53,7 +82,7 @@ def test_interrupted_run_ends_bit_identical(toy, run, tmp_path, monkeypatch):
         if len(calls) == 5:  # after the checkpoint at 3, before the end
             raise KeyboardInterrupt
     monkeypatch.setattr(loop, "update_ema", dies)
-    args = [*TINY, f"--data={toy}", f"--out={tmp_path}"]
+    args = [*TINY, *more, f"--data={toy}", f"--out={tmp_path}"]
     with pytest.raises(KeyboardInterrupt):
         train.main(args)
     monkeypatch.undo()
@@ -85,6 +114,20 @@ def test_two_ranks_equal_one(toy, run, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_ranks_equal_one_with_the_cnn_summarizer(toy, run, cnn, tmp_path):
+    """The statistics of a batch do not depend on who holds its samples either. Catches: BatchNorm per rank (rel 1e-2 at
+    step 1), gradients that stop at the statistics, running statistics of one rank alone."""
+    done = subprocess.run(**command(*TINY, "--summarizer=cnn", f"--data={toy}", f"--out={tmp_path}", "--threads=1",
+                                    f"--vae_weights={run}", ranks=2), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(log(cnn), log(tmp_path), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-5) and b["grad"] == pytest.approx(a["grad"], rel=1e-3)
+    one, two = (load_tensors(folder / "state.safetensors")[0] for folder in (cnn, tmp_path))
+    for name in (k for k in one if "running" in k):
+        assert torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.slow
 def test_sigkill_and_restart_is_bit_identical(toy, run, tmp_path):
     args = command(*TINY, f"--data={toy}", f"--out={tmp_path}", f"--threads={torch.get_num_threads()}")
     child = subprocess.Popen(**args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -96,6 +139,31 @@ def test_sigkill_and_restart_is_bit_identical(toy, run, tmp_path):
     subprocess.run(**args, check=True, capture_output=True)
     assert load_tensors(state)[1]["step"] == 6
     assert same(run / "ema.safetensors", tmp_path / "ema.safetensors")
+
+
+def test_settings_that_did_not_exist_yet_had_their_default(run, tmp_path):
+    """Catches: runs of an older version that do not resume, a new setting that changes them unnoticed."""
+    cfg = train.configure(train.Config, [*TINY, f"--data={run}"], train.PRESETS, ("preset",))
+    path = tmp_path / "state.safetensors"
+    stored = json.loads(json.dumps(asdict(cfg)))
+    loop.check_settings(path, cfg)  # no file: nothing to compare
+    save_tensors(path, {}, {"settings": stored})
+    loop.check_settings(path, cfg)
+    for inside, name in ((stored["summarizer"], "kind"), (stored["unet"], "checkpoint"), (stored, "clip")):
+        del inside[name]
+        save_tensors(path, {}, {"settings": stored})
+        loop.check_settings(path, cfg)
+    for key, value in (("summarizer", "cnn"), ("unet.checkpoint", True), ("clip", 2.0), ("unet.width", 8)):
+        other = train.configure(train.Config, [*TINY, f"--data={run}", f"--{key}={value}"], train.PRESETS, ("preset",))
+        with pytest.raises(UserError, match=rf"other settings \({key.split('.')[0]}\)"):
+            loop.check_settings(path, other)
+    del stored["unet"]["width"]  # now 16, by default 192
+    save_tensors(path, {}, {"settings": stored})
+    with pytest.raises(UserError, match=r"other settings \(unet\)"):
+        loop.check_settings(path, cfg)
+    save_tensors(path, {}, {})   # of nobody knows what
+    with pytest.raises(UserError, match="other settings .*seed"):
+        loop.check_settings(path, cfg)
 
 
 def test_finished_run_is_left_alone(toy, run):
@@ -126,10 +194,13 @@ def test_each_stage_overfits_one_batch():
     x = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")
     vae, ranks = train.VAEStage(cfg, x), Ranks(0, 1, torch.device("cpu"), None)
     ldm = train.LDMStage(cfg, 1.0, 8)
+    cfg.summarizer.kind = "cnn"
+    cnn = train.LDMStage(cfg, 1.0, 8)
     z, s = torch.randn(16, 3, 8, 8, generator=g), torch.zeros(16, dtype=torch.long)
     tokens, mask = torch.randn(16, 64, 12, generator=g), torch.ones(16, 64, dtype=torch.bool)
-    for net, item, steps, want in ((vae, {"x": x, "s": s[:4]}, 80, 0.5), (
-            ldm, {"z": z, "tokens": tokens, "mask": mask, "s": s}, 120, 0.6)):
+    conditions = {"z": z, "tokens": tokens, "mask": mask, "s": s}
+    for net, item, steps, want in ((vae, {"x": x, "s": s[:4]}, 80, 0.5), (ldm, conditions, 120, 0.6),
+                                   (cnn, conditions, 120, 0.6)):
         opt = torch.optim.AdamW(net.parameters(), 3e-3)
         losses = []
         for step in range(steps):
@@ -191,6 +262,8 @@ def test_evaluation_table(run, tmp_path, capsys):
     (["smoke", "--betas=0.9"], "two numbers"),
     (["smoke", "--vae.mult=1,2"], "three levels"),
     (["smoke", "--unet.positions=8"], "the same number"),
+    (["smoke", "--summarizer=cnm"], "--summarizer=cnm: known are transformer, cnn"),
+    (["smoke", "--summarizer=cnn", "--summarizer.side=48", "DATA"], "side=48"),
     (["smoke", "--only_scale=9", "DATA"], "scale shares"),
     (["smoke", "--unet.heads=3", "DATA"], "unet.heads"),
     (["smoke", "--unet.mult=1,1,1,1,1,1", "DATA"], "cannot be halved"),
