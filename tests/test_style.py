@@ -9,11 +9,11 @@ from conftest import ROOT
 
 # reading order: each file imports only from those before it
 ORDER = ("common metrics zoom_vae slide encoder summarizer unet diffusion toy pyramid data cdm loop train "
-         "canvas joint patches proxy cost sample_joint quality invert mil bench").split()
-CAPS = dict(common=340, metrics=250, zoom_vae=330, slide=250, encoder=200, summarizer=250, unet=350,
+         "canvas joint patches proxy cost sample_joint quality invert sr_trained sr_table mil bench").split()
+CAPS = dict(common=340, metrics=290, zoom_vae=330, slide=250, encoder=200, summarizer=250, unet=350,
             diffusion=350, toy=200, pyramid=200, data=350, cdm=350, loop=250, train=400,
-            canvas=330, joint=350, patches=250, proxy=150, cost=120, sample_joint=450, quality=235, invert=200, mil=350,
-            bench=280)
+            canvas=330, joint=350, patches=250, proxy=150, cost=120, sample_joint=450, quality=235, invert=300,
+            sr_trained=110, sr_table=200, mil=350, bench=280)
 RUNTIME = {"torch", "numpy", "PIL", "tqdm", "safetensors"}
 FILES = sorted(ROOT.glob("*.py"))
 TREES = {p.stem: ast.parse(p.read_text(), p.name) for p in FILES}
