@@ -136,7 +136,7 @@ def invert(model, x, s, steps=200, seed=0, batch=8, start=""):
     optimizer, times = torch.optim.Adam([u], lr), torch.linspace(FIRST, LAST, steps).long().tolist()
     with torch.enable_grad(), tqdm(times, desc="invert", disable=canvas.rank > 0) as bar:
         for n, t in enumerate(bar):
-            eps = torch.randn(1, *zs[0].shape[1:], generator=generator(seed, n)).to(device)
+            eps = torch.randn(1, *zs[0].shape[1:], generator=generator(seed, n + 1)).to(device)
             ab = float(model.schedule.alpha_bar[t])
             grad, total = torch.zeros_like(u), torch.zeros((), device=device)
             for part, z in zip(jobs, zs):
@@ -258,7 +258,7 @@ def main(argv):
     (h, w), P, factor, proxy, e = x.shape[1:], patch_of(model, x), 2 ** (s - target), None, None
     whole = to_tiles(x, s, P)
     if min(h, w) < P and ranks.rank == 0:
-        print(f"{cfg.image}, {w} x {h} pixels, is smaller than a tile of {P}: reflect-padded and, in the end, cut again")
+        print(f"{cfg.image}, {w} x {h} pixels, is smaller than a tile of {P}: reflect-padded, and cut again in the end")
     if factor > 1 and "proxy" in cfg.guide:
         proxy = proxies.load(folder, model, Pyramids(model.info["data"], std=model.info["std"]), ranks)
     cells = tuple(math.ceil(n * 2 ** s / P) for n in (h, w))

@@ -85,7 +85,7 @@ def regions(pyramids, cfg, n):
 
 # ----- 2. Commands -----
 
-def table(model, pyramids, cfg, ranks):
+def table(model, pyramids, proxy, cfg, ranks):
     """Every method, each alone and back-projected, against the truth; mean and deviation over seeds."""
     truth, x, e = regions(pyramids, cfg, cfg.n or (16 if cfg.stain else 32))
     encoder, P, out = load_encoder(pyramids.encoder, pyramids.std), pyramids.patch, Path(cfg.run) / "bench"
@@ -116,7 +116,8 @@ def table(model, pyramids, cfg, ranks):
             drawn = {"trained": torch.cat([trained.draw(v[None], seed, cfg.steps) for v in x])}
             for name, given in (("null", None), ("gt", e), ("inferred", inferred)):
                 drawn[name] = I.super_resolve(model, x, cfg.scale, 0, "null" if given is None else "gt", given, False,
-                                              seed, cfg.A, steps=cfg.steps, guide=cfg.guide, lam=cfg.lam)
+                                              seed, cfg.A, steps=cfg.steps, guide=cfg.guide, lam=cfg.lam,
+                                              proxy=proxy)
         for name, images in drawn.items():
             score(name, images)
             score(f"{name}, exact", Resize.cached(factor, cfg.A).project(images, x))
@@ -134,7 +135,7 @@ def table(model, pyramids, cfg, ranks):
 
 
 @torch.no_grad()
-def planted(model, pyramids, cfg, ranks):
+def planted(model, pyramids, proxy, cfg, ranks):
     """Draw images from known grids, infer these, and compare: the loss on noise and times of its own; how many cells
     are nearest to their own true one (as embeddings; as the Summarizer's first layer sees them; both without each
     grid's mean, or neighbours on one tissue drown in it); fine patches drawn from both with the same noise."""
@@ -167,7 +168,7 @@ def planted(model, pyramids, cfg, ranks):
               f"{hits[1]:>9.2f}{4.0 ** -s:>8.2f}{right:>8.2f}{wrong:>10.2f}", flush=True)
 
 
-def cost(model, pyramids, cfg, ranks):
+def cost(model, pyramids, proxy, cfg, ranks):
     """Medians of three rounds, in turn."""
     x, seconds = fixed_batch(pyramids, cfg.split, cfg.scale, 8)["x"], {1: [], 8: []}
     with ranks.autocast():
@@ -186,8 +187,8 @@ def main(argv):
         raise UserError("say what of which run: python sr_table.py table out/toy_long, or planted, or cost")
     if cfg.scale < 1 or cfg.n < 0 or min(cfg.seeds, cfg.steps, cfg.invert_steps, cfg.train_steps) < 1:
         raise UserError(f"--scale={cfg.scale} --n={cfg.n} --seeds={cfg.seeds}: scale, seeds and steps are at least 1")
-    model, pyramids, _, ranks = open_run(cfg)
-    commands[cfg.command](model, pyramids, cfg, ranks)
+    model, pyramids, proxy, ranks = open_run(cfg)
+    commands[cfg.command](model, pyramids, proxy, cfg, ranks)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from conftest import ROOT
 from test_style import ORDER
 
 import data
+import invert
 import sample_joint
+import sr_table
 import train
 from common import configure
 
@@ -35,13 +37,17 @@ def test_command_parses(command):
         configure(train.Config, args, train.PRESETS, ("preset",)) if "--help" not in args else None
     elif file == "sample_joint.py":
         configure(sample_joint.Config, args, words=("run",))
+    elif file in ("invert.py", "sr_table.py"):
+        module = {"invert.py": invert, "sr_table.py": sr_table}[file]
+        configure(module.Config, args, words=("command", "run")[file == "invert.py":])
     elif file == "data.py" and "--help" not in args:
         configure({"toy": data.ToyConfig, "build": data.BuildConfig}[args[0]], args[1:])
 
 
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"`--([a-z_.]+)", TEXT))))
 def test_option_exists(option):
-    kinds = {**vars(train.Config), **vars(sample_joint.Config), **vars(data.BuildConfig)}
+    kinds = {**vars(train.Config), **vars(sample_joint.Config), **vars(data.BuildConfig), **vars(invert.Config),
+             **vars(sr_table.Config)}
     assert option.split(".")[0] in {*kinds, *train.Config.__annotations__}
 
 
