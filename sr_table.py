@@ -154,7 +154,7 @@ def planted(model, pyramids, proxy, cfg, ranks):
             x = model.decode(model.sample(tokens(true, s), side, steps=cfg.steps)).float().clamp(-1, 1).cpu()
             found = I.invert(model, x, s, cfg.invert_steps, start=cfg.start).cpu()
             singles = [e.flatten(2).movedim(2, 1).flatten(0, 1)[..., None, None][:128] for e in (true, found)]
-            fine = [model.decode(model.sample(tokens(e, 0), side, steps=20)).float().cpu() for e in singles]
+            fine = [model.decode(model.sample(tokens(e, 0), side, steps=cfg.steps)).float().cpu() for e in singles]
         z, loss = model.encode(x.to(ranks.device)), torch.zeros(2)
         for t in range(70, 950, 40):  # none of the times of the fit's own noise
             eps = torch.randn(z.shape, generator=generator(999, t)).to(z)

@@ -67,12 +67,12 @@ class Trained:
         for step in tqdm(range(steps), desc="trained baseline"):
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             x = default_collate([data[step * batch + i] for i in range(batch)])["x"]
-            rng = generator(7, step)
+            rng, y = generator(7, step), self.beside(A.down(x))
             with ranks.autocast():
                 with torch.no_grad():
                     z = self.model.encode(x.to(ranks.device)).float()
                 t = torch.randint(self.model.schedule.T, (batch,), generator=rng).to(z.device)
-                noise, y = torch.randn(z.shape, generator=rng).to(z), self.beside(A.down(x))
+                noise = torch.randn(z.shape, generator=rng).to(z)
                 loss = diffusion_loss(lambda z_t, t, y=y: self.predict(z_t, t, y), z, t, noise, self.model.schedule,
                                       self.model.pred)[0].mean()
             optimizer.zero_grad()
