@@ -82,6 +82,18 @@ class Resize:
         h, w = (n * self.factor for n in y.shape[-2:])
         return self.factor ** 2 * (self.matrix(h, y).T @ y @ self.matrix(w, y))
 
+    def project(self, x, y, rounds=20):
+        """The image nearest to x (...,H,W) that A makes y of: x + A^T (A A^T)^-1 (y - A x), in [-1,1], like x.
+
+        Clipping takes a little of it back, so it goes to and fro; a y that A cannot make of [-1,1], such as hard edges
+        from black to white, is met as nearly as that can.
+        """
+        out, y = x.to(exact(x)), y.to(x.device, exact(x))
+        left, right = (torch.linalg.solve(m @ m.T, m) for m in (self.matrix(n, out) for n in x.shape[-2:]))
+        for _ in range(rounds):
+            out = (out + left.T @ (y - self.down(out)) @ right).clamp(-1, 1)
+        return out.to(x)
+
     def add_down(self, total, x, i, j):
         """Add A of an image that is x (1,C,a,b) at pixel (i,j) and zero elsewhere to total (1,C,h,w)."""
         (p, rows), (q, columns) = (self.part(n * self.factor, at, at + side, x) for n, at, side in

@@ -113,7 +113,10 @@ class BuildConfig:
     device: str = "cpu"           # where the encoder runs
 
 
-def open_image(path, cfg):
+KINDS = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # of pixels that show as 8-bit RGB
+
+
+def open_image(path, cfg, kinds=KINDS):
     """Decode an image that Pillow can show as RGB. raises: UserError if it is damaged, too large, or too small."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below, before any pixel is decoded
     try:
@@ -131,7 +134,7 @@ def open_image(path, cfg):
                         f"unknown kind; convert it to PNG, JPEG or TIFF, or take it out") from err
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-    if image.mode not in ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr"):
+    if image.mode not in kinds:
         raise UserError(f"{path} has pixels of kind {image.mode!r}, which do not show as 8-bit RGB: convert it first")
     if min(image.size) < cfg.patch:
         raise UserError(f"{path} is {image.width} x {image.height} pixels, smaller than a tile: take --patch below "

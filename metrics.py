@@ -139,6 +139,19 @@ def ssim(a, b):
     return float((top / ((mean_a**2 + mean_b**2 + c1) * (aa - mean_a**2 + bb - mean_b**2 + c2))).mean())
 
 
+def gms(a, b):
+    """Gradient-magnitude similarity (Xue 2014), mean over the image: 1 = the same edges in the same places.
+
+    in:  a, b (...,3,H,W), sides >= 6. Prewitt gradients of the mean of three channels at half size, c = 170 of 255^2.
+    """
+    a, b = (F.avg_pool2d(x.mean(1, True), 2) for x in _images(a, b, side=6))
+    across = torch.tensor([1, 0, -1.0]).to(a).expand(3, 3) / 3
+    kernel = torch.stack([across, across.T])[:, None]                                       # (2,1,3,3)
+    a, b = (F.conv2d(x, kernel).square().sum(1).sqrt() for x in (a, b))
+    c = 170 / 127.5 ** 2
+    return float(((2 * a * b + c) / (a * a + b * b + c)).mean())
+
+
 def seam_ratio(x, window):
     """Mean absolute step across window borders, over that between other neighbours: 1 = no seams.
 

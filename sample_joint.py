@@ -104,9 +104,12 @@ BUDGET = 256 * 2 ** 20  # bytes of keys and values kept from step to step; windo
 @torch.no_grad()
 def contexts(model, condition, s, canvas):
     """Tokens {corner: c (L,D)} of this rank's windows. condition(s, i, j) -> e (E,G,G), standardised, for a window at
-    scale s whose upper left corner lies at base tile (i, j), any numbers; `Grid` is one, any function will do."""
+    scale s whose upper left corner lies at base tile (i, j), any numbers; `Grid` is one, any function will do; None is
+    the null condition."""
     out, (wh, ww) = {}, canvas.window
     device = model.unet.conv_out.weight.device
+    if condition is None:
+        return dict.fromkeys(canvas.ij, torch.zeros(model.summarizer.pos.shape[1:], device=device))
     with full_precision(device):
         for ij in canvas.batches():
             grids = [pack_grid(condition(s, i / wh * 2 ** s, j / ww * 2 ** s)) for i, j in ij]
@@ -198,7 +201,7 @@ def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, ba
             only=None):
     """Levels for `sample_levels`, coarse to fine (the first `only` of them), with noise that depends on seed and scale
     alone."""
-    patch, factor, device = model.info["patch"], model.vae.factor, model.unet.conv_out.weight.device
+    patch, factor, device = model.info.get("patch", 256), model.vae.factor, model.unet.conv_out.weight.device
     window, levels = patch // factor, []
     for (h, w), s in list(zip(sides(size, scales, patch, factor, model.summarizer.cfg.scales), scales))[:only]:
         canvas = Canvas(h, w, window, overlap, fade, batch)

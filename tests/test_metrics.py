@@ -353,3 +353,25 @@ def test_demo(capsys):
     metrics.main([])
     out = capsys.readouterr().out
     assert "exactly 8" in out and "PSNR" in out and "nan" not in out
+
+
+# ----- Gradient-magnitude similarity -----
+
+def test_gms_of_a_ramp_by_hand():
+    """A ramp that rises by g a pixel has the Prewitt magnitude 2 * 2 g at half size (2 pixels apart, twice the step).
+    catches: c of another range, no halving, the squares left out."""
+    x = torch.arange(32.0).expand(1, 3, 32, 32) / 64 - 0.25
+    g, c = 4 / 64, 170 / 127.5 ** 2
+    assert metrics.gms(x, x) == pytest.approx(1)
+    assert metrics.gms(x, x / 2) == pytest.approx((g * g + c) / (1.25 * g * g + c), abs=1e-6)
+    assert metrics.gms(x, torch.zeros_like(x)) == pytest.approx(c / (g * g + c), abs=1e-6)
+
+
+def test_gms_knows_where_edges_are():
+    """Symmetric; blur costs, and so do the same edges elsewhere."""
+    x = images(2, 64)
+    blurred = torch.nn.functional.avg_pool2d(x, 9, 1, 4, count_include_pad=False)
+    assert metrics.gms(x, blurred) == pytest.approx(metrics.gms(blurred, x)) and metrics.gms(x, blurred) < 0.999
+    assert metrics.gms(x, x.flip(2)) < metrics.gms(x, blurred)
+    with pytest.raises(UserError):
+        metrics.gms(x, x[..., :32])

@@ -11,11 +11,14 @@ import captions
 import cdm
 import claims
 import data
+import invert
 import quality
 import sample_joint
+import sr_table
 import train
 from common import configure
 
+MODULES = {f"{m.__name__}.py": m for m in (bench, captions, claims, invert, quality, sr_table)}  # one Config each
 TEXT = (ROOT / "README.md").read_text()
 SOURCES = {p.name: p.read_text() for p in ROOT.glob("*.py")}
 COMMANDS = sorted(set(re.findall(r"(?:python|nproc_per_node=\d+) (\w+\.py[^\n`#]*)", TEXT)))
@@ -43,22 +46,19 @@ def test_command_parses(command):
     elif file == "cdm.py" and args:
         configure(cdm.Config if args[0] == "train" else cdm.SampleConfig, args[1:],
                   cdm.PRESETS if args[0] == "train" else None, ("run", "preset") if args[0] == "train" else ("run",))
-    elif file == "captions.py":
-        configure(captions.Config, args, words=("command", "path"))
-    elif file in ("claims.py", "quality.py", "bench.py"):
-        settings, words = {"claims.py": (claims.Config, ("command", "run")), "quality.py": (quality.Config, ("run",)),
-                           "bench.py": (bench.Config, ("command", "run"))}[file]
-        configure(settings, args, words=words)
+    elif file in MODULES:
+        configure(MODULES[file].Config, args, words=("command", "path" if file == "captions.py" else "run")
+                  if "command" in MODULES[file].Config.__annotations__ else ("run",))
     elif file == "data.py" and "--help" not in args:
         configure({"toy": data.ToyConfig, "build": data.BuildConfig}[args[0]], args[1:])
 
 
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"`--([a-z_.]+)", TEXT))))
 def test_option_exists(option):
-    kinds = {**vars(train.Config), **vars(sample_joint.Config), **vars(data.BuildConfig),
-             **cdm.Config.__annotations__, **cdm.SampleConfig.__annotations__, **captions.Config.__annotations__,
-             **claims.Config.__annotations__, **quality.Config.__annotations__, **bench.Config.__annotations__}
-    assert option.split(".")[0] in {*kinds, *train.Config.__annotations__}
+    kinds = set().union(*(c.__annotations__ for c in (
+        train.Config, sample_joint.Config, data.BuildConfig, cdm.Config, cdm.SampleConfig,
+        *(module.Config for module in MODULES.values()))))
+    assert option.split(".")[0] in kinds
 
 
 def test_pictures_exist():
