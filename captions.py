@@ -155,7 +155,7 @@ class Config:
     path: str = ""        # toy: the data folder; embed: the captions file
     out: str = ""         # toy: folder to write to, default the data folder; embed: file, default FILE.safetensors
     n: int = 16           # toy: regions of each training slide
-    phrasings: int = 2    # toy: captions of each of them
+    phrasings: int = 4    # toy: captions of each of them; the more, the better others' wording is understood
     heldout: int = 64     # toy: regions of held-out slides, each with one caption
     tiles: int = 8        # toy: side of a region in base tiles
     seed: int = 0

@@ -107,11 +107,11 @@ def describe(region, rng):
     """One of many captions of a region map. in: region (h,w), indices of TISSUES; rng, a random.Random."""
     shares, name = shares_of(region), [rng.choice(words) for words in NOUNS]
     order = sorted(range(len(TISSUES)), key=lambda t: -shares[t])
-    few = order[:rng.choice((1, 2, 2))] if rng.random() < 0.08 else order
+    few = order[:rng.choice((1, 2, 2))] if rng.random() < 0.05 else order
     # what is hardly there may go without saying
-    chance = [0.5 if share < 0.01 else 0.85 if share < 0.05 else 1 for share in shares]
+    chance = [0.35 if share < 0.01 else 0.85 if share < 0.05 else 1 for share in shares]
     said = [t for t in few if t == order[0] or rng.random() < chance[t]]
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:  # else the largest comes first, as people would say it
         rng.shuffle(said)
     style = rng.choices(tuple(CLAUSES), (0.4, 0.45, 0.15))[0]
     image, join = rng.choice(IMAGES), rng.choice(JOINS[style])
