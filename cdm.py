@@ -47,7 +47,7 @@ class Config:
     captions: str = ""         # grid: a captions.tsv (image, caption); empty = unconditional
     vectors: str = ""          # grid: the captions' vectors (python captions.py embed)
     drop: float = 0.15         # grid: share of regions trained without their caption, for guidance
-    gap: float = 0.0           # grid: variance of the noise on vectors, 0.1 bridges a gap between modalities (L §3.3)
+    gap: float = 0.0           # grid: variance of noise on (standardised) vectors; 0.1 bridges modalities (L §3.3)
     steps: int = 1500
     batch: int = 64            # global batch, divided over ranks
     micro: int = 0             # per forward pass and rank; 0 = batch / ranks
@@ -135,8 +135,8 @@ class ConditionStage(nn.Module):
     def __init__(self, cfg, made, summarizer):
         super().__init__()
         self.net, self.schedule, self.cfg = made.net, made.schedule, cfg
-        self.register_buffer("mean", made.mean)
-        self.register_buffer("std", made.std)
+        for name in ("mean", "std", "v_mean", "v_std"):
+            self.register_buffer(name, getattr(made, name))
         self.frozen, self.scales = [summarizer], max(made.net.cfg.scales, 1)  # in a list: not ours to train or save
 
     def noise(self, step):
@@ -149,7 +149,8 @@ class ConditionStage(nn.Module):
         if self.cfg.model == "grid":
             x = (batch["tokens"] - self.mean) / self.std                                     # (B,k*k,E)
             s = torch.zeros(len(x), dtype=torch.long, device=x.device)
-            more = {"v": batch["v"] + batch["shift"], "known": batch["known"]} if self.net.cfg.vector else {}
+            v = (batch["v"] - self.v_mean) / self.v_std + batch["shift"]
+            more = {"v": v, "known": batch["known"]} if self.net.cfg.vector else {}
         else:
             s, more = batch["s"], {}
             with torch.no_grad():
@@ -189,6 +190,9 @@ def make(cfg, model, pyramids):
     e = torch.cat([few[n]["tokens"] for n in range(256)])                                    # (N,E)
     made.mean.copy_(e.mean(0))
     made.std.copy_(e.std(0).clamp_min(1e-6))
+    if vectors is not None:
+        made.v_mean.copy_(vectors.mean(0))
+        made.v_std.copy_(vectors.std(0).clamp_min(1e-6))
     return made, dataset
 
 

@@ -206,7 +206,8 @@ def respaced(T, steps):
 class Conditioner(nn.Module):
     """A DiT that predicts x0, with its noise schedule and the scaling of its tokens.
 
-    mean, std (C,): tokens are modelled as (x - mean) / std; 0 and 1 for summarizer tokens, as published. info: plain
+    mean, std (C,): tokens are modelled as (x - mean) / std; 0 and 1 for summarizer tokens, as published. v_mean, v_std
+    (V,): the same for vectors, whose numbers may be as small as text encoders make them. info: plain
     types: what it was trained for (fingerprint of the Summarizer, encoder and deviations, encoder of the captions).
     """
 
@@ -217,6 +218,8 @@ class Conditioner(nn.Module):
         self.kind, self.net, self.schedule, self.info = kind, DiT(cfg), Schedule(KINDS[kind][0]), info or {}
         self.register_buffer("mean", torch.zeros(cfg.channels))
         self.register_buffer("std", torch.ones(cfg.channels))
+        self.register_buffer("v_mean", torch.zeros(cfg.vector))
+        self.register_buffer("v_std", torch.ones(cfg.vector))
 
     @torch.no_grad()
     def tokens(self, s, seed=0, steps=50, first=0):
@@ -245,6 +248,7 @@ class Conditioner(nn.Module):
         if v is not None and (not cfg.vector or v.shape != (cfg.vector,)):
             raise UserError(f"got a vector of shape {tuple(v.shape)}, this grid model takes "
                             f"{f'({cfg.vector},)' if cfg.vector else 'none: it was trained without --captions'}")
+        v = v if v is None else (v.to(device) - self.v_mean) / self.v_std
         k = round(cfg.tokens ** 0.5)
         canvas = Canvas(max(rows, k), max(columns, k), k, k // 2 if max(rows, columns) > k else 0, fade=True)
         z = torch.randn(1, cfg.channels, canvas.h, canvas.w, generator=generator(seed, 12)).to(device)
@@ -293,6 +297,7 @@ def from_official(source, model=None, heads=None):
     with torch.device("meta"):
         made = Conditioner("cdm", net.cfg)
     made.net, made.mean, made.std = net, torch.zeros(net.cfg.channels), torch.ones(net.cfg.channels)
+    made.v_mean, made.v_std = torch.zeros(0), torch.ones(0)
     if model is not None:
         fits(made, model, "the published file")
     return made.eval().requires_grad_(False)
