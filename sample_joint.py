@@ -74,10 +74,11 @@ class Config:
     paste: str = ""            # "i,j:k,l" or "i,j:k,l:rows,columns" copies a block over another
     overlap: int = -1          # latents that windows share; -1 = a quarter of a window, multidiffusion three quarters
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
-    guide: str = "x0+proxy"    # exact (Z Algorithm S2), gradient (S1), proxy, x0, x0+proxy: see joint.py
+    guide: str = "x0"          # exact (Z Algorithm S2), gradient (S1), proxy, x0, x0+proxy: see joint.py
     inner: int = 1             # corrections per step (K)
-    lam: tuple = ()            # size of a correction, or first,last. x0: share of the residual, default 0.3, and with
-    #                            a proxy 0.1; others: largest change of a latent, default 0.1 (published: 0.5)
+    lam: tuple = ()            # size of a correction, or first,last. x0: share of the residual, default 0.3, with fewer
+    #                            than 50 steps up to 0.5, with a proxy 0.1; others: largest change of a latent, default
+    #                            0.1 (published: 0.5)
     delta: float = 0.005       # width of the denoiser's finite difference; 0 = forward-mode differentiation instead
     zeta: float = 0.005        # width of the encoder's
     during: tuple = (0, 1000)  # guide only while t lies here
@@ -299,7 +300,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None
                      only=1 if cfg.method == "bicubic" else None)
     scales = scales[:len(levels)]
     estimate_space = GUIDES[cfg.guide][1] is None
-    lam = cfg.lam or ((0.3,) if cfg.guide == "x0" else (0.1,))
+    lam = cfg.lam or ((min(15 / cfg.steps, 0.5),) if cfg.guide == "x0" else (0.1,))
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "frames", "profile", "batch", "threads")}
     settings = json.loads(json.dumps(settings | {"model": proxies.fingerprint(model)}))
     skip, saved = 0, [time.monotonic()]

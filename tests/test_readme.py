@@ -9,7 +9,7 @@ from test_style import ORDER
 import bench
 import captions
 import cdm
-import claims
+import cdm_table
 import data
 import invert
 import quality
@@ -18,7 +18,7 @@ import sr_table
 import train
 from common import configure
 
-MODULES = {f"{m.__name__}.py": m for m in (bench, captions, claims, invert, quality, sr_table)}  # one Config each
+MODULES = {f"{m.__name__}.py": m for m in (bench, captions, cdm_table, invert, quality, sr_table)}  # one Config each
 TEXT = (ROOT / "README.md").read_text()
 SOURCES = {p.name: p.read_text() for p in ROOT.glob("*.py")}
 COMMANDS = sorted(set(re.findall(r"(?:python|nproc_per_node=\d+) (\w+\.py[^\n`#]*)", TEXT)))

@@ -1,12 +1,12 @@
 """What conditions from nothing are worth: the tables behind the README's section on them.
 
-    python claims.py conditions out/toy_long    # patches from true, invented (CDM, EDM) and null conditions
-    python claims.py memory out/toy_long        # are they copies of training images?
-    python claims.py grids out/toy_long         # invented grids of embeddings, and large images drawn from them
-    python claims.py text out/toy_long          # does an image show what its caption says?
-    python claims.py scales out/toy --single=out/toy_only3 --scale=3        # one model for all scales, or one for each?
+    python cdm_table.py conditions out/toy_long    # patches from true, invented (CDM, EDM) and null conditions
+    python cdm_table.py memory out/toy_long        # are they copies of training images?
+    python cdm_table.py grids out/toy_long         # invented grids of embeddings, and large images drawn from them
+    python cdm_table.py text out/toy_long          # does an image show what its caption says?
+    python cdm_table.py scales out/toy --single=out/toy_only3 --scale=3     # one model for all scales, or one each?
 
-in:  run folders with what cdm.py trained in them   out: tables, RUN/claims/*.json, *.png     read next: README.md
+in:  run folders with what cdm.py trained in them   out: tables, RUN/bench/cdm_*.json, .png     read next: README.md
 """
 import json
 from dataclasses import dataclass
@@ -39,6 +39,8 @@ class Config:
     steps: int = 20         # of patches and large images; 50 for their conditions
     size: int = 512         # grids, text: pixels a side of the large images
     context: int = 3        # and the scale of their context
+    guide: str = "x0"       # and how the one guides the other
+    overlap: int = -1       # and what their windows share; 0 halves the time
     captions: str = ""      # text: held-out captions with the shares they state; default DATA/heldout.tsv
     emphasis: float = 2.0   # text: guidance of the grid model towards its caption
     single: str = ""        # scales: the run that was trained on one scale alone (train.py --only_scale)
@@ -104,7 +106,7 @@ def conditions(cfg, model, pyramids, ranks):
             sets["null"].append(draw(model, torch.zeros_like(c["true"]), side, ranks, 1.0, cfg.steps, seed))
         measured = distances(cfg, pyramids, s, sets)
         rows = [draws[0][:12] for draws in sets.values()]
-        save_grid(Path(cfg.run) / "claims" / f"conditions_{s}.png", rows, list(sets))
+        save_grid(Path(cfg.run) / "bench" / f"cdm_conditions_{s}.png", rows, list(sets))
         table.append({"scale": s} | measured)
         print(f"scale {s}: " + "   ".join(f"{name} " + " ".join(f"{m:.2f}±{e:.2f}" for m, e in row.values())
                                           for name, row in measured.items()), flush=True)
@@ -122,7 +124,7 @@ def scales(cfg, model, pyramids, ranks):
     for name, m in (("shared", model), ("alone", alone)):
         sets[name] = [draw(m, true_tokens(m, pyramids, cfg.scale, cfg.n, seed), side, ranks, 2.0, cfg.steps, seed)
                       for seed in range(cfg.seeds)]
-    save_grid(Path(cfg.run) / "claims" / f"scales_{cfg.scale}.png", [d[0][:12] for d in sets.values()], list(sets))
+    save_grid(Path(cfg.run) / "bench" / f"cdm_scales_{cfg.scale}.png", [d[0][:12] for d in sets.values()], list(sets))
     measured = distances(cfg, pyramids, cfg.scale, sets)
     for name, row in measured.items():
         print(f"scale {cfg.scale}, {name:>7}: " + "  ".join(f"{k} {m:.3f}±{e:.3f}" for k, (m, e) in row.items()))
@@ -149,7 +151,7 @@ def memory(cfg, model, pyramids, ranks):
     flat = Resize(4, "box").down(train).flatten(1)
     closest = torch.cdist(Resize(4, "box").down(drawn).flatten(1), flat)
     pick = closest.amin(1).argsort()[:12]                                                    # the nearest pairs
-    save_grid(Path(cfg.run) / "claims" / "memory.png", [drawn[pick], train[closest.argmin(1)[pick]]],
+    save_grid(Path(cfg.run) / "bench" / "cdm_memory.png", [drawn[pick], train[closest.argmin(1)[pick]]],
               ["drawn", "nearest"])
     return out
 
@@ -166,7 +168,7 @@ def correlation(e):
 def coherence(cfg, model, pyramids, ranks, proxy, grids):
     """Draw a large image for each Grid. out: images (N,3,size,size), and dB of A(image) against its context."""
     settle = S.Config(run=cfg.run, size=(cfg.size,), context=(cfg.context,), steps=cfg.steps,
-                      lam=(min(1.0, 0.1 * 50 / cfg.steps),))
+                      guide=cfg.guide, overlap=cfg.overlap)
     A, images, psnr = Resize(2 ** cfg.context), [], []
     for k, grid in enumerate(grids):
         settle.seed = k
@@ -202,7 +204,7 @@ def grids(cfg, model, pyramids, ranks):
         db[name] = mean_error(values)
         print(f"{len(source)} images of {cfg.size} x {cfg.size} from {name} grids: A(image) against the context "
               f"{db[name][0]:.2f}±{db[name][1]:.2f} dB", flush=True)
-    save_grid(Path(cfg.run) / "claims" / "grids.png", [x[:4] for x in images.values()], list(images))
+    save_grid(Path(cfg.run) / "bench" / "cdm_grids.png", [x[:4] for x in images.values()], list(images))
     return {"distance": value, "floor": floor, "correlation": [correlation(drawn), correlation(held)], "psnr": db}
 
 
@@ -229,7 +231,7 @@ def text(cfg, model, pyramids, ranks):
           f"{mean_error(db)[0]:.2f}±{mean_error(db)[1]:.2f} dB")
     for n in range(min(4, len(images))):
         print(f"{n}: {texts[n]}")
-    save_grid(Path(cfg.run) / "claims" / "text.png", list(images.split(4)))
+    save_grid(Path(cfg.run) / "bench" / "cdm_text.png", list(images.split(4)))
     return {key: value.tolist() for key, value in table.items()} | {"pooled": float(pooled), "texts": texts}
 
 
@@ -237,12 +239,12 @@ def main(argv):
     cfg = configure(Config, argv, words=("command", "run"), doc=__doc__)
     commands = {f.__name__: f for f in (conditions, memory, grids, text, scales)}
     if cfg.command not in commands or not cfg.run or min(cfg.n, cfg.seeds, cfg.steps) < 1:
-        raise UserError(f"got {' '.join(argv)!r}: write python claims.py {' | '.join(commands)} RUN; n, seeds and "
+        raise UserError(f"got {' '.join(argv)!r}: write python cdm_table.py {' | '.join(commands)} RUN; n, seeds and "
                         f"steps are at least 1")
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
     model, pyramids = cdm.open_run(cfg, ranks)
     found = commands[cfg.command](cfg, model, pyramids, ranks)
-    path = Path(cfg.run) / "claims" / f"{cfg.command}.json"
+    path = Path(cfg.run) / "bench" / f"cdm_{cfg.command}.json"
     write_text(path, json.dumps({"settings": vars(cfg), "found": found}, indent=1))
     print(f"wrote {path}")
 

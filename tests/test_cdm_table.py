@@ -6,27 +6,27 @@ import torch
 
 import captions
 import cdm
-import claims
+import cdm_table
 from common import UserError
 
 
 def test_correlation_of_neighbours():
     """Repeated cells correlate fully, independent ones not at all. catches: an axis left out, a mean left in."""
     rows = torch.randn(200, 6, 1, 5).expand(-1, -1, 4, -1) + 7
-    assert claims.correlation(rows) == pytest.approx(0.5, abs=0.05)          # down: equal; across: independent
-    assert claims.correlation(rows[..., :1].expand(-1, -1, -1, 5)) == pytest.approx(1)
-    assert claims.correlation(torch.randn(200, 6, 4, 5) + 7) == pytest.approx(0, abs=0.05)
+    assert cdm_table.correlation(rows) == pytest.approx(0.5, abs=0.05)          # down: equal; across: independent
+    assert cdm_table.correlation(rows[..., :1].expand(-1, -1, -1, 5)) == pytest.approx(1)
+    assert cdm_table.correlation(torch.randn(200, 6, 4, 5) + 7) == pytest.approx(0, abs=0.05)
 
 
 def test_mean_error():
-    assert claims.mean_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))        # deviation sqrt 2, of two
-    assert claims.mean_error([4.0])[0] == 4.0
+    assert cdm_table.mean_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))        # deviation sqrt 2, of two
+    assert cdm_table.mean_error([4.0])[0] == 4.0
 
 
 @pytest.fixture(scope="module")
 def home(run, toy, tmp_path_factory):
     """A copy of the tiny run with all conditioning models, the grid's told by captions with made-up vectors."""
-    folder = tmp_path_factory.mktemp("claims") / "run"
+    folder = tmp_path_factory.mktemp("cdm_table") / "run"
     folder.mkdir()
     (folder / "ema.safetensors").write_bytes((run / "ema.safetensors").read_bytes())
     captions.main(["toy", str(toy), f"--out={folder}", "--n=2", "--heldout=3", "--tiles=4"])
@@ -43,8 +43,8 @@ def home(run, toy, tmp_path_factory):
 
 
 def found(home, command, *args):
-    claims.main([command, str(home), "--n=3", "--seeds=2", "--steps=2", "--device=cpu", *args])
-    return json.loads((home / "claims" / f"{command}.json").read_text())["found"]
+    cdm_table.main([command, str(home), "--n=3", "--seeds=2", "--steps=2", "--device=cpu", *args])
+    return json.loads((home / "bench" / f"cdm_{command}.json").read_text())["found"]
 
 
 def test_conditions(home):
@@ -59,7 +59,7 @@ def test_conditions(home):
 def test_memory_of_copies(home, monkeypatch):
     """Training images drawn again lie at distance 0. catches: distances to the wrong split."""
     assert found(home, "memory")["pixels"]["drawn"] > 0
-    monkeypatch.setattr(claims, "draw", lambda *a: claims.fixed_batch(claims.cdm.Pyramids(
+    monkeypatch.setattr(cdm_table, "draw", lambda *a: cdm_table.fixed_batch(cdm_table.cdm.Pyramids(
         cdm.ZoomLDM.from_run(home).info["data"]), "train", 2, 3)["x"])
     again = found(home, "memory")
     assert all(again[space]["drawn"] == pytest.approx(0, abs=1e-5) for space in again)
@@ -99,4 +99,4 @@ def test_vector_of_a_caption(home, tmp_path):
 
 def test_unknown_command(home):
     with pytest.raises(UserError, match="conditions"):
-        claims.main(["draw", str(home)])
+        cdm_table.main(["draw", str(home)])
