@@ -5,7 +5,7 @@ import torch.nn as nn
 
 import cost
 from diffusion import ZoomLDM
-from summarizer import Summarizer, SummarizerConfig
+from summarizer import CNNSummarizer, Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
 
@@ -58,6 +58,16 @@ def test_profile_counts_rows(model, capsys):
     assert float(lines[2][2]) == pytest.approx(2 * cost.flops(model.vae.decoder, (3, 8, 8)) / 1e9, abs=0.06)
     assert sum(float(line[3].rstrip("%")) for line in lines[1:5]) == pytest.approx(100, abs=0.3)
     assert float(lines[2][5]) == pytest.approx(2 * 0.7) and lines[5][0] == "all"
+
+
+def test_profile_counts_the_tokens_there_are(model):
+    """65 of the transformer, 64 of the CNN: attention to one more token costs that much more."""
+    assert cost.Profile(model, None).length == 65
+    model.summarizer = CNNSummarizer(SummarizerConfig(8, 16, scales=3, kind="cnn"))
+    assert cost.Profile(model, None).length == 64
+    more, less = (cost.flops(model.unet, (3, 8, 8), 16, length) for length in (65, 64))
+    widths = [m.cross.q.in_features for m in model.unet.modules() if hasattr(m, "cross")]
+    assert more - less >= sum(2 * 2 * 16 * w for w in widths)  # its keys and values alone
 
 
 def test_profile_leaves_out_what_was_not_asked(model, capsys):

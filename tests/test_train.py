@@ -115,16 +115,17 @@ def test_two_ranks_equal_one(toy, run, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_with_the_cnn_summarizer(toy, run, cnn, tmp_path):
-    """The statistics of a batch do not depend on who holds its samples either. Catches: BatchNorm per rank (rel 1e-2 at
-    step 1), gradients that stop at the statistics, running statistics of one rank alone."""
+    """The statistics of a batch do not depend on who holds its samples either. Reached here: 8e-6. Catches: statistics
+    per rank (off by 0.03), gradients that stop at the other rank's share in them (0.009). The loss says little: a U-Net
+    of six steps hardly looks at its condition."""
     done = subprocess.run(**command(*TINY, "--summarizer=cnn", f"--data={toy}", f"--out={tmp_path}", "--threads=1",
                                     f"--vae_weights={run}", ranks=2), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for a, b in zip(log(cnn), log(tmp_path), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=2e-5) and b["grad"] == pytest.approx(a["grad"], rel=1e-3)
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-5)
     one, two = (load_tensors(folder / "state.safetensors")[0] for folder in (cnn, tmp_path))
-    for name in (k for k in one if "running" in k):
-        assert torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4), name
+    for name in (k for k in one if "summarizer" in k):
+        assert torch.allclose(one[name], two[name], rtol=0, atol=1e-4), name
 
 
 @pytest.mark.slow
