@@ -78,14 +78,13 @@ def toy_file(cfg, index, k):
 
 def toy(argv):
     """Draw the toy set."""
-    task = DEFAULTS if {"--task", "--task=True"} & set(argv) else []
-    cfg = configure(ToyConfig, task + argv, doc=__doc__)
+    cfg = configure(ToyConfig, DEFAULTS * any(a in ("--task", "--task=True") for a in argv) + argv, doc=__doc__)
     if cfg.patch < 16 or cfg.patch % 16 or cfg.size < 64 or cfg.size % 64 or cfg.size % cfg.patch or min(
             cfg.slides, cfg.scales, cfg.workers) < 1 or cfg.test < 0 or not 0 <= cfg.seed < 10_000 or cfg.task and (
             cfg.size % 256 or cfg.size < 512 or cfg.test):
         raise UserError(f"got --size={cfg.size} --patch={cfg.patch} --slides={cfg.slides} --test={cfg.test}: size is a "
-                        f"multiple of 64 and of patch, patch one of 16, slides, scales and workers are at least 1; with "
-                        f"--task size is a multiple of 256 from 512 on, test 0")
+                        f"multiple of 64 and of patch, patch one of 16, slides, scales and workers are at least 1; "
+                        f"with --task size is a multiple of 256 from 512 on, test 0")
     print(f"drawing {cfg.slides} + {cfg.test} slides of {cfg.size} x {cfg.size} into {cfg.out}")
 
     def fit_std():  # a quarter of the tiles of 16 slides, for staining differs between slides

@@ -16,10 +16,11 @@ from PIL import Image
 from common import UserError, atomic, cli, write_text
 from toy import enlarge, field, scatter, stain, stamp, strands
 
-DEFAULTS = ["--out=data/task", "--slides=240", "--test=0", "--size=512", "--keep0=0", "--keep1=0"]  # of data.py
+DEFAULTS = ["--out=data/task", "--slides=240", "--test=0", "--size=512", "--scales=4", "--keep0=0",
+            "--keep1=0"]  # of data.py
 CELL = 256                # pixels of a square with one structure: a patch of 64 pixels at scale 2
 NOISE = 0.05              # share of wrong labels
-RADII = (4.7, 6.0)        # of small and large nuclei, in pixels; both lie within what toy.py draws
+RADII = (4.6, 6.4)        # of small and large nuclei, in pixels; both lie within what toy.py draws
 
 
 def structures(seed, size):
