@@ -68,13 +68,15 @@ def table(cfg):
     pairs = [(f"unet {v}".strip(), f"descriptor {v}".strip()) for v in views(folders[1])]
     pairs += [(f"{name} {last}", f"{name} {v}") for name in names[:2] for v in views(folders[1])[:-1]]
     pairs += [(f"unet {last}".strip(), f"untrained {last}".strip())]
-    draws = mil.cross_validate(replace(cfg.cv, features=",".join(folders), labels=cfg.labels, out=f"{cfg.out}/cv"), pairs)
+    settings = replace(cfg.cv, features=",".join(folders), labels=cfg.labels, out=f"{cfg.out}/cv")
+    draws = mil.cross_validate(settings, pairs)
     heads = [h.strip() for h in cfg.cv.heads.split(",")]
     for share in cfg.cv.fraction:
         print(f"\nclaims, mean over heads, {share:.0%} of the training slides")
         for a, b in pairs:
             text = "diffusion features beat" if a.split()[0] != b.split()[0] else "two scales beat one"
-            verdict(f"  {text}: {a} - {b}", torch.stack([draws[a, h, share] - draws[b, h, share] for h in heads]).mean(0))
+            difference = torch.stack([draws[a, h, share] - draws[b, h, share] for h in heads]).mean(0)
+            verdict(f"  {text}: {a} - {b}", difference)
     if last == first:
         print("one scale was extracted: nothing is said about two")
 
@@ -83,8 +85,9 @@ def sweep(cfg):
     """Diffusion features over t, and over the block of the U-Net; the first head, all training slides, all scales."""
     settings = [(t, cfg.extract.block) for t in cfg.ts] + [(cfg.extract.t, b.strip()) for b in cfg.blocks.split(",")]
     folders = [features(cfg, f"t{t}_{block or 'default'}", kind="unet", t=t, block=block) for t, block in settings]
-    mil.cross_validate(replace(cfg.cv, features=",".join(folders), labels=cfg.labels, out=f"{cfg.out}/cv", fraction=(1.0,),
-                               views=views(folders[0])[-1], heads=cfg.cv.heads.split(",")[0]), pairs=[])
+    mil.cross_validate(replace(cfg.cv, features=",".join(folders), labels=cfg.labels, out=f"{cfg.out}/cv",
+                               fraction=(1.0,), views=views(folders[0])[-1], heads=cfg.cv.heads.split(",")[0]),
+                       pairs=[])
 
 
 def slides(cfg):
@@ -154,7 +157,8 @@ def patches(cfg):
     how = SimpleNamespace(batch=cfg.extract.batch, guidance=cfg.extract.guidance, steps=cfg.extract.steps, seed=0,
                           sampler="ddim", end="clean")
     x, fake, C = train["x"], draw_patches(model, train, how, ranks), int(max(y.max(), want.max())) + 1
-    print(f"{len(x)} training and {len(want)} test patches of scale {cfg.scale}, tissues {torch.bincount(want).tolist()}")
+    print(f"{len(x)} training and {len(want)} test patches of scale {cfg.scale}, by tissue "
+          f"{torch.bincount(want).tolist()}")
 
     def balanced(net, images):
         with torch.no_grad():
