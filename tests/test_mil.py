@@ -239,8 +239,8 @@ def test_unusable_files_are_named(tmp_path):
     (tmp_path / "x.txt").write_text("")
     for name, words in (("nan.npy", "NaN or infinity in 1 of 4 rows"), ("none.npy", "empty bag"),
                         ("flat.npy", r"holds \(7,\), expected features"), ("object.npy", "cannot be read"),
-                        ("two.pt", "no tensor.*among a, b"), ("code.pt", "cannot be read"), ("cut.pt", "cannot be read"),
-                        ("x.txt", "no file of features")):
+                        ("two.pt", "no tensor.*among a, b"), ("code.pt", "cannot be read"),
+                        ("cut.pt", "cannot be read"), ("x.txt", "no file of features")):
         with pytest.raises(UserError, match=f"{name} .*{words}" if words[0] != "h" else words):
             read_bag(tmp_path / name)
 
@@ -460,7 +460,8 @@ def three(task):
 
 
 def extract(task, out, *more):
-    mil.main(["extract", str(task / "run"), f"--data={task / 'task'}", f"--out={out}", "--device=cpu", "--amp=False", *more])
+    mil.main(["extract", str(task / "run"), f"--data={task / 'task'}", f"--out={out}", "--device=cpu", "--amp=False",
+              *more])
     return sorted(out.glob("*.safetensors"))
 
 
@@ -513,7 +514,8 @@ def test_extraction_is_one_pass_of_the_unet(three, tmp_path, capsys):
     assert other["features"].shape == (64, 16) and not torch.equal(other["features"], t["features"])
     stamp = files[0].stat().st_mtime_ns
     files[2].unlink()
-    assert extract(three, tmp_path / "a", "--scales=0,2", "--batch=30") == files and files[0].stat().st_mtime_ns == stamp
+    again = extract(three, tmp_path / "a", "--scales=0,2", "--batch=30")
+    assert again == files and files[0].stat().st_mtime_ns == stamp
     assert views(tmp_path / "a") == ["0", "2", "0+2"] and Bags(tmp_path / "a", "2").K == 8
     assert len(Bags(tmp_path / "a", "2")["train_0001"]) == 4               # one row per coarse patch
     with pytest.raises(UserError, match="train_0000.safetensors was made .*with other settings"):
@@ -529,7 +531,8 @@ def test_other_kinds_of_features(three, tmp_path):
             for k in ("untrained", "unet", "drawn")]
     assert [s.shape for s in sets] == [(4, 8), (4, 8), (4, 96)] and not torch.allclose(sets[0], sets[1])
     for more, words in ((["--kind=x"], "kinds are unet"), (["--scales=2,0"], "finest first"),
-                        (["--block=4"], "blocks of"), (["--scales=9"], "give some of 0 to 2"), (["--t=1000"], "t is from 0 to 999")):
+                        (["--block=4"], "blocks of"), (["--scales=9"], "give some of 0 to 2"),
+                        (["--t=1000"], "t is from 0 to 999")):
         with pytest.raises(UserError, match=words):
             extract(three, tmp_path / "e", *more)
     with pytest.raises(UserError, match="say which run"):
