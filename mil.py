@@ -7,7 +7,7 @@
 Each fold stops early on a part of its training slides, never on its test slides, and features are standardised by the
 training slides alone.
 
-in:  a bag (N,K), one slide   out: logits (C,), attention (N,) or (N,C) that sums to 1     read next: claims.py
+in:  a bag (N,K), one slide   out: logits (C,), attention (N,) or (N,C) that sums to 1     read next: mil_table.py
 """
 import json
 from concurrent.futures import ProcessPoolExecutor

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import claims
+import mil_table
 import data
 import heads
 import mil
@@ -566,24 +566,24 @@ def test_claims(task, tmp_path, capsys):
              "--cv.folds=2", "--cv.val=0.5", "--cv.epochs=1", "--cv.seeds=1", "--cv.workers=1", "--cv.width=8",
              "--cv.heads=abmil,dsmil", "--cv.fraction=1", "--cv.bootstrap=20", "--extract.scales=1,2",
              "--extract.steps=1", "--extract.device=cpu"]
-    claims.main(small)
+    mil_table.main(small)
     said = capsys.readouterr().out
     assert "unet 1+2 " in said and "untrained 2 " in said and said.count("diffusion features beat") == 4
     assert said.count("two scales beat one") == 4
-    claims.main([*small, "--part=sweep", "--ts=50", "--blocks=middle"])
+    mil_table.main([*small, "--part=sweep", "--ts=50", "--blocks=middle"])
     said = capsys.readouterr().out
     assert "t50_default 1+2" in said and "t100_middle 1+2" in said
     with pytest.raises(UserError, match="take more slides"):               # 10 % of eight slides
-        claims.main([*small, "--part=slides"])
+        mil_table.main([*small, "--part=slides"])
     with pytest.raises(UserError, match="part one of table, sweep"):
-        claims.main([*small, "--part=x"])
+        mil_table.main([*small, "--part=x"])
     with pytest.raises(UserError, match="no labels at nowhere"):
-        claims.main([*small, "--labels=nowhere"])
+        mil_table.main([*small, "--labels=nowhere"])
 
 
 def test_stain_shift_changes_colour_not_structure():
     x = torch.rand(2, 3, 8, 8) * 2 - 1
-    y = claims.stain_shift(x)
+    y = mil_table.stain_shift(x)
     assert y.abs().max() <= 1 and (y - x).abs().mean() > 0.05
     for c in range(3):
         assert torch.equal(x[:, c].flatten().argsort(), y[:, c].flatten().argsort())
@@ -592,6 +592,6 @@ def test_stain_shift_changes_colour_not_structure():
 def test_patch_classifier_learns():
     x = torch.rand(60, 3, 16, 16) * 0.2
     x[30:, 0] += 0.8
-    net = claims.classifier(x, torch.arange(60) // 30, 2, 0, epochs=20)
+    net = mil_table.classifier(x, torch.arange(60) // 30, 2, 0, epochs=20)
     with torch.no_grad():
         assert ((net(x).argmax(1) == torch.arange(60) // 30).double().mean()) > 0.95

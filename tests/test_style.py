@@ -9,11 +9,11 @@ from conftest import ROOT
 
 # reading order: each file imports only from those before it
 ORDER = ("common metrics zoom_vae slide encoder summarizer unet diffusion toy toy_task pyramid data cdm loop train "
-         "canvas joint patches proxy cost sample_joint quality invert features bags heads mil claims bench").split()
+         "canvas joint patches proxy cost sample_joint quality invert features bags heads mil mil_table bench").split()
 CAPS = dict(common=340, metrics=250, zoom_vae=330, slide=250, encoder=200, summarizer=250, unet=350,
             diffusion=350, toy=200, toy_task=150, pyramid=200, data=350, cdm=350, loop=250, train=400,
             canvas=330, joint=350, patches=250, proxy=150, cost=120, sample_joint=450, quality=235, invert=200,
-            features=180, bags=280, heads=220, mil=350, claims=220,
+            features=180, bags=280, heads=220, mil=350, mil_table=220,
             bench=280)
 RUNTIME = {"torch", "numpy", "PIL", "tqdm", "safetensors"}
 FILES = sorted(ROOT.glob("*.py"))

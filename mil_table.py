@@ -1,10 +1,10 @@
 """What features and samples are worth: Z Table 5 in miniature, and samples as training data (L Tables 2, 3).
 
     python data.py toy --task
-    python claims.py out/toy_long                     # descriptor, diffusion, untrained features x scales x heads
-    python claims.py out/toy_long --part=sweep        # diffusion features over t and block
-    python claims.py out/toy_long --part=slides       # slide labels learned from real slides, drawn ones, and both
-    python claims.py out/toy_long --part=patches      # the same for patches, tested under another stain
+    python mil_table.py out/toy_long                     # descriptor, diffusion, untrained features x scales x heads
+    python mil_table.py out/toy_long --part=sweep        # diffusion features over t and block
+    python mil_table.py out/toy_long --part=slides       # slide labels learned from real slides, drawn ones, and both
+    python mil_table.py out/toy_long --part=patches      # the same for patches, tested under another stain
 
 Features, scores and heads stay in RUN/claims; the same command goes on where it stopped.
 
@@ -182,9 +182,9 @@ PARTS = {"table": table, "sweep": sweep, "slides": slides, "patches": patches}
 def main(argv):
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
     if not cfg.run or cfg.part not in PARTS or cfg.n < 10 or cfg.cv.seeds < 1:
-        raise UserError(f"run {cfg.run!r} --part={cfg.part} --n={cfg.n}: write python claims.py RUN, part one of "
+        raise UserError(f"run {cfg.run!r} --part={cfg.part} --n={cfg.n}: write python mil_table.py RUN, part one of "
                         f"{', '.join(PARTS)}, n at least 10")
-    cfg.out = cfg.out or str(Path(cfg.run) / "claims")
+    cfg.out = cfg.out or str(Path(cfg.run) / "bench" / "mil")
     cfg.labels = cfg.labels or f"{cfg.data}/labels.csv"
     if cfg.part != "patches" and not Path(cfg.labels).is_file():
         raise UserError(f"no labels at {cfg.labels}: draw slides with labels with python data.py toy --task --out="
