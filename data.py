@@ -32,6 +32,7 @@ from published import read_features
 from pyramid import GRID, POOLED, begin, block, embed, finish, finished, read_index, tile_rows, write_slide
 from summarizer import pack_grid, standardize
 from toy import toy_slide
+from toy_task import DEFAULTS, task_slide, write_labels
 
 # ----- 1. python data.py toy -----
 
@@ -47,11 +48,13 @@ class ToyConfig:
     keep1: int = 24        # the same at scale 1; coarser scales and held-out slides keep everything
     seed: int = 0
     workers: int = 2       # processes
+    task: bool = False     # slides with labels for mil.py, see toy_task.py, which has other defaults
 
 
 def draw(cfg, k):
     """Toy slide k; held-out ones have seeds of their own, whatever the number of training slides."""
-    return toy_slide(cfg.seed * 100_000 + (50_000 + k - cfg.slides if k >= cfg.slides else k), cfg.size)
+    seed = cfg.seed * 100_000 + (50_000 + k - cfg.slides if k >= cfg.slides else k)
+    return (task_slide if cfg.task else toy_slide)(seed, cfg.size)
 
 
 def toy_file(cfg, index, k):
@@ -76,19 +79,24 @@ def toy_file(cfg, index, k):
 
 def toy(argv):
     """Draw the toy set."""
-    cfg = configure(ToyConfig, argv, doc=__doc__)
+    cfg = configure(ToyConfig, DEFAULTS * any(a in ("--task", "--task=True") for a in argv) + argv, doc=__doc__)
     if cfg.patch < 16 or cfg.patch % 16 or cfg.size < 64 or cfg.size % 64 or cfg.size % cfg.patch or min(
-            cfg.slides, cfg.scales, cfg.workers) < 1 or cfg.test < 0 or not 0 <= cfg.seed < 10_000:
+            cfg.slides, cfg.scales, cfg.workers) < 1 or cfg.test < 0 or not 0 <= cfg.seed < 10_000 or cfg.task and (
+            cfg.size % 256 or cfg.size < 512 or cfg.test):
         raise UserError(f"got --size={cfg.size} --patch={cfg.patch} --slides={cfg.slides} --test={cfg.test}: size is a "
-                        f"multiple of 64 and of patch, patch one of 16, slides, scales and workers are at least 1")
+                        f"multiple of 64 and of patch, patch one of 16, slides, scales and workers are at least 1; "
+                        f"with --task size is a multiple of 256 from 512 on, test 0")
     print(f"drawing {cfg.slides} + {cfg.test} slides of {cfg.size} x {cfg.size} into {cfg.out}")
 
     def fit_std():  # a quarter of the tiles of 16 slides, for staining differs between slides
         rows = (np.split(draw(cfg, k)[0], cfg.size // cfg.patch) for k in range(min(16, cfg.slides)))
         tiles = (torch.from_numpy(t[::4].copy()) for strips in rows for _, _, t in tile_rows(strips, cfg.patch, 1))
         return load_encoder("stats").fit(t.movedim(-1, 1) / 255 for t in tiles).tolist()
-    source = {"command": "toy"} | {k: v for k, v in asdict(cfg).items() if k not in ("out", "workers")}
+    source = {"command": "task" if cfg.task else "toy"} | {k: v for k, v in asdict(cfg).items() if k not in (
+        "out", "workers", "task")}
     index = begin(cfg.out, cfg.patch, "stats", source, fit_std)
+    if cfg.task:
+        write_labels(Path(cfg.out) / "labels.csv", cfg.seed * 100_000, cfg.slides, cfg.size)
     work, ks = partial(toy_file, cfg, index), range(cfg.slides + cfg.test)
     if cfg.workers == 1:
         return finish(cfg.out, index, [work(k) for k in tqdm(ks)])

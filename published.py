@@ -144,7 +144,7 @@ def read_arrays(path):
             side = f["coords"].attrs.get("patch_size_level0", 0)
             return torch.from_numpy(f["features"][()]), torch.from_numpy(f["coords"][()]), side
     except ImportError as err:
-        raise UserError(f"{path} needs the extra \"features\": pip install -e '.[features]'") from err
+        raise UserError(f"{path} needs the extra: pip install -e '.[h5]'") from err
     except UserError as err:
         raise UserError(f"{path} holds no coordinates, and beside it there are none: {err}") from err
     except Exception as err:  # torch and h5py meet damaged bytes, or other names, with nearly anything

@@ -107,6 +107,16 @@ def stamp(nuclei, size, reach=14):
     return canvas.reshape(size, size)
 
 
+def stain(rng, haem, eosin, mottle):
+    """Two dyes (h,w) absorb light (Beer-Lambert), more or less of each from slide to slide. out: (h,w,3) uint8."""
+    haem, eosin = haem * rng.uniform(0.85, 1.15), eosin * rng.uniform(0.8, 1.2)
+    dye = np.array([[0.66, 0.70, 0.28], [0.10, 0.85, 0.34]]) + rng.uniform(-0.045, 0.045, (2, 3))
+    white, image = 243 + rng.uniform(-3, 3), np.empty((*haem.shape, 3), np.uint8)
+    for c, (h, e) in enumerate(dye.T.astype(np.float32)):
+        image[..., c] = np.rint(np.float32(white) * np.exp(-h * haem - e * eosin) + 1.2 * mottle)
+    return image
+
+
 # ----- 2. The slide -----
 
 def toy_slide(seed, size=1024):
@@ -151,13 +161,8 @@ def toy_slide(seed, size=1024):
     ink = stamp(nuclei, size)
     haem += 1.05 * ink * (1 + 0.10 * mottle + 0.08 * grain)
     eosin *= 1 - 0.35 * np.minimum(ink, 1)
-    # staining: two dyes absorb light (Beer-Lambert), more or less of each from slide to slide and place to place
     tint = in_tissue * (1 + 0.08 * field(rng, size, 256))
-    haem, eosin = haem * tint * rng.uniform(0.85, 1.15), eosin * tint * rng.uniform(0.8, 1.2)
-    dye = np.array([[0.66, 0.70, 0.28], [0.10, 0.85, 0.34]]) + rng.uniform(-0.045, 0.045, (2, 3))
-    white, image = 243 + rng.uniform(-3, 3), np.empty((size, size, 3), np.uint8)
-    for c, (h, e) in enumerate(dye.T.astype(np.float32)):
-        image[..., c] = np.rint(np.float32(white) * np.exp(-h * haem - e * eosin) + 1.2 * mottle)
+    image = stain(rng, haem * tint, eosin * tint, mottle)
     region = np.select([in_tissue < 0.5, in_tumour > 0.5, in_fat > 0.5], [0, 2, 3], 1)[2::4, 2::4].astype(np.uint8)
     return image, region, np.stack([*nuclei.T[:2], np.sqrt(nuclei[:, 2] * nuclei[:, 3])], 1)
 

@@ -153,7 +153,7 @@ def tiles(h=3, w=4, side=32, origin=(64, 96)):
 
 
 def write_h5(path, x, coords, **attrs):
-    h5py = pytest.importorskip("h5py", reason="pip install -e '.[features]'")
+    h5py = pytest.importorskip("h5py", reason="pip install -e '.[h5]'")
     path.parent.mkdir(exist_ok=True)
     with h5py.File(path, "w") as f:
         f["features"], f["coords"] = x.numpy(), coords.numpy()
