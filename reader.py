@@ -9,6 +9,7 @@ run: python reader.py FILE [--mpp=0.5] [--out=view.png]     what is in it, and a
 read next: encoder.py
 """
 import struct
+import time
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -45,15 +46,16 @@ def area(x, edges, axis):
 class Slide:
     """An open slide or image; open_slide makes it.
 
-    Attributes: path; size (w,h) of level 0; mpp, micrometres per pixel of level 0, None if the file does not say;
-    levels, of tiff.Level; scanned, whether a slide scanner made it; damaged, None or a list to which tiles that cannot
-    be decoded are added as (box (x0,y0,x1,y1) in level-0 pixels, why), while white stands for them; room, bytes of
-    decoded tiles to keep.
+    Attributes: path; size (w,h) of level 0; mpp, micrometres per pixel of level 0, None if unknown; said, whether the
+    file or the user told it; levels, of tiff.Level; scanned, whether a slide scanner made it; damaged, None or a list
+    to which tiles that cannot be decoded are added as (box (x0,y0,x1,y1) in level-0 pixels, why), while white stands
+    for them; room, bytes of decoded tiles to keep; waited, seconds spent reading bytes.
     """
 
     def __init__(self, path, levels, mpp=None, scanned=False, file=None, damaged=None):
         self.path, self.levels, self.mpp, self.scanned, self.size = path, levels, mpp, scanned, levels[0].size
-        self.file, self.damaged, self.room = file, damaged, CACHE
+        self.said = mpp is not None
+        self.file, self.damaged, self.room, self.waited = file, damaged, CACHE, 0.0
         self._tiles, self._bytes = OrderedDict(), 0                            # least recently used first
         for n, level in enumerate(levels):
             level.region = level.region or partial(self._region, n)
@@ -144,8 +146,11 @@ class Slide:
             if length > 16 * tw * th + 2**16:
                 raise ValueError(f"{length} bytes for {tw} x {th} pixels")
             if length:
+                start = time.perf_counter()
                 self.file.seek(int(level.offsets[k]))
-                tile = decode(self.file.read(length), level)
+                data = self.file.read(length)
+                self.waited += time.perf_counter() - start
+                tile = decode(data, level)
         except Exception as err:  # Pillow's decoders raise nearly anything on damaged bytes
             why = f"tile {column}, {row} of level {n} cannot be decoded ({type(err).__name__}: {err})"
             if self.damaged is None:
@@ -174,7 +179,7 @@ def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None):
     if mpp is not None and not 1e-3 <= mpp <= 1e9:
         raise UserError(f"mpp={mpp} of {path}: give micrometres per pixel, 0.5 for a 20x scan")
     if path.suffix.lower() in VENDORS:
-        return by_openslide(path, mpp)
+        return by_openslide(path, mpp, damaged)
     try:
         f, length = open(path, "rb"), path.stat().st_size
         found = directories(f, length) if f.read(4) in TIFF else []
@@ -182,7 +187,7 @@ def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None):
         levels = levels_of(f, length, found) if tiled(main) else []
         foreign = any(65420 in t or "<scn" in text(t, 270) or "<iScan" in text(t, 700) for t in found)
         if foreign or levels and halved_chroma(f, levels[0]):                  # Hamamatsu, Leica, Ventana
-            return by_openslide(path, mpp)
+            return by_openslide(path, mpp, damaged)
         said = mpp or resolution(main)
         scanned = path.suffix.lower() == ".svs" or text(main, 270).startswith("Aperio")
     except (OSError, ValueError, ArithmeticError, LookupError, MemoryError, struct.error) as err:
@@ -190,7 +195,7 @@ def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None):
     if levels:
         return Slide(path, levels, said, scanned, f, damaged)
     f.close()
-    return Slide(path, [by_pillow(path, main.get("page") or 0, max_pixels)], said, scanned)
+    return Slide(path, [by_pillow(path, main.get("page") or 0, max_pixels)], said, scanned, None, damaged)
 
 
 def unreadable(path, err):
@@ -232,7 +237,7 @@ def by_pillow(path, page, max_pixels):
     return Level((w, h), (1, 1), region)
 
 
-def by_openslide(path, mpp):
+def by_openslide(path, mpp, damaged):
     """A slide of a kind that only openslide knows. raises: UserError if that is missing or does not know it either."""
     try:
         import openslide
@@ -255,7 +260,7 @@ def by_openslide(path, mpp):
         white.paste(image, mask=image.getchannel("A"))
         return np.asarray(white)
     levels = [Level(size, steps(sizes[0], size), partial(region, n)) for n, size in enumerate(sizes)]
-    return Slide(path, levels, mpp or (float(said) if said else None), True)
+    return Slide(path, levels, mpp or (float(said) if said else None), True, None, damaged)
 
 
 @dataclass

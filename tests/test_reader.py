@@ -340,9 +340,9 @@ def test_what_needs_openslide(tmp_path, monkeypatch, kinds):
 
 def test_damaged_files_end_well(tmp_path):
     """`make torture` tries 2,000; each has two seconds and 500 MB."""
-    outcomes, faults = torture_slide.torture(240, tmp_path, seed=7)
+    outcomes, faults = torture_slide.torture(120, tmp_path, seed=7)
     assert not faults, faults
-    assert outcomes["image"] > 20 and outcomes["refused"] > 100                # neither road is left out
+    assert outcomes["image"] > 10 and outcomes["refused"] > 50                # neither road is left out
 
 
 # ----- 4. Real slides -----

@@ -8,10 +8,11 @@ import pytest
 from conftest import ROOT
 
 # reading order: each file imports only from those before it
-ORDER = ("common metrics zoom_vae slide tiff reader encoder summarizer unet diffusion toy pyramid data cdm loop train "
-         "canvas joint patches proxy cost sample_joint quality invert mil bench").split()
+ORDER = ("common metrics zoom_vae slide tiff reader encoder summarizer unet diffusion toy pyramid strips build "
+         "data cdm loop train canvas joint patches proxy cost sample_joint quality invert mil bench").split()
 CAPS = dict(common=340, metrics=250, zoom_vae=330, slide=250, tiff=260, reader=350, encoder=200, summarizer=250,
-            unet=350, diffusion=350, toy=200, pyramid=200, data=350, cdm=350, loop=250, train=400,
+            unet=350, diffusion=350, toy=200, pyramid=200, strips=260, build=350, data=350,
+            cdm=350, loop=250, train=400,
             canvas=330, joint=350, patches=250, proxy=150, cost=120, sample_joint=450, quality=235, invert=200, mil=350,
             bench=280)
 RUNTIME = {"torch", "numpy", "PIL", "tqdm", "safetensors"}
