@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -42,10 +43,10 @@ DARK = 3          # of 255; corners without data are black, but for what compres
 @dataclass
 class BuildConfig:
     images: str = ""              # an image, a folder and all below it, a pattern in quotes ("s/*.svs"), or a CSV
-    #                               with columns path, mpp (of its pixels or empty), split (train or test)
+    #                               with columns path, mpp (of its pixels), split (train or test)
     out: str = ""                 # folder to write
-    mpp: float | None = None      # micrometres per base pixel: 0.5 = 20x, 1e6 = 1 m. Finer images are reduced to it, one
-    #                               that does not say its own is taken to have it. None = pixels as they are
+    mpp: float | None = None      # micrometres per base pixel: 0.5 = 20x, 1e6 = 1 m. Finer images are reduced to it; if
+    #                               one does not say its own, it is taken to have it. None = pixels as they are
     encoder: str = "stats"        # see encoder.py
     weights: str | None = None    # its weights, if it has any
     patch: int = 256              # pixels of a patch, a multiple of 16
@@ -147,7 +148,7 @@ def build_one(cfg, job, group, encoder, source, spent, progress):
 # ----- 2. All of them -----
 
 def sample_tiles(cfg, jobs):
-    """2,048 training tiles (1,3,P,P) from up to 16 images that can be read, to measure an encoder's deviations on."""
+    """2,048 training tiles, as (n,3,P,P), from up to 16 images that can be read: to measure deviations on."""
     rng, chosen, errors, P = random.Random(0), [], [], cfg.patch
     train = [job for job in jobs if job.split == "train"]
     for job in rng.sample(train, len(train)):
@@ -163,9 +164,10 @@ def sample_tiles(cfg, jobs):
         raise errors[0] if errors else UserError(f"--images={cfg.images}: all images are held out, none to train on")
     for job in chosen:
         slide, gw, n = opened(job.path, job.own, cfg.mpp, cfg.max_pixels), job.size[0] // P, job.size[1] // P
-        for k in rng.sample(range(gw * n), min(gw * n, 2048 // len(chosen))):
-            tile = slide.read(k % gw * P, k // gw * P, P, P, cfg.mpp)          # (P,P,3)
-            yield torch.from_numpy(tile.copy()).movedim(-1, 0)[None] / 255
+        at = rng.sample(range(gw * n), min(gw * n, 2048 // len(chosen)))
+        for some in (at[k:k + 16] for k in range(0, len(at), 16)):
+            tiles = np.stack([slide.read(k % gw * P, k // gw * P, P, P, cfg.mpp) for k in some])  # (n,P,P,3)
+            yield torch.from_numpy(tiles).movedim(-1, 1) / 255
 
 
 def report(cfg, built, there, failed, left, spent, seconds):

@@ -54,7 +54,8 @@ def tile_rows(strips, patch, scales):
 @torch.no_grad()
 def embed(encoder, tiles, device="cpu"):
     """in: tiles (n,P,P,3) uint8. out: e (n,E) float32."""
-    batches = torch.from_numpy(np.array(tiles)).split(64)  # a copy: Pillow's pixels are read-only
+    tiles = torch.from_numpy(np.array(tiles))  # a copy: Pillow's pixels are read-only
+    batches = tiles.split(16 if str(device) == "cpu" else 64)  # what a CPU's cache holds: faster there, and smaller
     return torch.cat([encoder(b.to(device).movedim(-1, 1).float() / 255).float().cpu() for b in batches])
 
 

@@ -24,6 +24,7 @@ from pyramid import embed
 from reader import CACHE, MAX_PIXELS, VENDORS, open_slide
 
 TASK = 2**22        # pixels that a worker reads at a time, if that is a whole strip at least
+AHEAD = 2**28       # bytes of strips that may wait
 LOW, HIGH = 10, 40  # bounds of the saturation that parts tissue from glass
 
 
@@ -216,7 +217,7 @@ def ahead(jobs, dropped, encoder, max_pixels, tissue, submit, window):
             if job.name in dropped:
                 break
             waiting.append((job, submit(task)))
-            if len(waiting) > window:
+            if len(waiting) > min(window, AHEAD // (3 * job.size[0] * job.patch * job.rows)):
                 yield waiting.popleft()
     yield from waiting
 

@@ -231,8 +231,8 @@ def test_killed_and_started_again(tmp_path, root):
     """SIGKILL in the middle of six slides: the second run leaves the same bytes, and nothing of the first besides."""
     (tmp_path / "in").mkdir()
     for k in range(6):
-        Image.fromarray(noise(400, 400, k)).save(tmp_path / "in" / f"{k}.png", compress_level=1)
-    command = [sys.executable, root / "data.py", "build", f"--images={tmp_path}/in", "--patch=16", "--scales=4",
+        Image.fromarray(noise(640, 640, k)).save(tmp_path / "in" / f"{k}.png", compress_level=1)
+    command = [sys.executable, root / "data.py", "build", f"--images={tmp_path}/in", "--patch=32", "--scales=4",
                f"--out={tmp_path}/a"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
