@@ -2,13 +2,17 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test lint
+.PHONY: demo test torture lint
 demo: .venv/installed
 	$(RUN) train.py toy
 	$(RUN) sample_joint.py out/toy --eval --steps=20
 
 test: .venv/installed
 	$(RUN) -m pytest -q --durations=15
+
+# 2,000 damaged slides and one of 60,000 x 60,000 pixels: some minutes, and 1 GB of disk
+torture: .venv/installed
+	$(RUN) tests/torture_slide.py
 
 lint: .venv/installed
 	$(RUN) -m ruff check .

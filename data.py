@@ -1,34 +1,31 @@
-"""Multi-scale patches: toy slides or your own images -> pyramids on disk -> the items a model trains on.
+"""Multi-scale patches: toy slides or your own images (build.py) -> pyramids on disk -> the items a model trains on.
 
 A patch at scale s is P x P pixels of the image halved s times, so it covers 2^s x 2^s base tiles, and its condition is
 the grid of their embeddings (Z §3.1). One safetensors file per image holds patches and embeddings, memory-mapped.
 
 in:  images of any size   out: items with x (3,P,P) in [-1,1] and/or z (3,P/4,P/4), tokens (64,E), mask (64,), s
 run: python data.py toy                                      synthetic tissue, about two minutes
-     python data.py build --images=FOLDER --out=data/mine    your own PNG, JPEG or TIFF files
+     python data.py build --images=FOLDER --out=data/mine    your own slides, aerial tiles, photos
 read next: cdm.py, or train.py
 """
 import os
 import random
-import warnings
 from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import sha256
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
+from build import BuildConfig, build  # noqa: F401
 from common import UserError, cli, configure, open_tensors
 from encoder import load_encoder
-from published import read_features
 from pyramid import GRID, POOLED, begin, block, embed, finish, finished, read_index, tile_rows, write_slide
 from summarizer import pack_grid, standardize
 from toy import toy_slide
@@ -71,7 +68,7 @@ def toy_file(cfg, index, k):
                 if n and not test}
         embed_row = partial(embed, load_encoder("stats", index["std"]))
         counts = write_slide(path, np.split(image, side), embed_row, cfg.patch, cfg.scales, meta,
-                             lambda s, i, j: s not in kept or i * (side >> s) + j in kept[s],
+                             lambda s, i, j, _: s not in kept or i * (side >> s) + j in kept[s],
                              extra={"region": region, "nuclei": nuclei})
     return {"name": name, "file": path.name, "split": "test" if test else "train", "size": [cfg.size] * 2,
             "counts": counts}
@@ -104,139 +101,7 @@ def toy(argv):
         finish(cfg.out, index, list(tqdm(workers.map(work, ks), total=len(ks))))
 
 
-# ----- 2. python data.py build -----
-
-@dataclass
-class BuildConfig:
-    images: str = ""              # an image, or a folder of images (its subfolders are not read)
-    out: str = ""                 # folder to write
-    encoder: str = "stats"        # see encoder.py
-    weights: str | None = None    # its weights, if it has any
-    features: str = ""            # embeddings of that encoder made by CLAM or TRIDENT: NAME.h5, or a folder of them
-    patch: int = 256              # pixels of a patch, a multiple of 16
-    scales: int = 8               # at most; those larger than every image are dropped
-    background: float = 0.0       # leave out patches whose grey levels deviate less than this (try 5), 0 = keep all
-    holdout: float = 0.1          # fraction of the images held out, if there are at least 5
-    max_pixels: int = 178_956_970  # refuse larger images: a small file can unpack to more than the memory
-    device: str = "cpu"           # where the encoder runs
-
-
-KINDS = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # of pixels that show as 8-bit RGB
-
-
-def open_image(path, cfg, kinds=KINDS):
-    """Decode an image that Pillow can show as RGB. raises: UserError if it is damaged, too large, or too small."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below, before any pixel is decoded
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*[Tt]runcated")  # Pillow only warns of a TIFF with cut tables
-            image = Image.open(path)
-            if image.width * image.height > cfg.max_pixels:
-                raise UserError(f"{path} unpacks to {image.width} x {image.height} pixels, more than --max_pixels="
-                                f"{cfg.max_pixels}: give more if you trust the file and have the memory, or cut it up")
-            image.load()
-    except UserError:
-        raise
-    except Exception as err:  # Pillow's decoders raise nearly anything on damaged files
-        raise UserError(f"{path} cannot be read ({type(err).__name__}: {err}): it is damaged, cut short or of an "
-                        f"unknown kind; convert it to PNG, JPEG or TIFF, or take it out") from err
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    if image.mode not in kinds:
-        raise UserError(f"{path} has pixels of kind {image.mode!r}, which do not show as 8-bit RGB: convert it first")
-    if min(image.size) < cfg.patch:
-        raise UserError(f"{path} is {image.width} x {image.height} pixels, smaller than a tile: take --patch below "
-                        f"{cfg.patch}")
-    return image
-
-
-def crop(image, x, y, w, h):
-    """Pixels (h,w,3) uint8. A fourth band is left out, never blended in: in aerial TIFFs it is near-infrared."""
-    return np.asarray(image.crop((x, y, x + w, y + h)).convert("RGB"))
-
-
-def image_files(cfg):
-    """The images to read, sorted by name, and the names of those held out: the same ones whatever else is there."""
-    root = Path(cfg.images)
-    if not cfg.images or not cfg.out:
-        raise UserError("say what to read and where to write: python data.py build --images=DIR_OR_FILE --out=DIR")
-    if not root.exists():
-        raise UserError(f"--images={root} does not exist: give an image or a folder of images")
-    known = {*Image.registered_extensions(), ".svs"}
-    files = [root] if root.is_file() else sorted(f for f in root.iterdir() if f.suffix.lower() in known)
-    if not files:
-        raise UserError(f"--images={root} holds no image (PNG, JPEG, TIFF ...): give a folder that does")
-    if root.is_dir() and len(files) < len(list(root.iterdir())):
-        print(f"{root}: {len(list(root.iterdir())) - len(files)} entries are not images and are passed over")
-    n = max(1, round(cfg.holdout * len(files))) if cfg.holdout and len(files) >= 5 else 0
-    return files, {f.name for f in sorted(files, key=lambda f: sha256(f.name.encode()).digest())[:n]}
-
-
-def embedded(cfg, path, image):
-    """Tiles of an image that were embedded elsewhere. out: the part of the image that they cover, and for `write_slide`
-    their embeddings row by row and which patches have them all."""
-    given, P = Path(cfg.features), cfg.patch
-    e, there, (x, y), side = read_features(given / path.stem if given.is_dir() else given, P)
-    if side != P or x + P > image.width or y + P > image.height:
-        raise UserError(f"--features={given}: the tiles of {path.name} have {side} pixels and start at {x}, {y}, which "
-                        f"does not fit --patch={P} and {image.width} x {image.height} pixels: give --patch={side}, or "
-                        f"the image they were cut from")
-    image, rows = image.crop((x, y, min(image.width, x + P * e.shape[1]), min(image.height, y + P * len(e)))), iter(e)
-    return image, lambda tiles: next(rows)[:len(tiles)], lambda s, i, j: bool(block(there, s, i, j).all())
-
-
-def build(argv):
-    """Cut images into pyramids."""
-    cfg = configure(BuildConfig, argv, doc=__doc__)
-    if cfg.patch < 16 or cfg.patch % 16 or cfg.scales < 1 or not 0 <= cfg.holdout < 1:
-        raise UserError(f"got --patch={cfg.patch} --scales={cfg.scales} --holdout={cfg.holdout}: patch is a multiple "
-                        f"of 16, scales at least 1, holdout in [0, 1)")
-    files, held = image_files(cfg)
-    if cfg.features and (cfg.encoder == "stats" or cfg.weights):
-        raise UserError(f"--features={cfg.features}: say which encoder made them, --encoder=uni, and give no --weights")
-    P = cfg.patch
-    encoder = None if cfg.features else load_encoder(cfg.encoder, None, cfg.weights, cfg.device)
-    print(f"reading {len(files)} images from {cfg.images}, writing to {cfg.out}")
-
-    def tiles():  # 2,048 training tiles from up to 16 images, to measure the deviations on
-        rng = random.Random(0)
-        chosen = rng.sample([f for f in files if f.name not in held], min(16, len(files) - len(held)))
-        for path in chosen:
-            image = open_image(path, cfg)
-            gw, n = image.width // P, image.width // P * (image.height // P)
-            for k in rng.sample(range(n), min(n, 2048 // len(chosen))):
-                yield torch.from_numpy(crop(image, k % gw * P, k // gw * P, P, P).copy()).movedim(-1, 0)[None] / 255
-    source = {"command": "build"} | {k: v for k, v in asdict(cfg).items() if k not in (
-        "out", "max_pixels", "device", "holdout") and (k != "features" or v)}
-
-    def fit_std():
-        if cfg.features:
-            e = embedded(cfg, files[0], open_image(files[0], cfg))[1](range(1))
-            return [1.0] * e.shape[1]
-        return encoder.fit(tiles()).tolist() if encoder.scaled else [1.0] * encoder.embed_dim
-    index, slides = begin(cfg.out, P, cfg.encoder, source, fit_std), []
-    if cfg.encoder == "stats":
-        encoder = load_encoder(cfg.encoder, index["std"], None, cfg.device)
-    for path in tqdm(files):
-        image, meta = open_image(path, cfg), {"source": source, "bytes": path.stat().st_size}
-        embed_row, keep = partial(embed, encoder, device=cfg.device), None
-        if cfg.features:
-            image, embed_row, keep = embedded(cfg, path, image)
-        gh, gw = image.height // P, image.width // P
-        out = Path(cfg.out) / f"{path.name}.safetensors"
-        counts = finished(out, cfg.scales, meta)
-        if counts is None:
-            strips = (crop(image, 0, i * P, image.width, P) for i in range(gh))
-            counts = write_slide(out, strips, embed_row, P, cfg.scales, meta, keep, cfg.background)
-        whole = [(gh >> s) * (gw >> s) for s in range(cfg.scales)]
-        tqdm.write(f"{path.name}: {image.width} x {image.height}, kept {counts} patches; dropped {image.width - gw * P}"
-                   f" columns, {image.height - gh * P} rows at the edge and {sum(whole) - sum(counts)} plain patches")
-        slides.append({"name": path.name, "file": out.name, "split": "test" if path.name in held else "train",
-                       "size": [image.height, image.width], "counts": counts})
-    finish(cfg.out, index, slides)
-
-
-# ----- 3. Reading -----
+# ----- 2. Reading -----
 
 class Pyramids:
     """A folder that data.py wrote: which slides there are, and single patches from memory-mapped files.

@@ -10,13 +10,14 @@ in:  an image at a known scale   out: DIR/sr.png, e.safetensors (for sample_join
 run: as above     read next: sr_table.py
 """
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import metrics as M
@@ -24,11 +25,13 @@ import proxy as proxies
 import sample_joint as S
 from canvas import Canvas, Grid, Resize, decode_strips
 from common import UserError, cli, configure, generator, save_grid, save_tensors, setup, to_uint8
-from data import KINDS, BuildConfig, Pyramids, open_image
+from data import Pyramids
 from diffusion import ZoomLDM
 from encoder import ENCODERS, load_encoder
 from joint import GUIDES, sample_levels
 from summarizer import pack_grid, standardize
+
+KINDS = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "I", "I;16", "I;16B")  # of pixels, read
 
 FIRST, LAST = 950, 50   # time steps, linearly from one to the other (Z S8.3), as are the 200 of them
 LR = 0.1                # of Adam, from noise; published notebook, Z is silent, as for the next
@@ -216,7 +219,16 @@ def read_image(path):
     scaled from 0..65535. raises: UserError if it cannot be read."""
     if not Path(path).is_file():
         raise UserError(f"--image={path}: no such file; give the image to begin with")
-    image = open_image(Path(path), BuildConfig(patch=1), (*KINDS, "I", "I;16", "I;16B"))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*[Tt]runcated")  # Pillow only warns of a TIFF with cut tables
+            image = Image.open(path)
+            image.load()
+    except Exception as err:  # Pillow's decoders raise nearly anything on damaged files
+        raise UserError(f"{path} cannot be read ({type(err).__name__}: {err}): it is damaged, cut short or of an "
+                        f"unknown kind; convert it to PNG, JPEG or TIFF") from err
+    if image.mode not in KINDS:
+        raise UserError(f"{path} has pixels of kind {image.mode!r}, which do not show as RGB: convert it first")
     image = ImageOps.exif_transpose(image)
     deep = image.mode.startswith("I")
     pixels = torch.from_numpy(np.asarray(image if deep else image.convert("RGB")).astype(np.float32))

@@ -5,7 +5,7 @@ stored once. Files hold e (Gh,Gw,E) f16; per scale ij{s} (n,2) i32, in tiles of 
 from s = 4 on p{s} (n,8,8,E) f16, the pooled grids. train.py adds latents z{s} (n,3,P/4,P/4) f16, in its run folder.
 
 in:  strips of pixels (P,W,3)   out: a file, memory-mapped by data.Pyramids
-run: python pyramid.py     read next: data.py
+run: python pyramid.py     read next: strips.py
 """
 import json
 import shutil
@@ -54,7 +54,8 @@ def tile_rows(strips, patch, scales):
 @torch.no_grad()
 def embed(encoder, tiles, device="cpu"):
     """in: tiles (n,P,P,3) uint8. out: e (n,E) float32."""
-    batches = torch.from_numpy(np.array(tiles)).split(64)  # a copy: Pillow's pixels are read-only
+    tiles = torch.from_numpy(np.array(tiles))  # a copy: Pillow's pixels are read-only
+    batches = tiles.split(16 if str(device) == "cpu" else 64)  # what a CPU's cache holds: faster there, and smaller
     return torch.cat([encoder(b.to(device).movedim(-1, 1).float() / 255).float().cpu() for b in batches])
 
 
@@ -69,12 +70,11 @@ def pool(grid):
     return grid.float().unflatten(1, (GRID, k)).unflatten(0, (GRID, k)).mean((1, 3)).half()
 
 
-def write_slide(path, strips, embed_row, patch, scales, meta, keep=None, background=0.0, extra=None):
+def write_slide(path, strips, embed_row, patch, scales, meta, keep=None, extra=None):
     """Write the file of one image and return its patches per scale.
 
-    in:  strips (P,W,3) uint8; embed_row turns tiles (n,P,P,3) into (n,E); keep(s,i,j) -> bool chooses patches, and
-    `background` drops those whose grey levels deviate less. Embeddings all stay. Pixels wait in unnamed files beside
-    the output, for they may exceed the memory.
+    in:  strips (P,W,3) uint8; embed_row turns tiles (n,P,P,3) into (n,E); keep(s,i,j,tile) -> bool chooses patches.
+    Embeddings all stay. Pixels wait in unnamed files beside the output, for they may exceed the memory.
     """
     e, ij = [], [[] for _ in range(scales)]
     with atomic(path) as tmp:
@@ -83,7 +83,7 @@ def write_slide(path, strips, embed_row, patch, scales, meta, keep=None, backgro
             if s == 0:
                 e.append(embed_row(tiles).half())                              # (Gw,E)
             for j, tile in enumerate(tiles):
-                if (keep is None or keep(s, i, j)) and (not background or tile.mean(-1).std() >= background):
+                if keep is None or keep(s, i, j, tile):
                     raw[s].write(np.ascontiguousarray(tile))
                     ij[s].append((i, j))
         e = torch.stack(e)                                                     # (Gh,Gw,E) f16
@@ -118,15 +118,22 @@ def join(path, tensors, raw, meta):
             shutil.copyfileobj(f, out, 1 << 20)
 
 
+def described(path, scales):
+    """out: patches per scale of a finished file, and the meta data it was written with."""
+    with open_tensors(path) as f:
+        names = set(f.keys())
+        counts = [f.get_slice(f"ij{s}").get_shape()[0] if f"ij{s}" in names else 0 for s in range(scales)]
+        return counts, json.loads((f.metadata() or {}).get("json", "{}"))
+
+
 def finished(path, scales, meta):
     """Patches per scale of a file from an earlier run, None if there is none. raises: UserError if it differs."""
     if not path.exists():
         return None
-    with open_tensors(path) as f:
-        if json.loads((f.metadata() or {}).get("json", "null")) != meta:
-            raise UserError(f"{path} was made from another image or with other settings: remove it, or give another "
-                            f"--out")
-        return [f.get_slice(f"ij{s}").get_shape()[0] if f"ij{s}" in f.keys() else 0 for s in range(scales)]
+    counts, there = described(path, scales)
+    if {k: there.get(k) for k in meta} != meta:
+        raise UserError(f"{path} was made from another image or with other settings: remove it, or give another --out")
+    return counts
 
 
 # ----- 2. The index of a folder -----

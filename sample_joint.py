@@ -28,12 +28,13 @@ import proxy as proxies
 from canvas import Canvas, Grid, Resize, decode_strips  # noqa: F401 - Resize is part of this file's interface
 from cost import Profile
 from common import UserError, atomic, cli, configure, generator, load_tensors, save_tensors, setup, to_uint8
-from data import BuildConfig, Pyramids, crop, open_image
+from data import Pyramids
 from diffusion import ZoomLDM, ddim_timesteps
 from encoder import load_encoder
 from joint import GUIDES, Level, full_precision, joint_sample, sample_levels  # noqa: F401 - so is joint_sample
 from patches import evaluate, show
 from pyramid import embed
+from reader import open_slide
 from slide import write_deepzoom, write_tiff
 from summarizer import pack_grid
 
@@ -255,14 +256,15 @@ def load_grid(cfg, model, pyramids, need):
     elif cfg.reference:
         if not Path(cfg.reference).is_file():
             raise UserError(f"--reference={cfg.reference} does not exist: give an image, or a .safetensors grid")
-        image, name = open_image(Path(cfg.reference), BuildConfig(patch=16)), cfg.reference
-        if min(image.size) < patch:
-            raise UserError(f"{name} is {image.width} x {image.height} pixels, smaller than a patch of {patch}: take a "
-                            f"larger --reference")
+        slide, name = open_slide(cfg.reference), cfg.reference
+        width, height = slide.size
+        if min(slide.size) < patch:
+            raise UserError(f"{name} is {width} x {height} pixels, smaller than a patch of {patch}: take a larger "
+                            f"--reference")
         encoder = load_encoder(info["encoder"], info["std"])
         rows = []
-        for r in range(image.height // patch):
-            strip = crop(image, 0, r * patch, image.width // patch * patch, patch)
+        for r in range(height // patch):
+            strip = slide.read(0, r * patch, width // patch * patch, patch)
             rows.append(embed(encoder, strip.reshape(patch, -1, patch, 3).swapaxes(0, 1)))
         e = torch.stack(rows)                                                           # (Gh,Gw,E)
     else:

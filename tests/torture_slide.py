@@ -1,0 +1,254 @@
+"""Damaged slides by the thousand: every one must end as an image or a UserError, soon, in little memory (make torture).
+
+Also makes the small TIFFs of all kinds that test_reader.py reads: no library at hand writes tiled ones.
+"""
+import io
+import multiprocessing
+import resource
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import UserError  # noqa: E402
+from reader import open_slide  # noqa: E402
+
+SECONDS, MEGABYTES = 2.0, 500
+CODES = {1: "B", 2: "B", 3: "H", 4: "I", 5: "I", 12: "d", 16: "Q"}
+
+
+# ----- 1. Tiled TIFFs of every kind -----
+
+def picture(h, w, bands=3):
+    """Smooth, so that JPEG errs little; every band its own pattern, so that a swap of bands or axes shows."""
+    y, x = np.mgrid[:h, :w]
+    waves = np.sin(x / 19), np.sin(y / 13), np.sin((x + 2 * y) / 40), np.cos((y - x) / 9)
+    return np.stack([127 + 100 * f for f in waves[:bands]], -1).astype(np.uint8)  # (h,w,bands)
+
+
+def packed(tile, how, **options):
+    """The bytes of one tile (h,w,bands), as compression `how` stores them."""
+    image, out = Image.fromarray(tile.squeeze()), io.BytesIO()
+    if how == 7:  # the colours as they are, or turned to YCbCr; tables apart; no marker says which
+        colours, rgb = options.get("colours", 6), image.convert("YCbCr") if options.get("colours", 6) == 6 else image
+        rgb = Image.frombytes("RGB", rgb.size, rgb.tobytes()) if image.mode == "RGB" else image
+        rgb.save(out, "JPEG", quality=options.get("quality", 95), subsampling=0, keep_rgb=True, streamtype=2)
+        assert colours in (1, 2, 6)
+    elif how in (33003, 33005):
+        ycc = image.convert("YCbCr") if how == 33003 else image
+        Image.frombytes("RGB", image.size, ycc.tobytes()).save(out, "JPEG2000", no_jp2=True, mct=int(how == 33005))
+    elif how in (8, 32946):
+        if options.get("predictor") == 2:
+            tile = np.concatenate([tile[:, :1], np.diff(tile, axis=1)], 1)
+        out.write(zlib.compress(np.ascontiguousarray(tile)))
+    elif how == 1:
+        out.write(np.ascontiguousarray(tile))
+    else:  # Pillow packs it as a strip
+        image.save(out, "TIFF", compression={5: "tiff_lzw", 32773: "packbits", 50000: "zstd"}[how], strip_size=2**20)
+        tags = Image.open(io.BytesIO(out.getvalue())).tag_v2
+        return out.getvalue()[tags[273][0]:tags[273][0] + tags[279][0]], tags.get(317, 1)
+    return out.getvalue(), options.get("predictor", 1)
+
+
+def tables(quality=95):
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(out, "JPEG", quality=quality, subsampling=0, keep_rgb=True, streamtype=1)
+    return out.getvalue()
+
+
+def page(image, tile, how, colours=None, kind=0, **options):
+    """One directory: its tags {tag: (type, values)} and its tiles. in: image (h,w,bands); tile (w,h)."""
+    h, w, bands = image.shape
+    colours = colours or (1 if bands == 1 else 6 if how == 7 else 2)
+    cut = [image[y:y + tile[1], x:x + tile[0]] for y in range(0, h, tile[1]) for x in range(0, w, tile[0])]
+    cut = [np.pad(t, ((0, tile[1] - t.shape[0]), (0, tile[0] - t.shape[1]), (0, 0)), "edge") for t in cut]
+    done = [packed(t, how, colours=colours, **options) for t in cut]
+    tags = {254: (4, [kind]), 256: (4, [w]), 257: (4, [h]), 258: (3, [8] * bands), 259: (3, [how]), 277: (3, [bands]),
+            262: (3, [colours]), 284: (3, [1]), 317: (3, [done[0][1]]), 322: (4, [tile[0]]), 323: (4, [tile[1]])}
+    tags |= {338: (3, [0])} if bands == 4 else {}
+    return tags | ({347: (1, list(tables()))} if how == 7 else {}), [d for d, _ in done]
+
+
+def write(path, pages, order="<", big=False, sub=()):
+    """Write directories first, tiles behind; `sub` are sub-directories of the first."""
+    head, word, room = ("Q", "Q", 8) if big else ("H", "I", 4)
+    start = (b"II" if order == "<" else b"MM") + struct.pack(order + "H", 43 if big else 42)
+    start += struct.pack(order + "HHQ", 8, 0, 16) if big else struct.pack(order + "I", 8)
+    pages, length = [(dict(tags), tiles) for tags, tiles in [*pages, *sub]], 0
+    if sub:
+        pages[0][0][330] = 4, [0] * len(sub)
+    for _ in range(2):  # once to know where the tiles will lie
+        at, out, firsts, end = len(start), b"", [], length
+        for k, (tags, tiles) in enumerate(pages):
+            sizes = [len(t) for t in tiles]
+            places = [end + sum(sizes[:i]) if n else 0 for i, n in enumerate(sizes)]
+            end += sum(sizes)
+            tags |= {324: (16 if big else 4, places), 325: (4, sizes)} if tiles else {}
+            firsts.append(at)
+            after, longer, entries = at + struct.calcsize(head) + len(tags) * (4 + 2 * room) + room, b"", b""
+            for tag, (kind, values) in sorted(tags.items()):
+                data = struct.pack(f"{order}{len(values)}{CODES[kind]}", *values)
+                entries += struct.pack(order + "HH" + word, tag, kind, len(values) // (2 if kind == 5 else 1))
+                if len(data) > room:
+                    longer, data = longer + data, struct.pack(order + word, after + len(longer))
+                entries += data.ljust(room, b"\0")
+            last = k + 1 >= len(pages) - len(sub)
+            out += struct.pack(order + head, len(tags)) + entries
+            out += struct.pack(order + word, 0 if last else after + len(longer)) + longer
+            at = after + len(longer)
+        length = at
+        if sub:
+            pages[0][0][330] = 4, firsts[len(pages) - len(sub):]
+    Path(path).write_bytes(start + out + b"".join(t for _, tiles in pages for t in tiles))
+
+
+def text(words):
+    return 2, [*words.encode(), 0]
+
+
+def specimens(folder):
+    """A file of every kind, small. out: their paths."""
+    image, made = picture(90, 120), []
+    small = image[::2, ::2]
+    for name, how, options in (("jpeg", 7, {}), ("rgb", 7, {"colours": 2}), ("j2k", 33005, {}), ("ycc", 33003, {}),
+                               ("deflate", 8, {"predictor": 2}), ("lzw", 5, {}), ("plain", 1, {}), ("pack", 32773, {})):
+        pages = [page(image, (32, 48), how, **options), page(small, (32, 48), how, kind=1, **options)]
+        pages[0][0][270] = text("Aperio Image Library|AppMag = 20|MPP = 0.5")
+        made.append(folder / f"{name}.svs")
+        write(made[-1], pages, order=">" if name in ("lzw", "rgb") else "<", big=name in ("deflate", "jpeg"))
+    for name, options in (("strips.tif", {"compression": "jpeg"}), ("raw.tif", {}), ("photo.jpg", {}), ("x.png", {})):
+        made.append(folder / name)
+        Image.fromarray(image).save(made[-1], **options)
+    return made
+
+
+# ----- 2. Damage -----
+
+def mutate(data, rng):
+    """A damaged copy: bytes flipped, numbers made extreme, a piece lost, moved or repeated; mostly near the start."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 5)):
+        n = len(data)
+        at = int(rng.integers(0, min(n, 600) if rng.random() < 0.7 else n))
+        kind = rng.integers(0, 7)
+        if kind <= 1:
+            data[at] = rng.integers(0, 256)
+        elif kind <= 3:
+            value = rng.choice([0, 1, 2**31 - 1, 2**32 - 1, 2**16, 2**24, n, n - 1, 60000, int(rng.integers(0, 2**32))])
+            data[at // 2 * 2:at // 2 * 2 + 4] = struct.pack(rng.choice(["<I", ">I"]), value)
+        elif kind == 4:
+            del data[at + 20:at + 20 + int(rng.integers(1, 200))]
+        elif kind == 5 and rng.random() < 0.3:
+            del data[max(40, int(rng.integers(0, n))):]
+        else:
+            source = int(rng.integers(0, n))
+            data[at:at + 12] = data[source:source + 12]
+    return bytes(data)
+
+
+def examine(path):
+    """Open a file and read what anybody would: corners, the coarsest level, another resolution. out: what came of it"""
+    try:
+        slide = open_slide(path)
+        w, h = slide.size
+        for level in slide.levels:
+            n, m = min(64, level.size[0]), min(64, level.size[1])
+            for x, y in ((0, 0), (level.size[0] - n, level.size[1] - m), ((level.size[0] - n) // 2, 0)):
+                assert level.region(x, y, n, m).shape == (m, n, 3)
+        assert slide.read(w - 20, h - 20, 40, 40).shape == (40, 40, 3)
+        if slide.mpp and w * h < 2**22:
+            mpp = slide.mpp * min(3, w, h)
+            assert slide.read(0, 0, 8, 8, mpp).dtype == np.uint8
+        slide.close()
+    except UserError as err:
+        assert path.name in str(err), f"{err} does not name {path.name}"
+        return "refused"
+    return "image"
+
+
+def worker(path, jobs, pipe):
+    """Examine mutants in a process of its own, so that a crash or a flood of memory shows."""
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name, data, seed in jobs:
+        target = path / f"mutant_{name}"
+        target.write_bytes(mutate(data, np.random.default_rng(seed)))
+        start = time.process_time()  # others may keep the machine busy
+        try:
+            outcome = examine(target)
+        except Exception as err:
+            outcome = f"{type(err).__name__}: {err}"
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024  # kB on Linux
+        pipe.send((seed, name, outcome, time.process_time() - start, grown))
+    pipe.close()
+
+
+def torture(count, folder, seed=0, batch=50):
+    """out: {outcome: count} and a list of faults, over `count` mutants."""
+    made = [(p.name, p.read_bytes()) for p in specimens(folder)]
+    jobs = [(*made[k % len(made)], [seed, k]) for k in range(count)]
+    outcomes, faults, context = {"image": 0, "refused": 0}, [], multiprocessing.get_context("fork")
+    for k in range(0, count, batch):
+        here, there = context.Pipe(False)
+        process = context.Process(target=worker, args=(folder, jobs[k:k + batch], there))
+        process.start()
+        there.close()
+        done = 0
+        try:
+            while here.poll(60):
+                key, name, outcome, seconds, grown = here.recv()
+                done += 1
+                if outcome in outcomes and seconds <= SECONDS and grown <= MEGABYTES:
+                    outcomes[outcome] += 1
+                else:
+                    faults.append(f"{name}, seed {key}: {outcome}, {seconds:.1f} s, {grown:.0f} MB")
+        except EOFError:
+            pass
+        process.kill()
+        process.join()
+        if done < len(jobs[k:k + batch]):
+            faults.append(f"{jobs[k + done][0]}, seed {jobs[k + done][2]}: crashed or took over a minute")
+    return outcomes, faults
+
+
+# ----- 3. Size -----
+
+def sparse(path, side, tile=256, every=50):
+    """A BigTIFF of side x side whose tiles are all empty but for every 50th, which share one set of bytes."""
+    tags, (data,) = page(np.random.default_rng(0).integers(0, 256, (tile, tile, 3), dtype=np.uint8), (tile, tile), 7)
+    n = (-(-side // tile))**2
+    tags |= {256: (4, [side]), 257: (4, [side])}
+    filled = [k % every == 0 for k in range(n)]
+    end = 16 + 8 + 20 * 15 + 8 + 12 * n + 4096                                 # room enough for all that comes first
+    tags |= {324: (16, [end * f for f in filled]), 325: (4, [len(data) * f for f in filled])}
+    write(path, [(tags, [])], big=True)
+    with open(path, "r+b") as f:
+        assert f.seek(0, 2) <= end
+        f.seek(end)
+        f.write(data)
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes, faults = torture(2000, Path(folder))
+        print(f"2000 damaged files: {outcomes}, {len(faults)} faults", *faults, sep="\n  ")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sparse.tif"
+        sparse(path, 60_000)
+        program = Path(__file__).resolve().parent.parent / "data.py"
+        done = subprocess.run([sys.executable, program, "build", f"--images={path}", f"--out={folder}/out",
+                               "--background=5"])
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        print(f"60,000 x 60,000 pixels: exit code {done.returncode}, peak {peak:.2f} GB")
+    sys.exit(bool(faults or done.returncode or peak > 1))
+
+
+if __name__ == "__main__":
+    main()
