@@ -1,6 +1,7 @@
 """What the README names exists: files, functions, commands, settings, pictures, messages."""
 import ast
 import re
+import shlex
 
 import pytest
 from conftest import ROOT
@@ -37,7 +38,7 @@ def test_file_table_is_the_reading_order():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses(command):
-    file, *args = command.split()
+    file, *args = shlex.split(command)
     assert file in SOURCES
     if file == "train.py":
         configure(train.Config, args, train.PRESETS, ("preset",)) if "--help" not in args else None
