@@ -49,7 +49,7 @@ class Config:
     drop: float = 0.15         # grid: share of regions trained without their caption, for guidance
     gap: float = 0.0           # grid: variance of noise on (standardised) vectors; 0.1 bridges modalities (L §3.3)
     steps: int = 1500
-    batch: int = 64            # global batch, divided over ranks
+    batch: int = 32            # global batch, divided over ranks
     micro: int = 0             # per forward pass and rank; 0 = batch / ranks
     lr: float = 1e-3
     warmup: int = 100

@@ -36,6 +36,7 @@ class Config:
     data: str = ""          # data folder; default: the one the run was trained on
     n: int = 64             # patches per scale and seed; large images (grids, text)
     seeds: int = 3
+    grids: int = 192        # grids: so many are compared
     steps: int = 20         # of patches and large images; 50 for their conditions
     size: int = 512         # grids, text: pixels a side of the large images
     context: int = 3        # and the scale of their context
@@ -182,16 +183,15 @@ def coherence(cfg, model, pyramids, ranks, proxy, grids):
 def grids(cfg, model, pyramids, ranks):
     """Invented grids against real ones, and large images drawn from both."""
     made, k = cdm.load(cfg.run, "grid", model), cfg.size // pyramids.patch
-    proxy = proxies.load(cfg.run, model, pyramids, ranks)
+    proxy = proxies.load(cfg.run, model, pyramids, ranks) if "proxy" in cfg.guide else None
     def some(split, n, seed):
         slides = cdm.Regions(pyramids, k, seed, split)
         return torch.stack([slides[i]["tokens"].mT.unflatten(1, (k, k)) for i in range(n)])  # (n,E,k,k)
-    n = 192
-    sets = {f"drawn, seed {seed}": torch.stack([made.grid(k, k, seed=1000 * seed + i) for i in range(n // 3)])
-            for seed in range(cfg.seeds)}
-    train, held = some("train", 256, 0), some("test", n, 1)
+    sets = {f"drawn, seed {seed}": torch.stack([made.grid(k, k, seed=1000 * seed + i)
+                                                for i in range(cfg.grids // cfg.seeds)]) for seed in range(cfg.seeds)}
+    train, held = some("train", cfg.grids, 0), some("test", cfg.grids, 1)
     flat = {name: standardize(e).flatten(1) for name, e in (sets | {"train": train, "held": held}).items()}
-    axes = M.principal(flat["train"], 32)
+    axes = M.principal(flat["train"], min(32, cfg.grids // 2))
     value = mean_error([M.kernel_distance(axes(flat[name]), axes(flat["held"]))[0] for name in sets])
     floor = mean_error([M.kernel_distance(axes(part), axes(flat["held"]))[0] for part in flat["train"].chunk(3)])
     drawn = torch.cat(list(sets.values()))
@@ -220,7 +220,8 @@ def text(cfg, model, pyramids, ranks):
     file = Path(cfg.captions or pyramids.folder / "heldout.tsv").with_suffix(".safetensors")
     vectors = (captions.load_vectors(file, texts, made.info.get("text"))[0] if file.exists() else
                captions.encode_texts(texts))
-    proxy, colours = proxies.load(cfg.run, model, pyramids, ranks), tissue_colours(pyramids)
+    proxy = proxies.load(cfg.run, model, pyramids, ranks) if "proxy" in cfg.guide else None
+    colours = tissue_colours(pyramids)
     invented = [Grid(made.grid(k, k, v, cfg.emphasis, seed=i)) for i, v in enumerate(vectors)]
     images, db = coherence(cfg, model, pyramids, ranks, proxy, invented)
     table = agreement([c.truth for c in described], fractions(images, colours))

@@ -117,7 +117,7 @@ def drawn(model, grid):
 
 @pytest.mark.parametrize("arg", ["--method=multidiffusion", "--method=independent", "--guide=exact", "--guide=gradient",
                                  "--repair", "--A=box", "--overlap=0", "--fade=False", "--lam=0.7", "--guidance=1",
-                                 "--during=500,1000", "--inner=2", "--end=published", "--seed=1", "--zeta=0.05"])
+                                 "--during=500,1000", "--inner=2", "--end=published", "--seed=1"])
 def test_every_setting_counts(model, grid, drawn, arg):
     """Another canvas of the same size. Catches: an option that is read and not used."""
     z = latents(model, grid, arg)
@@ -126,7 +126,7 @@ def test_every_setting_counts(model, grid, drawn, arg):
 
 def test_settings_of_differences_count(model, grid):
     exact = latents(model, grid, "--guide=exact")
-    for arg in ("--null=False", "--delta=0.5", "--lam=0.2", "--lam=0.3,0.1"):
+    for arg in ("--null=False", "--delta=0.5", "--zeta=0.05", "--lam=0.2", "--lam=0.3,0.1"):
         assert (latents(model, grid, "--guide=exact", arg) - exact).abs().max() > 1e-5, arg
     assert torch.equal(latents(model, grid, "--guide=exact", "--during=0,0"), latents(model, grid, "--lam=0.0"))
 
