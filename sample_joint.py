@@ -75,7 +75,7 @@ class Config:
     paste: str = ""            # "i,j:k,l" or "i,j:k,l:rows,columns" copies a block over another
     overlap: int = -1          # latents that windows share; -1 = a quarter of a window, multidiffusion three quarters
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
-    guide: str = "x0"          # exact (Z Algorithm S2), gradient (S1), proxy, x0, x0+proxy: see joint.py
+    guide: str = "x0+proxy"    # exact (Z Algorithm S2), gradient (S1), proxy, x0, x0+proxy: see joint.py
     inner: int = 1             # corrections per step (K)
     lam: tuple = ()            # size of a correction, or first,last. x0: share of the residual, default 0.3, with fewer
     #                            than 50 steps up to 0.5, with a proxy 0.1; others: largest change of a latent, default
