@@ -81,7 +81,7 @@ class Config:
     #                            than 50 steps up to 0.5, with a proxy 0.1; others: largest change of a latent, default
     #                            0.1 (published: 0.5)
     delta: float = 0.005       # width of the denoiser's finite difference; 0 = forward-mode differentiation instead
-    zeta: float = 0.005        # width of the encoder's
+    zeta: float = 0.005        # width of the encoder's; x0 takes the whole misfit at once
     during: tuple = (0, 1000)  # guide only while t lies here
     A: str = "bicubic"         # down-sampling of the constraint: bicubic, or box, as pyramids are made
     null: bool = True          # False: leave the null branch out of the denoiser's finite difference

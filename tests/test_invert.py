@@ -22,22 +22,6 @@ FAST = ["--device=cpu", "--amp=False", "--steps=2", "--invert_steps=2", "--scale
 
 
 @pytest.fixture(scope="module")
-def ready(run, tmp_path_factory):
-    """A copy of the tiny run. Its U-Net is shaken, for after six steps it hardly hears conditions."""
-    folder, model = tmp_path_factory.mktemp("ready"), ZoomLDM.from_run(run)
-    g = torch.Generator().manual_seed(0)
-    for p in model.unet.parameters():
-        p += 0.1 * torch.randn(p.shape, generator=g)
-    model.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(ready):
-    return ZoomLDM.from_run(ready)
-
-
-@pytest.fixture(scope="module")
 def x(toy):
     return fixed_batch(Pyramids(toy), "test", 1, 2)["x"]
 

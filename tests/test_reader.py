@@ -1,5 +1,6 @@
 """tiff.py, reader.py: every compression, levels, resolutions and reductions by another road, and what is refused."""
 import builtins
+import os
 import re
 import struct
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torture_slide
+from conftest import ROOT
 from PIL import Image
 from torture_slide import page, picture, specimens, text, write
 
@@ -16,7 +18,7 @@ from common import UserError
 from reader import open_slide
 from slide import halve, write_tiff
 
-DATA = Path("/work/shared/data")
+DATA = Path(os.environ.get("REAL_SLIDES", ROOT.parent / "shared" / "data"))  # not in the repository
 IMAGE = picture(90, 120)
 TILE = (32, 48)
 

@@ -28,22 +28,6 @@ SMALL = ["--size=128", "--context=1", "--guide=x0", "--steps=2", "--device=cpu",
 
 
 @pytest.fixture(scope="module")
-def ready(run, tmp_path_factory):
-    """A copy of the tiny run, without a proxy. Its U-Net is shaken, for after six steps it hardly hears conditions."""
-    folder, model = tmp_path_factory.mktemp("ready"), ZoomLDM.from_run(run)
-    g = torch.Generator().manual_seed(0)
-    for p in model.unet.parameters():
-        p += 0.1 * torch.randn(p.shape, generator=g)
-    model.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(ready):
-    return ZoomLDM.from_run(ready)
-
-
-@pytest.fixture(scope="module")
 def pyramids(toy):
     return Pyramids(toy)
 
