@@ -21,28 +21,24 @@ from zoom_vae import perplexity
 # ----- 1. Patches -----
 
 @torch.no_grad()
-def draw_patches(model, batch, cfg, ranks, null=False):
-    """Draw one patch per item. in: a collated batch with tokens, mask, s, x. out: (N,3,P,P) in [-1,1] on the CPU."""
-    out, side = [], [v // model.vae.factor for v in batch["x"].shape[-2:]]
-    for k in range(0, len(batch["s"]), cfg.batch):
-        tokens, mask, s = (batch[key][k:k + cfg.batch].to(ranks.device) for key in ("tokens", "mask", "s"))
+def draw(model, c, side, ranks, guidance=2.0, steps=50, seed=0, batch=64, sampler="ddim", end="clean"):
+    """Patches for given tokens c (N,L,D), side latents a side: (N,3,P,P) in [-1,1] on the CPU."""
+    out = []
+    for k in range(0, len(c), batch):
         with ranks.autocast():
-            c = model.summarizer(tokens, mask, s).float()
-            z = model.sample(torch.zeros_like(c) if null else c, side, 1.0 if null else cfg.guidance, cfg.steps,
-                             cfg.seed, cfg.sampler, cfg.end, first=k)
+            z = model.sample(c[k:k + batch], (side, side), guidance, steps, seed, sampler, end, first=k)
             out.append(model.decode(z).float().clamp(-1, 1).cpu())
     return torch.cat(out)
 
 
 @torch.no_grad()
-def draw(model, c, side, ranks, guidance=2.0, steps=50, seed=0, batch=64):
-    """Patches for given tokens c (N,65,D), side latents a side: (N,3,P,P) in [-1,1] on the CPU."""
-    out = []
-    for k in range(0, len(c), batch):
-        with ranks.autocast():
-            z = model.sample(c[k:k + batch], (side, side), guidance, steps, seed, first=k)
-            out.append(model.decode(z).float().clamp(-1, 1).cpu())
-    return torch.cat(out)
+def draw_patches(model, batch, cfg, ranks, null=False):
+    """Draw one patch per item. in: a collated batch with tokens, mask, s, x. out: (N,3,P,P) in [-1,1] on the CPU."""
+    parts = zip(*(batch[key].split(cfg.batch) for key in ("tokens", "mask", "s")))
+    with ranks.autocast():
+        c = torch.cat([model.summarizer(*(x.to(ranks.device) for x in part)).float() for part in parts])
+    return draw(model, torch.zeros_like(c) if null else c, batch["x"].shape[-1] // model.vae.factor, ranks,
+                1.0 if null else cfg.guidance, cfg.steps, cfg.seed, cfg.batch, cfg.sampler, cfg.end)
 
 
 def scales_of(cfg, pyramids):
