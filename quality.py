@@ -7,7 +7,7 @@ in:  a run folder, held-out slides   out: a table with the real images as ceilin
 """
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ import metrics as M
 import proxy as proxies
 import sample_joint as S
 from canvas import Grid, Resize
-from common import UserError, atomic, cli, configure, open_tensors, save_grid, setup, to_uint8, write_text
+from common import UserError, atomic, cli, configure, load_tensors, open_tensors, save_grid, save_tensors, setup
+from common import to_uint8, write_text
 from cost import Profile, full_size
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM
@@ -54,11 +55,12 @@ METHODS = {  # settings of sample_joint.py
 }
 
 
-def open_run(cfg):
+def open_run(cfg, proxy=True):
+    """out: model, data, proxy (None if none is wanted), ranks."""
     ranks = setup(cfg.device, threads=cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
     pyramids = Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
-    return model, pyramids, proxies.load(cfg.run, model, pyramids, ranks), ranks
+    return model, pyramids, proxies.load(cfg.run, model, pyramids, ranks) if proxy else None, ranks
 
 
 def held_out(pyramids, k, size):
@@ -108,17 +110,43 @@ def seams_by_tissue(x, region, window):
     return out
 
 
+def paint(cfg, name, k, grid, shared, model, proxy, ranks):
+    """One method's image of the k-th slide, from RUN/bench/quality_SIZE where the same settings drew it before.
+    out: (1,3,size,size) as of 8 bits, seconds (wall clock), TFLOP at full size."""
+    context = cfg.context or (cfg.size // shared.shape[-1]).bit_length() - 1
+    settle, file = settings(cfg, name, context), Path(cfg.run) / "bench" / f"quality_{cfg.size}" / f"{k}_{slug(name)}"
+    mark = json.loads(json.dumps(asdict(settle) | {"data": cfg.data, "model": proxies.fingerprint(model)}))
+    if file.with_suffix(".safetensors").exists():
+        tensors, meta = load_tensors(file.with_suffix(".safetensors"))
+        if meta.get("mark") == mark:
+            return tensors["x"].movedim(-1, 0)[None] / 127.5 - 1, meta["seconds"], meta["TFLOP"]
+    meter, full, began = Profile(model, proxy), full_size(), time.perf_counter()
+    if name == "bicubic":
+        x = Resize(2 ** context).up(shared).clamp(-1, 1)
+    else:
+        x = S.decoded(model, S.draw_large(model, grid, settle, ranks, proxy)[0][-1].z, ranks)
+    meter.close()
+    spent = time.perf_counter() - began, sum(meter.rows[p] * full.get(p, 0) for p in meter.rows) / 1e12
+    x = to_uint8(x)[0]                                                                  # (size,size,3)
+    save_tensors(file.with_suffix(".safetensors"), {"x": x}, {"mark": mark, "seconds": spent[0], "TFLOP": spent[1]})
+    return x.movedim(-1, 0)[None] / 127.5 - 1, *spent
+
+
+def slug(name):
+    return name.replace(", ", "_").replace(" ", "_")
+
+
 def quality(cfg):
-    """Every method on the same conditions and noise; rows measured before with the same settings are kept. psnr, ssim:
+    """Every method on the same conditions and noise; images drawn before with the same settings are kept. psnr, ssim:
     A(large) against the context, which is the same for all; crops, views: distances of patches, and of patches at the
     scale below the context's, to the real ones; ref: similarity of each tile to its real one."""
-    model, pyramids, proxy, ranks = open_run(cfg)
-    P, out = pyramids.patch, Path(cfg.run) / "bench"
-    context = cfg.context or (cfg.size // P).bit_length() - 1
     names = [n.strip() for n in cfg.methods.split(";")] if cfg.methods else list(METHODS)
     if set(names) - set(METHODS):
         raise UserError(f"--methods={cfg.methods}: known are {'; '.join(METHODS)} (put ';' between)")
-    encoder, A, full = load_encoder(pyramids.encoder, pyramids.std), Resize(2 ** context), full_size()
+    model, pyramids, proxy, ranks = open_run(cfg, any("proxy" in METHODS[n].get("guide", "") for n in names))
+    P, out = pyramids.patch, Path(cfg.run) / "bench"
+    context = cfg.context or (cfg.size // P).bit_length() - 1
+    encoder, A = load_encoder(pyramids.encoder, pyramids.std), Resize(2 ** context)
     spaces = {"desc": lambda x: standardize(encoder((x + 1) / 2)[..., None, None])[..., 0, 0],
               "rand": M.random_features}
     base = {name: f(fixed_batch(pyramids, "train", 0, 512)["x"]) for name, f in spaces.items()}
@@ -131,26 +159,15 @@ def quality(cfg):
     drawn, views, table = {"real": [x for _, x, _ in slides], "real, coded": coded}, [], []
     shared = [S.decoded(model, S.draw_large(model, grid, settings(cfg, "bicubic", context), ranks)[0][0].z, ranks)
               for grid, _, _ in slides]
-    bill, file = {}, out / f"quality_{cfg.size}.json"
-    same = {k: v for k, v in vars(cfg).items() if k not in ("methods", "plot", "device", "threads")}
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    kept = {r["method"]: r for r in kept.get("rows", ()) if kept.get("same") == same and r.get("options") is not None
-            and r["options"] == json.loads(json.dumps(METHODS.get(r["method"])))}
-    for name in names if cfg.methods else [n for n in names if n not in kept]:
-        settle = settings(cfg, name, context)
-        drawn[name], meter, began = [], Profile(model, proxy), time.perf_counter()
-        for k, (grid, _, _) in enumerate(slides):
-            if name == "bicubic":
-                drawn[name].append(Resize(2 ** context).up(shared[k]).clamp(-1, 1))
-                continue
-            z = S.draw_large(model, grid, settle, ranks, proxy)[0][-1].z
-            drawn[name].append(S.decoded(model, z, ranks))
-        meter.close()
-        bill[name] = ((time.perf_counter() - began) / cfg.n,
-                      sum(meter.rows[k] * full.get(k, 0) for k in meter.rows) / 1e12 / cfg.n)
+    bill = {}
+    for k, (grid, _, _) in enumerate(slides):
+        for name in names:
+            x, seconds, tflop = paint(cfg, name, k, grid, shared[k], model, proxy, ranks)
+            drawn.setdefault(name, []).append(x)
+            bill.setdefault(name, []).append((seconds, tflop))
     for name, images in drawn.items():
-        seconds, tflop = bill.get(name, (0, 0))
-        row = {"method": name, "options": METHODS.get(name), "seconds": seconds, "TFLOP": tflop}
+        seconds, tflop = zip(*bill.get(name, [(0, 0)]))
+        row = {"method": name, "seconds": sorted(seconds)[len(seconds) // 2], "TFLOP": sum(tflop) / len(tflop)}
         aim = [Resize(2 ** context, "box").down(x) for _, x, _ in slides] if "real" in name else shared
         seen = [A.down(x).clamp(-1, 1) for x in images]
         row["psnr"], row["ssim"] = (f(torch.cat(seen), torch.cat(aim)) for f in (M.psnr, M.ssim))
@@ -173,11 +190,9 @@ def quality(cfg):
         row["tissue_seams"] = {k: sum(v) / len(v) for k, v in sorted(row.get("tissue_seams", {}).items())}
         table.append(row)
         views.append(torch.cat(images[:2]))
-        S.save_png(out / f"{cfg.size}_{name.replace(', ', '_').replace(' ', '_')}.png", to_uint8(images[0])[0].numpy())
-    fresh = {row["method"]: row for row in table}
-    table = [{**kept, **fresh}[name] for name in ("real", "real, coded", *METHODS) if name in kept or name in fresh]
+        S.save_png(out / f"quality_{cfg.size}" / f"{slug(name)}.png", to_uint8(images[0])[0].numpy())
     save_grid(out / f"quality_{cfg.size}.png", views, list(drawn))
-    write_text(file, json.dumps({"same": same, "rows": table}, indent=1))
+    write_text(out / f"quality_{cfg.size}.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))
     keys = ["psnr", "ssim", "crops_desc", "crops_rand", "views_desc", "views_rand", "ref_desc", "ref_rand", "seams",
             "seconds", "TFLOP"]
 

@@ -1,0 +1,46 @@
+"""The table of large images: what it measures on images whose answer is known, and that nothing is drawn twice."""
+import json
+
+import pytest
+import torch
+
+import quality
+from common import UserError
+
+
+def table(ready, *args):
+    quality.main([str(ready), "--size=256", "--n=1", "--steps=2", "--methods=bicubic;independent", "--device=cpu", *args])
+    return {r["method"]: r for r in json.loads((ready / "bench" / "quality_256.json").read_text())["rows"]}
+
+
+def test_rows_and_resume(ready, monkeypatch):
+    """catches: a real image that differs from itself; images of other settings taken for these; a drawn image redrawn."""
+    first = table(ready)
+    assert list(first) == ["real", "real, coded", "bicubic", "independent"]
+    assert first["real"]["psnr"] > 40 > first["independent"]["psnr"]             # box against bicubic; six steps of training
+    assert first["bicubic"]["TFLOP"] == 0 < first["independent"]["TFLOP"]
+
+    def drawn_again(*a):
+        raise AssertionError("drawn again")
+    monkeypatch.setattr(quality, "Profile", drawn_again)
+    assert table(ready) == first
+    with pytest.raises(AssertionError, match="drawn again"):
+        table(ready, "--steps=4")
+
+
+def test_seams_by_tissue():
+    """catches: borders counted among the rest, a tissue's steps taken from its neighbour's."""
+    x, region = torch.rand(1, 3, 256, 256), torch.zeros(64, 64, dtype=torch.long)
+    region[:, 32:] = 2
+    x[..., 192:] += 5                                                              # a step at a border inside tissue 2
+    found = quality.seams_by_tissue(x, region, 64)
+    assert set(found) == {0, 2} and found[0] == pytest.approx(1, abs=0.02) and found[2] > 3
+
+
+def test_bad_input(ready, tmp_path):
+    with pytest.raises(UserError, match="--methods=magic"):
+        table(ready, "--methods=magic")
+    with pytest.raises(UserError, match="lower --n or --size"):
+        table(ready, "--n=3")
+    with pytest.raises(UserError, match="measure first"):
+        quality.main([str(tmp_path), "--plot"])
