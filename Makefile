@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(RUN) sample_joint.py out/toy --eval --steps=20
 
 test: .venv/installed
-	$(RUN) -m pytest -q --durations=15
+	$(RUN) -m pytest -q -n 2 --durations=15
 
 # 2,000 damaged slides and one of 60,000 x 60,000 pixels: some minutes, and 1 GB of disk
 torture: .venv/installed

@@ -25,7 +25,7 @@ import captions
 from common import UserError, atomic, cli, configure, generator, save_grid, setup, to_uint8
 from data import PatchDataset, Pyramids
 from diffusion import ZoomLDM, diffusion_loss
-from dit import KINDS, Conditioner, DiT, DiTConfig, from_official, load, vector_of  # noqa: F401 - this file's interface
+from dit import KINDS, Conditioner, DiT, DiTConfig, from_official, lean, load, vector_of  # noqa: F401 - this file's interface
 from loop import run_stage
 from patches import draw
 from train import fingerprint
@@ -48,6 +48,7 @@ class Config:
     vectors: str = ""          # grid: the captions' vectors (python captions.py embed)
     drop: float = 0.15         # grid: share of regions trained without their caption, for guidance
     gap: float = 0.0           # grid: variance of noise on (standardised) vectors; 0.1 bridges modalities (L §3.3)
+    shift: float = 8.0         # how far times lean to noise, where tokens that agree are decided; 1 = not (published)
     steps: int = 1500
     batch: int = 32            # global batch, divided over ranks
     micro: int = 0             # per forward pass and rank; 0 = batch / ranks
@@ -86,8 +87,8 @@ PRESETS = {
     "smoke": TOY | {"dit.width": 32, "dit.mlp": 64, "dit.depth": 2, "steps": 20, "batch": 8, "side": 4, "log_every": 5,
                     "sample_every": 20, "save_every": 10, "amp": False},
     "published": {"steps": 500_000, "batch": 256, "lr": 1e-4, "warmup": 0, "decay": "constant", "clip": 0.0,
-                  "ema": 0.9999, "betas": (0.9, 0.999), "log_every": 100, "sample_every": 10_000, "save_every": 5000,
-                  "workers": 4, "side": 16},
+                  "shift": 1.0, "ema": 0.9999, "betas": (0.9, 0.999), "log_every": 100, "sample_every": 10_000,
+                  "save_every": 5000, "workers": 4, "side": 16},
 }
 
 
@@ -141,7 +142,8 @@ class ConditionStage(nn.Module):
 
     def noise(self, step):
         g, n, cfg = generator(self.cfg.seed, 4, step), self.cfg.batch, self.net.cfg
-        t = ((torch.randperm(n, generator=g) + torch.rand(n, generator=g)) * (self.schedule.T / n)).long()
+        t = (torch.randperm(n, generator=g) + torch.rand(n, generator=g)) / n
+        t = (lean(t, self.cfg.shift) * self.schedule.T).long()
         return {"t": t.clamp_max(self.schedule.T - 1), "eps": torch.randn(n, cfg.tokens, cfg.channels, generator=g),
                 "shift": torch.randn(n, cfg.vector, generator=g) * self.cfg.gap ** 0.5}
 
@@ -175,9 +177,10 @@ def make(cfg, model, pyramids):
         with torch.no_grad():
             c = model.summarizer(*(torch.as_tensor(first[k], device=device)[None] for k in ("tokens", "mask", "s")))
         cfg.dit.tokens, cfg.dit.channels, cfg.dit.scales = *c.shape[1:], model.summarizer.cfg.scales
-        return Conditioner(cfg.model, cfg.dit, {"summarizer": fingerprint(model.summarizer)}), dataset
+        info = {"summarizer": fingerprint(model.summarizer), "shift": cfg.shift}
+        return Conditioner(cfg.model, cfg.dit, info), dataset
     cfg.dit.tokens, cfg.dit.channels, cfg.dit.scales, cfg.dit.plane = cfg.side ** 2, pyramids.embed_dim, 0, True
-    info, described, vectors = {"encoder": pyramids.encoder, "std": pyramids.std}, [], None
+    info, described, vectors = {"encoder": pyramids.encoder, "std": pyramids.std, "shift": cfg.shift}, [], None
     if bool(cfg.captions) != bool(cfg.vectors):
         raise UserError(f"--captions={cfg.captions} --vectors={cfg.vectors}: give both, or neither (python captions.py "
                         f"embed {cfg.captions or 'captions.tsv'} makes the vectors)")

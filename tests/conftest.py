@@ -1,10 +1,10 @@
-"""Shared by all tests: the repository on the path, two threads that do not spin, equal random numbers, a tiny run."""
+"""Shared by all tests: the repository on the path, threads that do not spin, equal random numbers, a tiny run."""
 import os
 import sys
 from pathlib import Path
 
 # before torch starts its threads: a spinning thread on a busy 2-core machine has made a step ten times slower
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

@@ -9,15 +9,16 @@ from common import UserError
 
 
 def table(ready, *args):
-    quality.main([str(ready), "--size=256", "--n=1", "--steps=2", "--methods=bicubic;independent", "--device=cpu", *args])
+    quality.main([str(ready), "--size=256", "--n=1", "--steps=2", "--methods=bicubic;independent", "--device=cpu",
+                  *args])
     return {r["method"]: r for r in json.loads((ready / "bench" / "quality_256.json").read_text())["rows"]}
 
 
 def test_rows_and_resume(ready, monkeypatch):
-    """catches: a real image that differs from itself; images of other settings taken for these; a drawn image redrawn."""
+    """catches: a real image that differs from itself; images of other settings taken for these; one drawn twice."""
     first = table(ready)
     assert list(first) == ["real", "real, coded", "bicubic", "independent"]
-    assert first["real"]["psnr"] > 40 > first["independent"]["psnr"]             # box against bicubic; six steps of training
+    assert first["real"]["psnr"] > 40 > first["independent"]["psnr"] # box against bicubic
     assert first["bicubic"]["TFLOP"] == 0 < first["independent"]["TFLOP"]
 
     def drawn_again(*a):
