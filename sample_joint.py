@@ -84,6 +84,7 @@ class Config:
     zeta: float = 0.005        # width of the encoder's; x0 takes the whole misfit at once
     during: tuple = (0, 1000)  # guide only while t lies here
     A: str = "bicubic"         # down-sampling of the constraint: bicubic, or box, as pyramids are made
+    guided: tuple = (0, 1000)  # the null branch is asked, and guidance used, only while t lies here (Kynkäänniemi 2024)
     null: bool = True          # False: leave the null branch out of the denoiser's finite difference
     repair: bool = False       # end with the published repair: back to t = 300, windows at a quarter of their side
     frames: int = 0            # write the estimate every so many steps
@@ -121,9 +122,10 @@ def contexts(model, condition, s, canvas):
     return out
 
 
-def window_eps(model, c, guidance, null=True):
+def window_eps(model, c, guidance, null=True, guided=(0, 1000)):
     """eps(z, t, ij) of windows whose tokens are c, both guidance branches in one batch; keys and values are computed
-    once. out: eps, and for null=False the conditional branch alone, for differences, which eps then reports as well."""
+    once. Where t lies outside `guided` (from, below) there is no guidance, and no null branch. out: eps, and for
+    null=False the conditional branch alone, for differences, which eps then reports as well."""
     kept, room = {}, [BUDGET]
 
     def kv(ij, both):
@@ -143,8 +145,9 @@ def window_eps(model, c, guidance, null=True):
         return model.eps(z, t, kv(ij, False))
 
     def eps(z, t, ij):
-        if guidance == 1:
-            return conditional(z, t, ij)
+        if guidance == 1 or not guided[0] <= int(t[0]) < guided[1]:
+            cond = conditional(z, t, ij)
+            return cond if null or guidance == 1 else torch.cat([cond, cond], 1)
         without, cond = model.eps(torch.cat([z, z]), torch.cat([t, t]), kv(ij, True)).chunk(2)
         out = without + guidance * (cond - without)
         return out if null else torch.cat([out, cond], 1)
@@ -200,7 +203,7 @@ def sides(size, scales, patch, factor, known):
 
 
 def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, batch=64, fade=True, null=True,
-            only=None):
+            guided=(0, 1000), only=None):
     """Levels for `sample_levels`, coarse to fine (the first `only` of them), with noise that depends on seed and scale
     alone."""
     patch, factor, device = model.info.get("patch", 256), model.vae.factor, model.unet.conv_out.weight.device
@@ -208,7 +211,7 @@ def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, ba
     for (h, w), s in list(zip(sides(size, scales, patch, factor, model.summarizer.cfg.scales), scales))[:only]:
         canvas = Canvas(h, w, window, overlap, fade, batch)
         z = torch.randn(1, model.unet.cfg.channels, h, w, generator=generator(seed, s)).to(device)
-        eps, eps_diff = window_eps(model, contexts(model, condition, s, canvas), guidance, null)
+        eps, eps_diff = window_eps(model, contexts(model, condition, s, canvas), guidance, null, guided)
         times = 2 ** (scales[len(levels) - 1] - s) if levels else 0    # finer than the level above
         levels.append(Level(eps, canvas, canvas.own(z), times, eps_diff=eps_diff))
     return levels
@@ -299,7 +302,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None
     overlap = overlap if cfg.overlap < 0 or cfg.method == "independent" else cfg.overlap
     levels = prepare(model, condition, cfg.size, scales, overlap, guidance=cfg.guidance, seed=cfg.seed, batch=cfg.batch,
                      fade=cfg.fade and cfg.method != "multidiffusion", null=cfg.null,
-                     only=1 if cfg.method == "bicubic" else None)
+                     guided=cfg.guided, only=1 if cfg.method == "bicubic" else None)
     scales = scales[:len(levels)]
     estimate_space = GUIDES[cfg.guide][1] is None
     lam = cfg.lam or ((min(15 / cfg.steps, 0.5),) if cfg.guide == "x0" else (0.1,))
@@ -372,9 +375,9 @@ def large(model, pyramids, cfg, ranks):
     if cfg.method not in METHODS or cfg.guide not in GUIDES:
         raise UserError(f"--method={cfg.method} --guide={cfg.guide}: known are {', '.join(METHODS)}; "
                         f"{', '.join(GUIDES)}")
-    if len(cfg.during) != 2 or len(cfg.lam) > 2 or [type(v) for v in cfg.at] != [int, int]:
-        raise UserError(f"--during={cfg.during} --at={cfg.at} --lam={cfg.lam}: give two numbers, whole ones for at, "
-                        f"one or two for lam")
+    if len(cfg.during) != 2 or len(cfg.guided) != 2 or len(cfg.lam) > 2 or [type(v) for v in cfg.at] != [int, int]:
+        raise UserError(f"--during={cfg.during} --guided={cfg.guided} --at={cfg.at} --lam={cfg.lam}: give two numbers, "
+                        f"whole ones for at, one or two for lam")
     fine = max(cfg.scale, 0)
     scales = drawn_scales(cfg)
     h, w = sides(cfg.size, scales, patch, model.vae.factor, model.summarizer.cfg.scales)[-1]

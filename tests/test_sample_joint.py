@@ -412,6 +412,26 @@ def test_null_branch_left_out_of_differences(model, windows):
     assert diff is None and eps(z, t, ij).shape == z.shape
 
 
+def test_guidance_in_an_interval(model, windows):
+    """From the first t on and below the second both branches, elsewhere the conditional one alone, in one pass of half
+    the size. catches: the interval turned round, its ends on the wrong side."""
+    c, z, _, ij = windows
+    tokens, seen, real = torch.stack([c[p] for p in ij]), [], model.eps
+    for null in (True, False):
+        eps, _ = window_eps(model, c, 2.5, null, (200, 700))
+        for t, guidance in ((199, 1.0), (200, 2.5), (699, 2.5), (700, 1.0)):
+            t = torch.full((3,), t)
+            with torch.no_grad():
+                want, plain = (guided(real, tokens, g)(z, t) for g in (guidance, 1.0))
+                assert_close(eps(z, t, ij), want if null else torch.cat([want, plain], 1), 1e-5)
+    model.eps = lambda z, t, kv: seen.append(len(z)) or real(z, t, kv)
+    eps, _ = window_eps(model, c, 2.5, guided=(200, 700))
+    for t in (100, 300):
+        eps(z, torch.full((3,), t), ij)
+    del model.eps
+    assert seen == [3, 6]
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 B")])
 def test_too_little_memory_for_the_batch(error, capsys):
