@@ -55,7 +55,7 @@ class Config:
 
 def feature_spaces(pyramids):
     """Two ways to describe patches: what conditions are made of, and one that nothing is ever conditioned on."""
-    encoder = load_encoder(pyramids.encoder, pyramids.std)
+    encoder = load_encoder(pyramids.encoder, pyramids.std, pyramids.weights)
     return {"desc": lambda x: standardize(encoder((x + 1) / 2)[..., None, None])[..., 0, 0], "rand": M.random_features}
 
 

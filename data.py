@@ -108,7 +108,8 @@ class Pyramids:
 
     in:  latents, a folder of files of the same names with z{s} (train.py makes it), or None if they stand in the same
     files; std, the deviations a model was trained with, where this set was built with its own.
-    Attributes: folder, patch, scales, embed_dim, encoder, std, slides. raises: UserError if missing or foreign.
+    Attributes: folder, patch, scales, embed_dim, encoder, weights, std, slides. raises: UserError if missing or
+    foreign.
     """
     CACHE = 8192  # mapped tensors per process, far below the system's limit on mappings
 
@@ -119,6 +120,7 @@ class Pyramids:
         self.folder, self.latents = Path(folder), Path(latents or folder)
         for key in ("patch", "scales", "embed_dim", "encoder", "std", "slides"):
             setattr(self, key, index[key])
+        self.weights = index["source"].get("weights")  # the file of a published encoder, where it lay then
         self.rescale = None
         if std is not None and list(std) != self.std:
             self.rescale, self.std = torch.tensor(self.std) / torch.tensor(std), list(std)

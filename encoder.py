@@ -137,7 +137,8 @@ class EffLite0(nn.Module):
 
 # ----- 3. Choosing an encoder by name -----
 
-ENCODERS = ("stats", *KINDS, "efflite0_imagenet")
+FREE = ("stats", "efflite0_imagenet")  # without weights that the user must bring
+ENCODERS = (*FREE, *KINDS)
 
 
 def load_encoder(name, std=None, weights=None, device="cpu"):

@@ -27,7 +27,7 @@ from canvas import Canvas, Grid, Resize, decode_strips
 from common import UserError, cli, configure, generator, save_grid, save_tensors, setup, to_uint8
 from data import Pyramids
 from diffusion import ZoomLDM
-from encoder import ENCODERS, load_encoder
+from encoder import ENCODERS, FREE, load_encoder
 from joint import GUIDES, sample_levels
 from summarizer import pack_grid, standardize
 
@@ -80,13 +80,16 @@ def beginning(model, x, cells, s, seed, start=""):
     """Embeddings to begin with (B,E,*cells), and Adam's rate. noise: N(0,1) (published notebook). enlarged: what the
     run's encoder says of the enlarged image, the default where it needs no weights. deviates: noise stays wherever the
     denoiser does not listen at this scale, but at the finest it may."""
-    known = model.info.get("encoder") in ENCODERS
+    info = model.info
+    known = info.get("encoder") in (ENCODERS if info.get("weights") and Path(info["weights"]).is_file() else FREE)
     if start not in ("", "enlarged", "noise") or start == "enlarged" and not known:
-        raise UserError(f"--start={start}: give noise, or, if the run's encoder is one of {[*ENCODERS]}, enlarged")
+        raise UserError(f"--start={start}: give noise; enlarged needs the run's encoder, with its weights where they "
+                        f"lay for the build")
     if start == "noise" or not known:
         u = torch.randn(1, model.summarizer.cfg.embed_dim, *cells, generator=generator(seed))
         return u.repeat(len(x), 1, 1, 1), LR
-    encoder, P, A = load_encoder(model.info["encoder"], model.info["std"]), patch_of(model, x), Resize.cached(2 ** s)
+    encoder = load_encoder(info["encoder"], info["std"], info.get("weights"))
+    P, A = patch_of(model, x), Resize.cached(2 ** s)
     rows = []
     for i in range(cells[0]):  # a row of tiles at a time: the enlarged image is larger than the input by 4^s
         strips = [A.up_part(v[None].double(), i * P, 0, (P, cells[1] * P)).float().clamp(-1, 1) for v in x]

@@ -96,7 +96,7 @@ def palette_of(pyramids):
 
 def evaluate(model, pyramids, cfg, ranks):
     """Measure drawn patches against the real ones their conditions came from; print a table, write eval.json."""
-    encoder = load_encoder(pyramids.encoder, pyramids.std)
+    encoder = load_encoder(pyramids.encoder, pyramids.std, pyramids.weights)
 
     def describe(x):  # descriptor space: what the conditions are made of, here of the patch itself
         return standardize(encoder((x + 1) / 2)[..., None, None])[..., 0, 0]

@@ -146,7 +146,7 @@ def quality(cfg):
     model, pyramids, proxy, ranks = open_run(cfg, any("proxy" in METHODS[n].get("guide", "") for n in names))
     P, out = pyramids.patch, Path(cfg.run) / "bench"
     context = cfg.context or (cfg.size // P).bit_length() - 1
-    encoder, A = load_encoder(pyramids.encoder, pyramids.std), Resize(2 ** context)
+    encoder, A = load_encoder(pyramids.encoder, pyramids.std, pyramids.weights), Resize(2 ** context)
     spaces = {"desc": lambda x: standardize(encoder((x + 1) / 2)[..., None, None])[..., 0, 0],
               "rand": M.random_features}
     base = {name: f(fixed_batch(pyramids, "train", 0, 512)["x"]) for name, f in spaces.items()}

@@ -67,6 +67,7 @@ class Config:
     method: str = "joint"      # joint; or, for comparison, multidiffusion, independent, bicubic
     slide: int = 0             # whose embeddings: the k-th image of the split
     reference: str = ""        # or those of this image, or of a .safetensors file with e (Gh,Gw,E) as data.py stores it
+    weights: str = ""          # of the encoder that embeds the reference, if they lie elsewhere than for the build
     at: tuple = (0, 0)         # base tile (row, column) of the reference where the image begins
     caption: str = ""          # with --condition=grid: what the image shows, in words
     vector: str = ""           # or as a vector made elsewhere, a .safetensors file with v (V,)
@@ -264,7 +265,7 @@ def load_grid(cfg, model, pyramids, need):
         if min(slide.size) < patch:
             raise UserError(f"{name} is {width} x {height} pixels, smaller than a patch of {patch}: take a larger "
                             f"--reference")
-        encoder = load_encoder(info["encoder"], info["std"])
+        encoder = load_encoder(info["encoder"], info["std"], cfg.weights or info.get("weights"))
         rows = []
         for r in range(height // patch):
             strip = slide.read(0, r * patch, width // patch * patch, patch)

@@ -74,7 +74,7 @@ def regions(pyramids, cfg, n):
         truth.append(F.fold(tiles.flatten(1).T[None], P << s, P, stride=P)[0])
     truth, x, e = torch.stack(truth), batch["x"], batch["e"]
     if cfg.stain:
-        truth, encoder = restain(truth), load_encoder(pyramids.encoder, pyramids.std)
+        truth, encoder = restain(truth), load_encoder(pyramids.encoder, pyramids.std, pyramids.weights)
         small = list(to_uint8(truth).numpy())
         for _ in range(s):
             small = [halve(v) for v in small]
@@ -88,7 +88,8 @@ def regions(pyramids, cfg, n):
 def table(model, pyramids, proxy, cfg, ranks):
     """Every method, each alone and back-projected, against the truth; mean and deviation over seeds."""
     truth, x, e = regions(pyramids, cfg, cfg.n or (16 if cfg.stain else 32))
-    encoder, P, out = load_encoder(pyramids.encoder, pyramids.std), pyramids.patch, Path(cfg.run) / "bench"
+    encoder = load_encoder(pyramids.encoder, pyramids.std, pyramids.weights)
+    P, out = pyramids.patch, Path(cfg.run) / "bench"
     spaces = {"desc": lambda v: standardize(encoder((v + 1) / 2)[..., None, None])[..., 0, 0],
               "rand": M.random_features}
     fine = fixed_batch(pyramids, "train", 0, 512)["x"]
@@ -139,7 +140,7 @@ def planted(model, pyramids, proxy, cfg, ranks):
     """Draw images from known grids, infer these, and compare: the loss on noise and times of its own; how many cells
     are nearest to their own true one (as embeddings; as the Summarizer's first layer sees them; both without each
     grid's mean, or neighbours on one tissue drown in it); fine patches drawn from both with the same noise."""
-    n, encoder = cfg.n or 4, load_encoder(pyramids.encoder, pyramids.std)
+    n, encoder = cfg.n or 4, load_encoder(pyramids.encoder, pyramids.std, pyramids.weights)
     side, W = [pyramids.patch // model.vae.factor] * 2, model.summarizer.embed.weight.cpu()
     like = M.standard(encoder((fixed_batch(pyramids, "train", 0, 512)["x"] + 1) / 2))
     print(f"{n} images a scale, {cfg.invert_steps} steps\n{'grid':>6}{'loss, true':>12}{'inferred':>10}{'times':>7}"

@@ -388,7 +388,8 @@ def main(argv):
     net = LDMStage(cfg, scale, side)
     if start:
         net.unet.load_state_dict(start)
-    info = {"encoder": pyramids.encoder, "std": pyramids.std, "patch": pyramids.patch, "data": cfg.data}
+    info = {"encoder": pyramids.encoder, "std": pyramids.std, "patch": pyramids.patch, "data": cfg.data,
+            "weights": pyramids.weights}
     summarizer = KINDS[cfg.summarizer.kind](cfg.summarizer)
     model = ZoomLDM(vae, summarizer, UNet(cfg.unet), scale, cfg.pred, cfg.schedule, info).to(ranks.device)
 

@@ -139,6 +139,7 @@ def test_build_with_a_published_encoder(tmp_path):
                f"--weights={path}", "--scales=2"])
     pyramids = data.Pyramids(tmp_path / "out")
     assert (pyramids.encoder, pyramids.embed_dim, pyramids.std) == ("uni", 64, [1.0] * 64)
+    assert pyramids.weights == str(path)  # whoever embeds for a model trained on this needs them again
     tile = torch.from_numpy(pixels[32:, 64:].copy()).movedim(-1, 0)[None] / 255
     e = load_encoder("uni", weights=path)(tile)[0]
     torch.testing.assert_close(pyramids.tensor(0, "e")[1, 2].float(), e, atol=2e-3, rtol=2e-3)  # float16

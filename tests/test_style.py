@@ -14,7 +14,7 @@ CAPS = dict(
     toy=200, toy_task=120, pyramid=200, published=205, strips=260, build=360, data=350, wording=180,
     tissues=150, captions=250, loop=260,
     train=420, canvas=340, joint=350, patches=250, proxy=150, cost=120, dit=365, cdm=300, sample_joint=470, quality=250,
-    cdm_table=290, invert=312, sr_trained=110, sr_table=200, features=180, bags=280, heads=220, mil=350,
+    cdm_table=290, invert=320, sr_trained=110, sr_table=200, features=180, bags=280, heads=220, mil=350,
     mil_table=220, bench=280)
 ORDER = list(CAPS)
 RUNTIME = {"torch", "numpy", "PIL", "tqdm", "safetensors"}
