@@ -48,7 +48,7 @@ class Config:
     vectors: str = ""          # grid: the captions' vectors (python captions.py embed)
     drop: float = 0.15         # grid: share of regions trained without their caption, for guidance
     gap: float = 0.0           # grid: variance of noise on (standardised) vectors; 0.1 bridges modalities (L §3.3)
-    shift: float = 8.0         # how far times lean to noise, where tokens that agree are decided; 1 = not (published)
+    shift: float = 16.0        # how far times lean to noise, where tokens that agree are decided; 1 = not (published)
     steps: int = 1500
     batch: int = 32            # global batch, divided over ranks
     micro: int = 0             # per forward pass and rank; 0 = batch / ranks

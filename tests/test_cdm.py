@@ -10,7 +10,7 @@ from cdm import Conditioner, Regions
 from common import UserError, load_tensors
 from data import Pyramids
 from diffusion import Schedule, ZoomLDM, ddim_sample
-from dit import DiT, DiTConfig, place_table, respaced
+from dit import DiT, DiTConfig, lean, place_table, respaced
 
 
 def published(name="cdm_small"):
@@ -55,6 +55,28 @@ def test_sampling():
                             callback=lambda n, t, z, z0_hat, one=one: one.append(z))
                 rows.append(one[0])
             assert_golden(tokens_first(torch.cat(rows)), "cdm_small", f"{name}_{key}", 2e-5)
+
+
+def test_times_lean_to_noise(home, toy):
+    """Drawing and training alike: half of the times lie beyond 1000 shift / (shift + 1). catches: leaning to data; one
+    of both not leaning; the published model leaning."""
+    tau = respaced(1000, 50, 9.0)
+    assert tau[0] == 0 and tau[-1] == 999 and tau == sorted(set(tau)) and sum(t > 899 for t in tau) == 25
+    assert len(respaced(1000, 1000, 9.0)) < 1000                              # those that fall together are one
+    made = Conditioner("cdm", DiTConfig(65, 8, 16, 1, 2, 16, 3), {"shift": 9.0})
+    seen, real = [], made.net.forward
+    made.net.forward = lambda z, t, s: seen.append(int(t[0])) or real(z, t, s)
+    made.tokens([0], steps=50)
+    assert seen == tau[::-1] and Conditioner("cdm", made.net.cfg).shift == 1.0
+    u = torch.linspace(0, 1, 11, dtype=torch.double)
+    assert torch.equal(lean(u, 1.0), u) and float(lean(torch.tensor(0.5), 9.0)) == pytest.approx(0.9)
+    for shift, low, high in ((1.0, 0.45, 0.55), (9.0, 0.85, 0.95)):
+        cfg = cdm.Config(batch=256, shift=shift)
+        t = cdm.ConditionStage(cfg, made, None).noise(0)["t"].double() / 1000
+        assert low < t.median() < high and t.max() < 1
+    go(home, "grid", "--shift=5")
+    assert cdm.load(home, "grid", ZoomLDM.from_run(home)).shift == 5.0
+    (home / "grid_state.safetensors").unlink()
 
 
 def test_full_size():
@@ -212,8 +234,8 @@ def test_learns(home, toy):
     folder = home.parent / "learn"
     folder.mkdir()
     (folder / "ema.safetensors").write_bytes((home / "ema.safetensors").read_bytes())
-    cdm.main(["train", str(folder), "smoke", "--steps=150", "--lr=3e-3", "--device=cpu", "--sample_every=1000",
-              "--save_every=1000", "--log_every=150", "--ema=0.9", "--sheet=0"])
+    cdm.main(["train", str(folder), "smoke", "--steps=150", "--lr=3e-3", "--shift=1", "--device=cpu",
+              "--sample_every=1000", "--save_every=1000", "--log_every=150", "--ema=0.9", "--sheet=0"])
     model = ZoomLDM.from_run(folder)
     made, pyramids = cdm.load(folder, "cdm", model), Pyramids(toy)
     dataset = cdm.PatchDataset(pyramids, "test", 0, ())
