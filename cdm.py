@@ -48,7 +48,8 @@ class Config:
     vectors: str = ""          # grid: the captions' vectors (python captions.py embed)
     drop: float = 0.15         # grid: share of regions trained without their caption, for guidance
     gap: float = 0.0           # grid: variance of noise on (standardised) vectors; 0.1 bridges modalities (L §3.3)
-    shift: float = 16.0        # how far times lean to noise, where tokens that agree are decided; 1 = not (published)
+    shift: float = 0.0         # how far times lean to noise, where tokens that agree are decided; 1 = not (published),
+    #                            0 = 4 for the cdm, 16 for the grid, 1 for the edm
     steps: int = 1500
     batch: int = 32            # global batch, divided over ranks
     micro: int = 0             # per forward pass and rank; 0 = batch / ranks
@@ -170,7 +171,8 @@ class ConditionStage(nn.Module):
 
 def make(cfg, model, pyramids):
     """An untrained Conditioner of the sizes that run and data ask for, and the data set it learns from."""
-    schedule, cfg.dit.cond = KINDS[cfg.model]
+    _, cfg.dit.cond, lean_by = KINDS[cfg.model]
+    cfg.shift = cfg.shift or lean_by
     if cfg.model != "grid":
         dataset = PatchDataset(pyramids, "train", cfg.seed, ())
         device, first = next(model.parameters()).device, dataset[0]
@@ -270,7 +272,8 @@ def main(argv):
     if not cfg.run or cfg.model not in KINDS or command == "sample" and cfg.model == "grid":
         raise UserError(f"python cdm.py {command} {cfg.run} --model={cfg.model}: give a run folder, and a model of "
                         f"{', '.join(KINDS)} (grid is sampled by sample_joint.py)")
-    for name, least in (("steps", 1), ("batch", 1), ("side", 1), ("micro", 0), ("seed", 0), ("gap", 0), ("drop", 0)):
+    for name, least in (("steps", 1), ("batch", 1), ("side", 1), ("micro", 0), ("seed", 0), ("gap", 0), ("drop", 0),
+                        ("shift", 0)):
         if getattr(cfg, name, least) < least:
             raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {least}")
     (train if command == "train" else sample)(cfg)

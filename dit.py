@@ -22,7 +22,8 @@ from train import fingerprint
 from unet import time_embedding
 
 
-KINDS = {"cdm": ("cosine", "adaln"), "edm": ("linear", "tokens"), "grid": ("cosine", "adaln")}  # schedule, DiT.cond
+KINDS = {"cdm": ("cosine", "adaln", 4.0), "edm": ("linear", "tokens", 1.0),  # schedule, DiT.cond, and how far times
+         "grid": ("cosine", "adaln", 16.0)}                                  # `lean`; W's schedule does by itself
 
 
 @dataclass
