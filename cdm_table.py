@@ -238,10 +238,10 @@ def text(cfg, model, pyramids, ranks):
     table["confusion"] = sum(t["confusion"] for t in tables)
     table["spearman_se"] = torch.tensor([mean_error(v)[1] for v in zip(*(t["spearman"].tolist() for t in tables))])
     print_agreement(table)
-    (all_mean, all_se), (db_mean, db_se) = mean_error(pooled), mean_error(db)
-    print(f"{len(texts)} captions, {cfg.seeds} seeds: errors of these correlations "
-          f"{', '.join(f'{v:.3f}' for v in table['spearman_se'])}; of all shares together {all_mean:.3f} ± {all_se:.3f}; A(image) "
-          f"against its context {db_mean:.2f} ± {db_se:.2f} dB")
+    errors = ", ".join(f"{v:.3f}" for v in table["spearman_se"])
+    (mean, error), (level, spread) = mean_error(pooled), mean_error(db)
+    print(f"{len(texts)} captions, {cfg.seeds} seeds: standard errors of these correlations {errors}; of all shares "
+          f"together {mean:.3f} ± {error:.3f}; A(image) against its context {level:.2f} ± {spread:.2f} dB")
     for n in range(min(4, len(texts))):
         print(f"{n}: {texts[n]}")
     return {key: value.tolist() for key, value in table.items()} | {"pooled": mean_error(pooled), "texts": texts}
