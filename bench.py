@@ -1,270 +1,346 @@
-"""Speed and memory of large images, side by side in one run.
+"""Speed and memory of the networks, of training and of sampling, side by side in one run.
 
-    python bench.py speed out/toy_long     # ratios to a plain transcription of Algorithm S2
-    python bench.py flat out/toy_long      # seconds per megapixel and peak memory, 512 to 2048 pixels
-    python bench.py cosine out/toy_long    # how far S2's direction is from S1's gradient at every t (Z Eq. 6)
+    python bench.py                            # reduced width, some minutes on two cores -> assets/bench.md
+    python bench.py --full                     # as published; --compile as well, minutes more
+    python bench.py --full --compile --device=cuda --batch=32
+    python bench.py plan --gpus=256            # past one machine: see plan.py; so is python bench.py loader RUN
 
-in:  a run folder   out: tables     read next: README.md
+Everything is called in turn, round after round, together with what the machine can do at best, so that other work on it
+slows all alike: trust the ratios. Random weights: no run is needed.
+
+in:  nothing   out: tables, on the screen and in --out     read next: README.md
 """
+import os
+import platform
+import re
 import resource
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import date
+from functools import cache, partial
+from pathlib import Path
+from statistics import median
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
+import plan
 import sample_joint as S
-from canvas import Canvas, Resize
-from common import UserError, cli, configure
-from cost import Profile, full_size
-from diffusion import ddim_step, ddim_timesteps, noise_levels, to_x0
-from joint import (
-    err_z_by_encoder,
-    err_z_by_gradient,
-    full_precision,
-    g_by_difference,
-    g_by_gradient,
-    peak,
-    sample_levels,
-    unit,
-)
-from quality import held_out, open_run
+import zoom_vae
+from common import UserError, cli, configure, setup, write_text
+from cost import meta_flops, network_flops, rows_of_step, training_flops
+from diffusion import ZoomLDM
+from joint import sample_levels
+from proxy import Proxy
+from rivals import Diffusers, compared, plain
+from summarizer import Summarizer, SummarizerConfig
+from unet import UNet, UNetConfig
+from zoom_vae import VQVAE, VAEConfig
 
 
 @dataclass
 class Config:
-    command: str = ""       # speed, flat, cosine; one = what flat runs
-    run: str = ""           # run folder
-    data: str = ""          # data folder; default: the one the run was trained on
-    size: int = 512         # pixels a side
-    steps: int = 2          # of each timed run
-    rounds: int = 3         # speed: medians over so many
-    guide: str = "x0+proxy" # flat: what is timed
-    overlap: int = -1
-    device: str = "auto"
-    threads: int = 2
+    command: str = ""       # empty; plan or loader: see plan.py; one = what measures memory
+    full: bool = False      # the published widths; False: a third or a quarter of them
+    device: str = "cpu"
+    threads: int = 0        # 0 = PyTorch's choice
+    rounds: int = 3         # medians over so many
+    steps: int = 2          # that are timed where 50 would be drawn
+    batch: int = 2          # patches per call, and per training step
+    compile: bool = False   # torch.compile as well
+    groups: str = ""        # of GROUPS, with "," between; empty = all
+    only: str = ""          # one: a line of a table, "group: line"
+    out: str = "assets/bench.md"
 
 
-# ----- 1. Algorithm S2 as one would write it down -----
-
-@torch.no_grad()
-def transcribed(model, c, c_ctx, z, z_ctx, factor, steps, guidance=2.0, lam=0.5, delta=0.005, zeta=0.005, inner=1):
-    """Joint sampling of a stitched grid of patches in float32, batches of 16, as published.
-
-    in:  c {corner: tokens} and noise z of the fine canvas, c_ctx and z_ctx of the context. out: latents (1,3,H,W), and
-    after the published decoding: windows at a quarter of their side, blended with a Gaussian. reference.md §7.
-    """
-    W, w, ij, A = z.shape[-1], z_ctx.shape[-1], list(c), Resize(factor)
-    patches = torch.cat([z[..., i:i + w, j:j + w] for i, j in ij])                      # (n,3,w,w)
-    tokens, columns = torch.stack([c[p] for p in ij]), W // w
-    fns = [model.guided(tokens[k:k + 16], guidance) for k in range(0, len(ij), 16)]
-    fn_ctx, timesteps = model.guided(torch.stack(list(c_ctx.values())), guidance), ddim_timesteps(1000, steps)
-    ab, ab_prev = noise_levels(model.schedule, timesteps, "clean")
-
-    def batches(f, x):
-        return torch.cat([f(part) for part in x.split(16)])
-
-    def stitch(x):
-        return x.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)[None]
-
-    def cut(x, side):
-        return F.unfold(x, side, stride=side)[0].T.reshape(-1, 3, side, side)
-
-    def estimate(z, i):
-        t = torch.full((16,), timesteps[i], device=z.device)
-        eps = torch.cat([fn(part, t[:len(part)]) for fn, part in zip(fns, z.split(16))])
-        return eps, to_x0(eps, z, ab[i], "eps")
-    for i in reversed(range(len(timesteps))):
-        eps_c = fn_ctx(z_ctx, torch.full((1,), timesteps[i], device=z.device))
-        x0_c = to_x0(eps_c, z_ctx, ab[i], "eps")
-        z_ctx, y = ddim_step(z_ctx, x0_c, eps_c, ab_prev[i]), model.decode(x0_c).clamp(-1, 1)
-        eps, z0_hat = estimate(patches, i)
-        for _ in range(inner):
-            x = batches(model.decode, z0_hat)
-            u = cut(A.up(y - A.down(stitch(x))), x.shape[-1])
-            e = batches(model.encode, x + zeta * u / peak(u)) - batches(model.encode, x)
-            g = estimate(patches + delta * e / peak(e), i)[1] - z0_hat
-            patches = patches + lam * g / peak(g)
-            eps, z0_hat = estimate(patches, i)
-        patches = ddim_step(patches, z0_hat, eps, ab_prev[i])
-    return stitch(patches)
+SIDE = 64  # latents of a patch of 256 pixels
+HALF, FLOAT, LAST, FIRST = torch.bfloat16, torch.float32, torch.channels_last, torch.contiguous_format
 
 
-@torch.no_grad()
-def published_decoding(model, z, w):
-    """Windows at a quarter of their side, weighted exp(-d^2 / 0.8^2) with d from the centre. reference.md §7.6."""
-    line = torch.linspace(-1, 1, w * model.vae.factor)
-    weight = torch.exp(-(line[:, None] ** 2 + line ** 2) / 0.8 ** 2)
-    canvas, f = Canvas(*z.shape[2:], w, w * 3 // 4), model.vae.factor
-    total, weights = torch.zeros(1, 3, *(n * f for n in z.shape[2:])), torch.zeros([n * f for n in z.shape[2:]])
-    for k in range(0, len(canvas.ij), 16):
-        for x, (i, j) in zip(model.decode(canvas.cut(z, canvas.ij[k:k + 16])), canvas.ij[k:k + 16]):
-            at = slice(i * f, (i + w) * f), slice(j * f, (j + w) * f)
-            total[0, :, at[0], at[1]] += x * weight
-            weights[at] += weight
-    return (total / weights).clamp(-1, 1)
+def sizes(full):
+    """Configs of U-Net, VAE and Summarizer: as published, or so that a call takes a fraction of a second."""
+    return (UNetConfig(), VAEConfig(), SummarizerConfig()) if full else (
+        UNetConfig(64), VAEConfig(32), SummarizerConfig(depth=2))
 
 
-def speed(cfg):
-    """Print seconds, full-size FLOPs and ratios to the transcription, all without overlap and with `steps` steps; the
-    decoding at the end is timed apart and added once to 50 steps."""
-    model, pyramids, proxy, ranks = open_run(cfg)
-    grid, _, _ = held_out(pyramids, 0, cfg.size)
-    context, window = (cfg.size // pyramids.patch).bit_length() - 1, pyramids.patch // model.vae.factor
+# ----- 1. What is timed: groups of lines (name, FLOP or bytes of a call, a function that builds the call) -----
 
-    def levels():
-        made = S.prepare(model, lambda *at: grid(*at).to(kind()), (cfg.size,), [context, 0], 0)
-        for level in made:
-            level.z = level.z.to(kind())
-        return made
-
-    def kind():
-        return model.unet.conv_out.weight.dtype
-
-    def ours(guide, amp, **options):
-        made = levels()
-        lam = 1.0 if guide.startswith("x0") else 0.5
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
-            sample_levels(made, model.decode, model.encode, model.schedule, steps=cfg.steps, guide=guide, proxy=proxy,
-                          normalize="share" if guide.startswith("x0") else True, end="clean", floor=1e-12,
-                          **({"lam": lam} | options))
-        return made[-1].z
-
-    def theirs():
-        made = levels()
-        c, c_ctx = (S.contexts(model, lambda *at: grid(*at).to(kind()), s, level.canvas)
-                    for level, s in zip(made[::-1], (0, context)))
-        return transcribed(model, c, c_ctx, made[1].z, made[0].z, 2 ** context, cfg.steps)
-
-    def decoding(amp):
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
-            return list(S.decode_strips(model.decode, z, window * 3 // 2, window // 2))
-    z = levels()[-1].z
-    runs = {"transcription": (theirs, lambda: published_decoding(model, z, window)),
-            "exact, float32": (lambda: ours("exact", False), lambda: decoding(False)),
-            "exact, bf16": (lambda: ours("exact", True), lambda: decoding(True)),
-            "proxy": (lambda: ours("proxy", True), lambda: decoding(True)),
-            "x0": (lambda: ours("x0", True), lambda: decoding(True)),
-            "x0+proxy": (lambda: ours("x0+proxy", True), lambda: decoding(True)),
-            "unguided": (lambda: ours("exact", True, lam=0.0), lambda: decoding(True))}
-    seconds, flops, full = {name: ([], []) for name in runs}, {}, full_size()
-    for _ in range(cfg.rounds):
-        for name, pair in runs.items():
-            spent = []
-            for k, f in enumerate(pair):
-                meter, began = Profile(model, proxy), time.perf_counter()
-                f()
-                seconds[name][k].append(time.perf_counter() - began)
-                meter.close()
-                spent.append(sum(meter.rows[p] * full.get(p, 0) for p in meter.rows))
-            flops[name] = spent[0] * 50 / cfg.steps + spent[1]
-    far = [float((theirs() - ours("exact", False)).abs().max())]
-    model.double()
-    far.append(float((theirs() - ours("exact", False)).abs().max()))
-    print(f"{cfg.size} x {cfg.size} pixels, no overlap, guidance 2, medians of {cfg.rounds} rounds, {cfg.steps} steps\n"
-          f"largest difference of latents, transcription and exact: {far[0]:.1e} in float32, {far[1]:.1e} in float64\n"
-          f"{'':>16}{'s a step':>10}{'decoding':>10}{'50 steps':>10}{'times':>8}{'full size, TFLOP':>18}{'times':>8}")
-    half = {name: [sorted(v)[len(v) // 2] for v in pair] for name, pair in seconds.items()}
-    total = {name: 50 / cfg.steps * a + b for name, (a, b) in half.items()}
-    for name, (a, b) in half.items():
-        print(f"{name:>16}{a / cfg.steps:>10.2f}{b:>10.2f}{total[name]:>10.1f}"
-              f"{total['transcription'] / total[name]:>8.2f}{flops[name] / 1e12:>18.0f}"
-              f"{flops['transcription'] / flops[name]:>8.2f}")
+def kinds(ranks):
+    return (("fp32", FLOAT), ("bf16", HALF)) if ranks.amp else (("fp32", FLOAT),)
 
 
-# ----- 2. Does cost grow with the canvas? -----
-
-def one(cfg):
-    """Draw one canvas in this process, on the embeddings of a held-out slide repeated; print seconds and megabytes."""
-    model, pyramids, proxy, ranks = open_run(cfg)
-    grid, _, _ = held_out(pyramids, 0, 512)
-    times = -(-cfg.size // 512)
-    grid.e = grid.e.tile(1, times, times)
-    settle = S.Config(run=cfg.run, size=(cfg.size,), context=(3,), steps=cfg.steps, guide=cfg.guide,
-                      overlap=cfg.overlap)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    S.draw_large(model, grid, replace(settle, size=(512,), steps=1), ranks, proxy)  # the first call of a kernel is slow
-    began = time.perf_counter()
-    levels, _ = S.draw_large(model, grid, settle, ranks, proxy)
-    for strip in S.pixels(model, levels[-1].z, ranks):
-        assert strip.shape[1] == cfg.size
-    seconds = time.perf_counter() - began
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{cfg.size} {seconds} {grown}")
+def conv(ranks, b, c, side, kind, dtype, order=FIRST):
+    """The line of a 3 x 3 convolution."""
+    def build():
+        x, w = (torch.randn(shape, dtype=dtype, device=ranks.device).to(memory_format=order)
+                for shape in ((b, c, side, side), (c, c, 3, 3)))
+        return partial(F.conv2d, x, w, padding=1)
+    name = f"conv {b}x{c}->{c} @{side} {kind}" + " nhwc" * (order == LAST)
+    return name, 2 * 9 * b * c * c * side ** 2, build
 
 
-def flat(cfg):
-    """Run `one` for growing sizes, each in a process of its own."""
-    print(f"{cfg.guide}, {cfg.steps} steps, context at scale 3\n{'side':>6}{'seconds':>10}{'s per megapixel':>17}"
-          f"{'memory above the model, MB':>28}{'canvas (float32 pixels), MB':>30}")
-    for size in (512, 1024, 2048):
-        command = [sys.executable, __file__, "one", cfg.run, f"--size={size}", f"--steps={cfg.steps}",
-                   f"--guide={cfg.guide}", f"--device={cfg.device}", f"--threads={cfg.threads}", f"--data={cfg.data}",
-                   f"--overlap={cfg.overlap}"]
+def matmul(ranks, full, kind, dtype):
+    n = 4096 if full else 2048
+    return f"matmul {n} {kind}", 2 * n ** 3, lambda: partial(torch.mm, *torch.randn(
+        2, n, n, dtype=dtype, device=ranks.device))
+
+
+def peaks(cfg, ranks):
+    """The best this machine does."""
+    for kind in kinds(ranks):
+        yield matmul(ranks, cfg.full, *kind)
+        for shape in ((2, 192, SIDE), (1, 512, SIDE), (1, 128, 4 * SIDE)):
+            for order in (FIRST, LAST):
+                yield conv(ranks, *shape, *kind, order)
+    yield "copy, bytes read and written", 2 << 28, lambda: torch.zeros(1 << 28, dtype=torch.int8,
+                                                                       device=ranks.device).clone
+
+
+def unets(cfg, ranks, backward=False):
+    """Our U-Net, diffusers', and the plain one: a forward pass, or a forward and a backward one."""
+    shape, device = sizes(cfg.full)[0], ranks.device
+    z, c = torch.randn(cfg.batch, shape.channels, SIDE, SIDE), torch.randn(cfg.batch, 65, shape.context_dim)
+    t = torch.full((cfg.batch,), 500, device=device)
+
+    @cache
+    def net(kind, dtype, order):
+        return kind(shape).to(device, dtype, memory_format=order).requires_grad_(backward)
+
+    def build(kind, how, dtype=FLOAT, order=FIRST, amp=False):
+        model, x, context = net(kind, dtype, order), z.to(device, dtype, memory_format=order), c.to(device, dtype)
+        f = how(model)
+
+        def call():
+            with torch.set_grad_enabled(backward), torch.autocast(device.type, HALF, enabled=amp):
+                out = f(x, t, context)
+            if backward:
+                out.float().square().mean().backward()
+                model.zero_grad()
+        return call
+    ways = {"fp32": {}, "fp32, channels last": {"order": LAST}}
+    if ranks.amp:
+        ways |= {"bf16 autocast": {"amp": True}} | ({} if backward else {
+            "bf16 weights": {"dtype": HALF}, "bf16 weights, channels last": {"dtype": HALF, "order": LAST}})
+    # weights that stay what they are can be laid out anew, which torch does for a CPU
+    freeze = {"freezing": True} if device.type == "cpu" and not backward else None
+    nets = {"ours": (UNet, lambda net: net, list(ways)),
+            "plain": (UNet, lambda net: partial(plain, net), [w for w in ways if w in ("fp32", "bf16 autocast")])}
+    if compared(shape, SIDE)[1]:
+        nets["diffusers"] = Diffusers, lambda net: net, [w for w in ways if "last" not in w]
+    if cfg.compile:
+        nets["ours, compiled"] = UNet, partial(torch.compile, options=freeze), ["fp32", list(ways)[-1]]
+    work = cfg.batch * (training_flops(shape, SIDE) if backward else
+                        meta_flops(lambda: UNet(shape), z.shape[1:], shape.context_dim))
+    yield from (matmul(ranks, cfg.full, *kind) for kind in kinds(ranks))
+    for name, (kind, how, mine) in nets.items():
+        for way in mine:
+            yield f"{name}, {way}", work, partial(build, kind, how, **ways[way])
+
+
+def vaes(cfg, ranks):
+    """Encoding and decoding one patch. On a CPU it convolves with channels last by itself: see zoom_vae.layout."""
+    unet, shape, _ = sizes(cfg.full)
+    z = torch.randn(1, shape.channels, SIDE, SIDE, device=ranks.device)
+    x = torch.randn(1, 3, *[SIDE << len(shape.mult) - 1] * 2, device=ranks.device)
+
+    @cache
+    def vae(dtype):
+        return VQVAE(shape).to(ranks.device, dtype).requires_grad_(False)
+
+    def build(f, dtype=FLOAT, amp=False, order=None):
+        model, otherwise = vae(dtype), lambda *_: order
+
+        def call():
+            with mock.patch.object(zoom_vae, "layout", otherwise) if order else nullcontext():
+                with torch.no_grad(), torch.autocast(ranks.device.type, HALF, enabled=amp):
+                    f(model, dtype)
+        return call
+    ways = {"fp32": {}, "fp32, channels first": {"order": FIRST}, "fp32, channels last": {"order": LAST}}
+    ways |= {"bf16 autocast": {"amp": True}, "bf16 weights": {"dtype": HALF}} if ranks.amp else {}
+    work = network_flops(unet, shape, SIDE)
+    yield from (conv(ranks, 1, shape.width * shape.mult[-1], SIDE, *kind) for kind in kinds(ranks))
+    for name, f in (("encode", lambda vae, dtype: vae.encode(x.to(dtype))),
+                    ("decode", lambda vae, dtype: vae.decode(z.to(dtype), quantize=False)),
+                    ("decode quantised", lambda vae, dtype: vae.decode(z.to(dtype)))):
+        for way in list(ways)[:1 if "quantised" in name else None]:
+            yield f"{name}, {way}", work[name[:6] + "r"], partial(build, f, **ways[way])
+
+
+def samplers(cfg, ranks):
+    """Steps of 50: guided patches, and four windows drawn together with one context of the same size."""
+    unet, vae, told = sizes(cfg.full)
+    factor = 1 << len(vae.mult) - 1
+
+    @cache
+    def model():
+        net = ZoomLDM(VQVAE(vae), Summarizer(told), UNet(unet), info={"patch": SIDE * factor})
+        return net.to(ranks.device).eval().requires_grad_(False)
+
+    def patches(amp):
+        net, c = model(), torch.randn(cfg.batch, 65, told.width, device=ranks.device)
+
+        def call():
+            with torch.autocast(ranks.device.type, HALF, enabled=amp):
+                net.sample(c, (SIDE, SIDE), steps=cfg.steps)
+        return call
+
+    def joint(guide):
+        net, proxy = model(), Proxy(factor).to(ranks.device).requires_grad_(False)
+        how = {"lam": 0.1, "normalize": "share"} if guide == "x0+proxy" else {"lam": 0.5, "floor": 1e-12}
+
+        def call():
+            with ranks.autocast():
+                sample_levels(S.prepare(net, None, (2 * SIDE * factor,), [1, 0], 0), net.decode, net.encode,
+                              net.schedule, steps=cfg.steps, guide=guide, proxy=proxy, end="clean", **how)
+        return call
+    one = network_flops(unet, vae, SIDE)
+    yield from (matmul(ranks, cfg.full, *kind) for kind in kinds(ranks))
+    for kind, dtype in kinds(ranks):
+        yield f"patches, {kind}", cfg.steps * 2 * cfg.batch * one["U-Net"], partial(patches, dtype == HALF)
+    for guide in ("exact", "x0+proxy"):
+        rows = rows_of_step(4, 1, guide)
+        yield f"joint, {guide}", cfg.steps * sum(n * one[k] for k, n in rows.items()), partial(joint, guide)
+
+
+def training(cfg, ranks):
+    """A whole step of train.py: U-Net and Summarizer forward and backward, AdamW, EMA."""
+    unet, _, told = sizes(cfg.full)
+    work = cfg.batch * training_flops(unet, SIDE, told)
+    yield from (matmul(ranks, cfg.full, *kind) for kind in kinds(ranks))
+    for name, compiled in (("step", False), ("step, compiled", True))[:1 + cfg.compile]:
+        yield name, work, partial(plan.training_step, unet, told, SIDE, cfg.batch, ranks, compiled)
+
+
+GROUPS = {"peaks": peaks, "U-Net forward": unets, "U-Net forward and backward": partial(unets, backward=True),
+          "VAE": vaes, "sampling": samplers, "training": training}
+MEMORY = ("U-Net forward: ours, fp32", "U-Net forward: ours, bf16 autocast", "U-Net forward and backward: ours, fp32",
+          "VAE: encode, fp32", "VAE: decode, fp32", "sampling: patches, fp32", "sampling: joint, exact",
+          "sampling: joint, x0+proxy", "training: step")
+
+
+# ----- 2. Timing, and saying what came out -----
+
+def race(lines, rounds, device):
+    """Median seconds of each line, {name: seconds}: all are called in turn, a round that does not count first."""
+    calls = {name: build() for name, _, build in lines}
+    spent = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, f in calls.items():
+            spent[name].append(plan.seconds(f, device))
+    return {name: median(times[1:]) for name, times in spent.items()}
+
+
+def table(title, lines, seconds):
+    """Text of a group: seconds, rate, its share of the rates of matmul or conv, which lead the lines, and how much
+    faster it is than the first line that does the same work."""
+    work, first = {name: w for name, w, _ in lines}, {}
+    marks = [n for n in work if n.startswith(("matmul", "conv"))] if title != "peaks" else []
+    text = [f"{title:<42}{'seconds':>10}{'G a second':>12}" + "".join(f"{'of ' + n:>28}" for n in marks)
+            + f"{'times':>8}"]
+    for name, s in seconds.items():
+        shares = "".join(f"{work[name] / s / (work[m] / seconds[m]):>28.1%}" for m in marks)
+        base = first.setdefault((work[name], name.partition("@")[2][:3]), s)  # two convolutions do as much by chance
+        text.append(f"{name:<42}{s:>10.4f}{work[name] / s / 1e9:>12.1f}{shares}{base / s:>8.2f}")
+    return text
+
+
+ASKED = (  # device, group, whose rate, over whose, at least; at full size
+    ("cpu", "U-Net forward", "ours, fp32", "matmul", 0.90),
+    ("cpu", "U-Net forward", "ours, fp32", "diffusers, fp32", 1 / 1.05),
+    ("cpu", "U-Net forward", "ours, bf16 weights", "ours, fp32", 1.7),
+    ("cpu", "U-Net forward", "ours, compiled, bf16 weights, channels last", "ours, fp32", 2.0),
+    ("cpu", "VAE", "decode, fp32", "conv", 0.75),
+    ("cuda", "training", "step, compiled", "matmul 4096 bf16", 0.40))
+
+
+def findings(cfg, found):
+    """What is asked of the numbers, and what they say of 50 steps. in: {group: {name: (work, seconds)}}."""
+    text = []
+    for device, title, name, over, bound in ASKED:
+        lines = found.get(title, {})
+        other = next((n for n in lines if n.startswith(over)), None)
+        if device == cfg.device and name in lines and other:
+            ratio = lines[name][0] / lines[name][1] / (lines[other][0] / lines[other][1])
+            text.append(f"{title}: {name}, {ratio:.2f} times the rate of {other} (asked at full size: {bound:.2f})")
+    for name, (_, s) in found.get("sampling", {}).items():
+        if not name.startswith("matmul"):
+            what = f"{cfg.batch} guided patches" if "patches" in name else "four windows and a context"
+            text.append(f"50 steps, {name}: {s * 50 / cfg.steps:.3g} s for {what} ({cfg.steps} steps were timed)")
+    return text
+
+
+def one(cfg, ranks):
+    """Run one line in this process, print the most memory that it took, in MB: of the card, or of the process."""
+    title, _, name = cfg.only.partition(": ")
+    build = {n: b for n, _, b in GROUPS[title](cfg, ranks)}.get(name) if title in GROUPS else None
+    if build is None:
+        raise UserError(f"--only={cfg.only}: no such line, write 'group: line' as the tables have it")
+    build()()
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    most = (torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    print(most / 2 ** 20)
+
+
+def memory(cfg, titles):
+    """Peak memory of some lines, each run once in a process of its own. out: text."""
+    text = [f"{'peak memory, MB':<42}{'of the card' if cfg.device == 'cuda' else 'of a process, PyTorch included'}"]
+    for item in (m for m in MEMORY if m.partition(": ")[0] in titles):
+        command = [sys.executable, __file__, "one", f"--only={item}"] + [
+            f"--{k}={v}" for k, v in vars(cfg).items() if k in ("full", "device", "threads", "steps", "batch")]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
-        _, seconds, grown = map(float, done.stdout.split()[-3:])
-        print(f"{size:>6}{seconds:>10.1f}{seconds / size ** 2 * 1e6:>17.1f}{grown:>28.0f}{size ** 2 * 12e-6:>30.0f}",
-              flush=True)
+        said = (done.stdout or done.stderr).strip().splitlines()[-1:]
+        text.append(f"{item:<42}{float(said[0]):>10.0f}" if not done.returncode else f"{item:<42}failed: {said}")
+    return text
 
 
-# ----- 3. Eq. 6's claim -----
-
-def cosine(cfg):
-    """At ten t of one run, the cosine between Algorithm S2's directions and the gradients of Algorithm S1 they stand
-    for, over the whole canvas; seconds of each, and the megabytes that backpropagation keeps of one batch."""
-    model, pyramids, proxy, ranks = open_run(cfg)
-    grid, _, _ = held_out(pyramids, 0, cfg.size)
-    context = (cfg.size // pyramids.patch).bit_length() - 1
-    levels = S.prepare(model, grid, (cfg.size,), [context, 0], 0)
-    A, rows, kept = Resize(2 ** context), [], [0]
-    timesteps = ddim_timesteps(1000, 20)
-
-    def like(a, b):
-        return float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
-
-    def look(n, t, levels, estimates, targets):
-        if n % 2 or n + 2 > len(timesteps):
-            return
-        level, i = levels[-1], len(timesteps) - 2 - n
-        ab, canvas = float(model.schedule.alpha_bar[timesteps[i]]), level.canvas
-
-        def estimate(z):
-            return to_x0(canvas.average(lambda ij: level.eps(canvas.cut(z, ij), torch.full(
-                (len(ij),), timesteps[i], device=z.device), ij)), z, ab, "eps")
-        with full_precision(level.z.device):
-            z0_hat, clock = estimate(level.z), [time.perf_counter()]
-            e2 = err_z_by_encoder(canvas, model.decode, model.encode, z0_hat, A, targets[-1], 0.005)[0]
-            g2 = g_by_difference(level, level.z, z0_hat, unit(canvas, e2), estimate, 0.005)
-            clock.append(time.perf_counter())
-
-            def keep(x):
-                kept[0] += x.nbytes
-                return x
-            kept[0] = 0
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                e1 = err_z_by_gradient(canvas, model.decode, z0_hat, A, targets[-1])[0]
-                g1 = g_by_gradient(level, level.z, e1, timesteps[i], ab)
-            clock.append(time.perf_counter())
-            ep = err_z_by_gradient(canvas, proxy, z0_hat, Resize(A.factor // proxy.factor), targets[-1])[0]
-        rows.append((timesteps[i], like(g2, g1), like(e2, e1), like(ep, e1), clock[1] - clock[0], clock[2] - clock[1]))
-        print(f"{rows[-1][0]:>6}" + "".join(f"{v:>22.3f}" for v in rows[-1][1:4])
-              + f"{rows[-1][4]:>10.1f}{rows[-1][5]:>10.1f}{kept[0] / 2 ** 20:>14.0f}", flush=True)
-    print(f"{'t':>6}{'S2 with S1':>22}{'encoder with decoder':>22}{'proxy with decoder':>22}{'S2, s':>10}{'S1, s':>10}"
-          f"{'S1 keeps, MB':>14}")
-    sample_levels(levels, model.decode, model.encode, model.schedule, steps=20, guide="x0+proxy", normalize="share",
-                  lam=0.3, proxy=proxy, callback=look, end="clean")
+def machine(cfg, ranks):
+    """What it ran on: the names of the processor or the card, versions, the date."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.*)", info)
+    flags = sorted(set(re.findall(r"avx512_bf16|amx_\w+|avx2|avx512f", info)))
+    card = f", {torch.cuda.get_device_name()}" if ranks.device.type == "cuda" else ""
+    return (f"{name[1] if name else platform.processor()}{card}, {os.cpu_count()} cores, {torch.get_num_threads()} "
+            f"threads, {' '.join(flags) or platform.machine()}; torch {torch.__version__}, Python "
+            f"{platform.python_version()}; {date.today()}")
 
 
 def main(argv):
-    cfg = configure(Config, argv, words=("command", "run"), doc=__doc__)
-    commands = {"speed": speed, "flat": flat, "cosine": cosine, "one": one}
-    if cfg.command not in commands or not cfg.run:
-        raise UserError("write python bench.py speed RUN, or flat RUN, or cosine RUN")
-    commands[cfg.command](cfg)
+    if argv[:1] in (["plan"], ["loader"]):
+        return plan.main(argv)
+    cfg = configure(Config, argv, words=("command",), doc=__doc__)
+    titles = cfg.groups.split(",") if cfg.groups else list(GROUPS)
+    if set(titles) - set(GROUPS):
+        raise UserError(f"--groups={cfg.groups}: known are {', '.join(GROUPS)}")
+    if cfg.command not in ("", "one") or min(cfg.rounds, cfg.steps, cfg.batch) < 1 or 1000 // cfg.steps < 2:
+        raise UserError(f"got {cfg.command!r} --rounds={cfg.rounds} --steps={cfg.steps} --batch={cfg.batch}: write "
+                        f"python bench.py, python bench.py plan or python bench.py loader RUN; numbers are positive")
+    ranks = setup(cfg.device, threads=cfg.threads)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    if cfg.command == "one":
+        return one(cfg, ranks)
+    size = "published sizes" if cfg.full else "reduced width (--full: published sizes)"
+    text = [machine(cfg, ranks), f"{size}, batch {cfg.batch}, latents of {SIDE} x {SIDE}, medians of {cfg.rounds} "
+            f"rounds" + ("" if ranks.amp else "; this device has no bf16 arithmetic, so there are no lines for it"), "",
+            compared(sizes(cfg.full)[0], SIDE)[0], ""]
+    print("\n".join(text), flush=True)
+    parts, found = [memory(cfg, titles)], {}
+    print("\n".join(parts[0]), flush=True)
+    for title in titles:
+        lines = list(GROUPS[title](cfg, ranks))
+        seconds = race(lines, cfg.rounds, ranks.device)
+        found[title] = {name: (work, seconds[name]) for name, work, _ in lines}
+        parts.append(table(title, lines, seconds))
+        print("\n" + "\n".join(parts[-1]), flush=True)
+    parts.append(findings(cfg, found))
+    print("\n" + "\n".join(parts[-1]))
+    command = " ".join(["python bench.py", *argv])
+    body = "\n\n".join("\n".join(part) for part in parts)
+    write_text(cfg.out, f"# `{command}`\n\n" + "\n".join(text) + f"\n```\n{body}\n```\n")
+    print(f"wrote {cfg.out}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 
 Features, scores and heads stay in RUN/claims; the same command goes on where it stopped.
 
-in:  a run, slides with labels   out: tables, and whether each claim holds     read next: bench.py
+in:  a run, slides with labels   out: tables, and whether each claim holds     read next: joint_table.py
 """
 from dataclasses import dataclass, field, replace
 from functools import partial

@@ -3,7 +3,7 @@
     python quality.py out/toy_long --size=512 --n=4     # table, RUN/bench/quality_512.png and .json
     python quality.py out/toy_long --plot               # quality against cost, from those tables (extra: plot)
 
-in:  a run folder, held-out slides   out: a table with the real images as ceiling, pictures     read next: bench.py
+in:  a run folder, held-out slides   out: a table with the real images as ceiling, pictures    read next: joint_table.py
 """
 import json
 import time

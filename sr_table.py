@@ -5,7 +5,7 @@
     python sr_table.py planted out/toy_long            # images drawn from known grids: is the condition found again?
     python sr_table.py cost out/toy_long               # seconds of one inversion, and of eight at once
 
-in:  a run folder, its data   out: tables, pictures     read next: bench.py
+in:  a run folder, its data   out: tables, pictures     read next: joint_table.py
 """
 import json
 import time

@@ -31,6 +31,12 @@ class VAEConfig:
 
 # ----- 1. Layers -----
 
+def layout(x, side):
+    """The memory format to convolve images of `side` pixels in. On a CPU the few channels of high resolution go twice
+    as fast with channels last (float32: 228 for 120 GFLOP/s at 128 channels and 256 pixels), the rest as fast."""
+    return torch.channels_last if x.device.type == "cpu" and side >= 128 else torch.contiguous_format
+
+
 class ResBlock(nn.Module):
     def __init__(self, cin, cout, groups):
         super().__init__()
@@ -101,11 +107,11 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(c, cfg.channels, 3, padding=1)
 
     def forward(self, x):                                    # (B,3,H,W)
-        h = self.conv_in(x)
+        h = self.conv_in(x.contiguous(memory_format=layout(x, x.shape[-1])))
         for level in self.levels:
             h = level.down(level.blocks(h))
         h = self.mid(h)                                      # (B,4w,H/4,W/4)
-        return self.conv_out(F.silu(self.norm_out(h)))       # (B,3,H/4,W/4)
+        return self.conv_out(F.silu(self.norm_out(h))).contiguous()    # (B,3,H/4,W/4)
 
 
 class Decoder(nn.Module):
@@ -125,10 +131,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, z):                                    # (B,3,H/4,W/4)
-        h = self.mid(self.conv_in(z))
+        side = z.shape[-1] << len(self.levels) - 1           # of the image
+        h = self.mid(self.conv_in(z.contiguous(memory_format=layout(z, side))))
         for level in reversed(self.levels):                  # lowest resolution first
             h = level.up(level.blocks(h))
-        return self.conv_out(F.silu(self.norm_out(h)))       # (B,3,H,W), no tanh
+        return self.conv_out(F.silu(self.norm_out(h))).contiguous()    # (B,3,H,W), no tanh
 
 
 # ----- 2. The model -----

@@ -13,13 +13,16 @@ import cdm
 import cdm_table
 import data
 import invert
+import joint_table
+import plan
 import quality
 import sample_joint
 import sr_table
 import train
 from common import configure
 
-MODULES = {f"{m.__name__}.py": m for m in (bench, captions, cdm_table, invert, quality, sr_table)}  # one Config each
+MODULES = {f"{m.__name__}.py": m for m in (
+    bench, captions, cdm_table, invert, joint_table, plan, quality, sr_table)}  # one Config each
 TEXT = (ROOT / "README.md").read_text()
 SOURCES = {p.name: p.read_text() for p in ROOT.glob("*.py")}
 COMMANDS = sorted(set(re.findall(r"(?:python|nproc_per_node=\d+) (\w+\.py[^\n`#]*)", TEXT)))
@@ -47,7 +50,10 @@ def test_command_parses(command):
     elif file == "cdm.py" and args:
         configure(cdm.Config if args[0] == "train" else cdm.SampleConfig, args[1:],
                   cdm.PRESETS if args[0] == "train" else None, ("run", "preset") if args[0] == "train" else ("run",))
+    elif file == "bench.py" and args[:1] not in (["plan"], ["loader"]):
+        configure(bench.Config, args, words=("command",))
     elif file in MODULES:
+        file = "plan.py" if file == "bench.py" else file
         configure(MODULES[file].Config, args, words=("command", "path" if file == "captions.py" else "run")
                   if "command" in MODULES[file].Config.__annotations__ else ("run",))
     elif file == "data.py" and "--help" not in args:
