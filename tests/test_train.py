@@ -147,24 +147,24 @@ def test_settings_that_did_not_exist_yet_had_their_default(run, tmp_path):
     cfg = train.configure(train.Config, [*TINY, f"--data={run}"], train.PRESETS, ("preset",))
     path = tmp_path / "state.safetensors"
     stored = json.loads(json.dumps(asdict(cfg)))
-    loop.check_settings(path, cfg)  # no file: nothing to compare
+    state.check_settings(path, cfg)  # no file: nothing to compare
     save_tensors(path, {}, {"settings": stored})
-    loop.check_settings(path, cfg)
+    state.check_settings(path, cfg)
     for inside, name in ((stored["summarizer"], "kind"), (stored["unet"], "checkpoint"), (stored, "clip")):
         del inside[name]
         save_tensors(path, {}, {"settings": stored})
-        loop.check_settings(path, cfg)
+        state.check_settings(path, cfg)
     for key, value in (("summarizer", "cnn"), ("unet.checkpoint", True), ("clip", 2.0), ("unet.width", 8)):
         other = train.configure(train.Config, [*TINY, f"--data={run}", f"--{key}={value}"], train.PRESETS, ("preset",))
         with pytest.raises(UserError, match=rf"other settings \({key.split('.')[0]}\)"):
-            loop.check_settings(path, other)
+            state.check_settings(path, other)
     del stored["unet"]["width"]  # now 16, by default 192
     save_tensors(path, {}, {"settings": stored})
     with pytest.raises(UserError, match=r"other settings \(unet\)"):
-        loop.check_settings(path, cfg)
+        state.check_settings(path, cfg)
     save_tensors(path, {}, {})   # of nobody knows what
     with pytest.raises(UserError, match="other settings .*seed"):
-        loop.check_settings(path, cfg)
+        state.check_settings(path, cfg)
 
 
 def test_finished_run_is_left_alone(toy, run):
@@ -383,10 +383,10 @@ def test_runs_of_before_a_setting_existed_go_on(toy, run, tmp_path):
     save_tensors(tmp_path / "state.safetensors", tensors, meta)
     cfg = train.configure(train.Config, [*TINY, f"--data={toy}"], train.PRESETS, ("preset",))
     cfg.summarizer.embed_dim, cfg.summarizer.scales, cfg.unet.context_dim = 96, 3, 32  # as the data say
-    loop.check_settings(tmp_path / "state.safetensors", cfg)
+    state.check_settings(tmp_path / "state.safetensors", cfg)
     cfg.init_from = "x.ckpt"
     with pytest.raises(UserError, match="init_from"):
-        loop.check_settings(tmp_path / "state.safetensors", cfg)
+        state.check_settings(tmp_path / "state.safetensors", cfg)
 
 
 def test_other_vae_settings_are_not_ignored(toy, run):
@@ -423,7 +423,7 @@ def test_without_averaging(toy, run, tmp_path):
 
 def test_a_log_that_cannot_be_written(run, tmp_path):
     with pytest.raises(UserError, match="could not write"):
-        loop.append(tmp_path / "missing" / "log.jsonl", {})
+        runlog.append(tmp_path / "missing" / "log.jsonl", {})
 
 
 def test_preset_without_a_vae_asks_for_one(toy, tmp_path):
