@@ -7,10 +7,13 @@ was killed, or spread over more ranks, goes the same way. Between log lines the 
 run: python train.py      read next: train.py
 """
 import math
+import os
 import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 
 import torch
@@ -31,28 +34,32 @@ def lr_at(step, steps, lr, warmup, decay):
     return lr if decay == "constant" else lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def loader(dataset, start, steps, batch, micro, ranks, workers):
+def loader(dataset, start, steps, batch, micro, ranks, workers, over):
     """Micro-batches of this rank from step `start` on; sample index = step * batch + position, so resume is exact."""
     per = batch // ranks.world
     order = (range(k, k + micro) for step in range(start, steps)
              for k in range(step * batch + ranks.rank * per, step * batch + (ranks.rank + 1) * per, micro))
+    # forked, though Python 3.14 would not: a SIGTERM to the server that it starts processes from would end them
+    how = "fork" if workers and sys.platform == "linux" else None
     return iter(DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=ranks.device.type == "cuda",
-                           persistent_workers=workers > 0, worker_init_fn=deaf))
+                           persistent_workers=workers > 0, worker_init_fn=partial(deaf, over),
+                           multiprocessing_context=how))
 
 
-def deaf(_):
-    """Clusters send SIGTERM to every process of a job: loading goes on until the training has saved and is done."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def deaf(over, _):
+    """Clusters send SIGTERM to every process of a job: those that load data go on until the training is over."""
+    signal.signal(signal.SIGTERM, lambda *_: over.value and os._exit(0))
 
 
 @contextmanager
-def sigterm():
-    """Yield a list that holds something once a SIGTERM has come, which ends nothing meanwhile."""
+def sigterm(over):
+    """Yield a list that holds something once a SIGTERM has come, which ends nothing meanwhile; then set `over`."""
     asked = []
     before = signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
     try:
         yield asked
     finally:
+        over.value = True
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
@@ -76,11 +83,11 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
     if start >= steps:
         return start, ema or net.state_dict()
     wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True) if ranks.world > 1 else net
-    batches = loader(dataset, start, steps, batch, micro, ranks, cfg.workers)
     log = Log(out / "log.jsonl", name.strip("_") or "ldm", start, net, ranks)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=log.stage, disable=ranks.rank > 0)
-    watch = Watch(net, out, log.stage, batch, cfg.max_skips, ranks)
-    with sigterm() as asked, profiler(cfg.profile * (ranks.rank == 0), out / f"{name}profile.txt") as tick:
+    watch, over = Watch(net, out, log.stage, batch, cfg.max_skips, ranks), RawValue("b", False)
+    with sigterm(over) as asked, profiler(cfg.profile * (ranks.rank == 0), out / f"{name}profile.txt") as tick:
+        batches = loader(dataset, start, steps, batch, micro, ranks, cfg.workers, over)
         for step in bar:
             rate = lr_at(step, steps, lr, min(cfg.warmup, steps // 5), cfg.decay)
             for group in opt.param_groups:

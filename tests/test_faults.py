@@ -68,6 +68,11 @@ def test_sigterm_to_all_processes_of_a_job(whole, tmp_path):
     assert same(whole / "state.safetensors", path)
 
 
+def test_an_error_takes_the_data_loading_processes_along(tmp_path):
+    """They hear no SIGTERM while the training runs; that must not keep a failed one from ending."""
+    assert codes(start(tmp_path, tiny, tmp_path, bad=(9,), workers=1)) == [2]
+
+
 def test_sigterm_to_one_of_two_ranks(whole, tmp_path):
     """Both stop after the same step, and one rank goes on where two were. Catches: ranks that wait for each other for
     ever, samples that are lost or come twice."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import train  # noqa: E402
-from common import cli, generator, load_tensors, setup  # noqa: E402
+from common import UserError, cli, generator, load_tensors, setup  # noqa: E402
 from loop import run_stage  # noqa: E402
 from summarizer import BatchNorm  # noqa: E402
 
@@ -124,8 +124,11 @@ def codes(processes, seconds=300):
 
 
 def step_of(path):
-    """The step of a state file, 0 if there is none yet."""
-    return load_tensors(path)[1]["step"] if path.exists() else 0
+    """The step of a state file, 0 if there is none yet, or it is just being renamed."""
+    try:
+        return load_tensors(path)[1]["step"]
+    except UserError:
+        return 0
 
 
 def wait_for(path, step, seconds=300):
