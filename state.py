@@ -92,7 +92,7 @@ def read_state(path):
         crc, step = meta.pop("crc", None), meta["step"]  # the first versions wrote no crc
         if crc not in (None, checksum(tensors, meta)):
             raise UserError(f"{path} is damaged: its checksum does not fit, step {step}")
-    except (KeyError, ValueError, SafetensorError) as err:
+    except (KeyError, ValueError, RuntimeError, SafetensorError) as err:
         raise err if isinstance(err, UserError) else UserError(f"{path} is damaged ({err})") from err
     return tensors, meta
 

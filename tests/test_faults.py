@@ -44,7 +44,7 @@ def test_sigkill(whole, tmp_path):
     path, rng = tmp_path / "state.safetensors", random.Random(0)
     for wanted in (5, 15, 25):
         process = start(tmp_path, tiny, tmp_path, pause=0.01)
-        wait_for(path, wanted)
+        wait_for(path, wanted, process)
         process[0].join(rng.random() * 0.05)
         os.kill(process[0].pid, signal.SIGKILL)
         assert codes(process) == [-signal.SIGKILL]
@@ -59,7 +59,7 @@ def test_sigterm_to_all_processes_of_a_job(whole, tmp_path):
     """As clusters send it: also to the data loading process, which must not take the training with it."""
     path = tmp_path / "state.safetensors"
     process = start(tmp_path, tiny, tmp_path, pause=0.01, workers=1)
-    wait_for(path, 5)
+    wait_for(path, 5, process)
     os.killpg(process[0].pid, signal.SIGTERM)
     assert codes(process) == [0]
     assert f"SIGTERM: saved step {step_of(path)} of {STEPS}" in (tmp_path / "text").read_text()
@@ -78,7 +78,7 @@ def test_sigterm_to_one_of_two_ranks(whole, tmp_path):
     ever, samples that are lost or come twice."""
     path = tmp_path / "state.safetensors"
     processes = start(tmp_path, tiny, tmp_path, pause=0.01, ranks=2)
-    wait_for(path, 5)
+    wait_for(path, 5, processes)
     os.kill(processes[1].pid, signal.SIGTERM)
     assert codes(processes) == [0, 0]
     assert 5 <= step_of(path) < STEPS
@@ -174,17 +174,18 @@ def test_more_checkpoints_can_be_kept(whole, tmp_path):
     assert [p.name for p in (tmp_path / "one").glob("state*")] == ["state.safetensors"]
 
 
-def test_sample_that_is_not_finite_is_named(whole, tmp_path):
+def test_sample_that_is_not_finite_is_named(tmp_path):
     """Step 12, of samples 44 to 47; nothing of it is saved, and what stands resumes. Not indices within a batch."""
-    with pytest.raises(UserError, match=r"tiny|ldm loss is no longer finite at step 12, on samples 45, 47 of the data"):
-        tiny(tmp_path, bad=(45, 47))
+    with pytest.raises(UserError, match=r"the ldm loss is no longer finite at step 12, on samples 45, 47 of the data"):
+        tiny(tmp_path, bad=(45, 47), norm=False)
     assert step_of(tmp_path / "state.safetensors") == 10
-    tiny(tmp_path)
-    assert same(whole / "state.safetensors", tmp_path / "state.safetensors")
+    tiny(tmp_path, norm=False)
+    tiny(tmp_path / "good", norm=False)
+    assert same(tmp_path / "good/state.safetensors", tmp_path / "state.safetensors")
 
 
 def test_two_ranks_name_the_sample_and_stop_together(tmp_path):
-    assert 2 in codes(start(tmp_path, tiny, tmp_path, bad=(47,), ranks=2))
+    assert 2 in codes(start(tmp_path, tiny, tmp_path, bad=(47,), norm=False, ranks=2))
     assert (tmp_path / "text").read_text().count("no longer finite at step 12, on samples 47 of") == 2
 
 
@@ -228,12 +229,12 @@ def test_steps_that_are_skipped(whole, tmp_path, capsys):
         assert torch.equal(v, kept[11][k]) or k.endswith("tracked"), k
     assert not torch.equal(kept[11]["last.weight"], kept[12]["last.weight"])
     said, rows = capsys.readouterr().out, log(tmp_path)
-    assert "at step 10, on samples 36 of the data set: skipped" in said and "at step 11, on samples 43" in said
+    assert "at step 10, on samples 36-39 of the data set: skipped" in said and "at step 11, on samples 40-43" in said
     assert [r.get("skipped") for r in rows] == [None, 1, 2, 2, 2, 2, 2, 2] and rows[-1]["loss"] < 0.6 * rows[0]["loss"]
     for k, v in load_tensors(tmp_path / "state.safetensors")[0].items():
         assert v.isfinite().all(), k
         assert not k.endswith(".step") or v == STEPS - 2
-    with pytest.raises(UserError, match="at step 12, on samples 44 of"):
+    with pytest.raises(UserError, match="at step 12, on samples 44-47 of"):
         tiny(tmp_path / "three", bad=(36, 43, 44), max_skips=2)
 
 

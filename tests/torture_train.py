@@ -84,7 +84,7 @@ def ranks(home, whole):
     base, out = folder(home, "base"), folder(home, "fewer")
     run(base, vae)
     processes = start(out, train, [*SMOKE, f"--data={home / 'data'}", f"--out={out}", vae], ranks=2)
-    wait_for(out / "state.safetensors", 20)
+    wait_for(out / "state.safetensors", 20, processes)
     for p in processes:
         os.kill(p.pid, signal.SIGKILL)
     codes(processes)
@@ -122,7 +122,7 @@ def three_and_three(home, whole):
         out = folder(home, name)
         process = start(out, train, [*SMOKE, *vae, f"--data={home / 'data'}", f"--out={out}"])
         if at:
-            wait_for(out / "state.safetensors", at)
+            wait_for(out / "state.safetensors", at, process)
             os.kill(process[0].pid, signal.SIGKILL)
         codes(process)
         run(out, *vae)
@@ -136,7 +136,7 @@ def damages(home, whole, n=6):
     for i in range(n):
         out, how = folder(home, f"damage{i}"), ("cut", "flip")[i % 2]
         process = start(out, train, [*SMOKE, f"--data={home / 'data'}", f"--out={out}", vae])
-        wait_for(out / "state.safetensors", 15)
+        wait_for(out / "state.safetensors", 15, process)
         os.kill(process[0].pid, signal.SIGKILL)
         codes(process)
         damage(out / "state.safetensors", rng, how)

@@ -38,12 +38,16 @@ class Numbers(Dataset):
 
 
 class Stage(nn.Module):
-    """Turn four numbers round. Writes what it saw to OUT/seen unless it is quiet: step, then samples."""
+    """Turn four numbers round. Writes what it saw to OUT/seen unless it is quiet: step, then samples.
+
+    No bias before the batch norm: its gradient is rounding alone, of which Adam makes whole steps.
+    """
     scales = 3
 
-    def __init__(self, out, at=None, pause=0.0):
+    def __init__(self, out, at=None, pause=0.0, norm=True):
         super().__init__()
-        self.first, self.norm, self.last = nn.Linear(4, 16), BatchNorm(16), nn.Linear(16, 4)
+        self.first, self.last = nn.Linear(4, 16, bias=False), nn.Linear(16, 4)
+        self.norm = BatchNorm(16, affine=False) if norm else nn.Identity()
         self.out, self.at, self.pause, self.quiet = Path(out), at or {}, pause, False
 
     def noise(self, step):
@@ -69,14 +73,15 @@ class Stage(nn.Module):
         return {}
 
 
-def tiny(out, at=None, pause=0.0, bad=(), **more):
-    """Train Stage in this process, or go on with it. at: {step: function called when it begins}."""
+def tiny(out, at=None, pause=0.0, bad=(), norm=True, **more):
+    """Train Stage in this process, or go on with it. at: {step: function called when it begins}; norm: with statistics
+    over a batch, through which one bad sample spoils the loss of all."""
     Path(out).mkdir(exist_ok=True)
     cfg = train.Config(out=str(out), device="cpu", amp=False, threads=1, save_every=5, log_every=5, sample_every=1000,
                        warmup=0, **more)
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
     torch.manual_seed(0)
-    run_stage("", cfg, ranks, Stage(out, at, pause), Numbers(bad), STEPS, BATCH, 0.01, 0.9)
+    run_stage("", cfg, ranks, Stage(out, at, pause, norm), Numbers(bad), STEPS, BATCH, 0.01, 0.9)
     if ranks.world > 1:
         torch.distributed.destroy_process_group()
 
@@ -127,15 +132,16 @@ def step_of(path):
     """The step of a state file, 0 if there is none yet, or it is just being renamed."""
     try:
         return load_tensors(path)[1]["step"]
-    except UserError:
+    except (UserError, RuntimeError):
         return 0
 
 
-def wait_for(path, step, seconds=300):
-    """Until the state file at `path` is of this step or a later one."""
+def wait_for(path, step, processes=(), seconds=300):
+    """Until the state file at `path`, which these processes write, is of this step or a later one."""
     end = time.time() + seconds
     while step_of(path) < step:
         assert time.time() < end, f"no step {step} in {path} after {seconds} s"
+        assert not processes or any(p.is_alive() for p in processes), f"ended before step {step} of {path}"
         time.sleep(0.01)
 
 
