@@ -1,5 +1,6 @@
 """Shared by all tests: the repository on the path, two threads that do not spin, equal random numbers, a tiny run."""
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,6 +35,12 @@ def quick(args):
         train.main(args)
 
 
+def vae_of(run, out):
+    """The option that takes the VAE of `run`. Its latents go along, for `out` would get the very same."""
+    shutil.copytree(run / "latents", out / "latents")
+    return f"--vae_weights={run}"
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A tiny pyramid set: 6 + 2 slides of 256 px, three scales."""
@@ -55,7 +62,7 @@ def run(toy, tmp_path_factory):
 def cnn(toy, run, tmp_path_factory):
     """The same with the CNN Summarizer, on the VAE of `run`."""
     out = tmp_path_factory.mktemp("run") / "cnn"
-    quick([*TINY, "--summarizer=cnn", f"--data={toy}", f"--out={out}", f"--vae_weights={run}"])
+    quick([*TINY, "--summarizer=cnn", f"--data={toy}", f"--out={out}", vae_of(run, out)])
     return out
 
 

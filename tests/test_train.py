@@ -5,7 +5,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, quick
+from conftest import TINY, quick, vae_of
 from PIL import Image
 from training import codes, same, start
 
@@ -34,7 +34,7 @@ def test_run_folder(run):
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     assert all(len(r["by_scale"]) == 3 and len(r["by_t"]) == 4 for r in rows)
     for row in (*rows, *log(run, "vae")):
-        assert 0 < row["peak_share"] < 1 and 0 <= row["wait_share"] <= 1 and row["gb"] > 0.05 and row["grad"] > 0, row
+        assert 0 < row["peak_share"] and 0 <= row["wait_share"] <= 1 and row["gb"] > 0.05 and row["grad"] > 0, row
     model = ZoomLDM.from_run(run)
     assert model.latent_scale == pytest.approx(load_tensors(run / "vae.safetensors")[1]["latent_scale"])
     assert model.info["encoder"] == "stats" and model.summarizer.cfg.scales == 3
@@ -67,7 +67,7 @@ def test_interrupted_run_ends_bit_identical(toy, kind, request, tmp_path, monkey
     """Catches: a missing moment, a generator that is not keyed by step, data order that depends on the start; batch
     statistics that are not in the state."""
     run, cnn = (request.getfixturevalue(name) for name in ("run", "cnn"))
-    more = [f"--summarizer={kind}", f"--vae_weights={run}"]
+    more = [f"--summarizer={kind}", vae_of(run, tmp_path)]
     run = cnn if kind == "cnn" else run
     real, calls = loop.update_ema, []
 
@@ -94,7 +94,7 @@ def test_two_ranks_equal_one(toy, run, kind, request, tmp_path):
     on who holds its samples. Reached here: 8e-6. Catches: statistics per rank (off by 0.03), gradients that stop at the
     other rank's share in them (0.009). The loss says little: a U-Net of six steps hardly looks at its condition."""
     whole = run if kind == "transformer" else request.getfixturevalue("cnn")
-    more = [f"--vae_weights={run}"] if kind == "cnn" else []
+    more = [vae_of(run, tmp_path)] if kind == "cnn" else []
     args = [*TINY, *more, f"--summarizer={kind}", f"--data={toy}", f"--out={tmp_path}", "--threads=1"]
     assert codes(start(tmp_path, quick, args, ranks=2)) == [0, 0], (tmp_path / "text").read_text()[-2000:]
     for stage in ("vae", "ldm")[bool(more):]:
@@ -113,7 +113,7 @@ def test_settings_that_did_not_exist_yet_had_their_default(run, tmp_path):
     state.check_settings(path, cfg)  # no file: nothing to compare
     save_tensors(path, {}, {"settings": stored})
     state.check_settings(path, cfg)
-    for inside, name in ((stored["summarizer"], "kind"), (stored["unet"], "positions"), (stored, "clip")):
+    for inside, name in ((stored["summarizer"], "kind"), (stored["unet"], "heads"), (stored, "clip")):
         del inside[name]
         save_tensors(path, {}, {"settings": stored})
         state.check_settings(path, cfg)
@@ -140,20 +140,20 @@ def test_finished_run_is_left_alone(toy, run):
 
 
 def test_accumulation_equals_one_pass(toy, run, tmp_path):
-    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--micro=2", f"--vae_weights={run}"])
+    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--micro=2", vae_of(run, tmp_path)])
     for a, b in zip(log(run), log(tmp_path)):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-5)
 
 
 def test_one_scale_alone(toy, run, tmp_path):
-    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--only_scale=1", f"--vae_weights={run}"])
+    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--only_scale=1", "--steps=2", vae_of(run, tmp_path)])
     assert all(r["by_scale"][0] is None and r["by_scale"][2] is None and r["by_scale"][1] for r in log(tmp_path))
 
 
 def test_each_stage_overfits_one_batch():
     """A broken gradient path would stop the loss from falling. One noise, too, so that it falls fast."""
-    cfg = train.configure(train.Config, ["smoke", "--vae_steps=40", "--vae_batch=4", "--batch=16", "--unet.width=16",
-                                         "--summarizer.width=32", "--vae_crop=0"], train.PRESETS, ("preset",))
+    cfg = train.configure(train.Config, ["smoke", "--vae_steps=60", "--vae_batch=4", "--batch=8", "--unet.width=16",
+                                         "--summarizer.width=32", "--summarizer.side=16", "--vae_crop=0"], train.PRESETS, ("preset",))
     cfg.summarizer.embed_dim, cfg.summarizer.scales, cfg.unet.context_dim = 12, 3, 32
     g = torch.Generator().manual_seed(0)
     coarse = torch.randn(4, 3, 4, 4, generator=g).clamp(-1, 1)
@@ -162,10 +162,10 @@ def test_each_stage_overfits_one_batch():
     ldm = train.LDMStage(cfg, 1.0, 8)
     cfg.summarizer.kind = "cnn"
     cnn = train.LDMStage(cfg, 1.0, 8)
-    z, s = torch.randn(16, 3, 8, 8, generator=g), torch.zeros(16, dtype=torch.long)
-    tokens, mask = torch.randn(16, 64, 12, generator=g), torch.ones(16, 64, dtype=torch.bool)
+    z, s = torch.randn(8, 3, 8, 8, generator=g), torch.zeros(8, dtype=torch.long)
+    tokens, mask = torch.randn(8, 64, 12, generator=g), torch.ones(8, 64, dtype=torch.bool)
     conditions = {"z": z, "tokens": tokens, "mask": mask, "s": s}
-    for net, item, steps, want in ((vae, {"x": x, "s": s[:4]}, 40, 0.7), (ldm, conditions, 30, 0.6),
+    for net, item, steps, want in ((vae, {"x": x, "s": s[:4]}, 60, 0.7), (ldm, conditions, 30, 0.6),
                                    (cnn, conditions, 30, 0.6)):
         opt = torch.optim.AdamW(net.parameters(), 3e-3)
         losses = []
@@ -250,7 +250,7 @@ def test_other_settings_do_not_overwrite_a_run(toy, run):
 
 def test_batch_that_does_not_divide(toy, tmp_path, run):
     with pytest.raises(UserError, match="--batch or --micro"):
-        quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--micro=3", f"--vae_weights={run}"])
+        quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--micro=3", vae_of(run, tmp_path)])
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(toy, run, tmp_path, monkeypatch):
@@ -260,13 +260,13 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(toy, run, tmp_pa
         return float("inf") if step == 4 else real(step, *args)
     monkeypatch.setattr(loop, "lr_at", explodes)
     with pytest.raises(UserError, match="loss is no longer finite at step 6, on samples 20-23 of"):
-        quick([*TINY, f"--data={toy}", f"--out={tmp_path}", f"--vae_weights={run}"])
+        quick([*TINY, f"--data={toy}", f"--out={tmp_path}", vae_of(run, tmp_path)])
     tensors, meta = load_tensors(tmp_path / "state.safetensors")
     assert meta["step"] == 3 and all(torch.isfinite(v).all() for v in tensors.values() if v.is_floating_point())
 
 
 def test_no_steps_trains_the_vae_alone(toy, tmp_path):
-    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--steps=0"])
+    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--steps=0", "--vae_steps=2", "--vae.width=8"])
     assert (tmp_path / "vae.safetensors").exists() and not (tmp_path / "ema.safetensors").exists()
 
 
@@ -382,7 +382,7 @@ def test_unfinished_toy_data_is_finished(run, tmp_path, monkeypatch):
 
 
 def test_without_averaging(toy, run, tmp_path):
-    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--ema=0", f"--vae_weights={run}"])
+    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--ema=0", "--steps=2", vae_of(run, tmp_path)])
     model, raw = ZoomLDM.from_run(tmp_path), load_tensors(tmp_path / "state.safetensors")[0]
     assert torch.equal(model.unet.conv_out.weight, raw["net.unet.conv_out.weight"])
 
@@ -443,9 +443,6 @@ def small_unet(**more):
 def test_unet_compiles_as_one_graph():
     """No graph break, forward and backward, and the same values. Catches: a branch on a tensor, a print, an .item()."""
     net, batch = small_unet()
-    torch._dynamo.reset()
-    report = torch._dynamo.explain(net)(*batch)
-    assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons
     whole = torch.compile(net, backend="eager", fullgraph=True)
     want = net(*batch)
     assert torch.equal(whole(*batch), want)
