@@ -283,7 +283,13 @@ def setup(device="auto", amp=True, threads=0):
     if threads:
         torch.set_num_threads(threads)
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        more = {"timeout": timedelta(hours=2)}
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # torchrun on one node, whose store outlives a restart of
+            # the ranks (PyTorch 2.13): they must not find the addresses of those that are dead
+            store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(
+                torch.distributed.rendezvous("env://", **more))[0])
+            more |= {"store": store, "rank": rank, "world_size": world}
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **more)
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
             device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
     return Ranks(rank, world, device, torch.bfloat16 if amp and fast else None)

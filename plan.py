@@ -27,7 +27,8 @@ from common import UserError, cli, configure, setup
 from cost import bytes_of_sample, bytes_on_disk, bytes_reduced, full_size, rows_of_image, step_seconds, training_flops
 from data import PatchDataset, Pyramids
 from diffusion import ZoomLDM
-from loop import read_lines, update_ema
+from log import read_lines
+from loop import ema_pairs, update_ema
 from summarizer import SLOTS, Summarizer, SummarizerConfig
 from train import Config as TrainConfig
 from train import LDMStage
@@ -82,7 +83,8 @@ def training_step(unet, summarizer, side, batch, ranks, compiled=False):
     cfg = TrainConfig(unet=unet, summarizer=summarizer, batch=batch, compile=compiled)
     net = LDMStage(cfg, 1.0, side).to(ranks.device).train()
     wrapped = DistributedDataParallel(net) if ranks.world > 1 else net
-    opt, ema = torch.optim.AdamW(net.parameters(), fused=True), {k: v.clone() for k, v in net.state_dict().items()}
+    opt = torch.optim.AdamW(net.parameters(), fused=True)
+    pairs = ema_pairs({k: v.clone() for k, v in net.state_dict().items()}, net)
     item = net.noise(0) | {"z": torch.randn(batch, unet.channels, side, side), "s": torch.ones(batch).long(),
                            "tokens": torch.randn(batch, SLOTS, summarizer.embed_dim),
                            "mask": torch.ones(batch, SLOTS, dtype=torch.bool)}
@@ -94,7 +96,7 @@ def training_step(unet, summarizer, side, batch, ranks, compiled=False):
         loss.backward()
         opt.step()
         opt.zero_grad(set_to_none=True)
-        update_ema(ema, net, 0.999)
+        update_ema(pairs, 0.999)
     return step
 
 

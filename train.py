@@ -13,7 +13,6 @@ read next: sample_joint.py
 """
 import json
 import os
-import zlib
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,10 +27,12 @@ from common import UserError, cli, configure, generator, load_state_dict, load_t
 from common import save_tensors, setup, write_text
 from data import PatchDataset, Pyramids, fixed_batch
 from diffusion import Schedule, ZoomLDM, diffusion_loss
-from loop import check_settings, plot, read_lines, run_stage
+from log import plot, read_lines
+from loop import run_stage
 from metrics import layout_fidelity
 from published import Samples, layout_of
 from pyramid import read_index
+from state import check_settings, fingerprint, goes_on
 from summarizer import KINDS, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, PatchGAN, VAEConfig, perplexity, rebase, revive_codes, vae_loss
@@ -48,7 +49,9 @@ class Config:
     threads: int = 0            # CPU threads of this process; 0 = PyTorch's choice
     workers: int = 0            # data loading processes per rank
     amp: bool = True            # bf16 autocast where the device has bf16 arithmetic
-    compile: bool = False       # torch.compile the U-Net
+    compile: bool = False       # torch.compile the U-Net (--unet.checkpoint=True: less memory, a third more time)
+    channels_last: bool = False  # keep the channels of a pixel of the U-Net's activations together
+    profile: int = 0            # write a table of what this many steps cost to OUT/profile.txt, and go on
     plot: str = ""              # draw the log of this run folder, and stop
 
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -82,6 +85,8 @@ class Config:
     log_every: int = 25
     sample_every: int = 500
     save_every: int = 250
+    keep: int = 2               # checkpoints kept, should the newest be damaged
+    max_skips: int = 0          # steps in a row whose loss or gradient is not finite that are passed over
 
 
 # small networks for 64-pixel patches; places, v and few channels per group are what makes minutes enough (README)
@@ -137,8 +142,9 @@ class VAEStage(nn.Module):
                                                  generator=generator(self.cfg.seed, 1, step))}
 
     def forward(self, batch):
-        corners = batch["corner"].tolist()
-        x = torch.stack([x[:, i:i + self.crop, j:j + self.crop] for x, (i, j) in zip(batch["x"], corners)])
+        i, j = (batch["corner"][:, k, None] + torch.arange(self.crop, device=batch["x"].device) for k in (0, 1))
+        n = torch.arange(len(i), device=i.device)[:, None, None]
+        x = batch["x"].movedim(1, -1)[n, i[:, :, None], j[:, None]].movedim(-1, 1).contiguous()   # (B,3,crop,crop)
         loss, x_rec, indices, parts = vae_loss(self.vae, x, self.step >= self.unquantized, self.disc,
                                                self.cfg.disc_weight, self.perceptual[0])
         with torch.no_grad():
@@ -159,6 +165,9 @@ class VAEStage(nn.Module):
         if step in (start // 8, start // 2, start):
             rebase(self.vae, self.vae.encode(self.anchor), whiten=True)
         if step >= start and (step - start) % 50 == 0 and step <= 0.8 * self.cfg.vae_steps:
+            if step > start and (used := int((self.usage > 0).sum())) < 0.1 * len(self.usage) and ranks.rank == 0:
+                tqdm.write(f"step {step}: only {used} of {len(self.usage)} codes were used in 50 steps; the others are "
+                           f"moved to latents. If that goes on, take fewer (--vae.codes) or a lower --vae_lr")
             revive_codes(self.vae, self.vae.encode(self.anchor), self.usage, generator(self.cfg.seed, 3, step))
             self.usage.zero_()
 
@@ -174,6 +183,8 @@ class LDMStage(nn.Module):
         self.summarizer, self.unet, self.cfg = KINDS[cfg.summarizer.kind](cfg.summarizer), UNet(cfg.unet), cfg
         self.schedule, self.latent_scale, self.side = Schedule(cfg.schedule), latent_scale, latent_side
         self.scales = cfg.summarizer.scales
+        if cfg.channels_last:
+            self.unet.to(memory_format=torch.channels_last)
         if cfg.compile:
             self.unet.compile()  # in place: the names of the weights stay
 
@@ -200,14 +211,6 @@ class LDMStage(nn.Module):
 
 
 # ----- 2. The stages in order -----
-
-def fingerprint(module):
-    """crc32 over all weights: tells whether latents or tokens on disk were made by this very network."""
-    crc = 0
-    for _, v in sorted(module.state_dict().items()):
-        crc = zlib.crc32(v.detach().cpu().contiguous().numpy().tobytes(), crc)
-    return f"{crc:08x}"
-
 
 def get_vae(cfg, ranks, pyramids):
     """Train, resume, or load the VAE. out: (vae in eval mode, latent scale); kept in out/vae.safetensors."""
@@ -319,7 +322,7 @@ def prepare(cfg):
 def check(cfg):
     """What can be refused before anything is read. raises: UserError."""
     least = {"batch": 1, "vae_batch": 1, "log_every": 1, "sample_every": 1, "save_every": 1, "steps": 0, "vae_steps": 0,
-             "seed": 0, "workers": 0, "micro": 0, "vae_crop": 0}
+             "seed": 0, "workers": 0, "micro": 0, "vae_crop": 0, "keep": 1, "max_skips": 0, "profile": 0}
     for name, low in least.items():
         if getattr(cfg, name) < low:
             raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {low}")
@@ -362,13 +365,12 @@ def main(argv):
     with torch.device("meta"):
         trial = LDMStage(cfg, 1.0, side)
     start, dropped = {}, []
-    if cfg.init_from and not (out / "state.safetensors").exists():
-        start, dropped = trial.unet.official_start(load_state_dict(cfg.init_from))
     check_settings(out / "vae.safetensors", cfg, ("vae", "data", "seed", "disc", "lpips"))
-    check_settings(out / "state.safetensors", cfg)
+    if not goes_on(out / "state.safetensors", cfg) and cfg.init_from:
+        start, dropped = trial.unet.official_start(load_state_dict(cfg.init_from))
     ranks.barrier()
     if ranks.rank == 0:
-        for left in out.glob(".*.tmp"):  # of a save that was killed
+        for left in out.rglob(".*.tmp"):  # of a save that was killed
             left.unlink()
         print(f"run folder {out}, {ranks.world} rank(s) on {ranks.device}, "
               f"{'bf16 autocast' if ranks.amp else 'float32'}, {torch.get_num_threads()} threads")

@@ -1,5 +1,6 @@
 """Shared by all tests: the repository on the path, threads that do not spin, equal random numbers, a tiny run."""
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,6 +25,22 @@ TINY = ["smoke", "--vae_steps=8", "--steps=6", "--batch=4", "--vae_batch=4", "--
         "--sample_every=6", "--summarizer.width=32", "--unet.width=16", "--amp=False", "--device=cpu"]
 
 
+def quick(args):
+    """train.main, but sheets of two patches a scale and two steps, where nothing hangs on what they show."""
+    from functools import partial
+
+    import train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "sample_sheet", partial(train.sample_sheet, n=2, show=2, steps=2))
+        train.main(args)
+
+
+def vae_of(run, out):
+    """The option that takes the VAE of `run`. Its latents go along, for `out` would get the very same."""
+    shutil.copytree(run / "latents", out / "latents")
+    return f"--vae_weights={run}"
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A tiny pyramid set: 6 + 2 slides of 256 px, three scales."""
@@ -36,18 +53,16 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="session")
 def run(toy, tmp_path_factory):
     """One uninterrupted training."""
-    import train
     out = tmp_path_factory.mktemp("run") / "a"
-    train.main([*TINY, f"--data={toy}", f"--out={out}"])
+    quick([*TINY, f"--data={toy}", f"--out={out}"])
     return out
 
 
 @pytest.fixture(scope="session")
 def cnn(toy, run, tmp_path_factory):
     """The same with the CNN Summarizer, on the VAE of `run`."""
-    import train
     out = tmp_path_factory.mktemp("run") / "cnn"
-    train.main([*TINY, "--summarizer=cnn", f"--data={toy}", f"--out={out}", f"--vae_weights={run}"])
+    quick([*TINY, "--summarizer=cnn", f"--data={toy}", f"--out={out}", vae_of(run, out)])
     return out
 
 

@@ -12,7 +12,7 @@ CAPS = dict(
     common=350, metrics=290, zoom_vae=365, slide=250, tiff=260, reader=350, vit=220, encoder=200, summarizer=290,
     unet=350, diffusion=350,
     toy=200, toy_task=120, pyramid=200, published=205, strips=260, build=360, data=350, wording=180,
-    tissues=150, captions=250, loop=260,
+    tissues=150, captions=250, state=150, log=180, loop=260,
     train=420, canvas=340, joint=350, patches=250, proxy=150, cost=200, dit=365, cdm=300, sample_joint=470, quality=250,
     cdm_table=290, invert=320, sr_trained=110, sr_table=200, features=180, bags=280, heads=220, mil=350,
     mil_table=220, joint_table=280, rivals=110, plan=265, bench=350)
@@ -63,7 +63,8 @@ def test_module_docstring(name):
     doc = ast.get_docstring(TREES[name], clean=False)
     assert doc, f"{name}.py has no docstring"
     assert len(doc.strip().splitlines()) <= 15, f"the docstring of {name}.py is over 15 lines"
-    assert f"python {name}.py" in doc or name in ("common", "loop", "patches"), f"{name}.py does not say how to run it"
+    assert f"python {name}.py" in doc or name in ("common", "state", "log", "loop", "patches"), (
+        f"{name}.py does not say how to run it")
 
 
 @pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").glob("*.py"))], ids=lambda p: p.stem)

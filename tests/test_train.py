@@ -1,36 +1,29 @@
 """The pipeline end to end at tiny size: smoke, exact resume, two ranks equal one, faults, patches, the evaluation."""
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY, quick, vae_of
 from PIL import Image
+from training import codes, same, start
 
 import data
+import log as runlog
 import loop
 import sample_joint
+import state
 import train
 from common import Ranks, UserError, load_tensors, save_tensors
 from diffusion import ZoomLDM
 from summarizer import CNNSummarizer
+from unet import UNet, UNetConfig
 from zoom_vae import VAEConfig
 
 
 def log(out, stage="ldm"):
     return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["stage"] == stage]
-
-
-def same(a, b):
-    """Two safetensors files hold bit-identical tensors."""
-    (a, _), (b, _) = load_tensors(a), load_tensors(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_run_folder(run):
@@ -40,6 +33,8 @@ def test_run_folder(run):
     assert len(json.loads((run / "samples/layout.jsonl").read_text())["layout"]) == 3
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     assert all(len(r["by_scale"]) == 3 and len(r["by_t"]) == 4 for r in rows)
+    for row in (*rows, *log(run, "vae")):
+        assert 0 < row["peak_share"] and 0 <= row["wait_share"] <= 1 and row["gb"] > 0.05 and row["grad"] > 0, row
     model = ZoomLDM.from_run(run)
     assert model.latent_scale == pytest.approx(load_tensors(run / "vae.safetensors")[1]["latent_scale"])
     assert model.info["encoder"] == "stats" and model.summarizer.cfg.scales == 3
@@ -72,7 +67,7 @@ def test_interrupted_run_ends_bit_identical(toy, kind, request, tmp_path, monkey
     """Catches: a missing moment, a generator that is not keyed by step, data order that depends on the start; batch
     statistics that are not in the state."""
     run, cnn = (request.getfixturevalue(name) for name in ("run", "cnn"))
-    more = ["--summarizer=cnn", f"--vae_weights={run}"] if kind == "cnn" else []
+    more = [f"--summarizer={kind}", vae_of(run, tmp_path)]
     run = cnn if kind == "cnn" else run
     real, calls = loop.update_ema, []
 
@@ -84,62 +79,30 @@ def test_interrupted_run_ends_bit_identical(toy, kind, request, tmp_path, monkey
     monkeypatch.setattr(loop, "update_ema", dies)
     args = [*TINY, *more, f"--data={toy}", f"--out={tmp_path}"]
     with pytest.raises(KeyboardInterrupt):
-        train.main(args)
+        quick(args)
     monkeypatch.undo()
-    train.main(args)
+    quick(args)
     assert same(run / "state.safetensors", tmp_path / "state.safetensors")
     assert same(run / "ema.safetensors", tmp_path / "ema.safetensors")
     assert [r["step"] for r in log(tmp_path)] == [1, 2, 3, 4, 5, 6]  # the line past the checkpoint is not there twice
     assert [r["loss"] for r in log(tmp_path)] == [r["loss"] for r in log(run)]
 
 
-def command(*args, ranks=0, **env):
-    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else [
-        sys.executable]
-    return {"args": [*head, "train.py", *args], "cwd": ROOT,
-            "env": os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | env}
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one(toy, run, tmp_path):
-    """The global batch, its noise and its order do not depend on the number of ranks."""
-    done = subprocess.run(**command(*TINY, f"--data={toy}", f"--out={tmp_path}", "--threads=1", ranks=2),
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for stage in ("vae", "ldm"):
-        one, two = log(run, stage), log(tmp_path, stage)
-        assert len(one) == len(two) > 0
-        for a, b in zip(one, two):
+@pytest.mark.parametrize("kind", ["transformer", "cnn"])
+def test_two_ranks_equal_one(toy, run, kind, request, tmp_path):
+    """The global batch, its noise and its order do not depend on the number of ranks; nor do the statistics of a batch
+    on who holds its samples. Reached here: 8e-6. Catches: statistics per rank (off by 0.03), gradients that stop at the
+    other rank's share in them (0.009). The loss says little: a U-Net of six steps hardly looks at its condition."""
+    whole = run if kind == "transformer" else request.getfixturevalue("cnn")
+    more = [vae_of(run, tmp_path)] if kind == "cnn" else []
+    args = [*TINY, *more, f"--summarizer={kind}", f"--data={toy}", f"--out={tmp_path}", "--threads=1"]
+    assert codes(start(tmp_path, quick, args, ranks=2)) == [0, 0], (tmp_path / "text").read_text()[-2000:]
+    for stage in ("vae", "ldm")[bool(more):]:
+        for a, b in zip(log(whole, stage), log(tmp_path, stage), strict=True):
             assert b["loss"] == pytest.approx(a["loss"], rel=2e-5), (stage, a["step"])
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one_with_the_cnn_summarizer(toy, run, cnn, tmp_path):
-    """The statistics of a batch do not depend on who holds its samples either. Reached here: 8e-6. Catches: statistics
-    per rank (off by 0.03), gradients that stop at the other rank's share in them (0.009). The loss says little: a U-Net
-    of six steps hardly looks at its condition."""
-    done = subprocess.run(**command(*TINY, "--summarizer=cnn", f"--data={toy}", f"--out={tmp_path}", "--threads=1",
-                                    f"--vae_weights={run}", ranks=2), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for a, b in zip(log(cnn), log(tmp_path), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=2e-5)
-    one, two = (load_tensors(folder / "state.safetensors")[0] for folder in (cnn, tmp_path))
-    for name in (k for k in one if "summarizer" in k):
+    one, two = (load_tensors(folder / "state.safetensors")[0] for folder in (whole, tmp_path))
+    for name in (k for k in one if "summarizer" in k and kind == "cnn"):
         assert torch.allclose(one[name], two[name], rtol=0, atol=1e-4), name
-
-
-@pytest.mark.slow
-def test_sigkill_and_restart_is_bit_identical(toy, run, tmp_path):
-    args = command(*TINY, f"--data={toy}", f"--out={tmp_path}", f"--threads={torch.get_num_threads()}")
-    child = subprocess.Popen(**args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    state, deadline = tmp_path / "state.safetensors", time.time() + 120
-    while not state.exists() and child.poll() is None and time.time() < deadline:
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    subprocess.run(**args, check=True, capture_output=True)
-    assert load_tensors(state)[1]["step"] == 6
-    assert same(run / "ema.safetensors", tmp_path / "ema.safetensors")
 
 
 def test_settings_that_did_not_exist_yet_had_their_default(run, tmp_path):
@@ -147,48 +110,50 @@ def test_settings_that_did_not_exist_yet_had_their_default(run, tmp_path):
     cfg = train.configure(train.Config, [*TINY, f"--data={run}"], train.PRESETS, ("preset",))
     path = tmp_path / "state.safetensors"
     stored = json.loads(json.dumps(asdict(cfg)))
-    loop.check_settings(path, cfg)  # no file: nothing to compare
+    state.check_settings(path, cfg)  # no file: nothing to compare
     save_tensors(path, {}, {"settings": stored})
-    loop.check_settings(path, cfg)
-    for inside, name in ((stored["summarizer"], "kind"), (stored["unet"], "checkpoint"), (stored, "clip")):
+    state.check_settings(path, cfg)
+    for inside, name in ((stored["summarizer"], "kind"), (stored["unet"], "heads"), (stored, "clip")):
         del inside[name]
         save_tensors(path, {}, {"settings": stored})
-        loop.check_settings(path, cfg)
-    for key, value in (("summarizer", "cnn"), ("unet.checkpoint", True), ("clip", 2.0), ("unet.width", 8)):
+        state.check_settings(path, cfg)
+    for key, value in (("summarizer.kind", "cnn"), ("clip", 2.0), ("unet.width", 8)):
         other = train.configure(train.Config, [*TINY, f"--data={run}", f"--{key}={value}"], train.PRESETS, ("preset",))
-        with pytest.raises(UserError, match=rf"other settings \({key.split('.')[0]}\)"):
-            loop.check_settings(path, other)
+        with pytest.raises(UserError, match=rf"other settings \({key}\)"):
+            state.check_settings(path, other)
+    other.unet.width, other.unet.checkpoint, other.keep, other.max_skips = cfg.unet.width, True, 5, 3
+    state.check_settings(path, other)  # these change nothing
     del stored["unet"]["width"]  # now 16, by default 192
     save_tensors(path, {}, {"settings": stored})
-    with pytest.raises(UserError, match=r"other settings \(unet\)"):
-        loop.check_settings(path, cfg)
+    with pytest.raises(UserError, match=r"other settings \(unet.width\)"):
+        state.check_settings(path, cfg)
     save_tensors(path, {}, {})   # of nobody knows what
     with pytest.raises(UserError, match="other settings .*seed"):
-        loop.check_settings(path, cfg)
+        state.check_settings(path, cfg)
 
 
 def test_finished_run_is_left_alone(toy, run):
     before = load_tensors(run / "state.safetensors")[0]
-    train.main([*TINY, f"--data={toy}", f"--out={run}"])
+    quick([*TINY, f"--data={toy}", f"--out={run}"])
     after = load_tensors(run / "state.safetensors")[0]
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_accumulation_equals_one_pass(toy, run, tmp_path):
-    train.main([*TINY, f"--data={toy}", f"--out={tmp_path}", "--micro=2"])
+    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--micro=2", vae_of(run, tmp_path)])
     for a, b in zip(log(run), log(tmp_path)):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-5)
 
 
 def test_one_scale_alone(toy, run, tmp_path):
-    train.main([*TINY, f"--data={toy}", f"--out={tmp_path}", "--only_scale=1", f"--vae_weights={run}"])
+    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--only_scale=1", "--steps=2", vae_of(run, tmp_path)])
     assert all(r["by_scale"][0] is None and r["by_scale"][2] is None and r["by_scale"][1] for r in log(tmp_path))
 
 
 def test_each_stage_overfits_one_batch():
-    """A broken gradient path would stop the loss from falling. Reached here: VAE 0.48 -> 0.19, denoiser 1.0 -> 0.35."""
-    cfg = train.configure(train.Config, ["smoke", "--vae_steps=80", "--vae_batch=4", "--batch=16", "--unet.width=16",
-                                         "--summarizer.width=32", "--vae_crop=0"], train.PRESETS, ("preset",))
+    """A broken gradient path would stop the loss from falling. One noise, too, so that it falls fast."""
+    cfg = train.configure(train.Config, ["smoke", "--vae_steps=60", "--vae_batch=4", "--batch=8", "--unet.width=16",
+                                         "--summarizer.width=32", "--summarizer.side=16", "--vae_crop=0"], train.PRESETS, ("preset",))
     cfg.summarizer.embed_dim, cfg.summarizer.scales, cfg.unet.context_dim = 12, 3, 32
     g = torch.Generator().manual_seed(0)
     coarse = torch.randn(4, 3, 4, 4, generator=g).clamp(-1, 1)
@@ -197,21 +162,21 @@ def test_each_stage_overfits_one_batch():
     ldm = train.LDMStage(cfg, 1.0, 8)
     cfg.summarizer.kind = "cnn"
     cnn = train.LDMStage(cfg, 1.0, 8)
-    z, s = torch.randn(16, 3, 8, 8, generator=g), torch.zeros(16, dtype=torch.long)
-    tokens, mask = torch.randn(16, 64, 12, generator=g), torch.ones(16, 64, dtype=torch.bool)
+    z, s = torch.randn(8, 3, 8, 8, generator=g), torch.zeros(8, dtype=torch.long)
+    tokens, mask = torch.randn(8, 64, 12, generator=g), torch.ones(8, 64, dtype=torch.bool)
     conditions = {"z": z, "tokens": tokens, "mask": mask, "s": s}
-    for net, item, steps, want in ((vae, {"x": x, "s": s[:4]}, 80, 0.5), (ldm, conditions, 120, 0.6),
-                                   (cnn, conditions, 120, 0.6)):
+    for net, item, steps, want in ((vae, {"x": x, "s": s[:4]}, 60, 0.7), (ldm, conditions, 30, 0.6),
+                                   (cnn, conditions, 30, 0.6)):
         opt = torch.optim.AdamW(net.parameters(), 3e-3)
         losses = []
         for step in range(steps):
-            loss, values = net(item | net.noise(step))
+            loss, values = net(item | net.noise(step if net is vae else 0))
             loss.backward()
             opt.step()
             opt.zero_grad()
             net.after_step(step + 1, ranks)
             losses.append(float(values["rec" if net is vae else "loss"].mean()))
-        assert sum(losses[-10:]) / 10 < want * sum(losses[:3]) / 3, (type(net).__name__, losses[:3], losses[-3:])
+        assert sum(losses[-5:]) / 5 < want * sum(losses[:3]) / 3, (type(net).__name__, losses[:3], losses[-3:])
 
 
 def test_patches_are_written_and_depend_on_the_seed(run, tmp_path):
@@ -279,30 +244,29 @@ def test_settings_that_cannot_work(args, says, toy, tmp_path):
 def test_other_settings_do_not_overwrite_a_run(toy, run):
     before = (run / "state.safetensors").read_bytes()
     with pytest.raises(UserError, match="other settings .*lr"):
-        train.main([*TINY, f"--data={toy}", f"--out={run}", "--lr=1e-5"])
+        quick([*TINY, f"--data={toy}", f"--out={run}", "--lr=1e-5"])
     assert (run / "state.safetensors").read_bytes() == before
 
 
 def test_batch_that_does_not_divide(toy, tmp_path, run):
     with pytest.raises(UserError, match="--batch or --micro"):
-        train.main([*TINY, f"--data={toy}", f"--out={tmp_path}", "--micro=3", f"--vae_weights={run}"])
+        quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--micro=3", vae_of(run, tmp_path)])
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(toy, run, tmp_path, monkeypatch):
-    real, calls = loop.lr_at, []
+    real = loop.lr_at
 
     def explodes(step, *args):
-        calls.append(1)
-        return float("inf") if step == 4 and len(calls) > 8 else real(step, *args)
+        return float("inf") if step == 4 else real(step, *args)
     monkeypatch.setattr(loop, "lr_at", explodes)
-    with pytest.raises(UserError, match="no longer finite"):
-        train.main([*TINY, f"--data={toy}", f"--out={tmp_path}"])
+    with pytest.raises(UserError, match="loss is no longer finite at step 6, on samples 20-23 of"):
+        quick([*TINY, f"--data={toy}", f"--out={tmp_path}", vae_of(run, tmp_path)])
     tensors, meta = load_tensors(tmp_path / "state.safetensors")
     assert meta["step"] == 3 and all(torch.isfinite(v).all() for v in tensors.values() if v.is_floating_point())
 
 
 def test_no_steps_trains_the_vae_alone(toy, tmp_path):
-    train.main([*TINY, f"--data={toy}", f"--out={tmp_path}", "--steps=0"])
+    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--steps=0", "--vae_steps=2", "--vae.width=8"])
     assert (tmp_path / "vae.safetensors").exists() and not (tmp_path / "ema.safetensors").exists()
 
 
@@ -313,7 +277,7 @@ def test_plot_draws_the_log(run):
 
 
 def test_vae_of_another_run(toy, run, tmp_path):
-    train.main([*TINY, f"--data={toy}", f"--out={tmp_path}", "--steps=0", f"--vae_weights={run}"])
+    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--steps=0", f"--vae_weights={run}"])
     assert same(run / "vae.safetensors", tmp_path / "vae.safetensors")
 
 
@@ -339,15 +303,15 @@ def test_start_from_a_published_unet(toy, run, tmp_path, capsys):
     torch.save({"state_dict": whole, "global_step": 178000}, tmp_path / "cin256-v2.ckpt")
     args = [*TINY, *PLAIN, f"--data={toy}", f"--out={tmp_path / 'a'}", f"--vae_weights={run}", "--lr=0", "--steps=1",
             f"--init_from={tmp_path / 'cin256-v2.ckpt'}"]
-    train.main(args)
+    quick(args)
     assert f"U-Net: {len(raw)} tensors" in (text := capsys.readouterr().out)
     assert "class embedder: cond_stage_model.embedding.weight" in text
     for k, v in ZoomLDM.from_run(tmp_path / "a").unet.state_dict().items():
         assert torch.allclose(v, raw["model.diffusion_model." + unet.official_name(k)], atol=1e-6), k
     (tmp_path / "cin256-v2.ckpt").unlink()
-    train.main(args)  # a run that goes on does not need the file any more
+    quick(args)  # a run that goes on does not need the file any more
     with pytest.raises(UserError, match="other settings .*init_from"):
-        train.main([a for a in args if "init_from" not in a])
+        quick([a for a in args if "init_from" not in a])
 
 
 def test_start_from_a_unet_alone():
@@ -372,7 +336,7 @@ def test_a_start_that_does_not_fit(toy, run, tmp_path):
                        ([f"--init_from={good}", "--unet.width=64"], "of another shape"),
                        ([f"--init_from={good}", "--unet.groups=16"], "unet.groups=16, which weights do not show")):
         with pytest.raises(UserError, match=says):
-            train.main([*args, *more])
+            quick([*args, *more])
     assert not (tmp_path / "a").exists()
 
 
@@ -383,16 +347,16 @@ def test_runs_of_before_a_setting_existed_go_on(toy, run, tmp_path):
     save_tensors(tmp_path / "state.safetensors", tensors, meta)
     cfg = train.configure(train.Config, [*TINY, f"--data={toy}"], train.PRESETS, ("preset",))
     cfg.summarizer.embed_dim, cfg.summarizer.scales, cfg.unet.context_dim = 96, 3, 32  # as the data say
-    loop.check_settings(tmp_path / "state.safetensors", cfg)
+    state.check_settings(tmp_path / "state.safetensors", cfg)
     cfg.init_from = "x.ckpt"
     with pytest.raises(UserError, match="init_from"):
-        loop.check_settings(tmp_path / "state.safetensors", cfg)
+        state.check_settings(tmp_path / "state.safetensors", cfg)
 
 
 def test_other_vae_settings_are_not_ignored(toy, run):
     before = (run / "config.json").read_bytes()
     with pytest.raises(UserError, match="vae.safetensors belongs to a run with other settings .*vae_steps"):
-        train.main([*TINY, f"--data={toy}", f"--out={run}", "--vae_steps=9"])
+        quick([*TINY, f"--data={toy}", f"--out={run}", "--vae_steps=9"])
     assert (run / "config.json").read_bytes() == before
 
 
@@ -402,28 +366,30 @@ def test_no_toys_in_a_folder_the_user_named(tmp_path):
     assert not (tmp_path / "photos").exists()
 
 
-def test_unfinished_toy_data_is_finished(tmp_path, monkeypatch):
+def test_unfinished_toy_data_is_finished(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    real = data.main
+    monkeypatch.setattr(data, "main", lambda argv: real([*argv, "--workers=1"]))  # processes cost seconds to start
     made = ["toy", "--out=data/smoke", "--slides=8", "--test=4", "--size=256"]
 
     def dies(*args):
         raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(data, "finish", dies)
-        data.main([*made, "--workers=1"])
-    train.main([*TINY, "--steps=0", "--out=run"])
+        data.main(made)
+    quick([*TINY, "--steps=0", "--out=run", f"--vae_weights={run}"])
     assert len(data.Pyramids("data/smoke").names("train")) == 8
 
 
 def test_without_averaging(toy, run, tmp_path):
-    train.main([*TINY, f"--data={toy}", f"--out={tmp_path}", "--ema=0", f"--vae_weights={run}"])
+    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--ema=0", "--steps=2", vae_of(run, tmp_path)])
     model, raw = ZoomLDM.from_run(tmp_path), load_tensors(tmp_path / "state.safetensors")[0]
     assert torch.equal(model.unet.conv_out.weight, raw["net.unet.conv_out.weight"])
 
 
 def test_a_log_that_cannot_be_written(run, tmp_path):
     with pytest.raises(UserError, match="could not write"):
-        loop.append(tmp_path / "missing" / "log.jsonl", {})
+        runlog.append(tmp_path / "missing" / "log.jsonl", {})
 
 
 def test_preset_without_a_vae_asks_for_one(toy, tmp_path):
@@ -449,8 +415,8 @@ def test_drawing_that_cannot_work(run, tmp_path, args, says):
 
 def test_a_cut_off_model_is_named(run, tmp_path):
     (tmp_path / "ema.safetensors").write_bytes((run / "ema.safetensors").read_bytes()[:5000])
-    done = subprocess.run([sys.executable, "sample_joint.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "ema.safetensors" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(UserError, match="ema.safetensors is not a complete safetensors file"):
+        sample_joint.main([str(tmp_path)])
 
 
 def test_every_preset_builds():
@@ -464,3 +430,70 @@ def test_every_preset_builds():
             assert n == 400_920_579 + (38_656_000 if name == "brca" else 38_653_952) and cfg.vae == VAEConfig()
         if name == "gpu24":
             assert 50e6 < n < 75e6, n
+
+
+def small_unet(**more):
+    """A tiny U-Net of all kinds of layers that hears its condition, and a batch for it."""
+    net = UNet(UNetConfig(16, (1, 2), 1, (2,), 32, groups=4, positions=8, **more))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, 0, 0.1)
+    return net, (torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 65, 32))
+
+
+def test_unet_compiles_as_one_graph():
+    """No graph break, forward and backward, and the same values. Catches: a branch on a tensor, a print, an .item()."""
+    net, batch = small_unet()
+    whole = torch.compile(net, backend="eager", fullgraph=True)
+    want = net(*batch)
+    assert torch.equal(whole(*batch), want)
+    whole(*batch).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    torch._dynamo.reset()
+
+
+def test_checkpointed_activations_give_equal_gradients():
+    """Bit for bit, with fewer activations kept. Catches: a stage that is run twice with another input."""
+    (net, batch), kept, grads = small_unet(), [0, 0], []
+    for on in (0, 1):
+        def pack(x, on=on):
+            kept[on] += x.numel()
+            return x
+        net.cfg.checkpoint = bool(on)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = net(*batch).square().sum()
+        grads.append(torch.autograd.grad(loss, list(net.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads)) and kept[1] < 0.5 * kept[0], kept
+
+
+def test_crops_are_where_their_corners_say(toy):
+    cfg = train.configure(train.Config, [*TINY, "--vae_crop=16", "--vae_batch=3"], train.PRESETS, ("preset",))
+    net, got = train.VAEStage(cfg, torch.zeros(1, 3, 32, 32)), []
+    x, corners = torch.randn(3, 3, 32, 32), torch.tensor([[0, 16], [4, 8], [16, 0]])
+    net.vae.encode = lambda x: got.append(x) or net.vae.to_latent(net.vae.encoder(x))
+    net.noise(0)
+    net({"x": x, "corner": corners, "s": torch.zeros(3, dtype=torch.long)})
+    assert got[0].is_contiguous()
+    assert torch.equal(got[0], torch.stack([x[k, :, i:i + 16, j:j + 16] for k, (i, j) in enumerate(corners.tolist())]))
+
+
+def test_dead_codes_are_told(capsys):
+    """One line where fewer than a tenth were used. Not at the first placing of codes, when none has been."""
+    cfg = train.configure(train.Config, [*TINY, "--vae_steps=400"], train.PRESETS, ("preset",))
+    net, ranks = train.VAEStage(cfg, torch.randn(4, 3, 32, 32)), Ranks(0, 1, torch.device("cpu"), None)
+    for step, used in ((100, 0), (150, 6), (200, 7)):
+        net.used[:used] = 1
+        net.after_step(step, ranks)
+    said = capsys.readouterr().out
+    assert "step 150: only 6 of 64 codes were used" in said and said.count("codes were used") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, whose waits can be forbidden")
+def test_no_wait_for_the_device_between_log_lines(tmp_path, monkeypatch):
+    """Any copy or read that makes the host wait raises, from the fourth step on. Catches: .item(), .tolist()."""
+    from training import BATCH, Numbers, Stage
+    modes = {3: lambda: torch.cuda.set_sync_debug_mode("error"), 30: lambda: torch.cuda.set_sync_debug_mode("default")}
+    cfg = train.Config(out=str(tmp_path), device="cuda", log_every=35, save_every=35, sample_every=35, max_skips=1)
+    stage = Stage(tmp_path, modes)
+    stage.quiet = True
+    loop.run_stage("", cfg, train.setup("cuda"), stage, Numbers(), 35, BATCH, 0.01, 0.9)
+    assert len(log(tmp_path)) == 1

@@ -1,0 +1,185 @@
+"""train.py killed, moved to other ranks, damaged and filled up, for minutes (make torture); test_faults.py is the quick
+part. Prints a line per fault, and exits with code 1 if a run did not end as the undisturbed one."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from training import ROOT, codes, damage, same, start, step_of, wait_for
+
+from common import load_tensors
+
+# the smoke preset, 50 steps, without the sheets of patches, which take most of its time
+SMOKE = ["smoke", "--steps=50", "--save_every=5", "--log_every=1", "--sample_every=1000", "--vae_steps=20",
+         "--amp=False", "--device=cpu", "--threads=1"]
+failed = []
+
+
+def train(args):
+    """train.py in this process, with a sheet of one patch."""
+    from functools import partial
+
+    import train as module
+    module.sample_sheet = partial(module.sample_sheet, n=2, show=1, steps=1)
+    module.main(args)
+
+
+def check(name, good, more=""):
+    print(f"{'ok  ' if good else 'FAIL'} {name} {more}", flush=True)
+    if not good:
+        failed.append(name)
+
+
+def losses(out, stage="ldm"):
+    rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return {r["step"]: r["loss"] for r in rows if r["stage"] == stage}
+
+
+def run(out, *more, ranks=1):
+    """To the end, in new processes. out: exit codes."""
+    return codes(start(out, train, [*SMOKE, f"--data={out.parent / 'data'}", f"--out={out}", *more], ranks=ranks), 600)
+
+
+def folder(home, name):
+    (home / name).mkdir()
+    return home / name
+
+
+def kills(home, whole, n=20):
+    """n SIGKILLs at random moments, of VAE, latents, U-Net and saves alike."""
+    out, rng, steps = folder(home, "kills"), random.Random(0), []
+    args = [*SMOKE, f"--data={home / 'data'}", f"--out={out}"]
+    began = time.time()
+    run(folder(home, "timed"))
+    lasts = time.time() - began
+    for _ in range(n):
+        process = start(out, train, args)
+        process[0].join(rng.uniform(0.05, 0.5) * lasts)
+        if process[0].is_alive():
+            os.kill(process[0].pid, signal.SIGKILL)
+        codes(process)
+        steps.append((step_of(out / "vae_state.safetensors"), step_of(out / "state.safetensors")))
+        if steps[-1][1] == 50:  # done too early: another one
+            for file in out.glob("*state*"):
+                file.unlink()
+            (out / "vae.safetensors").unlink()
+    check("killed runs end", run(out) == [0], f"saved steps of VAE and U-Net after each kill: {steps}")
+    check(f"{n} SIGKILLs, then bit-identical", same(whole / "ema.safetensors", out / "ema.safetensors")
+          and same(whole / "state.safetensors", out / "state.safetensors"))
+    check("no temporary file is left", not list(out.rglob(".*.tmp")))
+
+
+def ranks(home, whole):
+    """Two ranks, undisturbed; killed and gone on as one; by torchrun, which restarts them."""
+    vae, out = f"--vae_weights={whole}", folder(home, "two")
+    check("two ranks end", run(out, ranks=2) == [0, 0])
+    worst = max(abs(b - losses(out)[k]) for k, b in losses(whole).items())
+    check("50 steps of two ranks: losses within 1e-6 of one process", worst <= 1e-6, f"{worst:.1e}")
+    base, out = folder(home, "base"), folder(home, "fewer")
+    run(base, vae)
+    processes = start(out, train, [*SMOKE, f"--data={home / 'data'}", f"--out={out}", vae], ranks=2)
+    wait_for(out / "state.safetensors", 20, processes)
+    for p in processes:
+        os.kill(p.pid, signal.SIGKILL)
+    codes(processes)
+    at = step_of(out / "state.safetensors")
+    check("one rank goes on where two were killed", 20 <= at < 50 and run(out, vae) == [0], f"from step {at}")
+    worst = max(abs(b - losses(out)[k]) for k, b in losses(base).items())
+    check("same losses to rounding", losses(base).keys() == losses(out).keys() and worst <= 2e-6, f"{worst:.1e}")
+
+    out = folder(home, "elastic")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
+               "train.py", *SMOKE, f"--data={home / 'data'}", f"--out={out}", vae]
+    text = open(out / "text", "w")
+    agent = subprocess.Popen(command, cwd=ROOT, stdout=text, stderr=text)
+    wait_for(out / "state.safetensors", 10)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    check("torchrun restarts a killed worker", agent.wait(600) == 0)
+    worst = max(abs(b - losses(out)[k]) for k, b in losses(base).items())
+    check("no sample lost or repeated", losses(base).keys() == losses(out).keys() and worst <= 2e-6, f"{worst:.1e}")
+
+    out = folder(home, "term")
+    agent = subprocess.Popen([a.replace("elastic", "term") for a in command], cwd=ROOT, stdout=text, stderr=text)
+    wait_for(out / "state.safetensors", 10)
+    agent.send_signal(signal.SIGTERM)
+    agent.wait(600)
+    check("SIGTERM to torchrun saves", "SIGTERM: saved step" in (home / "elastic/text").read_text(),
+          f"step {step_of(out / 'state.safetensors')}, torchrun's own exit code {agent.returncode}")
+    check("and goes on", run(out, vae) == [0])
+
+
+def three_and_three(home, whole):
+    """3 + 3 steps and 6: the schedule of six steps, cut in two by a kill."""
+    vae, ends = [f"--vae_weights={whole}", "--steps=6", "--save_every=3"], []
+    for name, at in (("six", None), ("three", 3)):
+        out = folder(home, name)
+        process = start(out, train, [*SMOKE, *vae, f"--data={home / 'data'}", f"--out={out}"])
+        if at:
+            wait_for(out / "state.safetensors", at, process)
+            os.kill(process[0].pid, signal.SIGKILL)
+        codes(process)
+        run(out, *vae)
+        ends.append(out / "state.safetensors")
+    check("3 + 3 resumed steps are 6", same(*ends) and step_of(ends[0]) == 6)
+
+
+def damages(home, whole, n=6):
+    """Bits flipped and files cut at random; the end is the same."""
+    rng, vae = random.Random(1), f"--vae_weights={whole}"
+    for i in range(n):
+        out, how = folder(home, f"damage{i}"), ("cut", "flip")[i % 2]
+        process = start(out, train, [*SMOKE, f"--data={home / 'data'}", f"--out={out}", vae])
+        wait_for(out / "state.safetensors", 15, process)
+        os.kill(process[0].pid, signal.SIGKILL)
+        codes(process)
+        damage(out / "state.safetensors", rng, how)
+        good = run(out, vae) == [0] and "falling back to" in (out / "text").read_text()
+        check(f"{how} checkpoint", good and same(home / "base/state.safetensors", out / "state.safetensors"))
+
+
+def full_disk(home, whole):
+    """A file system of its own that fills up; only root can mount one."""
+    out = folder(home, "full")
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", out]).returncode:
+        return print("skip a disk that is full: mounting one needs root")
+    try:
+        args = ["--save_every=5", f"--vae_weights={whole}", "--keep=9"]
+        first = run(out, *args)
+        text = (out / "text").read_text() if (out / "text").exists() else ""
+        size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 2**20
+        check("full disk: exit code 2, one sentence", first == [2] and "error: could not write" in text and
+              "Traceback" not in text, f"{first}, {size:.0f} MiB on it")
+        kept = sorted(out.glob("state*.safetensors"))
+        for file in kept[1:]:
+            file.unlink()
+        check("with room again it goes on", bool(kept) and run(out, "--keep=1", *args[:2]) == [0])
+        check("and ends bit-identical", same(home / "base/state.safetensors", out / "state.safetensors"))
+    finally:
+        subprocess.run(["umount", out])
+
+
+def main():
+    began = time.time()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        import data
+        data.main(["toy", f"--out={home / 'data'}", "--slides=6", "--test=2", "--size=256", "--workers=1"])
+        whole = folder(home, "whole")
+        check("the undisturbed run ends", run(whole) == [0])
+        assert load_tensors(whole / "state.safetensors")[1]["step"] == 50
+        for part in (kills, ranks, three_and_three, damages, full_disk):
+            part(home, whole)
+    print(f"{len(failed)} faults, {time.time() - began:.0f} s", *failed, sep="\n  ")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
