@@ -153,7 +153,8 @@ def test_one_scale_alone(toy, run, tmp_path):
 def test_each_stage_overfits_one_batch():
     """A broken gradient path would stop the loss from falling. One noise, too, so that it falls fast."""
     cfg = train.configure(train.Config, ["smoke", "--vae_steps=60", "--vae_batch=4", "--batch=8", "--unet.width=16",
-                                         "--summarizer.width=32", "--summarizer.side=16", "--vae_crop=0"], train.PRESETS, ("preset",))
+                                         "--summarizer.width=32", "--summarizer.side=16", "--vae_crop=0"],
+                          train.PRESETS, ("preset",))
     cfg.summarizer.embed_dim, cfg.summarizer.scales, cfg.unet.context_dim = 12, 3, 32
     g = torch.Generator().manual_seed(0)
     coarse = torch.randn(4, 3, 4, 4, generator=g).clamp(-1, 1)
