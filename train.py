@@ -5,9 +5,9 @@
     torchrun --standalone --nproc_per_node=6 train.py brca --data=DIR --vae_weights=FILE
     python train.py --plot=out/toy                     # draw the log (needs matplotlib)
 
-A run folder holds ema.safetensors (what everything loads), state.safetensors (for resuming), config.json, log.jsonl and
-samples/*.png. The result depends on the settings and the seed, not on interruptions, nor (but for rounding, and the
-batch statistics of PatchGAN) on the number of ranks.
+A run folder holds ema.safetensors (what everything loads), state.safetensors and state.1.safetensors (for resuming, the
+latter should the former be damaged), config.json, log.jsonl and samples/*.png. The result depends on settings and seed,
+not on interruptions, nor (but for rounding, and the batch statistics of PatchGAN) on the number of ranks.
 
 read next: sample_joint.py
 """
