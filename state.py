@@ -70,6 +70,11 @@ def older(path, k):
     return path.with_name(f"{path.stem}.{k}.safetensors") if k else path
 
 
+def before(path):
+    """The checkpoints there are from before `path`, latest first. out: [(k of `older`, file)]."""
+    return sorted((int(p.suffixes[-2][1:]), p) for p in path.parent.glob(f"{path.stem}.[0-9]*.safetensors"))
+
+
 def save_state(path, cfg, step, net, ema, opt):
     """Raw weights, averaged weights, optimiser moments: tensors only, in one atomic file. cfg.keep files stay."""
     moments = {f"opt.{i}.{k}": v for i, s in opt.state_dict()["state"].items() for k, v in s.items()}
@@ -83,6 +88,9 @@ def save_state(path, cfg, step, net, ema, opt):
         for k in range(cfg.keep - 1, 0, -1):
             if older(path, k - 1).exists():
                 os.replace(older(path, k - 1), older(path, k))
+    for k, file in before(path):
+        if k >= cfg.keep:  # from when more were kept
+            file.unlink()
 
 
 def read_state(path):
@@ -101,9 +109,8 @@ def newest_state(path, ranks=None):
     """The newest checkpoint that is whole: `path`, else one from before it. out: (file, tensors, meta), None if there
     is no file at all. ranks, if given: rank 0 says what is wrong with newer files and puts them out of the way.
     raises: UserError if all are damaged."""
-    number = lambda p: int(p.suffixes[-2][1:])
-    before, faults = sorted(path.parent.glob(f"{path.stem}.[0-9]*.safetensors"), key=number), {}
-    for file in (path, *before) if path.exists() or before else ():
+    earlier, faults = [file for _, file in before(path)], {}
+    for file in (path, *earlier) if path.exists() or earlier else ():
         try:
             found = (file, *read_state(file))
             break
@@ -145,6 +152,6 @@ def resume(path, cfg, net, ema, opt, ranks):
     moments = {}
     for k, v in groups["opt."].items():
         i, _, key = k.partition(".")
-        moments.setdefault(int(i), {})[key] = v
+        moments.setdefault(int(i), {})[key] = v.clone()  # kept: a mapped file would hold its disk space
     opt.load_state_dict({"state": moments, "param_groups": opt.state_dict()["param_groups"]})
     return meta["step"]

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 from functools import partial
 
@@ -15,6 +16,7 @@ from training import BATCH, STEPS, by_launcher, close, codes, damage, same, seen
 import loop
 import state
 from common import UserError, load_tensors
+from train import Config
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,35 @@ def test_more_checkpoints_can_be_kept(whole, tmp_path):
     assert [step_of(state.older(tmp_path / "state.safetensors", k)) for k in range(5)] == [40, 35, 30, 25, 0]
     tiny(tmp_path / "one", keep=1)
     assert [p.name for p in (tmp_path / "one").glob("state*")] == ["state.safetensors"]
+
+
+def test_fewer_checkpoints_are_kept_from_then_on(whole, tmp_path):
+    """What --keep=4 left behind goes when --keep=1 saves."""
+    for k in (1, 3):
+        shutil.copy(whole / "state.1.safetensors", tmp_path / f"state.{k}.safetensors")
+    tiny(tmp_path, keep=1)
+    assert [p.name for p in tmp_path.glob("state*.safetensors")] == ["state.safetensors"]
+
+
+def test_resuming_lets_go_of_the_file(tmp_path):
+    """What training goes on with is no view of the checkpoint: wiping that changes nothing. Otherwise a checkpoint that
+    was removed holds its disk space until the training ends."""
+    def fresh():
+        net = torch.nn.Linear(64, 64)
+        opt = torch.optim.AdamW(net.parameters())
+        net(torch.ones(1, 64)).sum().backward()
+        opt.step()
+        return net, {k: v.clone() for k, v in net.state_dict().items()}, opt
+    file, cfg = tmp_path / "state.safetensors", Config(keep=1)
+    net, ema, opt = fresh()
+    state.save_state(file, cfg, 7, net, ema, opt)
+    net, ema, opt = fresh()
+    assert state.resume(file, cfg, net, ema, opt, None) == 7
+    tensors = [*net.parameters(), *ema.values(), *(v for s in opt.state.values() for v in s.values())]
+    then = [v.detach().clone() for v in tensors]
+    with open(file, "r+b") as f:
+        f.write(bytes(file.stat().st_size))
+    assert len(then) == 2 + 2 + 6 and all(a.equal(b) for a, b in zip(then, tensors))
 
 
 def test_sample_that_is_not_finite_is_named(tmp_path):
