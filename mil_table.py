@@ -3,6 +3,7 @@
     python data.py toy --task
     python mil_table.py out/toy_long                     # descriptor, diffusion, untrained features x scales x heads
     python mil_table.py out/toy_long --part=sweep        # diffusion features over t and block
+    python mil_table.py out/toy_long --part=probe        # what all of these know of ducts and of nuclei
     python mil_table.py out/toy_long --part=slides       # slide labels learned from real slides, drawn ones, and both
     python mil_table.py out/toy_long --part=patches      # the same for patches, tested under another stain
 
@@ -10,30 +11,33 @@ Features, scores and heads stay in RUN/claims; the same command goes on where it
 
 in:  a run, slides with labels   out: tables, and whether each claim holds     read next: joint_table.py
 """
+import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import mil
-from bags import Bags, Labels, make_splits, views
+from bags import Bags, Labels, files_of, make_splits, read_bag, views
 from common import UserError, cli, configure, generator, setup
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM
 from features import ExtractConfig, extract
 from heads import fit
 from patches import draw_patches, truth
+from toy_task import CELL, structures
 
 
 @dataclass
 class Config:
     run: str = ""
-    part: str = "table"       # table, sweep, slides or patches
+    part: str = "table"       # table, sweep, probe, slides or patches
     data: str = "data/task"   # pyramids of slides with labels
     labels: str = ""          # default DATA/labels.csv
     out: str = ""             # default RUN/claims
@@ -88,6 +92,38 @@ def sweep(cfg):
     mil.cross_validate(replace(cfg.cv, features=",".join(folders), labels=cfg.labels, out=f"{cfg.out}/cv",
                                fraction=(1.0,), views=views(folders[0])[-1], heads=cfg.cv.heads.split(",")[0]),
                        pairs=[])
+
+
+def probe(cfg):
+    """What all features extracted so far know of the toy slides: is a square a duct, has it large nuclei? Ridge
+    regression on the mean over the patches in the square, AUC on held-out fifths of the patients."""
+    source = json.loads((Path(cfg.data) / "index.json").read_text()).get("source", {})
+    if source.get("command") != "task":
+        raise UserError(f"{cfg.data} are not the toy slides whose ducts are known: python data.py toy --task")
+    print(f"{'AUC':<22}{'scale':>6}{'width':>6}{'duct':>8}{'large nuclei':>14}")
+    for folder in sorted(f for f in Path(cfg.out).iterdir() if any(f.glob("train_*.safetensors"))):
+        found = {}                                              # scale: [(x (K), duct, large, fold)]
+        for file in files_of(folder):
+            k = int(file.stem.removeprefix("train_"))
+            duct, large = structures(source["seed"] * 100_000 + k, source["size"])[:2]
+            x, coords, meta = read_bag(file)
+            place = (coords // CELL).flip(1)                                           # (N,2) row and column of squares
+            square = place[:, 0] * (source["size"] // CELL) + place[:, 1]
+            for s, part in zip(meta["scales"], x.split(meta["widths"], 1)):
+                for n in square.unique() if source["patch"] << s <= CELL else ():
+                    found.setdefault(s, []).append((part[square == n].mean(0), duct[n], large[n], k // 2 % 5))
+        for s, rows in found.items():
+            x, duct, large, fold = (torch.as_tensor(np.stack(v)) for v in zip(*rows))
+            x = F.pad((x - x.mean(0)) / x.std(0).clamp_min(1e-6), (0, 1), value=1.0).double()      # (n,K+1)
+            auc = []
+            for y in (duct, large):
+                score = torch.zeros(len(y), 2).double()
+                for k in range(5):
+                    a, b = x[fold != k], y[fold != k].double() * 2 - 1
+                    w = torch.linalg.solve(a.T @ a + 30 * torch.eye(a.shape[1]).double(), a.T @ b)
+                    score[fold == k, 1] = x[fold == k] @ w
+                auc.append(float(mil.weighted_auc(score, y.long(), fold, torch.ones(1, len(y)).double())))
+            print(f"{folder.name:<22}{s:>6}{x.shape[1] - 1:>6}{auc[0]:>8.3f}{auc[1]:>14.3f}")
 
 
 def slides(cfg):
@@ -176,7 +212,7 @@ def patches(cfg):
                       f"{score.std(correction=0):.3f} over {len(nets)} seeds")
 
 
-PARTS = {"table": table, "sweep": sweep, "slides": slides, "patches": patches}
+PARTS = {"table": table, "sweep": sweep, "probe": probe, "slides": slides, "patches": patches}
 
 
 def main(argv):

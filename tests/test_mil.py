@@ -577,6 +577,11 @@ def test_claims(task, tmp_path, capsys):
     mil_table.main([*small, "--part=sweep", "--ts=50", "--blocks=middle"])
     said = capsys.readouterr().out
     assert "t50_default 1+2" in said and "t100_middle 1+2" in said
+    mil_table.main([*small, "--part=probe"])
+    rows = {tuple(r.split()[:2]): r.split()[2:] for r in capsys.readouterr().out.splitlines()[1:]}
+    assert rows.keys() >= {("descriptor", "1"), ("unet", "2"), ("t50_default", "1")} and all(
+        0 <= float(v) <= 1 for r in rows.values() for v in r[1:])
+    assert float(rows["descriptor", "2"][1]) > 0.9  # ducts are seen from afar
     with pytest.raises(UserError, match="take more slides"):               # 10 % of eight slides
         mil_table.main([*small, "--part=slides"])
     with pytest.raises(UserError, match="part one of table, sweep"):
