@@ -152,19 +152,22 @@ def gms(a, b):
     return float(((2 * a * b + c) / (a * a + b * b + c)).mean())
 
 
-def seam_ratio(x, window):
+def seam_ratio(x, window, every=1):
     """Mean absolute step across window borders, over that between other neighbours: 1 = no seams.
 
-    in:  x (B,3,H,W), borders at the multiples of window. An axis without a border does not count at all.
+    in:  x (B,3,H,W), borders at the multiples of window. An axis without a border does not count at all. every: compare
+    with steps at multiples of this alone. Enlarging, and a decoder of cells of 4 pixels, make steps of their own there.
     """
     x, = _images(x)
     _need(2 <= window < max(x.shape[2:]), f"no borders of window {window} in images {tuple(x.shape[2:])}: "
                                           f"choose a window from 2 pixels to less than the image")
+    _need(1 <= every < window, f"every={every}: give a number of pixels below the window of {window}")
     across, inside = [], []
     for axis in (axis for axis in (2, 3) if x.shape[axis] > window):
         step = x.diff(dim=axis).abs().movedim(axis, 0).flatten(1)                           # (H-1, B*3*W)
-        border = torch.arange(1, len(step) + 1, device=x.device) % window == 0
-        across, inside = [*across, step[border].flatten()], [*inside, step[~border].flatten()]
+        at = torch.arange(1, len(step) + 1, device=x.device)
+        border = at % window == 0
+        across, inside = [*across, step[border].flatten()], [*inside, step[~border & (at % every == 0)].flatten()]
     across, inside = float(torch.cat(across).mean()), float(torch.cat(inside).mean())
     return across / inside if inside else float("inf") if across else 1.0
 

@@ -134,13 +134,14 @@ def paint(cfg, name, k, grid, shared, model, proxy, ranks):
 
 
 def slug(name):
-    return name.replace(", ", "_").replace(" ", "_")
+    return name.replace(", ", "_").replace(" ", "_").replace(".", "")  # a dot would start a suffix
 
 
 def quality(cfg):
     """Every method on the same conditions and noise; images drawn before with the same settings are kept. psnr, ssim:
     A(large) against the context, which is the same for all; crops, views: distances of patches, and of patches at the
-    scale below the context's, to the real ones; ref: similarity of each tile to its real one."""
+    scale below the context's, to the real ones; ref: similarity of each tile to its real one; by cell: seams over steps
+    between other cells of the latents."""
     names = [n.strip() for n in cfg.methods.split(";")] if cfg.methods else list(METHODS)
     if set(names) - set(METHODS):
         raise UserError(f"--methods={cfg.methods}: known are {'; '.join(METHODS)} (put ';' between)")
@@ -173,6 +174,7 @@ def quality(cfg):
         seen = [A.down(x).clamp(-1, 1) for x in images]
         row["psnr"], row["ssim"] = (f(torch.cat(seen), torch.cat(aim)) for f in (M.psnr, M.ssim))
         row["seams"] = M.seam_ratio(torch.cat(images), P)
+        row["by_cell"] = M.seam_ratio(torch.cat(images), P, model.vae.factor)
         half = Resize(2 ** (context - 1), "box")
         near, real = (torch.cat([crops(x, P) for x in xs]) for xs in (images, drawn["real"]))
         away, real_away = (torch.cat([crops(half.down(x), P) for x in xs]) for xs in (images, drawn["real"]))
@@ -195,7 +197,7 @@ def quality(cfg):
     save_grid(out / f"quality_{cfg.size}.png", views, list(drawn))
     write_text(out / f"quality_{cfg.size}.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))
     keys = ["psnr", "ssim", "crops_desc", "crops_rand", "views_desc", "views_rand", "ref_desc", "ref_rand", "seams",
-            "seconds", "TFLOP"]
+            "by_cell", "seconds", "TFLOP"]
 
     def cell(row, key):
         error = f"±{row[key + '_se']:.2f}" if key + "_se" in row else ""

@@ -218,6 +218,16 @@ def test_images_that_cannot_be_compared(bad):
         bad()
 
 
+def test_seam_ratio_against_cells():
+    """Cells of 4 pixels make steps at all multiples of 4, no more at those of 16: a seam to the plain ratio alone."""
+    x = normal(2, 3, 16, 16).repeat_interleave(4, 2).repeat_interleave(4, 3) + 0.1 * normal(2, 3, 64, 64)
+    assert seam_ratio(x, 16) > 2 and seam_ratio(x, 16, 4) == pytest.approx(1, abs=0.06)
+    x[..., 16:32, :] += 3
+    assert seam_ratio(x, 16, 4) > 1.3
+    with pytest.raises(UserError, match="every=16"):
+        seam_ratio(x, 16, 16)
+
+
 def test_seam_ratio():
     """catches: borders one pixel off, the two axes swapped, a border counted inside."""
     assert seam_ratio(normal(4, 3, 64, 64), 16) == pytest.approx(1, abs=0.03)
