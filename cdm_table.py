@@ -44,6 +44,7 @@ class Config:
     overlap: int = -1       # and what their windows share; 0 halves the time
     captions: str = ""      # text: held-out captions with the shares they state; default DATA/heldout.tsv
     emphasis: float = 2.0   # text: guidance of the grid model towards its caption
+    spread: float = 0.0     # text: how much chance may change the amounts it states
     single: str = ""        # scales: the run that was trained on one scale alone (train.py --only_scale)
     scale: int = 3          # scales: that scale
     device: str = "auto"
@@ -226,7 +227,8 @@ def text(cfg, model, pyramids, ranks):
     tables, pooled, db = [], [], []
     for seed in range(cfg.seeds):
         first = 1000 * seed
-        invented = [Grid(made.grid(k, k, v, cfg.emphasis, seed=first + i)) for i, v in enumerate(vectors)]
+        invented = [Grid(made.grid(k, k, v, cfg.emphasis, seed=first + i, spread=cfg.spread))
+                    for i, v in enumerate(vectors)]
         images, values = coherence(cfg, model, pyramids, ranks, proxy, invented, first)
         found = fractions(images, colours)
         tables.append(agreement(truth, found, seed))

@@ -250,10 +250,12 @@ class Conditioner(nn.Module):
         return z * self.std + self.mean
 
     @torch.no_grad()
-    def grid(self, rows, columns, v=None, guidance=2.0, seed=0, steps=50):
+    def grid(self, rows, columns, v=None, guidance=2.0, seed=0, steps=50, spread=0.0):
         """Draw the embeddings of a region of rows x columns tiles: e (E,rows,columns), as data.py stores them (times
         the model's deviations). Grids larger than the ones it learnt are drawn in overlapping windows. v (V,): what the
-        region shows, None = anything; guidance: x0_null + guidance (x0_v - x0_null). source: L §3.3."""
+        region shows, None = anything; guidance: x0_null + guidance (x0_v - x0_null). spread: with v, the share of the
+        noise common to all tiles that stays. That noise decides how much of what there is, over the head of v: without
+        it v does, and chance only arranges. source: L §3.3; spread is ours."""
         cfg, device = self.net.cfg, self.mean.device
         if self.kind != "grid":
             raise UserError(f"the {self.kind} draws tokens, not embeddings: take --model=grid")
@@ -264,6 +266,7 @@ class Conditioner(nn.Module):
         k = round(cfg.tokens ** 0.5)
         canvas = Canvas(max(rows, k), max(columns, k), k, k // 2 if max(rows, columns) > k else 0, fade=True)
         z = torch.randn(1, cfg.channels, canvas.h, canvas.w, generator=generator(seed, 12)).to(device)
+        z = z if v is None else z - (1 - spread) * z.mean((2, 3), keepdim=True)
 
         def x0(z, t):
             def windows(ij):

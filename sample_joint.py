@@ -72,6 +72,7 @@ class Config:
     caption: str = ""          # with --condition=grid: what the image shows, in words
     vector: str = ""           # or as a vector made elsewhere, a .safetensors file with v (V,)
     emphasis: float = 2.0      # guidance of the grid model towards its caption
+    spread: float = 0.0        # how much chance may change the amounts a caption states; 1 = as trained
     swap: str = ""             # move what is drawn: "i,j:k,l" exchanges two base tiles, more of them after ";"
     paste: str = ""            # "i,j:k,l" or "i,j:k,l:rows,columns" copies a block over another
     overlap: int = -1          # latents that windows share; -1 = a quarter of a window, multidiffusion three quarters
@@ -251,7 +252,8 @@ def load_grid(cfg, model, pyramids, need):
     if cfg.condition == "grid":
         made = cdm.load(cfg.run, "grid", model)
         v = cdm.vector_of(made, cfg.caption, cfg.vector)
-        e, name, (i, j) = made.grid(h, w, v, cfg.emphasis, cfg.seed).movedim(0, -1), "the invented grid", (0, 0)
+        e = made.grid(h, w, v, cfg.emphasis, cfg.seed, spread=cfg.spread).movedim(0, -1)
+        name, (i, j) = "the invented grid", (0, 0)
     elif cfg.reference.endswith(".safetensors"):
         e, name = load_tensors(cfg.reference)[0].get("e"), cfg.reference
         if e is None or e.ndim != 3 or e.shape[2] != model.summarizer.cfg.embed_dim:

@@ -189,6 +189,18 @@ def test_grid_guidance():
         made.grid(2, 2, torch.ones(4))
 
 
+def test_grid_spread():
+    """What noise all tiles share is left out with a caption, and kept without: a grid's mean is v's, or not.
+    catches: the mean over channels, or of each tile; spread turned round."""
+    made = Conditioner("grid", DiTConfig(16, 2, 32, 1, 4, 64, 0, vector=3, plane=True))
+    stub(made, lambda x, t, v=None, known=None: x + 3)
+    (a, b), kept = (made.grid(4, 4, torch.ones(3), seed=seed, steps=2) for seed in (0, 1)), made.grid(
+        4, 4, torch.ones(3), steps=2, spread=1.0)
+    assert_close(a.mean((1, 2)), b.mean((1, 2)), 1e-4)
+    assert (a - b).abs().max() > 0.5 and (kept.mean((1, 2)) - a.mean((1, 2))).abs().max() > 0.05
+    assert_close(kept, made.grid(4, 4, steps=2), 1e-4)                      # all of it, as without a caption
+
+
 # ----- 4. Training -----
 
 @pytest.fixture(scope="module")
