@@ -25,7 +25,7 @@ MODULES = {f"{m.__name__}.py": m for m in (
     bench, captions, cdm_table, invert, joint_table, plan, quality, sr_table)}  # one Config each
 TEXT = (ROOT / "README.md").read_text()
 SOURCES = {p.name: p.read_text() for p in ROOT.glob("*.py")}
-COMMANDS = sorted(set(re.findall(r"(?:python|nproc_per_node=\d+) (\w+\.py[^\n`#]*)", TEXT)))
+COMMANDS = sorted(set(re.findall(r"(?:python|nproc_per_node=\d+)(?: --[\w.:=-]+)* (\w+\.py[^\n`#]*)", TEXT)))
 
 
 @pytest.mark.parametrize("place", sorted(set(re.findall(r"`(\w+\.py)::(\w+)`", TEXT))), ids="::".join)
@@ -84,3 +84,14 @@ def test_messages_of_the_table_are_raised():
     for row in re.findall(r"^\| (`.*?) \|", table, re.M):
         for message in re.findall("`([^`]+)`", row):
             assert message.replace(" --x", "") in code, message
+
+
+def test_ranks_divide_the_batch():
+    """In every torchrun line. catches: 8 ranks for a batch of 420."""
+    lines = re.findall(r"torchrun ([^\n`]*?) train\.py ([^\n`]*)", TEXT)
+    assert len(lines) > 3
+    for launch, args in lines:
+        if found := re.search(r"nproc_per_node=(\d+)", launch):
+            nodes = re.search(r"nnodes=(\d+)", launch)
+            cfg = configure(train.Config, shlex.split(args), train.PRESETS, ("preset",))
+            assert cfg.batch % (int(found[1]) * int(nodes[1] if nodes else 1)) == 0, args
