@@ -38,8 +38,8 @@ class Resize:
     """
 
     def __init__(self, factor, kind="bicubic"):
-        if factor < 1 or kind not in ("bicubic", "box"):
-            raise UserError(f"factor={factor}, kind={kind!r}: give a factor of at least 1, and bicubic or box")
+        if not isinstance(factor, int) or factor < 1 or kind not in ("bicubic", "box"):
+            raise UserError(f"factor={factor!r}, kind={kind!r}: give a whole factor of at least 1, and bicubic or box")
         self.factor, self.kind, self.cache = factor, kind, {}
 
     @classmethod
@@ -75,11 +75,15 @@ class Resize:
         h, w = x.shape[-2:]
         if h % self.factor or w % self.factor:
             raise UserError(f"got an image of {h} x {w} pixels, which {self.factor} does not divide: crop or pad it")
+        if not x.is_floating_point():
+            raise UserError(f"got an image of {x.dtype}: the operator needs fractions, give x.float()")
         return self.matrix(h, x) @ x @ self.matrix(w, x).T
 
     def up(self, y):
         """factor^2 A^T y: (...,h,w) -> (...,h factor,w factor)."""
         h, w = (n * self.factor for n in y.shape[-2:])
+        if not y.is_floating_point():
+            raise UserError(f"got an image of {y.dtype}: the operator needs fractions, give y.float()")
         return self.factor ** 2 * (self.matrix(h, y).T @ y @ self.matrix(w, y))
 
     def project(self, x, y, rounds=20):

@@ -67,8 +67,10 @@ class Config:
 # ----- 1. Inversion -----
 
 def patch_of(model, x):
-    """Side of a patch in pixels, 256 where a published checkpoint does not say."""
-    return model.info.get("patch") or min(256, *x.shape[-2:])
+    """Side of a patch in pixels; where a published checkpoint does not say 256, or what an image that is smaller holds
+    of the blocks that the networks halve."""
+    block = model.vae.factor * 2 ** (len(model.unet.cfg.mult) - 1)
+    return model.info.get("patch") or max(min(256, *x.shape[-2:]) // block, 1) * block
 
 
 def per_token(u):
@@ -123,7 +125,10 @@ def invert(model, x, s, steps=200, seed=0, batch=8, start=""):
     """
     if x.ndim == 3:
         return invert(model, x[None], s, steps, seed, batch, start)[0]
-    P, k, device = patch_of(model, x), 2 ** s, model.unet.conv_out.weight.device
+    if x.ndim != 4 or not x.is_floating_point() or not x.isfinite().all() or steps < 0 or seed < 0:
+        raise UserError(f"got {tuple(x.shape)} {x.dtype}, steps={steps}, seed={seed}: give images (B,3,H,W) of finite "
+                        f"numbers in [-1,1], steps and seed of 0 or more")
+    x, P, k, device = x.float(), patch_of(model, x), 2 ** s, model.unet.conv_out.weight.device
     if not 0 <= s < model.summarizer.cfg.scales or P >> s < 1:
         raise UserError(f"scale {s}: the model knows 0 to {model.summarizer.cfg.scales - 1}, and a base tile of its "
                         f"patches of {P} must keep a pixel")
@@ -167,12 +172,13 @@ def to_tiles(x, s, patch):
 
 
 def paint(model, condition, side, s, y=None, factor=0, *, overlap=None, guidance=2.0, steps=50, seed=0, guide="x0",
-          lam=0.3, kind="bicubic", proxy=None, batch=64):
+          lam=0.3, kind="bicubic", proxy=None, batch=64, patch=0):
     """Draw a canvas of (height, width) = side pixels at scale s that reduces to y (1,3,h,w), if that is given.
-    in: condition, see sample_joint.contexts; the rest, joint.sample_levels. out: (1,3,height,width) in [-1,1]."""
-    window = model.info.get("patch", 256) // model.vae.factor
+    in: condition, see sample_joint.contexts; patch, as trained if 0; the rest, joint.sample_levels.
+    out: (1,3,height,width) in [-1,1]."""
+    window = (patch or model.info.get("patch", 256)) // model.vae.factor
     level, = S.prepare(model, condition, side, [s], window // 4 if overlap is None else overlap, seed=seed, batch=batch,
-                       guidance=1.0 if condition is None else guidance)
+                       patch=patch, guidance=1.0 if condition is None else guidance)
     level.factor, level.y = factor, y
     sample_levels([level], S.careful(model.decode), S.careful(model.encode), model.schedule, steps=steps, lam=lam,
                   inner=0 if y is None else 1, guide=guide, kind=kind, proxy=proxy, end="clean",
@@ -196,14 +202,15 @@ def super_resolve(model, x, s, target=0, condition="infer", e=None, back=True, s
         raise UserError(f"from scale {s} to {target}: the target must be finer than the image, and 0 is the finest")
     if condition not in ("infer", "gt", "null") or condition == "gt" and e is None:
         raise UserError(f"--condition={condition}: known are infer, null, and gt, which takes the true embeddings")
-    whole = to_tiles(batch, s, patch_of(model, x))
+    patch = patch_of(model, x)
+    whole = to_tiles(batch, s, patch)
     if condition == "infer" and e is None:
         e = invert(model, whole, s, invert_steps, seed, start=start)
     side, out = [n * factor for n in whole.shape[2:]], []
     device = model.unet.conv_out.weight.device
     for n, y in enumerate(whole.to(device)):
         grid = None if condition == "null" else Grid((e if e.ndim == 3 else e[n]).to(device))
-        free = paint(model, grid, side, target, y[None], factor, seed=seed, kind=kind, **options)
+        free = paint(model, grid, side, target, y[None], factor, seed=seed, kind=kind, patch=patch, **options)
         free = free[..., :batch.shape[2] * factor, :batch.shape[3] * factor].to(x)
         out.append(Resize.cached(factor, kind).project(free, batch[n:n + 1]) if back else free)
     return out[0][0] if x.ndim == 3 else torch.cat(out)
@@ -259,6 +266,8 @@ def check(cfg, known):
     if (cfg.condition == "gt") != bool(cfg.reference) or cfg.condition == "null" and cfg.variations:
         raise UserError("--condition=gt needs --reference=FILE, the true fine image or its embeddings, and nothing "
                         "else does; --condition=null has nothing to draw --variations from")
+    if cfg.condition == "null" and factor == 1:
+        raise UserError("--sr=1 --condition=null leaves nothing to draw: take --sr=2 or more")
     return cfg.scale - factor.bit_length() + 1
 
 
@@ -283,8 +292,8 @@ def main(argv):
     with ranks.autocast():
         if cfg.condition == "infer":
             e = invert(model, whole, s, cfg.invert_steps, cfg.seed, cfg.batch, cfg.start).cpu()
-        varied = [(paint(model, Grid(e), whole.shape[1:], s, seed=cfg.seed + n, **sampling)[..., :h, :w],
-                   paint(model, Grid(e), [P * k for k in cells], 0, seed=cfg.seed + n, overlap=0, **sampling))
+        varied = [(paint(model, Grid(e), whole.shape[1:], s, seed=cfg.seed + n, patch=P, **sampling)[..., :h, :w],
+                   paint(model, Grid(e), [P * k for k in cells], 0, seed=cfg.seed + n, patch=P, overlap=0, **sampling))
                   for n in range(cfg.variations)]  # the image, and below every cell a patch of its own
         sr = None if factor == 1 else super_resolve(model, x, s, target, cfg.condition, e, False, cfg.seed, cfg.A,
                                                     guide=cfg.guide, lam=cfg.lam, proxy=proxy, **sampling)

@@ -71,7 +71,7 @@ def autocasting(device):
 
 
 def see(canvas, decode, z, A, keep=None):
-    """A Dec(z), window by window: (1,3,h,w), whole on every rank. keep: a dict that receives the decoded windows, which
+    """A Dec(z), window by window: (1,C,h,w), whole on every rank. keep: a dict that receives the decoded windows, which
     is the one thing here that grows with the image. raises: ValueError if A does not divide the canvas."""
     total = None
     for ij in canvas.batches():
@@ -83,7 +83,7 @@ def see(canvas, decode, z, A, keep=None):
         if keep is not None:
             keep |= zip(ij, x)
         if total is None:
-            total = x.new_zeros(1, 3, canvas.h * k // A.factor, canvas.w * k // A.factor, dtype=exact(x))
+            total = x.new_zeros(1, x.shape[1], canvas.h * k // A.factor, canvas.w * k // A.factor, dtype=exact(x))
         x = x.to(total.dtype) * wide(canvas.weights(ij, total), k)
         for part, (i, j) in zip(x, ij):
             A.add_down(total, part[None], i * k, j * k)
@@ -139,13 +139,19 @@ def err_z_by_gradient(canvas, decode, z0_hat, A, target):
     return canvas.total(back), residual
 
 
-def g_by_difference(level, z, z0_hat, err_z, estimate, delta):
+def g_by_difference(level, z, z0_hat, err_z, estimate, delta, t, ab):
     """J err_z, with J the Jacobian of z0_hat(z_t), which stands for J^T err_z (Z Eq. 5-6). delta 0: without a width, by
-    forward-mode differentiation, which the fused attention kernels do not know."""
+    forward-mode differentiation, which the fused attention kernels do not know; window by window, for what ranks send
+    each other carries no derivatives."""
+    canvas, eps = level.canvas, level.eps_diff or level.eps
     if delta == 0:
-        with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(estimate, (z,), (err_z,))[1]
-    size = level.canvas.reduce(err_z.abs().max().clamp_min(1e-12), "max")
+        def along(ij):
+            def conditional(part):
+                return eps(part, index(t, part, part.device), ij)[:, -part.shape[1]:].to(part.dtype)
+            with sdpa_kernel(SDPBackend.MATH):
+                return torch.func.jvp(conditional, (canvas.cut(z, ij),), (canvas.cut(err_z, ij),))[1]
+        return (err_z - (1 - ab) ** 0.5 * canvas.average(along)) / ab ** 0.5
+    size = canvas.reduce(err_z.abs().max().clamp_min(1e-12), "max")
     return (estimate(z + delta / size * err_z) - z0_hat) * size / delta
 
 
@@ -190,7 +196,7 @@ def unit(canvas, d, residual=None, floor=GREY):
 @torch.no_grad()
 def sample_levels(levels, decode, encode, schedule, *, steps=50, inner=1, lam=0.5, delta=0.005, zeta=0.005,
                   guide="exact", normalize=True, callback=None, end="published", kind="bicubic", floor=GREY,
-                  during=(0, 1000), proxy=None, timesteps=None, skip=0):
+                  during=(0, math.inf), proxy=None, timesteps=None, skip=0):
     """Draw several scales of one image together, each guiding the next finer one at every step.
 
     in:  levels, coarse to fine, whose z are drawn over; decode, encode: latents <-> images; inner: corrections per step
@@ -201,7 +207,8 @@ def sample_levels(levels, decode, encode, schedule, *, steps=50, inner=1, lam=0.
     see Resize and unit; proxy: a Proxy, by default decode itself, differentiated exactly; callback(n, t, levels,
     estimates, targets) after every step, with this rank's rows. Call it under autocast for bf16: differences are taken
     in float32 whatever surrounds them. skip: steps that are done already.
-    out: levels. raises: ValueError if two levels do not match. source: Z §3.2, Eq. 3-6, Algorithms S1, S2.
+    out: levels. raises: ValueError if two levels do not match, and for widths and steps that mean nothing.
+    source: Z §3.2, Eq. 3-6, Algorithms S1, S2.
     deviates: Eq. 5 adds the gradient, which climbs; this descends, as the code does.
     """
     if guide not in GUIDES or end not in ("clean", "published"):
@@ -209,9 +216,15 @@ def sample_levels(levels, decode, encode, schedule, *, steps=50, inner=1, lam=0.
     by, pull = GUIDES[guide]
     if pull and normalize == "share":
         raise UserError(f"normalize='share' with guide={guide!r}: only x0 guides know it")
+    lams = tuple(lam) if isinstance(lam, (tuple, list)) else (lam, lam)
+    if inner < 0 or not zeta > 0 or not delta >= 0 or len(lams) != 2 or not all(0 <= v < math.inf for v in lams):
+        raise UserError(f"inner={inner}, lam={lam}, delta={delta}, zeta={zeta}: inner, lam (or its first and last) and "
+                        f"delta are 0 or more, zeta is more than 0")
+    if normalize not in (True, False, "share"):
+        raise UserError(f"normalize={normalize!r}: known are True, False and 'share'")
+    normalize = normalize if normalize == "share" else bool(normalize)
     timesteps = ddim_timesteps(schedule.T, steps) if timesteps is None else timesteps
     ab, ab_prev = noise_levels(schedule, timesteps, end)
-    lams = lam if isinstance(lam, tuple) else (lam, lam)
     fast = autocasting(levels[0].z.device)  # for whatever no difference is taken of; all else is float32
 
     def estimate(level, z, i, eps, precise):
@@ -250,7 +263,7 @@ def sample_levels(levels, decode, encode, schedule, *, steps=50, inner=1, lam=0.
                     if pull == "difference":
                         err_z = unit(canvas, err_z) if normalize is True else err_z
                         err_z = g_by_difference(level, z, base, err_z, lambda z, level=level, i=i: estimate(
-                            level, z, i, level.eps_diff or level.eps, True)[-1], delta)
+                            level, z, i, level.eps_diff or level.eps, True)[-1], delta, timesteps[i], ab[i])
                     elif pull == "gradient":
                         err_z = g_by_gradient(level, z, err_z, timesteps[i], ab[i])
                     change = step * (unit(canvas, err_z, residual, floor) if normalize is True else err_z)
@@ -285,6 +298,13 @@ def joint_sample(eps_fine, eps_ctx, encode, decode, schedule, z_T, z_T_ctx, *, w
     """
     if eps_ctx is None and y is None:
         raise UserError("nothing to match: give eps_ctx or y")
+    if factor < 1:
+        raise UserError(f"factor={factor}: how many fine pixels a context pixel stands for, at least 1")
+    for name, z in (("z_T", z_T), ("z_T_ctx", z_T_ctx)) if eps_ctx is not None else (("z_T", z_T),):
+        if z is None or z.ndim != 4 or len(z) != 1 or z.dtype not in (torch.float32, torch.float64):
+            raise UserError(f"{name} is {'None' if z is None else f'{tuple(z.shape)} {z.dtype}'}: give (1,C,H,W), one "
+                            f"image at a time, in float32 or float64 (bf16 is what autocast is for)")
+    y = y if y is None else y.to(z_T)
     canvas = Canvas(*z_T.shape[2:], window, overlap, fade, batch)
     fine = Level(eps_fine, canvas, canvas.own(z_T), factor, y)
     levels, z_ctx = [fine], z_T_ctx

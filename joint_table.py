@@ -238,7 +238,7 @@ def cosine(cfg):
         with full_precision(level.z.device):
             z0_hat, clock = estimate(level.z), [time.perf_counter()]
             e2 = err_z_by_encoder(canvas, model.decode, model.encode, z0_hat, A, targets[-1], 0.005)[0]
-            g2 = g_by_difference(level, level.z, z0_hat, unit(canvas, e2), estimate, 0.005)
+            g2 = g_by_difference(level, level.z, z0_hat, unit(canvas, e2), estimate, 0.005, timesteps[i], ab)
             clock.append(time.perf_counter())
 
             def keep(x):

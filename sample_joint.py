@@ -17,6 +17,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from patches import evaluate, show
 from pyramid import embed
 from reader import open_slide
 from slide import write_deepzoom, write_tiff
+from state import fingerprint
 from summarizer import pack_grid
 
 
@@ -124,7 +126,7 @@ def contexts(model, condition, s, canvas):
     return out
 
 
-def window_eps(model, c, guidance, null=True, guided=(0, 1000)):
+def window_eps(model, c, guidance, null=True, guided=(0, math.inf)):
     """eps(z, t, ij) of windows whose tokens are c, both guidance branches in one batch; keys and values are computed
     once. Where t lies outside `guided` (from, below) there is no guidance, and no null branch. out: eps, and for
     null=False the conditional branch alone, for differences, which eps then reports as well."""
@@ -205,10 +207,11 @@ def sides(size, scales, patch, factor, known):
 
 
 def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, batch=64, fade=True, null=True,
-            guided=(0, 1000), only=None):
+            guided=(0, math.inf), only=None, patch=0):
     """Levels for `sample_levels`, coarse to fine (the first `only` of them), with noise that depends on seed and scale
-    alone."""
-    patch, factor, device = model.info.get("patch", 256), model.vae.factor, model.unet.conv_out.weight.device
+    alone. patch: pixels of a window's side; 0 = as trained."""
+    patch, factor = patch or model.info.get("patch", 256), model.vae.factor
+    device = model.unet.conv_out.weight.device
     window, levels = patch // factor, []
     for (h, w), s in list(zip(sides(size, scales, patch, factor, model.summarizer.cfg.scales), scales))[:only]:
         canvas = Canvas(h, w, window, overlap, fade, batch)
@@ -310,7 +313,9 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None
     estimate_space = GUIDES[cfg.guide][1] is None
     lam = cfg.lam or ((min(15 / cfg.steps, 0.5),) if cfg.guide == "x0" else (0.1,))
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "frames", "profile", "batch", "threads")}
-    settings = json.loads(json.dumps(settings | {"model": proxies.fingerprint(model)}))
+    settings |= {"model": proxies.fingerprint(model), "proxy": fingerprint(proxy) if proxy else "",
+                 "grid": crc32(condition.e.cpu().numpy().tobytes()) if isinstance(condition, Grid) else 0}
+    settings = json.loads(json.dumps(settings))
     skip, saved = 0, [time.monotonic()]
     if resume is not None and resume.exists():
         state, meta = load_tensors(resume)
@@ -457,6 +462,9 @@ def main(argv):
         raise UserError(f"--condition={cfg.condition} with{'' if cfg.size else 'out'} --size: known here are "
                         f"{', '.join(known)}; --caption and --vector go with grid")
     if cfg.condition in ("cdm", "edm"):
+        if cfg.eval or (cfg.sampler, cfg.end) != (Config.sampler, Config.end):
+            raise UserError(f"--condition={cfg.condition} draws patches with DDIM alone: leave --eval, --sampler and "
+                            f"--end away (what its conditions are worth: python cdm_table.py conditions RUN)")
         names = ("run", "scale", "n", "steps", "guidance", "seed", "out", "data", "device", "threads", "amp")
         return cdm.sample(cdm.SampleConfig(model=cfg.condition, **{k: getattr(cfg, k) for k in names}))
     (large if cfg.size else evaluate if cfg.eval else show)(model, pyramids, cfg, ranks)

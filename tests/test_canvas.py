@@ -59,6 +59,17 @@ def test_sides_that_do_not_divide():
             Resize(factor, kind)
 
 
+def test_resize_wants_fractions():
+    """catches: matrices of integers, which are zero."""
+    for image in (torch.full((8, 8), 129, dtype=torch.uint8), torch.full((8, 8), 100)):
+        for f in (Resize(2).down, Resize(2).up):
+            with pytest.raises(UserError, match=r"x.float|y.float"):
+                f(image)
+    for factor in (2.0, "2"):
+        with pytest.raises(UserError, match="whole factor"):
+            Resize(factor)
+
+
 def test_the_same_operator_is_kept():
     """Catches: matrices made anew for every window and step, or one kind standing in for the other."""
     assert Resize.cached(4) is Resize.cached(4) and Resize.cached(4, "box").kind == "box"

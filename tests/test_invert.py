@@ -207,6 +207,19 @@ def test_no_finer_scale(model, x):
         I.super_resolve(model, x, 1, 0, "gt")
 
 
+def test_models_that_do_not_say_their_patch(model, x):
+    """As published ones: a patch is what a small image holds. catches: 64 pixels here, 256 there."""
+    info, model.info = model.info, {}
+    try:
+        out = I.super_resolve(model, x[0, :, :50, :61], 1, 0, "null", steps=1)
+        assert out.shape == (3, 100, 122) and out.isfinite().all()
+        for bad in (x[0].byte(), x[0] * torch.nan, x[0, 0]):
+            with pytest.raises(UserError, match="finite numbers"):
+                I.invert(model, bad, 1, 1)
+    finally:
+        model.info = info
+
+
 # ----- 3. The command -----
 
 def save(path, x, mode="RGB", **options):
@@ -264,6 +277,7 @@ def test_what_the_command_refuses(ready, x, tmp_path):
                        ([f"--image={good}", "--scale=2", "--sr=3"], "power of 2 up to 4"),
                        ([f"--image={good}", "--scale=1", "--condition=gt"], "--reference"),
                        ([f"--image={good}", "--scale=1", "--condition=x"], "--condition=x"),
+                       ([f"--image={good}", "--scale=1", "--sr=1", "--condition=null"], "nothing to draw"),
                        ([f"--image={good}", "--scale=1", "--start=x"], "--start=x"),
                        ([f"--image={good}", "--scale=1", "--steps=0"], "--steps=0")):
         with pytest.raises(UserError, match=text):

@@ -310,8 +310,8 @@ def test_differences_are_forward_derivatives(overlap, fade):
     def z0_hat(z):
         return to_x0(stitched(lambda part, ij: eps(part, None, [ij]), z, overlap, fade), z, S.alpha_bar[t], "eps")
     want = (z0_hat(z + h * v) - z0_hat(z - h * v)) / (2 * h)
-    assert_close(g_by_difference(Level(eps, canvas, z), z, z0_hat(z), v, z0_hat, 1e-4), want, 1e-3)
-    assert_close(g_by_difference(Level(eps, canvas, z), z, z0_hat(z), v, z0_hat, 0), want, 1e-6)
+    assert_close(g_by_difference(Level(eps, canvas, z), z, z0_hat(z), v, z0_hat, 1e-4, t, S.alpha_bar[t]), want, 1e-3)
+    assert_close(g_by_difference(Level(eps, canvas, z), z, z0_hat(z), v, z0_hat, 0, t, S.alpha_bar[t]), want, 1e-6)
 
 
 @pytest.mark.parametrize("t", [200, 600])
@@ -654,11 +654,56 @@ def test_a_factor_that_does_not_divide_the_canvas(guide):
         draw(factor=3, guide=guide)
 
 
+@pytest.mark.parametrize("guide", [*GUIDES])
+@pytest.mark.parametrize("C", [1, 4])
+def test_any_number_of_channels(C, guide):
+    """Gaussian toys of 1 and 4 channels stand under their context, as those of 3 do."""
+    z, ctx = (normal(1, C, n, n, seed=n) for n in (16, 4))
+    ramp, share = torch.linspace(-0.8, 0.8, 4).expand(1, C, 4, 4), "x0" in guide
+    off = [float((Resize(4).down(fine) - ctx).square().mean()) for fine, ctx in (joint_sample(
+        gaussian(0.1), gaussian(ramp, 0.01), identity, identity, S, z, ctx, window=W, factor=4, steps=10, lam=lam,
+        guide=guide, normalize="share" if share else True) for lam in (0.0, 0.3))]
+    assert off[1] < 0.7 * off[0]
+
+
+def test_guided_at_all_times_of_any_schedule():
+    """catches: guidance that ends at t = 1000 of 2000."""
+    long, seen = Schedule("scaled_linear", 2000), []
+
+    def eps(z, t, ij=None):
+        return torch.zeros_like(z)
+    joint_sample(eps, eps, lambda x: seen.append(1) or x, identity, long, normal(1, 3, 16, 16), normal(1, 3, 4, 4),
+                 window=W, factor=4, steps=6, normalize="share", guide="x0")
+    assert len(seen) >= 2 * 6
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"zeta": 0.0}, "zeta is more than 0"), ({"inner": -1}, "inner=-1"), ({"lam": -3.0}, "lam=-3"),
+    ({"lam": float("nan")}, "lam=nan"), ({"lam": (0.5, 0.1, 0.2)}, "first and last"), ({"delta": -1}, "delta=-1"),
+    ({"normalize": "foo"}, "normalize='foo'"), ({"factor": 0}, "factor=0"),
+    ({"z_T": torch.zeros(2, 3, 16, 16)}, "one image at a time"), ({"z_T_ctx": None}, "z_T_ctx is None"),
+    ({"z_T": torch.zeros(1, 3, 16, 16, dtype=torch.bfloat16)}, "in float32 or float64")])
+def test_settings_no_one_can_mean(options, message):
+    settings = {"z_T": normal(1, 3, 16, 16), "z_T_ctx": normal(1, 3, 4, 4), "window": W, "factor": 4, "steps": 2}
+    with pytest.raises(UserError, match=message):
+        joint_sample(gaussian(0.1), gaussian(0.5), identity, identity, S, **settings | options)
+
+
+def test_settings_in_other_words():
+    """A list of two for lam, 1 for True, a target of another precision."""
+    z, ctx, y = normal(1, 3, 16, 16), normal(1, 3, 4, 4), normal(1, 3, 4, 4, seed=9)
+    one, other = (joint_sample(gaussian(0.1), gaussian(0.5), identity, identity, S, z, ctx, window=W, factor=4, steps=4,
+                               **options)[0] for options in ({"lam": (0.5, 0.1), "normalize": True, "y": y},
+                                                             {"lam": [0.5, 0.1], "normalize": 1, "y": y.double()}))
+    assert torch.equal(one, other) and other.dtype == torch.float32
+
+
 # ----- 8. Ranks -----
 
 CASES = {  # name: height of the canvas, options
     "exact": (28, {}),
     "exact, overlap": (28, {"overlap": 4, "inner": 2}),
+    "forward mode, overlap": (28, {"overlap": 4, "fade": True, "delta": 0}),  # ranks exchange no derivatives
     "gradient, fade": (28, {"overlap": 4, "fade": True, "guide": "gradient"}),
     "x0, overlap": (28, {"overlap": 4, "guide": "x0", "normalize": "share"}),
     "x0+proxy, fade": (28, {"overlap": 4, "fade": True, "guide": "x0+proxy", "normalize": "share"}),

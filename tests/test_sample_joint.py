@@ -266,6 +266,27 @@ def test_an_interrupted_picture_goes_on(ready, tmp_path, monkeypatch, hurried, c
     assert "going on from step 1" in capsys.readouterr().out and not partial.exists()
 
 
+def test_resumes_with_the_same_conditions_only(ready, tmp_path, monkeypatch, hurried, capsys):
+    """A reference of the same name that now holds other embeddings is another image. catches: only names compared."""
+    ref, out, real, frames = tmp_path / "e.safetensors", tmp_path / "b.png", sample_joint.picture, []
+    save_tensors(ref, {"e": torch.randn(8, 8, 96)}, {})
+
+    def dies(*args):
+        frames.append(1)
+        if len(frames) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(sample_joint, "picture", dies)
+        draw(ready, out, f"--reference={ref}", "--frames=1")
+    assert (tmp_path / ".b.png.partial.safetensors").exists()
+    save_tensors(ref, {"e": torch.randn(8, 8, 96)}, {})
+    capsys.readouterr()
+    got = draw(ready, out, f"--reference={ref}")
+    assert "going on" not in capsys.readouterr().out
+    assert np.array_equal(got, draw(ready, tmp_path / "a.png", f"--reference={ref}"))
+
+
 def test_the_state_of_another_picture_is_left_alone(ready, plain, tmp_path, capsys):
     """Other settings under the same name start from noise."""
     partial = tmp_path / ".x.png.partial.safetensors"
