@@ -14,6 +14,7 @@ import cdm_table
 import data
 import invert
 import joint_table
+import mil_table
 import plan
 import quality
 import sample_joint
@@ -22,7 +23,7 @@ import train
 from common import configure
 
 MODULES = {f"{m.__name__}.py": m for m in (
-    bench, captions, cdm_table, invert, joint_table, plan, quality, sr_table)}  # one Config each
+    bench, captions, cdm_table, invert, joint_table, mil_table, plan, quality, sr_table)}  # one Config each
 TEXT = (ROOT / "README.md").read_text()
 SOURCES = {p.name: p.read_text() for p in ROOT.glob("*.py")}
 COMMANDS = sorted(set(re.findall(r"(?:python|nproc_per_node=\d+)(?: --[\w.:=-]+)* (\w+\.py[^\n`#]*)", TEXT)))
