@@ -346,10 +346,12 @@ def fits(made, model, path):
         raise UserError(f"{path} makes {cfg.channels} numbers per token, the run takes {width}: train one for this run")
     if made.kind != "grid" and info.get("summarizer") not in (None, fingerprint(model.summarizer)):
         raise UserError(f"{path} was trained on the tokens of another Summarizer: train it again, with "
-                        f"python cdm.py train RUN --model={made.kind}, after moving the old one away")
+                        f"python cdm.py train RUN --model={made.kind}, after moving the old one away, and "
+                        f"{made.kind}_state*.safetensors")
     if made.kind == "grid" and (info["encoder"], info["std"]) != (model.info["encoder"], model.info["std"]):
         raise UserError(f"{path} makes embeddings of {info['encoder']!r}, the run takes those of "
-                        f"{model.info['encoder']!r} with its own deviations: train it again for this run")
+                        f"{model.info['encoder']!r} with its own deviations: train it again for this run, "
+                        f"after moving the old one away, and {made.kind}_state*.safetensors")
 
 
 def main(argv):

@@ -21,7 +21,8 @@ from common import UserError, atomic, load_tensors, open_tensors
 # settings that may differ when a run is resumed: they do not change what is computed, only where, how long and how loud
 # (micro: unless there is batch norm, in PatchGAN or the CNN Summarizer; max_skips: unless there is something to skip)
 FREE = {"preset", "out", "device", "threads", "workers", "compile", "channels_last", "unet.checkpoint", "plot", "steps",
-        "micro", "toy", "log_every", "sample_every", "save_every", "keep", "max_skips", "profile", "run", "sheet"}
+        "micro", "toy", "log_every", "sample_every", "save_every", "keep", "max_skips", "profile", "run", "sheet",
+        "made_for"}  # made_for: cdm.py compares it, for files that lack it too
 
 
 def flat(settings, start=""):

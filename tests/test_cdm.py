@@ -7,7 +7,7 @@ from rule import assert_close, assert_golden, golden, manifest, state_dict
 
 import cdm
 from cdm import Conditioner, Regions
-from common import UserError, load_tensors
+from common import UserError, load_tensors, save_tensors
 from data import Pyramids
 from diffusion import Schedule, ZoomLDM, ddim_sample
 from dit import DiT, DiTConfig, lean, place_table, respaced
@@ -286,6 +286,31 @@ def test_another_summarizer(home, toy):
         cdm.load(home, "cdm", model)
     with pytest.raises(UserError, match="24 numbers per token"):
         cdm.from_official(published(), model, heads=4)
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_state_of_another_summarizer(noted, home, toy, tmp_path):
+    """Neither finished nor resumed, with or without its export; one from before sources were noted goes on where its
+    export fits. catches: old weights that are stamped with the new Summarizer's fingerprint."""
+    (tmp_path / "ema.safetensors").write_bytes((home / "ema.safetensors").read_bytes())
+    path, args = tmp_path / "cdm.safetensors", ("--steps=1", "--save_every=1", "--sheet=0")
+    go(tmp_path, "cdm", *args)
+    if not noted:
+        tensors, meta = load_tensors(tmp_path / "cdm_state.safetensors")
+        del meta["crc"], meta["settings"]["made_for"]
+        save_tensors(tmp_path / "cdm_state.safetensors", tensors, meta)
+    go(tmp_path, "cdm", *args)
+    model = ZoomLDM.from_run(tmp_path)
+    with torch.no_grad():
+        model.summarizer.embed.weight[0, 0] += 1
+    model.save(tmp_path)
+    with pytest.raises(UserError, match=r"after moving the old one away, and cdm_state\*.safetensors"):
+        cdm.load(tmp_path, "cdm", model)
+    for more in ((), ("--steps=2",)):
+        with pytest.raises(UserError, match=r"learnt from another Summarizer.*cdm_state\*.safetensors and cdm.saf"):
+            go(tmp_path, "cdm", *args, *more)
+        path.unlink(missing_ok=True)
+    assert not path.exists()
 
 
 def test_grid_of_another_encoder(home, toy):
