@@ -27,7 +27,7 @@ from common import UserError, atomic, cli, configure, generator, load_tensors, s
 from data import PatchDataset, Pyramids
 from diffusion import ZoomLDM, diffusion_loss
 from dit import KINDS, Conditioner, DiT, DiTConfig, from_official, lean, load, vector_of  # noqa: F401 - this file's interface
-from loop import run_stage
+from loop import check_loop, run_stage
 from patches import draw
 from state import newest_state
 from train import fingerprint
@@ -295,10 +295,14 @@ def main(argv):
     if not cfg.run or cfg.model not in KINDS or command == "sample" and cfg.model == "grid":
         raise UserError(f"python cdm.py {command} {cfg.run} --model={cfg.model}: give a run folder, and a model of "
                         f"{', '.join(KINDS)} (grid is sampled by sample_joint.py)")
-    for name, least in (("steps", 1), ("batch", 1), ("side", 1), ("micro", 0), ("seed", 0), ("gap", 0), ("drop", 0),
-                        ("shift", 0)):
-        if getattr(cfg, name, least) < least:
-            raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {least}")
+    for name, least, most in (("steps", 1, None), ("batch", 1, None), ("side", 1, None), ("micro", 0, None),
+                              ("seed", 0, None), ("gap", 0, None), ("drop", 0, 1), ("shift", 0, None),
+                              ("sheet", 0, None)):
+        value = getattr(cfg, name, least)
+        if value < least or most is not None and value > most:
+            raise UserError(f"--{name}={value}: it must be at least {least}" + (f", at most {most}" if most else ""))
+    if command == "train":
+        check_loop(cfg)
     (train if command == "train" else sample)(cfg)
 
 

@@ -263,14 +263,13 @@ class Ranks:
 
 
 def setup(device="auto", amp=True, threads=0):
-    """Read torchrun's environment, start the process group (gloo on CPU, nccl on CUDA), choose device and dtype.
-
-    bf16 autocast is used where the device has bf16 arithmetic, never fp16 (design §7).
-    """
+    """Read torchrun's environment, start the process group (gloo on CPU, nccl on CUDA), choose device and dtype: bf16
+    autocast where the device has bf16 arithmetic, never fp16 (design §7). raises: UserError."""
+    if threads < 0:
+        raise UserError(f"--threads={threads}: it must be at least 0 (= PyTorch's choice)")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:

@@ -96,6 +96,9 @@ class DiT(nn.Module):
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
+        if min(cfg.tokens, cfg.channels, cfg.width, cfg.depth, cfg.heads, cfg.mlp) < 1:
+            raise UserError(f"DiT of width {cfg.width}, depth {cfg.depth}, {cfg.heads} heads, mlp {cfg.mlp}, over "
+                            f"{cfg.tokens} tokens of {cfg.channels}: each is at least 1")
         if cfg.cond not in ("adaln", "tokens") or cfg.width % cfg.heads or cfg.width % (4 if cfg.plane else 2):
             raise UserError(f"DiT width {cfg.width}, {cfg.heads} heads, cond={cfg.cond!r}: the width is a multiple of "
                             f"the heads and of 4, cond is adaln or tokens")

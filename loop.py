@@ -27,6 +27,19 @@ from log import Log, count_flops, profiler
 from state import resume, save_state
 
 
+def check_loop(cfg):
+    """What of the settings this file reads can be refused before anything else is. raises: UserError."""
+    least = {"log_every": 1, "sample_every": 1, "save_every": 1, "keep": 1, "workers": 0, "max_skips": 0, "profile": 0,
+             "warmup": 0, "lr": 0, "weight_decay": 0, "clip": 0, "ema": 0}
+    for name, low in least.items():
+        if getattr(cfg, name) < low:
+            raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {low}")
+    if cfg.decay not in ("cosine", "constant"):
+        raise UserError(f"--decay={cfg.decay}: known are cosine, constant")
+    if len(cfg.betas) != 2 or not all(0 <= x < 1 for x in (*cfg.betas, cfg.ema)):
+        raise UserError(f"--betas={cfg.betas} takes two numbers, --ema={cfg.ema} one: each at least 0 and less than 1")
+
+
 def lr_at(step, steps, lr, warmup, decay):
     """Learning rate of step 0, 1, ...: linear warm-up, then constant, or a cosine to zero at `steps`."""
     if step < warmup:

@@ -333,6 +333,21 @@ def test_bad_input(args, says, home, toy):
         cdm.main([a.replace("RUN", str(home)).replace("NONE", str(home / "none")) for a in args])
 
 
+@pytest.mark.parametrize("arg", ["log_every=0", "save_every=0", "sample_every=0", "workers=-1", "betas=0.9", "lr=-1.0",
+                                 "profile=-1", "decay=foo", "drop=3.0", "ema=2.0", "keep=0", "max_skips=-1",
+                                 "warmup=-5", "sheet=-1", "betas=(0.9,1.5)", "threads=-1"])
+def test_settings_that_cannot_work(arg):
+    """Refused before anything is read. catches: a traceback, or a training that goes another way than was asked."""
+    with pytest.raises(UserError, match=f"--{arg.partition('=')[0]}="):
+        cdm.main(["train", "none", "smoke", "--device=cpu", f"--{arg}"])
+
+
+@pytest.mark.parametrize("size", [{"heads": 0}, {"heads": -1}, {"depth": 0}, {"mlp": 0}, {"width": 0}])
+def test_sizes_that_cannot_work(size):
+    with pytest.raises(UserError, match="each is at least 1"):
+        DiT(DiTConfig(**{"tokens": 4, "channels": 2, "width": 16, "depth": 1, "heads": 2, "mlp": 16} | size))
+
+
 def test_missing(run):
     with pytest.raises(UserError, match="train one with python cdm.py train"):
         cdm.load(run, "cdm", ZoomLDM.from_run(run))

@@ -323,6 +323,11 @@ def test_setup_alone_and_on_a_missing_device():
             setup(device)
 
 
+def test_threads_are_not_negative():
+    with pytest.raises(UserError, match="--threads=-1: it must be at least 0"):
+        setup("cpu", threads=-1)
+
+
 # ----- 4. Seeing -----
 
 def test_uint8_rounds():
