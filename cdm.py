@@ -234,18 +234,19 @@ def train(cfg):
         print(f"{cfg.model}: {sum(p.numel() for p in made.parameters()):,} parameters, {ranks.world} rank(s) on "
               f"{ranks.device}, writing {path}")
     same_source(cfg, path, made.info)
-    stage = ConditionStage(cfg, made, model.summarizer)
+    stage, exported = ConditionStage(cfg, made, model.summarizer), []
     final = Conditioner(cfg.model, cfg.dit, made.info).to(ranks.device).eval()
 
     def export(step, ema):
         final.load_state_dict(ema)
         final.save(path)
+        exported.append(step)
         if cfg.model != "grid" and cfg.sheet:
             show(final, model, pyramids, SampleConfig(steps=20, n=cfg.sheet), ranks, range(pyramids.scales),
                  sheet=Path(cfg.run) / "samples" / f"{cfg.model}_{step:06d}.png")
     done, ema = run_stage(f"{cfg.model}_", cfg, ranks, stage, dataset, cfg.steps, cfg.batch, cfg.lr, cfg.ema, export)
     if ranks.rank == 0:
-        if not path.exists():
+        if not exported:  # stopped after the last step: what is there is older
             export(done, ema)
         print(f"done: {path}")
 

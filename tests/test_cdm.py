@@ -1,5 +1,7 @@
 """Conditioning models: against the published CDM, sampling in closed forms, training, and what is refused."""
 import argparse
+import os
+import signal
 
 import pytest
 import torch
@@ -239,6 +241,22 @@ def test_train_resume_load(kind, home, toy, tmp_path):
     else:
         assert made.tokens([0, 2], steps=3).shape == (2, 65, model.summarizer.cfg.width)
         assert (home / "samples" / f"{kind}_000006.png").exists()
+
+
+def test_stopped_in_the_last_step(home, toy, tmp_path, monkeypatch):
+    """catches: "done" over an export of an earlier step."""
+    (tmp_path / "ema.safetensors").write_bytes((home / "ema.safetensors").read_bytes())
+    real, args = cdm.ConditionStage.noise, ("--steps=4", "--sample_every=2")
+
+    def noise(stage, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(stage, step)
+    monkeypatch.setattr(cdm.ConditionStage, "noise", noise)
+    with pytest.raises(SystemExit):
+        go(tmp_path, "grid", *args)
+    state, final = load_tensors(tmp_path / "grid_state.safetensors")[0], go(tmp_path, "grid", *args)[0]
+    assert all(torch.equal(v, state[f"ema.{k}"]) for k, v in final.items())
 
 
 def test_learns(home, toy):
