@@ -38,13 +38,16 @@ def check_settings(path, cfg, only=""):
     if not path.exists():
         return
     with open_tensors(path) as f:
-        then = json.loads(f.metadata()["json"]).get("settings", {})
+        then = json.loads((f.metadata() or {}).get("json", "{}")).get("settings", {})
     now, default = (flat(json.loads(json.dumps(asdict(c)))) for c in (cfg, type(cfg)()))
-    then = then and default | flat(then)  # a file without any settings is none of ours
+    if not then:
+        raise UserError(f"{path} does not say what settings it belongs to, so it is none of ours: move it away")
+    then = default | flat(then)
     changed = [k for k in now if k not in FREE and k.startswith(only) and now[k] != then.get(k)]
     if changed:
+        afresh = "another --out" if "out" in now else f"move {path.name.split('.')[0]}*.safetensors away"
         raise UserError(f"{path} belongs to a run with other settings ({', '.join(changed)}): give the same ones to "
-                        f"resume, or another --out to start afresh")
+                        f"resume, or {afresh} to start afresh")
 
 
 # ----- 2. Files -----
