@@ -78,7 +78,7 @@ class SampleConfig:
     model: str = "cdm"         # cdm or edm
     scale: int = -1            # -1 = all
     n: int = 8                 # patches per scale
-    steps: int = 50            # of the patches, and of their conditions
+    steps: int = 50            # of the patches; their conditions take 50
     guidance: float = 2.0      # of the patches; the CDM has none
     seed: int = 0
     out: str = ""              # folder for the patches; default RUN/MODEL

@@ -296,6 +296,8 @@ def setup(device="auto", amp=True, threads=0):
 
 def generator(*key):
     """A CPU torch.Generator seeded by integers such as (seed, rank, step): the same key, the same numbers."""
+    if min(key) < 0:
+        raise UserError(f"seed {', '.join(str(int(k)) for k in key)}: a seed is at least 0")
     seed = np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
 
@@ -303,10 +305,8 @@ def generator(*key):
 # ----- 4. Seeing: shape tables and contact sheets -----
 
 def summary(module, *inputs, depth=2):
-    """Print one row per submodule down to `depth`: name, output shape, parameters, share of the total.
-
-    Meant for the meta device, where the full-size model costs neither memory nor time.
-    """
+    """Print one row per submodule down to `depth`: name, output shape, parameters, share of the total. Meant for
+    the meta device, where the full-size model costs neither memory nor time."""
     shapes, hooks = {}, []
     total = sum(p.numel() for p in module.parameters())
 

@@ -138,6 +138,11 @@ class DiT(nn.Module):
         if x.shape[1:] != (cfg.tokens, cfg.channels):
             raise UserError(f"got tokens of shape {tuple(x.shape)}, this DiT takes (B,{cfg.tokens},{cfg.channels}): it "
                             f"was made for another Summarizer or grid")
+        if cfg.scales and (s is None or s.device.type == "cpu" and not 0 <= s.min() <= s.max() < cfg.scales):
+            raise UserError(f"got s={s}: this DiT takes scales 0 to {cfg.scales - 1}")       # elsewhere it would wait
+        if v is not None and v.shape[1:] != (cfg.vector or None,):
+            raise UserError(f"got vectors of shape {tuple(v.shape)}, this DiT takes "
+                            f"{f'(B,{cfg.vector})' if cfg.vector else 'none'}")
         told = [self.time2(F.silu(self.time1(time_embedding(t, 256).to(x.dtype))))]          # each (B,W)
         if self.scale is not None:
             told.append(self.scale(s))
@@ -243,8 +248,9 @@ class Conditioner(nn.Module):
         cfg, device = self.net.cfg, self.mean.device
         if self.kind == "grid":
             raise UserError("the grid model draws embeddings, not tokens: take --model=cdm or edm")
-        if min(s) < 0 or max(s) >= cfg.scales:
-            raise UserError(f"scale {max(s)}: this {self.kind} knows 0 to {cfg.scales - 1}")
+        wrong = [str(int(k)) for k in s if not 0 <= k < cfg.scales]
+        if wrong or not len(s):
+            raise UserError(f"scale {', '.join(wrong) or '(none given)'}: this {self.kind} knows 0 to {cfg.scales - 1}")
         z = torch.stack([torch.randn(cfg.tokens, cfg.channels, generator=generator(seed, 11, first + i))
                          for i in range(len(s))]).to(device)
         s = torch.as_tensor(s, device=device)

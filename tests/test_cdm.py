@@ -146,6 +146,21 @@ def test_places_on_a_plane():
     assert not torch.equal(table[0, 1], table[1, 0])
 
 
+def test_what_a_network_cannot_be_told():
+    """catches: IndexError, TypeError, a vector that is ignored, the wrong scale named."""
+    made = Conditioner("cdm", DiTConfig(9, 4, 16, 1, 2, 16, 5))
+    x, t, s = torch.randn(2, 9, 4), torch.tensor([5, 5]), torch.tensor([1, 4])
+    for wrong, says in (((s + 1,), "scales 0 to 4"), ((None,), "scales 0 to 4"), ((s - 2,), "scales 0 to 4"),
+                        ((s, torch.ones(2, 3)), "takes none")):
+        with pytest.raises(UserError, match=says):
+            made.net(x, t, *wrong)
+    with pytest.raises(UserError, match=r"takes \(B,6\)"):
+        DiT(DiTConfig(9, 4, 16, 1, 2, 16, 0, vector=6))(x, t, v=torch.ones(2, 3))
+    for wrong, says in (([], "none given"), ([-1, 0], "scale -1:"), ([7, 0, 5], "scale 7, 5:")):
+        with pytest.raises(UserError, match=says):
+            made.tokens(wrong)
+
+
 # ----- 3. Drawing -----
 
 def stub(made, fn):
