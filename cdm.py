@@ -11,6 +11,7 @@ The CDM makes tokens, which serve one patch. A large image needs an embedding fo
 in:  a run folder, and the data it was trained on   out: RUN/cdm.safetensors (edm, grid), RUN/cdm/*.png
 read next: sample_joint.py
 """
+import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import captions
-from common import UserError, atomic, cli, configure, generator, save_grid, setup, to_uint8
+from common import UserError, atomic, cli, configure, generator, load_tensors, save_grid, setup, to_uint8
 from data import PatchDataset, Pyramids
 from diffusion import ZoomLDM, diffusion_loss
 from dit import KINDS, Conditioner, DiT, DiTConfig, from_official, lean, load, vector_of  # noqa: F401 - this file's interface
-from loop import run_stage
+from loop import check_loop, run_stage
 from patches import draw
+from state import newest_state
 from train import fingerprint
 
 
@@ -67,6 +69,7 @@ class Config:
     max_skips: int = 0         # steps in a row whose loss or gradient is not finite that are passed over
     profile: int = 0           # steps to profile
     sheet: int = 8             # patches per scale on the contact sheets drawn on the way; 0 = no sheets
+    made_for: str = ""         # set by train: the Summarizer, or encoder and deviations, that it learns the tokens of
 
 
 @dataclass
@@ -75,7 +78,7 @@ class SampleConfig:
     model: str = "cdm"         # cdm or edm
     scale: int = -1            # -1 = all
     n: int = 8                 # patches per scale
-    steps: int = 50            # of the patches, and of their conditions
+    steps: int = 50            # of the patches; their conditions take 50
     guidance: float = 2.0      # of the patches; the CDM has none
     seed: int = 0
     out: str = ""              # folder for the patches; default RUN/MODEL
@@ -204,6 +207,22 @@ def make(cfg, model, pyramids):
     return made, dataset
 
 
+def same_source(cfg, path, info):
+    """Note in cfg what the tokens are made by. raises: UserError if there is a state to go on from that learnt those of
+    another. One from before this was noted is taken for what the model at `path`, its export, says."""
+    def source(info):
+        return json.dumps({k: v for k, v in info.items() if k != "shift"})
+    cfg.made_for = source(info)
+    if (found := newest_state(path.with_name(f"{cfg.model}_state.safetensors"))) is None:
+        return
+    then = found[2].get("settings", {}).get("made_for")
+    if then is None and path.exists():
+        then = source(load_tensors(path)[1].get("info", {}))
+    if then != cfg.made_for:
+        raise UserError(f"{found[0]} learnt from another Summarizer or encoder than this run has, or does not say from "
+                        f"which: move {cfg.model}_state*.safetensors and {path.name} away to train anew")
+
+
 def train(cfg):
     """Train one conditioning model, or go on with it."""
     cfg.out, ranks = cfg.run, setup(cfg.device, cfg.amp, cfg.threads)
@@ -214,18 +233,20 @@ def train(cfg):
     if ranks.rank == 0:
         print(f"{cfg.model}: {sum(p.numel() for p in made.parameters()):,} parameters, {ranks.world} rank(s) on "
               f"{ranks.device}, writing {path}")
-    stage = ConditionStage(cfg, made, model.summarizer)
+    same_source(cfg, path, made.info)
+    stage, exported = ConditionStage(cfg, made, model.summarizer), []
     final = Conditioner(cfg.model, cfg.dit, made.info).to(ranks.device).eval()
 
     def export(step, ema):
         final.load_state_dict(ema)
         final.save(path)
+        exported.append(step)
         if cfg.model != "grid" and cfg.sheet:
             show(final, model, pyramids, SampleConfig(steps=20, n=cfg.sheet), ranks, range(pyramids.scales),
                  sheet=Path(cfg.run) / "samples" / f"{cfg.model}_{step:06d}.png")
     done, ema = run_stage(f"{cfg.model}_", cfg, ranks, stage, dataset, cfg.steps, cfg.batch, cfg.lr, cfg.ema, export)
     if ranks.rank == 0:
-        if not path.exists():
+        if not exported:  # stopped after the last step: what is there is older
             export(done, ema)
         print(f"done: {path}")
 
@@ -275,10 +296,14 @@ def main(argv):
     if not cfg.run or cfg.model not in KINDS or command == "sample" and cfg.model == "grid":
         raise UserError(f"python cdm.py {command} {cfg.run} --model={cfg.model}: give a run folder, and a model of "
                         f"{', '.join(KINDS)} (grid is sampled by sample_joint.py)")
-    for name, least in (("steps", 1), ("batch", 1), ("side", 1), ("micro", 0), ("seed", 0), ("gap", 0), ("drop", 0),
-                        ("shift", 0)):
-        if getattr(cfg, name, least) < least:
-            raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {least}")
+    for name, least, most in (("steps", 1, None), ("batch", 1, None), ("side", 1, None), ("micro", 0, None),
+                              ("seed", 0, None), ("gap", 0, None), ("drop", 0, 1), ("shift", 0, None),
+                              ("sheet", 0, None)):
+        value = getattr(cfg, name, least)
+        if value < least or most is not None and value > most:
+            raise UserError(f"--{name}={value}: it must be at least {least}" + (f", at most {most}" if most else ""))
+    if command == "train":
+        check_loop(cfg)
     (train if command == "train" else sample)(cfg)
 
 

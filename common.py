@@ -263,14 +263,13 @@ class Ranks:
 
 
 def setup(device="auto", amp=True, threads=0):
-    """Read torchrun's environment, start the process group (gloo on CPU, nccl on CUDA), choose device and dtype.
-
-    bf16 autocast is used where the device has bf16 arithmetic, never fp16 (design §7).
-    """
+    """Read torchrun's environment, start the process group (gloo on CPU, nccl on CUDA), choose device and dtype: bf16
+    autocast where the device has bf16 arithmetic, never fp16 (design §7). raises: UserError."""
+    if threads < 0:
+        raise UserError(f"--threads={threads}: it must be at least 0 (= PyTorch's choice)")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -297,6 +296,8 @@ def setup(device="auto", amp=True, threads=0):
 
 def generator(*key):
     """A CPU torch.Generator seeded by integers such as (seed, rank, step): the same key, the same numbers."""
+    if min(key) < 0:
+        raise UserError(f"seed {', '.join(str(int(k)) for k in key)}: a seed is at least 0")
     seed = np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
 
@@ -304,10 +305,8 @@ def generator(*key):
 # ----- 4. Seeing: shape tables and contact sheets -----
 
 def summary(module, *inputs, depth=2):
-    """Print one row per submodule down to `depth`: name, output shape, parameters, share of the total.
-
-    Meant for the meta device, where the full-size model costs neither memory nor time.
-    """
+    """Print one row per submodule down to `depth`: name, output shape, parameters, share of the total. Meant for
+    the meta device, where the full-size model costs neither memory nor time."""
     shapes, hooks = {}, []
     total = sum(p.numel() for p in module.parameters())
 

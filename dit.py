@@ -96,6 +96,9 @@ class DiT(nn.Module):
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
+        if min(cfg.tokens, cfg.channels, cfg.width, cfg.depth, cfg.heads, cfg.mlp) < 1:
+            raise UserError(f"DiT of width {cfg.width}, depth {cfg.depth}, {cfg.heads} heads, mlp {cfg.mlp}, over "
+                            f"{cfg.tokens} tokens of {cfg.channels}: each is at least 1")
         if cfg.cond not in ("adaln", "tokens") or cfg.width % cfg.heads or cfg.width % (4 if cfg.plane else 2):
             raise UserError(f"DiT width {cfg.width}, {cfg.heads} heads, cond={cfg.cond!r}: the width is a multiple of "
                             f"the heads and of 4, cond is adaln or tokens")
@@ -135,6 +138,11 @@ class DiT(nn.Module):
         if x.shape[1:] != (cfg.tokens, cfg.channels):
             raise UserError(f"got tokens of shape {tuple(x.shape)}, this DiT takes (B,{cfg.tokens},{cfg.channels}): it "
                             f"was made for another Summarizer or grid")
+        if cfg.scales and (s is None or s.device.type == "cpu" and not 0 <= s.min() <= s.max() < cfg.scales):
+            raise UserError(f"got s={s}: this DiT takes scales 0 to {cfg.scales - 1}")       # elsewhere it would wait
+        if v is not None and v.shape[1:] != (cfg.vector or None,):
+            raise UserError(f"got vectors of shape {tuple(v.shape)}, this DiT takes "
+                            f"{f'(B,{cfg.vector})' if cfg.vector else 'none'}")
         told = [self.time2(F.silu(self.time1(time_embedding(t, 256).to(x.dtype))))]          # each (B,W)
         if self.scale is not None:
             told.append(self.scale(s))
@@ -240,8 +248,9 @@ class Conditioner(nn.Module):
         cfg, device = self.net.cfg, self.mean.device
         if self.kind == "grid":
             raise UserError("the grid model draws embeddings, not tokens: take --model=cdm or edm")
-        if min(s) < 0 or max(s) >= cfg.scales:
-            raise UserError(f"scale {max(s)}: this {self.kind} knows 0 to {cfg.scales - 1}")
+        wrong = [str(int(k)) for k in s if not 0 <= k < cfg.scales]
+        if wrong or not len(s):
+            raise UserError(f"scale {', '.join(wrong) or '(none given)'}: this {self.kind} knows 0 to {cfg.scales - 1}")
         z = torch.stack([torch.randn(cfg.tokens, cfg.channels, generator=generator(seed, 11, first + i))
                          for i in range(len(s))]).to(device)
         s = torch.as_tensor(s, device=device)
@@ -346,10 +355,12 @@ def fits(made, model, path):
         raise UserError(f"{path} makes {cfg.channels} numbers per token, the run takes {width}: train one for this run")
     if made.kind != "grid" and info.get("summarizer") not in (None, fingerprint(model.summarizer)):
         raise UserError(f"{path} was trained on the tokens of another Summarizer: train it again, with "
-                        f"python cdm.py train RUN --model={made.kind}, after moving the old one away")
+                        f"python cdm.py train RUN --model={made.kind}, after moving the old one away, and "
+                        f"{made.kind}_state*.safetensors")
     if made.kind == "grid" and (info["encoder"], info["std"]) != (model.info["encoder"], model.info["std"]):
         raise UserError(f"{path} makes embeddings of {info['encoder']!r}, the run takes those of "
-                        f"{model.info['encoder']!r} with its own deviations: train it again for this run")
+                        f"{model.info['encoder']!r} with its own deviations: train it again for this run, "
+                        f"after moving the old one away, and {made.kind}_state*.safetensors")
 
 
 def main(argv):

@@ -27,6 +27,19 @@ from log import Log, count_flops, profiler
 from state import resume, save_state
 
 
+def check_loop(cfg):
+    """What of the settings this file reads can be refused before anything else is. raises: UserError."""
+    least = {"log_every": 1, "sample_every": 1, "save_every": 1, "keep": 1, "workers": 0, "max_skips": 0, "profile": 0,
+             "warmup": 0, "lr": 0, "weight_decay": 0, "clip": 0, "ema": 0}
+    for name, low in least.items():
+        if getattr(cfg, name) < low:
+            raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {low}")
+    if cfg.decay not in ("cosine", "constant"):
+        raise UserError(f"--decay={cfg.decay}: known are cosine, constant")
+    if len(cfg.betas) != 2 or not all(0 <= x < 1 for x in (*cfg.betas, cfg.ema)):
+        raise UserError(f"--betas={cfg.betas} takes two numbers, --ema={cfg.ema} one: each at least 0 and less than 1")
+
+
 def lr_at(step, steps, lr, warmup, decay):
     """Learning rate of step 0, 1, ...: linear warm-up, then constant, or a cosine to zero at `steps`."""
     if step < warmup:
@@ -73,7 +86,7 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
     micro = min(cfg.micro or per, per)
     if batch % ranks.world or per % micro:
         raise UserError(f"a global batch of {batch} does not divide into {ranks.world} ranks of micro-batches of "
-                        f"{micro}: change --{name}batch or --micro")
+                        f"{micro}: change --{name if hasattr(cfg, name + 'batch') else ''}batch or --micro")
     net = net.to(device).train()
     params = [p for p in net.parameters() if p.requires_grad]
     ema = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema_decay else None
@@ -205,9 +218,12 @@ class Watch:
             where = (f"the {self.stage} {'loss' if flags[:-2].any() else 'gradient'} is no longer finite at step "
                      f"{step + 1}, on samples {spans([step * self.batch + k for k in at])} of the data set")
             if self.row > self.most:
+                again = (f"a lower --lr (--vae_lr) and another --out, --vae_weights={self.out} keeps a VAE that is done"
+                         if self.stage in ("vae", "ldm") else
+                         f"a lower --lr, after moving {self.stage}_state*.safetensors away")
                 raise UserError(f"{where}: the last checkpoint in {self.out} is intact; look at these samples, pass "
-                                f"over up to n such steps in a row with --max_skips=n, or start again with a lower "
-                                f"--lr (--vae_lr) and another --out, --vae_weights={self.out} keeps a VAE that is done")
+                                f"over up to n such steps in a row with --max_skips=n, or start again with "
+                                f"{again}")
             self.skipped += 1
             if self.ranks.rank == 0:
                 tqdm.write(f"{where}: skipped")

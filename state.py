@@ -21,7 +21,8 @@ from common import UserError, atomic, load_tensors, open_tensors
 # settings that may differ when a run is resumed: they do not change what is computed, only where, how long and how loud
 # (micro: unless there is batch norm, in PatchGAN or the CNN Summarizer; max_skips: unless there is something to skip)
 FREE = {"preset", "out", "device", "threads", "workers", "compile", "channels_last", "unet.checkpoint", "plot", "steps",
-        "micro", "toy", "log_every", "sample_every", "save_every", "keep", "max_skips", "profile", "run", "sheet"}
+        "micro", "toy", "log_every", "sample_every", "save_every", "keep", "max_skips", "profile", "run", "sheet",
+        "made_for"}  # made_for: cdm.py compares it, for files that lack it too
 
 
 def flat(settings, start=""):
@@ -37,13 +38,16 @@ def check_settings(path, cfg, only=""):
     if not path.exists():
         return
     with open_tensors(path) as f:
-        then = json.loads(f.metadata()["json"]).get("settings", {})
+        then = json.loads((f.metadata() or {}).get("json", "{}")).get("settings", {})
     now, default = (flat(json.loads(json.dumps(asdict(c)))) for c in (cfg, type(cfg)()))
-    then = then and default | flat(then)  # a file without any settings is none of ours
+    if not then:
+        raise UserError(f"{path} does not say what settings it belongs to, so it is none of ours: move it away")
+    then = default | flat(then)
     changed = [k for k in now if k not in FREE and k.startswith(only) and now[k] != then.get(k)]
     if changed:
+        afresh = "another --out" if "out" in now else f"move {path.name.split('.')[0]}*.safetensors away"
         raise UserError(f"{path} belongs to a run with other settings ({', '.join(changed)}): give the same ones to "
-                        f"resume, or another --out to start afresh")
+                        f"resume, or {afresh} to start afresh")
 
 
 # ----- 2. Files -----

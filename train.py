@@ -278,7 +278,7 @@ def encode_latents(cfg, ranks, vae, pyramids):
         mark = f"{vae_mark} {source.st_size} {source.st_mtime_ns}"  # this VAE, these images
         if path.exists():
             with open_tensors(path) as f:
-                if json.loads(f.metadata()["json"]).get("vae") == mark:
+                if json.loads((f.metadata() or {}).get("json", "{}")).get("vae") == mark:
                     continue
         z = {}
         for s, count in enumerate(slide["counts"]):

@@ -1,5 +1,7 @@
 """Conditioning models: against the published CDM, sampling in closed forms, training, and what is refused."""
 import argparse
+import os
+import signal
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from rule import assert_close, assert_golden, golden, manifest, state_dict
 
 import cdm
 from cdm import Conditioner, Regions
-from common import UserError, load_tensors
+from common import UserError, load_tensors, save_tensors
 from data import Pyramids
 from diffusion import Schedule, ZoomLDM, ddim_sample
 from dit import DiT, DiTConfig, lean, place_table, respaced
@@ -144,6 +146,21 @@ def test_places_on_a_plane():
     assert not torch.equal(table[0, 1], table[1, 0])
 
 
+def test_what_a_network_cannot_be_told():
+    """catches: IndexError, TypeError, a vector that is ignored, the wrong scale named."""
+    made = Conditioner("cdm", DiTConfig(9, 4, 16, 1, 2, 16, 5))
+    x, t, s = torch.randn(2, 9, 4), torch.tensor([5, 5]), torch.tensor([1, 4])
+    for wrong, says in (((s + 1,), "scales 0 to 4"), ((None,), "scales 0 to 4"), ((s - 2,), "scales 0 to 4"),
+                        ((s, torch.ones(2, 3)), "takes none")):
+        with pytest.raises(UserError, match=says):
+            made.net(x, t, *wrong)
+    with pytest.raises(UserError, match=r"takes \(B,6\)"):
+        DiT(DiTConfig(9, 4, 16, 1, 2, 16, 0, vector=6))(x, t, v=torch.ones(2, 3))
+    for wrong, says in (([], "none given"), ([-1, 0], "scale -1:"), ([7, 0, 5], "scale 7, 5:")):
+        with pytest.raises(UserError, match=says):
+            made.tokens(wrong)
+
+
 # ----- 3. Drawing -----
 
 def stub(made, fn):
@@ -241,6 +258,22 @@ def test_train_resume_load(kind, home, toy, tmp_path):
         assert (home / "samples" / f"{kind}_000006.png").exists()
 
 
+def test_stopped_in_the_last_step(home, toy, tmp_path, monkeypatch):
+    """catches: "done" over an export of an earlier step."""
+    (tmp_path / "ema.safetensors").write_bytes((home / "ema.safetensors").read_bytes())
+    real, args = cdm.ConditionStage.noise, ("--steps=4", "--sample_every=2")
+
+    def noise(stage, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(stage, step)
+    monkeypatch.setattr(cdm.ConditionStage, "noise", noise)
+    with pytest.raises(SystemExit):
+        go(tmp_path, "grid", *args)
+    state, final = load_tensors(tmp_path / "grid_state.safetensors")[0], go(tmp_path, "grid", *args)[0]
+    assert all(torch.equal(v, state[f"ema.{k}"]) for k, v in final.items())
+
+
 def test_learns(home, toy):
     """The averaged network must beat zero, where it starts. catches: a stage that trains something else."""
     folder = home.parent / "learn"
@@ -288,6 +321,31 @@ def test_another_summarizer(home, toy):
         cdm.from_official(published(), model, heads=4)
 
 
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_state_of_another_summarizer(noted, home, toy, tmp_path):
+    """Neither finished nor resumed, with or without its export; one from before sources were noted goes on where its
+    export fits. catches: old weights that are stamped with the new Summarizer's fingerprint."""
+    (tmp_path / "ema.safetensors").write_bytes((home / "ema.safetensors").read_bytes())
+    path, args = tmp_path / "cdm.safetensors", ("--steps=1", "--save_every=1", "--sheet=0")
+    go(tmp_path, "cdm", *args)
+    if not noted:
+        tensors, meta = load_tensors(tmp_path / "cdm_state.safetensors")
+        del meta["crc"], meta["settings"]["made_for"]
+        save_tensors(tmp_path / "cdm_state.safetensors", tensors, meta)
+    go(tmp_path, "cdm", *args)
+    model = ZoomLDM.from_run(tmp_path)
+    with torch.no_grad():
+        model.summarizer.embed.weight[0, 0] += 1
+    model.save(tmp_path)
+    with pytest.raises(UserError, match=r"after moving the old one away, and cdm_state\*.safetensors"):
+        cdm.load(tmp_path, "cdm", model)
+    for more in ((), ("--steps=2",)):
+        with pytest.raises(UserError, match=r"learnt from another Summarizer.*cdm_state\*.safetensors and cdm.saf"):
+            go(tmp_path, "cdm", *args, *more)
+        path.unlink(missing_ok=True)
+    assert not path.exists()
+
+
 def test_grid_of_another_encoder(home, toy):
     go(home, "grid")
     model = ZoomLDM.from_run(home)
@@ -306,6 +364,21 @@ def test_bad_input(args, says, home, toy):
     go(home, "edm")
     with pytest.raises(UserError, match=says):
         cdm.main([a.replace("RUN", str(home)).replace("NONE", str(home / "none")) for a in args])
+
+
+@pytest.mark.parametrize("arg", ["log_every=0", "save_every=0", "sample_every=0", "workers=-1", "betas=0.9", "lr=-1.0",
+                                 "profile=-1", "decay=foo", "drop=3.0", "ema=2.0", "keep=0", "max_skips=-1",
+                                 "warmup=-5", "sheet=-1", "betas=(0.9,1.5)", "threads=-1"])
+def test_settings_that_cannot_work(arg):
+    """Refused before anything is read. catches: a traceback, or a training that goes another way than was asked."""
+    with pytest.raises(UserError, match=f"--{arg.partition('=')[0]}="):
+        cdm.main(["train", "none", "smoke", "--device=cpu", f"--{arg}"])
+
+
+@pytest.mark.parametrize("size", [{"heads": 0}, {"heads": -1}, {"depth": 0}, {"mlp": 0}, {"width": 0}])
+def test_sizes_that_cannot_work(size):
+    with pytest.raises(UserError, match="each is at least 1"):
+        DiT(DiTConfig(**{"tokens": 4, "channels": 2, "width": 16, "depth": 1, "heads": 2, "mlp": 16} | size))
 
 
 def test_missing(run):

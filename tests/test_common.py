@@ -313,6 +313,11 @@ def test_generator_depends_on_every_key():
     assert len({tuple(draw(*key)) for key in ((0,), (1,), (1, 2), (2, 1), (1, 2, 3), (0, 1))}) == 6
 
 
+def test_a_negative_seed():
+    with pytest.raises(UserError, match="seed -1, 4: a seed is at least 0"):
+        generator(-1, 4)
+
+
 def test_setup_alone_and_on_a_missing_device():
     ranks = setup("cpu", amp=False)
     assert (ranks.rank, ranks.world, ranks.device.type, ranks.amp) == (0, 1, "cpu", None)
@@ -321,6 +326,11 @@ def test_setup_alone_and_on_a_missing_device():
     for device in ("gpu", "cuda:99"):
         with pytest.raises(UserError, match=f"--device={device} cannot be used"):
             setup(device)
+
+
+def test_threads_are_not_negative():
+    with pytest.raises(UserError, match="--threads=-1: it must be at least 0"):
+        setup("cpu", threads=-1)
 
 
 # ----- 4. Seeing -----

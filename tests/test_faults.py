@@ -13,9 +13,10 @@ import torch
 import training
 from training import BATCH, STEPS, by_launcher, close, codes, damage, same, seen, start, step_of, tiny, wait_for
 
+import cdm
 import loop
 import state
-from common import UserError, load_tensors
+from common import UserError, load_tensors, save_tensors, setup
 from train import Config
 
 
@@ -267,6 +268,33 @@ def test_steps_that_are_skipped(whole, tmp_path, capsys):
         assert not k.endswith(".step") or v == STEPS - 2
     with pytest.raises(UserError, match="at step 12, on samples 44-47 of"):
         tiny(tmp_path / "three", bad=(36, 43, 44), max_skips=2)
+
+
+@pytest.mark.parametrize("stage, says", [("ldm", "--vae_weights="), ("cdm", r"moving cdm_state\*.safetensors away$")])
+def test_advice_is_of_options_that_there_are(stage, says, tmp_path):
+    """python cdm.py train has neither --out nor --vae_lr, and its batch is --batch."""
+    net, alone = torch.nn.Linear(1, 1), setup("cpu")
+    watch = loop.Watch(net, tmp_path, stage, 2, 0, alone)
+    watch.begin()
+    watch.judge(0, torch.tensor(float("inf")), [])
+    with pytest.raises(UserError, match=says):
+        watch.read(0)
+    cfg = cdm.Config(micro=2)
+    cfg.out = tmp_path
+    with pytest.raises(UserError, match="change --batch or --micro"):
+        loop.run_stage("cdm_", cfg, alone, net, None, 1, 3, 0.1)
+    path = tmp_path / "cdm_state.safetensors"
+    save_tensors(path, {}, {"settings": {"lr": 2.0}})
+    with pytest.raises(UserError, match=r"\(lr\).* move cdm_state\*.safetensors away to start afresh"):
+        state.check_settings(path, cfg)
+
+
+def test_a_foreign_file_in_place_of_ours(tmp_path):
+    """Without any metadata. catches: a TypeError."""
+    from safetensors.torch import save_file
+    save_file({"w": torch.ones(1)}, tmp_path / "vae.safetensors")
+    with pytest.raises(UserError, match="vae.safetensors does not say what settings"):
+        state.check_settings(tmp_path / "vae.safetensors", Config(), "vae")
 
 
 def test_profile(tmp_path):
