@@ -50,6 +50,8 @@ class Resize:
 
     def matrix(self, n, like):
         """A in one dimension for sides of n pixels, (n/factor,n), in the dtype and on the device of `like`."""
+        if not like.is_floating_point():
+            raise UserError(f"got an image of {like.dtype}: weights are fractions, give x.float()")
         key = n, like.dtype, like.device
         if key not in self.cache:
             box = torch.eye(n // self.factor, dtype=torch.float64).repeat_interleave(self.factor, 1) / self.factor
@@ -75,15 +77,11 @@ class Resize:
         h, w = x.shape[-2:]
         if h % self.factor or w % self.factor:
             raise UserError(f"got an image of {h} x {w} pixels, which {self.factor} does not divide: crop or pad it")
-        if not x.is_floating_point():
-            raise UserError(f"got an image of {x.dtype}: the operator needs fractions, give x.float()")
         return self.matrix(h, x) @ x @ self.matrix(w, x).T
 
     def up(self, y):
         """factor^2 A^T y: (...,h,w) -> (...,h factor,w factor)."""
         h, w = (n * self.factor for n in y.shape[-2:])
-        if not y.is_floating_point():
-            raise UserError(f"got an image of {y.dtype}: the operator needs fractions, give y.float()")
         return self.factor ** 2 * (self.matrix(h, y).T @ y @ self.matrix(w, y))
 
     def project(self, x, y, rounds=20):

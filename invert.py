@@ -67,8 +67,8 @@ class Config:
 # ----- 1. Inversion -----
 
 def patch_of(model, x):
-    """Side of a patch in pixels; where a published checkpoint does not say 256, or what an image that is smaller holds
-    of the blocks that the networks halve."""
+    """Side of a patch in pixels; where a published checkpoint does not say, 256, or for a smaller image as many whole
+    blocks of those that the networks halve as it holds."""
     block = model.vae.factor * 2 ** (len(model.unet.cfg.mult) - 1)
     return model.info.get("patch") or max(min(256, *x.shape[-2:]) // block, 1) * block
 

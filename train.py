@@ -28,7 +28,7 @@ from common import save_tensors, setup, write_text
 from data import PatchDataset, Pyramids, fixed_batch
 from diffusion import Schedule, ZoomLDM, diffusion_loss
 from log import plot, read_lines
-from loop import run_stage
+from loop import check_loop, run_stage
 from metrics import layout_fidelity
 from published import Samples, layout_of
 from pyramid import read_index
@@ -321,17 +321,16 @@ def prepare(cfg):
 
 def check(cfg):
     """What can be refused before anything is read. raises: UserError."""
-    least = {"batch": 1, "vae_batch": 1, "log_every": 1, "sample_every": 1, "save_every": 1, "steps": 0, "vae_steps": 0,
-             "seed": 0, "workers": 0, "micro": 0, "vae_crop": 0, "keep": 1, "max_skips": 0, "profile": 0}
+    check_loop(cfg)
+    least = {"batch": 1, "vae_batch": 1, "steps": 0, "vae_steps": 0, "seed": 0, "micro": 0, "vae_crop": 0}
     for name, low in least.items():
         if getattr(cfg, name) < low:
             raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {low}")
-    for name, given, known in (("pred", cfg.pred, ("eps", "x0", "v")), ("decay", cfg.decay, ("cosine", "constant")),
-                               ("summarizer", cfg.summarizer.kind, KINDS)):
+    for name, given, known in (("pred", cfg.pred, ("eps", "x0", "v")), ("summarizer", cfg.summarizer.kind, KINDS)):
         if given not in known:
             raise UserError(f"--{name}={given}: known are {', '.join(known)}")
-    if len(cfg.betas) != 2 or len(cfg.toy) != 3:
-        raise UserError(f"--betas={cfg.betas} takes two numbers, --toy={cfg.toy} three: slides, held-out slides, side")
+    if len(cfg.toy) != 3:
+        raise UserError(f"--toy={cfg.toy} takes three numbers: slides, held-out slides, side")
     if len(cfg.vae.mult) != 3 or cfg.vae.channels != cfg.unet.channels or cfg.vae_crop % 4:
         raise UserError(f"--vae.mult={cfg.vae.mult} --vae.channels={cfg.vae.channels} --vae_crop={cfg.vae_crop}: give "
                         f"three levels, as many channels as unet.channels, and a multiple of 4")

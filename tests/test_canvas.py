@@ -63,7 +63,7 @@ def test_resize_wants_fractions():
     """catches: matrices of integers, which are zero."""
     for image in (torch.full((8, 8), 129, dtype=torch.uint8), torch.full((8, 8), 100)):
         for f in (Resize(2).down, Resize(2).up):
-            with pytest.raises(UserError, match=r"x.float|y.float"):
+            with pytest.raises(UserError, match="x.float"):
                 f(image)
     for factor in (2.0, "2"):
         with pytest.raises(UserError, match="whole factor"):
