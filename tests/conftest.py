@@ -13,16 +13,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
+    """Each test begins with the same random numbers; its --threads are not those of the tests and fixtures after it."""
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(THREADS)
 
 
+# one thread: runs are compared bit by bit, whatever a test before them left
 TINY = ["smoke", "--vae_steps=8", "--steps=6", "--batch=4", "--vae_batch=4", "--save_every=3", "--log_every=1",
-        "--sample_every=6", "--summarizer.width=32", "--unet.width=16", "--amp=False", "--device=cpu"]
+        "--sample_every=6", "--summarizer.width=32", "--unet.width=16", "--amp=False", "--device=cpu", "--threads=1"]
 
 
 def quick(args):

@@ -95,7 +95,7 @@ def test_two_ranks_equal_one(toy, run, kind, request, tmp_path):
     other rank's share in them (0.009). The loss says little: a U-Net of six steps hardly looks at its condition."""
     whole = run if kind == "transformer" else request.getfixturevalue("cnn")
     more = [vae_of(run, tmp_path)] if kind == "cnn" else []
-    args = [*TINY, *more, f"--summarizer={kind}", f"--data={toy}", f"--out={tmp_path}", "--threads=1"]
+    args = [*TINY, *more, f"--summarizer={kind}", f"--data={toy}", f"--out={tmp_path}"]
     assert codes(start(tmp_path, quick, args, ranks=2)) == [0, 0], (tmp_path / "text").read_text()[-2000:]
     for stage in ("vae", "ldm")[bool(more):]:
         for a, b in zip(log(whole, stage), log(tmp_path, stage), strict=True):
