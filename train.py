@@ -65,7 +65,8 @@ class Config:
 
     summarizer: SummarizerConfig = field(default_factory=SummarizerConfig)  # embed_dim and scales come from the data
     unet: UNetConfig = field(default_factory=UNetConfig)                    # context_dim is summarizer.width
-    init_from: str = ""         # start the U-Net from a published one, as the papers did: cin256-v2.ckpt
+    init_from: str = ""         # start from a run folder (all networks, whose sizes must be given as for that run), or
+    #                             the U-Net alone from a published one, as the papers did: cin256-v2.ckpt
     pred: str = "eps"           # what the U-Net predicts: eps as published, x0, or v (see diffusion.py)
     schedule: str = "scaled_linear"  # of the noise; as published (see diffusion.py)
     steps: int = 1500
@@ -120,14 +121,16 @@ PRESETS = {
 class VAEStage(nn.Module):
     """Autoencoder loss on images; counts code usage, the window for reviving dead codes."""
 
-    def __init__(self, cfg, anchor):
-        """anchor (N,3,P,P): fixed patches whose latents decide where codes are placed."""
+    def __init__(self, cfg, anchor, start=None):
+        """anchor (N,3,P,P): fixed patches whose latents decide where codes are placed; start: a VAE to go on from."""
         super().__init__()
         self.vae, self.cfg, self.anchor, self.scales = VQVAE(cfg.vae), cfg, anchor, cfg.summarizer.scales
         self.disc = PatchGAN() if cfg.disc_weight else None
         self.register_buffer("usage", torch.zeros(cfg.vae.codes))
         self.used = torch.zeros(cfg.vae.codes, device=anchor.device)  # by this rank in this step
-        self.unquantized = cfg.vae_steps // 4                         # steps before there are codes
+        self.unquantized = 0 if start else cfg.vae_steps // 4         # steps before there are codes
+        if start:
+            self.vae.load_state_dict(start.state_dict())
         self.crop = min(cfg.vae_crop or anchor.shape[-1], anchor.shape[-1])
         self.perceptual = [None]                                      # in a list: not ours to train, save or switch
         if cfg.lpips:
@@ -212,8 +215,9 @@ class LDMStage(nn.Module):
 
 # ----- 2. The stages in order -----
 
-def get_vae(cfg, ranks, pyramids):
-    """Train, resume, or load the VAE. out: (vae in eval mode, latent scale); kept in out/vae.safetensors."""
+def get_vae(cfg, ranks, pyramids, base=None):
+    """Train, resume, or load the VAE, from that of the model `base` on. out: (vae in eval mode, latent scale); kept in
+    out/vae.safetensors."""
     path = Path(cfg.out) / "vae.safetensors"
     there = path.exists()
     ranks.barrier()  # all ranks look before one writes
@@ -224,13 +228,15 @@ def get_vae(cfg, ranks, pyramids):
             state = load_state_dict(cfg.vae_weights)
             prefix = "first_stage_model." if any(k.startswith("first_stage_model.") for k in state) else ""
             vae, scale = VQVAE.from_official(state, prefix), 1.0
+        elif base and not cfg.vae_steps:
+            vae, scale = base.vae, base.latent_scale
         elif not cfg.vae_steps:
             raise UserError("this preset does not train a VAE: give the published one with --vae_weights=FILE, or "
                             "train your own with --vae_steps=N")
         else:
             anchor = torch.cat([fixed_batch(pyramids, "train", s, 16)["x"] for s in range(pyramids.scales)
                                 if pyramids.count("train", s)])
-            net = VAEStage(cfg, anchor.to(ranks.device))
+            net = VAEStage(cfg, anchor.to(ranks.device), base and base.vae)
             dataset = PatchDataset(pyramids, "train", cfg.seed, ("x",))
             run_stage("vae_", cfg, ranks, net, dataset, cfg.vae_steps, cfg.vae_batch, cfg.vae_lr)
             vae, scale = net.vae.eval(), None
@@ -339,6 +345,24 @@ def check(cfg):
                         f"give both the same number")
 
 
+def fits(base, cfg, pyramids):
+    """raises: UserError if the model `base` of another run cannot go on with these settings and data."""
+    own = not (cfg.vae_weights or Path(cfg.out, "vae.safetensors").exists())
+    parts = {"summarizer": cfg.summarizer, "unet": cfg.unet} | ({"vae": cfg.vae} if own else {})
+    wrong = [f"--{name}.{key}={value}" for name, part in parts.items()
+             for key, value in asdict(getattr(base, name).cfg).items() if value != getattr(part, key)
+             and key not in ("checkpoint", "embed_dim", "scales")]
+    wrong += [f"--{key}={value}" for key, value, given in (
+        ("pred", base.pred, cfg.pred), ("schedule", base.schedule.kind, cfg.schedule)) if value != given]
+    if wrong:
+        raise UserError(f"--init_from={cfg.init_from} has other networks: give its preset, or {' '.join(wrong)}")
+    s, info = base.summarizer.cfg, base.info
+    there, here = (info.get("encoder"), s.embed_dim, s.scales), (pyramids.encoder, pyramids.embed_dim, pyramids.scales)
+    if there != here or info.get("std") != pyramids.std:
+        raise UserError(f"{cfg.data} does not suit --init_from={cfg.init_from}: embeddings by {here[0]}, {here[1]} "
+                        f"wide, at {here[2]} scales, not by {there[0]}, {there[1]} wide, at {there[2]}; build it alike")
+
+
 def main(argv):
     cfg = configure(Config, argv, PRESETS, ("preset",), __doc__)
     if cfg.plot:
@@ -349,7 +373,9 @@ def main(argv):
     prepare(cfg)
     ranks.barrier()
     official = bool(layout_of(cfg.data))
-    pyramids = Samples(cfg.data) if official else Pyramids(cfg.data)
+    base = ZoomLDM.from_run(cfg.init_from) if cfg.init_from and Path(cfg.init_from).is_dir() else None
+    std = base and base.info.get("std")  # embeddings must mean what they meant to the Summarizer
+    pyramids = Samples(cfg.data) if official else Pyramids(cfg.data, std=std)
     if official and not cfg.vae_weights:
         raise UserError(f"{cfg.data} holds latents of the published VAE: give it with --vae_weights=FILE")
     cfg.summarizer.embed_dim, cfg.summarizer.scales = pyramids.embed_dim, pyramids.scales
@@ -364,8 +390,10 @@ def main(argv):
     with torch.device("meta"):
         trial = LDMStage(cfg, 1.0, side)
     start, dropped = {}, []
-    check_settings(out / "vae.safetensors", cfg, ("vae", "data", "seed", "disc", "lpips"))
-    if not goes_on(out / "state.safetensors", cfg) and cfg.init_from:
+    check_settings(out / "vae.safetensors", cfg, ("vae", "data", "seed", "disc", "lpips", "init_from"))
+    if base:
+        fits(base, cfg, pyramids)
+    if not goes_on(out / "state.safetensors", cfg) and cfg.init_from and not base:
         start, dropped = trial.unet.official_start(load_state_dict(cfg.init_from))
     ranks.barrier()
     if ranks.rank == 0:
@@ -373,6 +401,8 @@ def main(argv):
             left.unlink()
         print(f"run folder {out}, {ranks.world} rank(s) on {ranks.device}, "
               f"{'bf16 autocast' if ranks.amp else 'float32'}, {torch.get_num_threads()} threads")
+        if base:
+            print(f"start: {'U-Net and Summarizer' if cfg.vae_weights else 'all networks'} of {cfg.init_from}")
         if split == "train":
             print(f"{cfg.data} holds no held-out images: sample grids show training patches")
         if start:
@@ -380,15 +410,18 @@ def main(argv):
                   f"{', '.join(dropped) or 'nothing'}")
         write_text(out / "config.json", json.dumps(asdict(cfg) | {"torch": torch.__version__}, indent=1))
     torch.manual_seed(cfg.seed)
-    vae, scale = get_vae(cfg, ranks, pyramids)
+    vae, scale = get_vae(cfg, ranks, pyramids, base)
     if not cfg.steps:
         return  # --steps=0: the VAE alone
     if not official:
-        pyramids = Pyramids(cfg.data, latents=encode_latents(cfg, ranks, vae, pyramids))
+        pyramids = Pyramids(cfg.data, latents=encode_latents(cfg, ranks, vae, pyramids), std=std)
     torch.manual_seed(cfg.seed + 1)
     net = LDMStage(cfg, scale, side)
     if start:
         net.unet.load_state_dict(start)
+    if base:
+        net.unet.load_state_dict(base.unet.state_dict())
+        net.summarizer.load_state_dict(base.summarizer.state_dict())
     info = {"encoder": pyramids.encoder, "std": pyramids.std, "patch": pyramids.patch, "data": cfg.data,
             "weights": pyramids.weights}
     summarizer = KINDS[cfg.summarizer.kind](cfg.summarizer)

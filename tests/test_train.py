@@ -1,5 +1,6 @@
 """The pipeline end to end at tiny size: smoke, exact resume, two ranks equal one, faults, patches, the evaluation."""
 import json
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -16,6 +17,7 @@ import sample_joint
 import state
 import train
 from common import Ranks, UserError, load_tensors, save_tensors
+from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM
 from summarizer import CNNSummarizer
 from unet import UNet, UNetConfig
@@ -339,6 +341,42 @@ def test_a_start_that_does_not_fit(toy, run, tmp_path):
         with pytest.raises(UserError, match=says):
             quick([*args, *more])
     assert not (tmp_path / "a").exists()
+
+
+def test_start_from_a_run(toy, run, tmp_path, capsys):
+    """With learning rates of zero all networks stay those of the run, and new data are read in its units. catches: one
+    network left out; a VAE that is whitened anew; raw weights instead of averages."""
+    folder = shutil.copytree(toy, tmp_path / "data")
+    index = json.loads((folder / "index.json").read_text())
+    index["std"] = [2 * v for v in index["std"]]
+    (folder / "index.json").write_text(json.dumps(index))
+    args = [*TINY, f"--data={folder}", f"--out={tmp_path / 'a'}", f"--init_from={run}", "--lr=0", "--steps=1",
+            "--vae_steps=60", "--vae_lr=0"]
+    quick(args)
+    assert f"start: all networks of {run}" in capsys.readouterr().out
+    old, new = ZoomLDM.from_run(run), ZoomLDM.from_run(tmp_path / "a")
+    assert new.info["std"] == old.info["std"]
+    moved = [k for k, v in new.state_dict().items() if not torch.allclose(v, old.state_dict()[k], atol=1e-6)]
+    assert set(moved) <= {f"vae.{k}" for k in ("codebook.weight", "to_latent.bias", "from_latent.bias")}, moved
+    batch, raw = (fixed_batch(Pyramids(folder, std=std), "train", 0, 2, ("e",))["e"] for std in (old.info["std"], None))
+    assert torch.allclose(batch, 2 * raw)
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--unet.width=32"], "--unet.width=16"), (["--pred=eps"], "--pred=v"), (["--vae.codes=32"], "--vae.codes=64")])
+def test_a_run_that_does_not_fit(toy, run, tmp_path, more, says):
+    """Refused before anything is trained, with the options that would fit."""
+    with pytest.raises(UserError, match=f"has other networks: give its preset, or {says}$"):
+        quick([*TINY, f"--data={toy}", f"--out={tmp_path / 'a'}", f"--init_from={run}", *more])
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_of_other_embeddings_does_not_fit(toy, run, tmp_path):
+    folder = shutil.copytree(toy, tmp_path / "data")
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | {"encoder": "uni"}))
+    with pytest.raises(UserError, match="does not suit .*embeddings by uni, 96 wide, at 3 scales, not by stats"):
+        quick([*TINY, f"--data={folder}", f"--out={tmp_path / 'a'}", f"--init_from={run}"])
 
 
 def test_runs_of_before_a_setting_existed_go_on(toy, run, tmp_path):
