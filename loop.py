@@ -23,7 +23,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import UserError
+from data import fixed_batch
 from log import Log, count_flops, profiler
+from metrics import layout_fidelity
 from state import resume, save_state
 
 
@@ -235,3 +237,22 @@ def spans(numbers):
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends))
+
+
+def sample_sheet(model, pyramids, split, seed, amp, n=16, show=8, guidance=2.0, steps=20):
+    """Patches drawn from the conditions of real ones. out: picture rows, a pair per scale; labels; layout fidelity."""
+    rows, labels, layout, device = [], [], [], next(model.parameters()).device
+    for s in range(pyramids.scales):
+        if not pyramids.count(split, s):
+            layout.append(None)
+            continue
+        pictures = getattr(pyramids, "images", True)  # official samples may have latents alone
+        batch = fixed_batch(pyramids, split, s, n, ("x",) if pictures else ("z",))
+        with amp, torch.no_grad():
+            c = model.summarizer(batch["tokens"].to(device), batch["mask"].to(device), batch["s"].to(device))
+            x = model.decode(model.sample(c.float(), [pyramids.patch // 4] * 2, guidance, steps, seed)).float().cpu()
+            real = batch["x"] if pictures else model.decode(batch["z"].to(device) * model.latent_scale).float().cpu()
+        rows += [real[:show], x[:show]]
+        labels += [f"scale {s} real", f"scale {s} drawn"]
+        layout.append(round(layout_fidelity(x, real, min(2 ** s, 8)), 4))
+    return rows, labels, layout

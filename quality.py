@@ -213,25 +213,25 @@ def quality(cfg):
 def plot(folder):
     """Coherence and crop distance of every method over its cost, from quality_*.json."""
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
     except ImportError as err:
         raise UserError("--plot needs matplotlib: pip install -e '.[plot]'") from err
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     files = sorted(folder.glob("quality_*.json"))
     if not files:
         raise UserError(f"{folder} holds no quality_*.json: measure first, without --plot")
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="tight")
     for marker, file in zip("os^D", files):
         rows = [r for r in json.loads(file.read_text())["rows"] if r["TFLOP"]]
         for ax, key, label in ((axes[0], "psnr", "A(image) against the context, dB"),
                                (axes[1], "crops_desc", "distance of crops to real ones (descriptor)")):
-            ax.set(xscale="log", xlabel="TFLOP per image, at full size", ylabel=label)
+            ax.set(xscale="log", xlabel="TFLOP per image, at full size", ylabel=label, xmargin=0.15)
+            ax.set_xticks(ticks := (1000, 2000, 5000, 10000, 20000, 50000), ticks)
+            ax.xaxis.set_minor_formatter("")
             ax.scatter([r["TFLOP"] for r in rows], [r[key] for r in rows], marker=marker, label=file.stem[8:] + " px")
-            for r in rows:
-                ax.annotate(r["method"], (r["TFLOP"], r[key]), fontsize=8, xytext=(4, 3), textcoords="offset points")
+            for k, r in enumerate(rows):  # labels in turn above and below: two ways may cost about the same
+                ax.annotate(r["method"], (r["TFLOP"], r[key]), fontsize=8, xytext=(4, 3 - 9 * (k % 2)),
+                            textcoords="offset points")
     axes[0].legend()
-    figure.tight_layout()
     with atomic(folder / "quality.png") as tmp:
         figure.savefig(tmp, format="png", dpi=110)
     print(f"wrote {folder / 'quality.png'}")

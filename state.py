@@ -9,6 +9,7 @@ import json
 import os
 import zlib
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -48,6 +49,24 @@ def check_settings(path, cfg, only=""):
         afresh = "another --out" if "out" in now else f"move {path.name.split('.')[0]}*.safetensors away"
         raise UserError(f"{path} belongs to a run with other settings ({', '.join(changed)}): give the same ones to "
                         f"resume, or {afresh} to start afresh")
+
+
+def fits(base, cfg, pyramids):
+    """raises: UserError if the model `base` of another run cannot go on with these settings and data."""
+    own = not (cfg.vae_weights or Path(cfg.out, "vae.safetensors").exists())
+    parts = {"summarizer": cfg.summarizer, "unet": cfg.unet} | ({"vae": cfg.vae} if own else {})
+    wrong = [f"--{name}.{key}={value}" for name, part in parts.items()
+             for key, value in asdict(getattr(base, name).cfg).items() if value != getattr(part, key)
+             and key not in ("checkpoint", "embed_dim", "scales")]
+    wrong += [f"--{key}={value}" for key, value, given in (
+        ("pred", base.pred, cfg.pred), ("schedule", base.schedule.kind, cfg.schedule)) if value != given]
+    if wrong:
+        raise UserError(f"--init_from={cfg.init_from} has other networks: give its preset, or {' '.join(wrong)}")
+    s, info = base.summarizer.cfg, base.info
+    there, here = (info.get("encoder"), s.embed_dim, s.scales), (pyramids.encoder, pyramids.embed_dim, pyramids.scales)
+    if there != here or info.get("std") != pyramids.std:
+        raise UserError(f"{cfg.data} does not suit --init_from={cfg.init_from}: embeddings by {here[0]}, {here[1]} "
+                        f"wide, at {here[2]} scales, not by {there[0]}, {there[1]} wide, at {there[2]}; build it alike")
 
 
 # ----- 2. Files -----

@@ -28,11 +28,10 @@ from common import save_tensors, setup, write_text
 from data import PatchDataset, Pyramids, fixed_batch
 from diffusion import Schedule, ZoomLDM, diffusion_loss
 from log import plot, read_lines
-from loop import check_loop, run_stage
-from metrics import layout_fidelity
+from loop import check_loop, run_stage, sample_sheet
 from published import Samples, layout_of
 from pyramid import read_index
-from state import check_settings, fingerprint, goes_on
+from state import check_settings, fingerprint, fits, goes_on
 from summarizer import KINDS, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, PatchGAN, VAEConfig, perplexity, rebase, revive_codes, vae_loss
@@ -296,25 +295,6 @@ def encode_latents(cfg, ranks, vae, pyramids):
     return folder
 
 
-def sample_sheet(model, pyramids, split, seed, amp, n=16, show=8, guidance=2.0, steps=20):
-    """Patches drawn from the conditions of real ones. out: picture rows, a pair per scale; labels; layout fidelity."""
-    rows, labels, layout, device = [], [], [], next(model.parameters()).device
-    for s in range(pyramids.scales):
-        if not pyramids.count(split, s):
-            layout.append(None)
-            continue
-        pictures = getattr(pyramids, "images", True)  # official samples may have latents alone
-        batch = fixed_batch(pyramids, split, s, n, ("x",) if pictures else ("z",))
-        with amp, torch.no_grad():
-            c = model.summarizer(batch["tokens"].to(device), batch["mask"].to(device), batch["s"].to(device))
-            x = model.decode(model.sample(c.float(), [pyramids.patch // 4] * 2, guidance, steps, seed)).float().cpu()
-            real = batch["x"] if pictures else model.decode(batch["z"].to(device) * model.latent_scale).float().cpu()
-        rows += [real[:show], x[:show]]
-        labels += [f"scale {s} real", f"scale {s} drawn"]
-        layout.append(round(layout_fidelity(x, real, min(2 ** s, 8)), 4))
-    return rows, labels, layout
-
-
 def prepare(cfg):
     """Make the toy data of a toy preset if they are missing or unfinished; never in a folder that the user named."""
     folder = Path(cfg.data)
@@ -343,24 +323,6 @@ def check(cfg):
     if cfg.unet.positions != cfg.summarizer.positions:
         raise UserError(f"--unet.positions={cfg.unet.positions} and --summarizer.positions={cfg.summarizer.positions}: "
                         f"give both the same number")
-
-
-def fits(base, cfg, pyramids):
-    """raises: UserError if the model `base` of another run cannot go on with these settings and data."""
-    own = not (cfg.vae_weights or Path(cfg.out, "vae.safetensors").exists())
-    parts = {"summarizer": cfg.summarizer, "unet": cfg.unet} | ({"vae": cfg.vae} if own else {})
-    wrong = [f"--{name}.{key}={value}" for name, part in parts.items()
-             for key, value in asdict(getattr(base, name).cfg).items() if value != getattr(part, key)
-             and key not in ("checkpoint", "embed_dim", "scales")]
-    wrong += [f"--{key}={value}" for key, value, given in (
-        ("pred", base.pred, cfg.pred), ("schedule", base.schedule.kind, cfg.schedule)) if value != given]
-    if wrong:
-        raise UserError(f"--init_from={cfg.init_from} has other networks: give its preset, or {' '.join(wrong)}")
-    s, info = base.summarizer.cfg, base.info
-    there, here = (info.get("encoder"), s.embed_dim, s.scales), (pyramids.encoder, pyramids.embed_dim, pyramids.scales)
-    if there != here or info.get("std") != pyramids.std:
-        raise UserError(f"{cfg.data} does not suit --init_from={cfg.init_from}: embeddings by {here[0]}, {here[1]} "
-                        f"wide, at {here[2]} scales, not by {there[0]}, {there[1]} wide, at {there[2]}; build it alike")
 
 
 def main(argv):
