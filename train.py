@@ -352,7 +352,7 @@ def main(argv):
     with torch.device("meta"):
         trial = LDMStage(cfg, 1.0, side)
     start, dropped = {}, []
-    check_settings(out / "vae.safetensors", cfg, ("vae", "data", "seed", "disc", "lpips", "init_from"))
+    check_settings(out / "vae.safetensors", cfg, ("vae", "data", "seed", "disc", "lpips", *["init_from"] * bool(base)))
     if base:
         fits(base, cfg, pyramids)
     if not goes_on(out / "state.safetensors", cfg) and cfg.init_from and not base:

@@ -328,6 +328,18 @@ def test_start_from_a_unet_alone():
         unet.official_start(state | {"more": torch.zeros(2)})
 
 
+def test_a_vae_of_before_a_start_is_kept(toy, run, tmp_path):
+    """`--steps=0` first, then a published U-Net in the same folder; but a VAE that was trained from nothing is not the
+    one that goes on from a run. catches: settings that do not concern the VAE, and one that does and is passed over."""
+    shutil.copy(run / "vae.safetensors", tmp_path / "vae.safetensors")
+    save_tensors(bad := tmp_path / "bad.safetensors", {"x": torch.zeros(1)})
+    args = [*TINY, f"--data={toy}", f"--out={tmp_path}"]
+    with pytest.raises(UserError, match="no published U-Net|missing"):  # the start itself is looked at
+        quick([*args, f"--init_from={bad}"])
+    with pytest.raises(UserError, match="vae.safetensors belongs to a run with other settings .init_from"):
+        quick([*args, f"--init_from={run}"])
+
+
 def test_a_start_that_does_not_fit(toy, run, tmp_path):
     """Refused before anything is trained, with the keys. catches: a non-strict load."""
     whole = cin256()[2]
