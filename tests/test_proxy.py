@@ -125,3 +125,15 @@ def test_the_command(run, toy, tmp_path, monkeypatch, capsys):
     assert [r[0] for r in rows if len(r) == 5] == ["0", "100", "300", "500", "700", "900", "999"]
     with pytest.raises(UserError, match="say which run"):
         proxies.main([])
+
+
+def test_nothing_far_away_pulls_at_a_latent_that_stands_out():
+    """The gradient of a residual far from it is the same for a latent that stands out as for its flat neighbours: that
+    of the window's mean. Catches: a gradient through the deviation, which drove such latents on until red squares stood
+    on bare glass, most where windows overlap and each of them pulls."""
+    torch.manual_seed(0)
+    proxy, z = proxies.Proxy(), 0.01 * torch.randn(1, 3, 16, 16)
+    z[..., 3, 3] += 2
+    grad, = torch.autograd.grad(proxy(z.requires_grad_())[..., 12:, 12:].sum(), z)
+    assert grad.abs().max() > 0
+    assert torch.allclose(grad[..., 3, 3], grad[..., 7, 2]) and torch.allclose(grad[..., 3, 3], grad[..., 2, 8])
