@@ -55,7 +55,8 @@ def tile_rows(strips, patch, scales):
 def embed(encoder, tiles, device="cpu"):
     """in: tiles (n,P,P,3) uint8. out: e (n,E) float32."""
     tiles = torch.from_numpy(np.array(tiles))  # a copy: Pillow's pixels are read-only
-    batches = tiles.split(16 if str(device) == "cpu" else 64)  # what a CPU's cache holds: faster there, and smaller
+    n = min(max(2 ** 18 // (tiles.shape[1] * tiles.shape[2]), 1), 16) if str(device) == "cpu" else 64
+    batches = tiles.split(n)  # on a CPU what its cache holds, 4 tiles of 256 pixels: faster, and smaller
     return torch.cat([encoder(b.to(device).movedim(-1, 1).float() / 255).float().cpu() for b in batches])
 
 
