@@ -25,7 +25,7 @@ from diffusion import ZoomLDM, to_x0
 
 class Proxy(nn.Module):
     """Three convolutions over the latents; 7 x 7 of them are seen, and the mean and deviation of the whole window, for
-    the decoder's GroupNorm and attention look at all of it too. No gradient goes through the deviation.
+    the decoder's GroupNorm and attention look at all of it too. No gradient goes through these two.
 
     Attributes: factor, by how much its image is smaller than the decoder's; inverse (3,3): (M^T M)^-1, damped, with M
     what an even change of the latent does to the image; it makes of a gradient M^T r the change M^-1 r that is wanted.
@@ -41,8 +41,9 @@ class Proxy(nn.Module):
 
     def forward(self, z):
         var, mean = torch.var_mean(z, (2, 3), correction=0, keepdim=True)
-        # its gradient would push the one latent that stands out of a flat window for whatever is wrong anywhere else
-        std = (var + 1e-4).sqrt().detach()
+        # what the whole window has in common is not a latent's to change: through these, one that stands out of a flat
+        # window is driven on by whatever is wrong elsewhere, and one on which four windows lie four times as far
+        mean, std = mean.detach(), (var + 1e-4).sqrt().detach()
         z = torch.cat([z, mean.expand_as(z), std.expand_as(z)], 1)                      # (B,9,h,w)
         return self.linear(z) + self.deep(z)                                            # (B,3,h,w)
 

@@ -128,12 +128,11 @@ def test_the_command(run, toy, tmp_path, monkeypatch, capsys):
 
 
 def test_nothing_far_away_pulls_at_a_latent_that_stands_out():
-    """The gradient of a residual far from it is the same for a latent that stands out as for its flat neighbours: that
-    of the window's mean. Catches: a gradient through the deviation, which drove such latents on until red squares stood
-    on bare glass, most where windows overlap and each of them pulls."""
+    """A residual has no gradient for latents that the convolutions there do not see. Catches: one through the mean or the
+    deviation of the window, which drove such latents on until red squares stood on bare glass, most where windows
+    overlap and each of them pulls, and turned white areas pink."""
     torch.manual_seed(0)
     proxy, z = proxies.Proxy(), 0.01 * torch.randn(1, 3, 16, 16)
     z[..., 3, 3] += 2
     grad, = torch.autograd.grad(proxy(z.requires_grad_())[..., 12:, 12:].sum(), z)
-    assert grad.abs().max() > 0
-    assert torch.allclose(grad[..., 3, 3], grad[..., 7, 2]) and torch.allclose(grad[..., 3, 3], grad[..., 2, 8])
+    assert grad[..., 12:, 12:].abs().min() > 0 and grad[..., :9, :].abs().max() == 0
