@@ -128,8 +128,8 @@ def test_the_command(run, toy, tmp_path, monkeypatch, capsys):
 
 
 def test_nothing_far_away_pulls_at_a_latent_that_stands_out():
-    """A residual has no gradient for latents that the convolutions there do not see. Catches: one through the mean or the
-    deviation of the window, which drove such latents on until red squares stood on bare glass, most where windows
+    """A residual has no gradient for latents that the convolutions there do not see. Catches: one through the mean or
+    the deviation of the window, which drove such latents on until red squares stood on bare glass, most where windows
     overlap and each of them pulls, and turned white areas pink."""
     torch.manual_seed(0)
     proxy, z = proxies.Proxy(), 0.01 * torch.randn(1, 3, 16, 16)
