@@ -228,7 +228,7 @@ def plot(folder):
             ax.set_xticks(ticks := (1000, 2000, 5000, 10000, 20000, 50000), ticks)
             ax.xaxis.set_minor_formatter("")
             ax.scatter([r["TFLOP"] for r in rows], [r[key] for r in rows], marker=marker, label=file.stem[8:] + " px")
-            for k, r in enumerate(rows):  # labels in turn above and below: two ways may cost about the same
+            for k, r in enumerate(sorted(rows, key=lambda r: r[key])):  # labels in turn above and below: some lie near
                 ax.annotate(r["method"], (r["TFLOP"], r[key]), fontsize=8, xytext=(4, 3 - 9 * (k % 2)),
                             textcoords="offset points")
     axes[0].legend()
