@@ -53,7 +53,8 @@ class Config:
     start: str = ""            # of the inference: enlarged or noise (as published); see `beginning`
     invert_steps: int = 200    # of the inference (Z S8.3)
     steps: int = 50            # of sampling
-    guidance: float = 2.0      # eps_null + guidance (eps_cond - eps_null)
+    guidance: float = 2.0      # of the variations: eps_null + guidance (eps_cond - eps_null)
+    sr_guidance: float = 1.0   # of super-resolution: none; the image itself guides, and 2 takes a decibel off
     guide: str = "x0"          # how the image constrains the sample: see joint.GUIDES
     lam: float = 0.3           # share of the misfit taken away at every step
     A: str = "bicubic"         # how the input came from the fine image: bicubic, or box, as pyramids are made
@@ -190,7 +191,7 @@ def paint(model, condition, side, s, y=None, factor=0, *, overlap=None, guidance
 
 
 def super_resolve(model, x, s, target=0, condition="infer", e=None, back=True, seed=0, kind="bicubic", invert_steps=200,
-                  start="", **options):
+                  start="", guidance=1.0, **options):
     """Draw an image at scale `target` that looks like x at scale s: joint sampling, x its fixed constraint.
 
     in:  x (3,H,W) or (B,3,H,W) in [-1,1], any size; condition: infer; gt, with e (E,Gh,Gw) the true embeddings of its
@@ -210,7 +211,8 @@ def super_resolve(model, x, s, target=0, condition="infer", e=None, back=True, s
     device = model.unet.conv_out.weight.device
     for n, y in enumerate(whole.to(device)):
         grid = None if condition == "null" else Grid((e if e.ndim == 3 else e[n]).to(device))
-        free = paint(model, grid, side, target, y[None], factor, seed=seed, kind=kind, patch=patch, **options)
+        free = paint(model, grid, side, target, y[None], factor, seed=seed, kind=kind, patch=patch, guidance=guidance,
+                     **options)
         free = free[..., :batch.shape[2] * factor, :batch.shape[3] * factor].to(x)
         out.append(Resize.cached(factor, kind).project(free, batch[n:n + 1]) if back else free)
     return out[0][0] if x.ndim == 3 else torch.cat(out)
@@ -288,15 +290,17 @@ def main(argv):
     cells = tuple(math.ceil(n * 2 ** s / P) for n in (h, w))
     if cfg.condition == "gt":
         e = S.load_grid(S.Config(reference=cfg.reference), model, None, cells).e
-    sampling = dict(steps=cfg.steps, guidance=cfg.guidance, batch=8 * cfg.batch)
+    sampling = dict(steps=cfg.steps, batch=8 * cfg.batch)
     with ranks.autocast():
         if cfg.condition == "infer":
             e = invert(model, whole, s, cfg.invert_steps, cfg.seed, cfg.batch, cfg.start).cpu()
-        varied = [(paint(model, Grid(e), whole.shape[1:], s, seed=cfg.seed + n, patch=P, **sampling)[..., :h, :w],
-                   paint(model, Grid(e), [P * k for k in cells], 0, seed=cfg.seed + n, patch=P, overlap=0, **sampling))
+        free = dict(guidance=cfg.guidance, patch=P, **sampling)
+        varied = [(paint(model, Grid(e), whole.shape[1:], s, seed=cfg.seed + n, **free)[..., :h, :w],
+                   paint(model, Grid(e), [P * k for k in cells], 0, seed=cfg.seed + n, overlap=0, **free))
                   for n in range(cfg.variations)]  # the image, and below every cell a patch of its own
         sr = None if factor == 1 else super_resolve(model, x, s, target, cfg.condition, e, False, cfg.seed, cfg.A,
-                                                    guide=cfg.guide, lam=cfg.lam, proxy=proxy, **sampling)
+                                                    guidance=cfg.sr_guidance, guide=cfg.guide, lam=cfg.lam, proxy=proxy,
+                                                    **sampling)
     if ranks.rank > 0:
         return ranks.barrier()
     if e is not None:

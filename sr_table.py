@@ -42,6 +42,7 @@ class Config:
     invert_steps: int = 200
     start: str = ""         # of the inference, see invert.py
     guide: str = "x0"
+    guidance: float = 1.0   # of super-resolution, see invert.py
     lam: float = 0.3
     A: str = "box"          # how pyramids are made
     train_steps: int = 400  # of the trained baseline
@@ -117,8 +118,8 @@ def table(model, pyramids, proxy, cfg, ranks):
             drawn = {"trained": torch.cat([trained.draw(v[None], seed, cfg.steps) for v in x])}
             for name, given in (("null", None), ("gt", e), ("inferred", inferred)):
                 drawn[name] = I.super_resolve(model, x, cfg.scale, 0, "null" if given is None else "gt", given, False,
-                                              seed, cfg.A, steps=cfg.steps, guide=cfg.guide, lam=cfg.lam,
-                                              proxy=proxy)
+                                              seed, cfg.A, steps=cfg.steps, guidance=cfg.guidance,
+                                              guide=cfg.guide, lam=cfg.lam, proxy=proxy)
         for name, images in drawn.items():
             score(name, images)
             score(f"{name}, exact", Resize.cached(factor, cfg.A).project(images, x))

@@ -265,6 +265,19 @@ def test_the_command(ready, x, tmp_path, capsys):
     assert "back-projected" not in capsys.readouterr().out and not (tmp_path / "gt" / "variations.png").exists()
 
 
+def test_the_image_guides_alone(ready, x, tmp_path, monkeypatch):
+    """Variations are guided towards their conditions, super-resolution only where it is asked for. catches: one setting
+    for both, and a null branch that costs as much again."""
+    asked, window_eps = [], I.S.window_eps
+    monkeypatch.setattr(I.S, "window_eps", lambda model, c, guidance, *args: (
+        asked.append(guidance), window_eps(model, c, guidance, *args))[1])
+    image = save(tmp_path / "a.png", x[0])
+    I.main([str(ready), f"--image={image}", f"--out={tmp_path}", "--sr=2", "--variations=1", *FAST])
+    assert asked == [2.0, 2.0, 1.0]
+    I.main([str(ready), f"--image={image}", f"--out={tmp_path}", "--sr=2", "--sr_guidance=3", *FAST])
+    assert asked[3:] == [3.0]
+
+
 def test_what_the_command_refuses(ready, x, tmp_path):
     good = save(tmp_path / "a.png", x[0])
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:200])
