@@ -56,6 +56,8 @@ class BuildConfig:
     tissue: float = 0.0           # leave out patches with less than this share of tissue (try 0.2), 0 = keep all
     background: float = 0.0       # leave out patches whose grey levels deviate less than this (try 5), 0 = keep all
     nodata: float = 0.05          # leave out patches with more than this share of black, as corners of aerial tiles
+    cut: str = ""                 # 3x2: cut every image into 3 columns x 2 rows, each an image of its own, so that of
+    #                               one slide too a part is held out
     holdout: float = 0.1          # fraction of the images held out, if there are at least 5, and no column split
     max_pixels: int = MAX_PIXELS  # refuse larger images of kinds that unpack as a whole
     workers: int = 0              # processes that read; 0 = one per core up to 8, none for a few small images
@@ -246,7 +248,10 @@ def build(argv):
     (shard, shards), ranks, P = parts(cfg), int(os.environ.get("WORLD_SIZE", 1)), cfg.patch
     if cfg.device == "cuda":
         cfg.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    jobs = image_jobs(cfg.images, cfg.out, cfg.holdout)
+    columns, _, lines = (cfg.cut or "1x1").partition("x")
+    if not (columns.isdigit() and lines.isdigit() and int(columns) and int(lines)) or cfg.cut and cfg.features:
+        raise UserError(f"--cut={cfg.cut}: write columns x rows, as 3x2; with --features images stay whole")
+    jobs = image_jobs(cfg.images, cfg.out, cfg.holdout, (int(columns), int(lines)))
     mine = jobs[shard::shards]
     if cfg.features and (cfg.encoder == "stats" or cfg.weights or cfg.tissue):
         raise UserError(f"--features={cfg.features}: say which encoder made them, --encoder=uni, and give no --weights "
@@ -254,7 +259,7 @@ def build(argv):
     encoder = None if cfg.features else load_encoder(cfg.encoder, None, cfg.weights, cfg.device)
     print(f"reading {len(mine)} images from {cfg.images}, writing to {cfg.out}")
     source = {"command": "build"} | {k: v for k, v in asdict(cfg).items() if k not in (
-        "out", "max_pixels", "device", "holdout", "workers", "shard") and (k != "features" or v)}
+        "out", "max_pixels", "device", "holdout", "workers", "shard") and (k not in ("features", "cut") or v)}
 
     def deviations():
         if cfg.features:

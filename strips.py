@@ -40,6 +40,7 @@ class Job:
     mpp: float | None = None  # resolution asked for
     patch: int = 0
     origin: tuple = (0, 0)  # where in the image that begins, (x,y) at that resolution
+    part: tuple = (0, 0, 1, 1)  # column and row, of how many columns and rows that the image is cut into
     note: str = ""      # about its resolution, for people
 
 
@@ -75,8 +76,9 @@ def from_csv(path):
     return found
 
 
-def image_jobs(images, out, holdout):
-    """All images, sorted; those held out are the same ones whatever else is there. raises: UserError if none is."""
+def image_jobs(images, out, holdout, cut=(1, 1)):
+    """All images, or of each cut[0] columns x cut[1] rows of parts, sorted; those held out are the same ones whatever
+    else is there. raises: UserError if none is."""
     root, known = Path(images), {*Image.registered_extensions(), ".svs", *VENDORS}
     if root.suffix.lower() == ".csv" and root.is_file():
         rows = from_csv(root)
@@ -97,12 +99,14 @@ def image_jobs(images, out, holdout):
     names = {p: Path(os.path.relpath(p, base)).as_posix() for p in rows}
     if len({n.replace("/", "__") for n in names.values()}) < len(names):
         raise UserError(f"--images={root} gives two images the same name: rename one")
-    n = max(1, round(holdout * len(names))) if holdout and len(names) >= 5 else 0
-    held = set(sorted(names.values(), key=lambda x: sha256(x.encode()).digest())[:n])
+    columns, lines = cut
+    pieces = [(x if cut == (1, 1) else f"{x}@{i}-{j}", p, (j, i, *cut)) for p, x in names.items() for i in range(lines)
+              for j in range(columns)]
+    n = max(1, round(holdout * len(pieces))) if holdout and len(pieces) >= 5 else 0
+    held = set(sorted((x for x, _, _ in pieces), key=lambda x: sha256(x.encode()).digest())[:n])
     if any(split for _, split in rows.values()):
-        held = {names[p] for p, (_, split) in rows.items() if split == "test"}
-    return [Job(x, p, rows[p][0], "test" if x in held else "train")
-            for x, p in sorted((x, p) for p, x in names.items())]
+        held = {x for x, p, _ in pieces if rows[p][1] == "test"}
+    return [Job(x, p, rows[p][0], "test" if x in held else "train", part=part) for x, p, part in sorted(pieces)]
 
 
 # ----- 2. Reading, in worker processes -----
@@ -124,12 +128,15 @@ def opened(path, own, mpp, max_pixels):
 def plan(job, mpp, patch, max_pixels=MAX_PIXELS):
     """Look at the header: the job with its size. raises: UserError if it cannot be read, or is too small."""
     slide = opened(job.path, job.own, mpp, max_pixels)
-    (w, h), task = slide.grid(mpp)[2], TASK if slide.levels[0].tags else 4 * TASK  # all workers unpack a whole image
+    whole, task = slide.grid(mpp)[2], TASK if slide.levels[0].tags else 4 * TASK  # all workers unpack a whole image
+    (x, y), (x1, y1) = ([n * (k + a) // m for n, k, m in zip(whole, job.part, job.part[2:])] for a in (0, 1))
+    w, h, whole = x1 - x, y1 - y, tuple(whole)
     if min(w, h) < patch:
-        raise UserError(f"{job.path} is {w} x {h} pixels, smaller than a tile: take --patch below {patch}")
+        raise UserError(f"{'a part of ' * (whole != (w, h))}{job.path} is {w} x {h} pixels, smaller than a tile: take "
+                        f"--patch below {patch}")
     note = f"{mpp or slide.mpp:.4g} micrometres each" if slide.said else (
         f"taken to be {mpp:.4g} micrometres each, which it does not say" if mpp else "of unknown size")
-    return replace(job, size=(w, h), rows=max(1, task // (w * patch)), mpp=mpp, patch=patch, note=note)
+    return replace(job, size=(w, h), rows=max(1, task // (w * patch)), mpp=mpp, patch=patch, origin=(x, y), note=note)
 
 
 def start(parent):
@@ -189,8 +196,10 @@ def tissue_of(job, max_pixels):
     k = P // 8                                                                 # base pixels per pixel of the mask
     while k > 1 and max(w, h) < 1024 * k:
         k //= 2
-    mpp = slide.mpp * max(1, slide.size[0] / w * k)
-    view = slide.read(0, 0, *slide.grid(mpp)[2], mpp)                          # (h,w,3) of the mask
+    whole = slide.grid(job.mpp)[2]
+    mpp = slide.mpp * max(1, slide.size[0] / whole[0] * k)
+    x, y, w1, h1 = (round(n * m / k) for n, m, k in zip(job.origin + job.size, 2 * slide.grid(mpp)[2], 2 * whole))
+    view = slide.read(x, y, w1, h1, mpp)                                       # (h,w,3) of the mask
     high, low = view.max(-1), view.min(-1)
     saturation = ((high - low) * (255 / np.maximum(high, 1))).astype(np.uint8)
     saturation = np.asarray(Image.fromarray(saturation).filter(ImageFilter.BoxBlur(2)))

@@ -87,6 +87,34 @@ def test_folders_with_loops_patterns_and_lists(slides, tmp_path, capsys):
             names(images)
 
 
+def test_parts_of_one_image(tmp_path):
+    """Cut into columns and rows, an image becomes what its parts, saved one by one, would; some are held out; a damaged
+    tile stays where it is. catches: rows for columns, a mask of the whole image, damage counted from its corner."""
+    x, at = picture(130, 192), [(i, j) for i in (0, 1) for j in (0, 1, 2)]
+    x[:, :80] = 255                                                            # glass
+    (tmp_path / "parts").mkdir()
+    for i, j in at:
+        Image.fromarray(x[65 * i:65 * i + 65, 64 * j:64 * j + 64]).save(tmp_path / "parts" / f"{i}{j}.png")
+    Image.fromarray(x).save(tmp_path / "a.png")
+    cut = build(tmp_path / "cut", tmp_path / "a.png", "--cut=3x2", "--tissue=0.2")
+    one = build(tmp_path / "one", tmp_path / "parts", "--tissue=0.2")
+    assert [v["name"] for v in cut.slides] == [f"a.png@{i}-{j}" for i, j in at]
+    assert sum(v["split"] == "test" for v in cut.slides) == sum(v["split"] == "test" for v in one.slides) == 1
+    for i, j in at:
+        part, whole = tensors(tmp_path / "cut", f"a.png@{i}-{j}"), tensors(tmp_path / "one", f"{i}{j}.png")
+        assert part.keys() == whole.keys() and all(torch.equal(part[k], whole[k]) for k in part if k != "e"), (i, j)
+    assert [v["counts"] for v in cut.slides] == [v["counts"] for v in one.slides]
+    tags, tiles = page(picture(128, 192), (48, 32), 8)
+    write(tmp_path / "b.tif", [(tags, [*tiles[:6], b"nonsense", *tiles[7:]])])  # column 2, row 1: x 96-144, y 32-64
+    p = build(tmp_path / "bad", tmp_path / "b.tif", "--cut=3x2")
+    assert [v["counts"][0] for v in p.slides] == [16, 16 - 4, 16 - 2, 16, 16, 16]
+    for cut in ("3", "0x2", "ax2", "3x2x1"):
+        with pytest.raises(UserError, match="--cut="):
+            build(tmp_path / "none", tmp_path / "a.png", f"--cut={cut}")
+    with pytest.raises(UserError, match="a part of .*a.png is 12 x 130 pixels, smaller"):
+        build(tmp_path / "thin", tmp_path / "a.png", "--cut=16x1")
+
+
 # ----- 2. Which pixels -----
 
 def test_base_pixels_are_those_of_the_resolution_asked_for(slides, tmp_path, capsys):
