@@ -63,7 +63,8 @@ def show(model, pyramids, cfg, ranks):
         rows += [batch["x"], x]
         labels += [f"scale {s} real", f"scale {s} drawn"]
     save_grid(out / "sheet.png", rows, labels)
-    print(f"wrote {out}: {len(rows) // 2} scales x {len(rows[-1])} patches, and sheet.png (real above drawn)")
+    print(f"wrote {out}: {len(rows) // 2} scales, up to {max(map(len, rows))} patches each, and sheet.png (real "
+          f"above drawn)")
 
 
 # ----- 2. Evaluation on held-out patches -----
