@@ -36,6 +36,7 @@ class Config:
     split: str = "test"
     scale: int = 2          # of the images; the table goes from there to scale 0
     n: int = 0              # regions; 0 = 32, 16 with --stain, 4 for planted
+    plain: float = 0.0      # pass over regions whose grey levels deviate less (try 5): plain glass has a psnr of inf
     seeds: int = 3
     stain: bool = False     # other dyes than toy.py's
     steps: int = 50
@@ -64,7 +65,11 @@ def restain(x):
 def regions(pyramids, cfg, n):
     """n held-out patches at cfg.scale: truth (n,3,P 2^s,P 2^s), image (n,3,P,P), embeddings (n,E,2^s,2^s)."""
     s, P = cfg.scale, pyramids.patch
-    batch, truth = fixed_batch(pyramids, cfg.split, s, n, ("x", "e")), []
+    batch, truth = fixed_batch(pyramids, cfg.split, s, 8 * n if cfg.plain else n, ("x", "e")), []
+    shown = (127.5 * batch["x"].mean(1)).flatten(1).std(1) >= cfg.plain
+    if not shown.any():
+        raise UserError(f"--plain={cfg.plain} passes over all patches of scale {s}: lower it")
+    batch = {k: batch[k][shown][:n] for k in ("slide", "ij", "x", "e")}
     for k, (i, j) in zip(batch["slide"].tolist(), batch["ij"].tolist()):
         there = {tuple(at): m for m, at in enumerate(pyramids.tensor(k, "ij0").tolist())}
         want = [((i << s) + a, (j << s) + b) for a in range(2 ** s) for b in range(2 ** s)]
@@ -187,8 +192,9 @@ def main(argv):
         table=table, planted=planted, cost=cost)
     if cfg.command not in commands or not cfg.run:
         raise UserError("say what of which run: python sr_table.py table out/toy_long, or planted, or cost")
-    if cfg.scale < 1 or cfg.n < 0 or min(cfg.seeds, cfg.steps, cfg.invert_steps, cfg.train_steps) < 1:
-        raise UserError(f"--scale={cfg.scale} --n={cfg.n} --seeds={cfg.seeds}: scale, seeds and steps are at least 1")
+    if cfg.scale < 1 or min(cfg.n, cfg.plain) < 0 or min(cfg.seeds, cfg.steps, cfg.invert_steps, cfg.train_steps) < 1:
+        raise UserError(f"--scale={cfg.scale} --n={cfg.n} --plain={cfg.plain} --seeds={cfg.seeds}: scale, seeds and "
+                        f"steps are at least 1, nothing is negative")
     model, pyramids, proxy, ranks = open_run(cfg)
     commands[cfg.command](model, pyramids, proxy, cfg, ranks)
 

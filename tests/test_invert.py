@@ -305,6 +305,10 @@ def test_regions_and_other_dyes(toy):
     truth, x, e = sr_table.regions(pyramids, cfg, 2)
     assert truth.shape == (2, 3, 256, 256) and e.shape == (2, 96, 4, 4)
     assert (Resize(4, "box").down(truth) - x).abs().max() * 127.5 <= 1.01  # rounded twice
+    shown = sr_table.regions(pyramids, sr_table.Config(scale=2, plain=5), 2)[1]
+    assert ((127.5 * shown.mean(1)).flatten(1).std(1) >= 5).all() and len(shown) == 2
+    with pytest.raises(UserError, match="--plain"):
+        sr_table.regions(pyramids, sr_table.Config(scale=2, plain=100), 2)
     other, small, found = sr_table.regions(pyramids, sr_table.Config(scale=2, stain=True), 2)
     assert (Resize(4, "box").down(other) - small).abs().max() * 127.5 <= 1.01 and found.shape == e.shape
     glass = truth.amin(1) > 0.9
