@@ -54,7 +54,7 @@ class Config:
     invert_steps: int = 200    # of the inference (Z S8.3)
     steps: int = 50            # of sampling
     guidance: float = 2.0      # of the variations: eps_null + guidance (eps_cond - eps_null)
-    sr_guidance: float = 1.0   # of super-resolution: none; the image itself guides, and 2 takes a decibel off
+    sr_guidance: float = 1.0   # of super-resolution: 1 is none, for the image itself guides
     guide: str = "x0"          # how the image constrains the sample: see joint.GUIDES
     lam: float = 0.3           # share of the misfit taken away at every step
     A: str = "bicubic"         # how the input came from the fine image: bicubic, or box, as pyramids are made

@@ -52,7 +52,6 @@ METHODS = {  # settings of sample_joint.py
     "x0, lam 0.1": dict(guide="x0", lam=(0.1,)),
     "x0+proxy": dict(guide="x0+proxy"),
     "x0+proxy, 0.3": dict(guide="x0+proxy", lam=(0.3,)),
-    "falling": dict(guide="x0+proxy", lam=(0.3, 0.05)),  # a larger share at first, a smaller one where texture is made
     "part guided": dict(guide="x0+proxy", guided=(100, 800)),  # x0+proxy without a null branch at both ends
 }
 
