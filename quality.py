@@ -49,9 +49,8 @@ METHODS = {  # settings of sample_joint.py
     "exact": dict(guide="exact"),
     "proxy": dict(guide="proxy"),
     "x0": dict(guide="x0"),
-    "x0, lam 0.1": dict(guide="x0", lam=(0.1,)),
     "x0+proxy": dict(guide="x0+proxy"),
-    "x0+proxy, 0.3": dict(guide="x0+proxy", lam=(0.3,)),
+    "x0+proxy, 0.1": dict(guide="x0+proxy", lam=(0.1,)),
     "part guided": dict(guide="x0+proxy", guided=(100, 800)),  # x0+proxy without a null branch at both ends
 }
 

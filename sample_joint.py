@@ -81,9 +81,9 @@ class Config:
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
     guide: str = "x0+proxy"    # exact (Z Algorithm S2), gradient (S1), proxy, x0, x0+proxy: see joint.py
     inner: int = 1             # corrections per step (K)
-    lam: tuple = ()            # size of a correction, or first,last. x0: share of the residual, default 0.3, with fewer
-    #                            than 50 steps up to 0.5, with a proxy 0.1; others: largest change of a latent, default
-    #                            0.1 (published: 0.5)
+    lam: tuple = ()            # size of a correction, or first,last. x0, x0+proxy: share of the residual, default 0.3,
+    #                            with fewer than 50 steps up to 0.5; others: largest change of a latent, default 0.1
+    #                            (published: 0.5)
     delta: float = 0.005       # width of the denoiser's finite difference; 0 = forward-mode differentiation instead
     zeta: float = 0.005        # width of the encoder's; x0 takes the whole misfit at once
     during: tuple = (0, 1000)  # guide only while t lies here
@@ -311,7 +311,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None
                      guided=cfg.guided, only=1 if cfg.method == "bicubic" else None)
     scales = scales[:len(levels)]
     estimate_space = GUIDES[cfg.guide][1] is None
-    lam = cfg.lam or ((min(15 / cfg.steps, 0.5),) if cfg.guide == "x0" else (0.1,))
+    lam = cfg.lam or ((min(15 / cfg.steps, 0.5),) if estimate_space else (0.1,))
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "frames", "profile", "batch", "threads")}
     settings |= {"model": proxies.fingerprint(model), "proxy": fingerprint(proxy) if proxy else "",
                  "grid": crc32(condition.e.cpu().numpy().tobytes()) if isinstance(condition, Grid) else 0}
