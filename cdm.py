@@ -143,7 +143,7 @@ class ConditionStage(nn.Module):
     def __init__(self, cfg, made, summarizer):
         super().__init__()
         self.net, self.schedule, self.cfg = made.net, made.schedule, cfg
-        for name in ("mean", "std", "v_mean", "v_std"):
+        for name in ("mean", "std", "v_mean", "v_std", "says"):
             self.register_buffer(name, getattr(made, name))
         self.frozen, self.scales = [summarizer], max(made.net.cfg.scales, 1)  # in a list: not ours to train or save
 
@@ -175,6 +175,20 @@ class ConditionStage(nn.Module):
         return {}
 
 
+def spoken(v, described, pyramids, made, damp=1e-3):
+    """(V,E): a ridge regression from the vectors v (n,V) of captions to the mean embedding, standardised, of the region
+    each describes. A denoiser learns that late, as most of what it needs can be seen in what is noisy."""
+    means = {}
+    for c in described:
+        if (c.slide, c.block) not in means:
+            row, column, height, width = c.block
+            e = pyramids.tensor(c.slide, "e")[row:row + height, column:column + width].float().mean((0, 1))   # (E,)
+            e = e if pyramids.rescale is None else e * pyramids.rescale
+            means[c.slide, c.block] = (e - made.mean) / made.std
+    aim, v = torch.stack([means[c.slide, c.block] for c in described]).double(), v.double()  # (n,E), (n,V)
+    return torch.linalg.solve(v.mT @ v + damp * len(v) * torch.eye(v.shape[1]).double(), v.mT @ aim).float()
+
+
 def make(cfg, model, pyramids):
     """An untrained Conditioner of the sizes that run and data ask for, and the data set it learns from."""
     _, cfg.dit.cond, lean_by = KINDS[cfg.model]
@@ -204,6 +218,7 @@ def make(cfg, model, pyramids):
     if vectors is not None:
         made.v_mean.copy_(vectors.mean(0))
         made.v_std.copy_(vectors.std(0).clamp_min(1e-6))
+        made.says.copy_(spoken((vectors - made.v_mean) / made.v_std, described, pyramids, made))
     return made, dataset
 
 

@@ -24,6 +24,7 @@ from unet import time_embedding
 
 KINDS = {"cdm": ("cosine", "adaln", 4.0), "edm": ("linear", "tokens", 1.0),  # schedule, DiT.cond, and how far times
          "grid": ("cosine", "adaln", 16.0)}                                  # `lean`; W's schedule does by itself
+FREE = 500    # below this time a grid is no longer held to what its caption says
 
 
 @dataclass
@@ -225,7 +226,8 @@ class Conditioner(nn.Module):
     """A DiT that predicts x0, with its noise schedule and the scaling of its tokens.
 
     mean, std (C,): tokens are modelled as (x - mean) / std; 0 and 1 for summarizer tokens, as published. v_mean, v_std
-    (V,): the same for vectors, whose numbers may be as small as text encoders make them. info: plain
+    (V,): the same for vectors, whose numbers may be as small as text encoders make them. says (V,C): what of a region's
+    mean token can be told from its vector by a linear map; 0 = nothing is known of that. info: plain
     types: what it was trained for (fingerprint of the Summarizer, encoder and deviations, encoder of the captions), and
     shift, how far its times `lean` to noise.
     """
@@ -240,6 +242,7 @@ class Conditioner(nn.Module):
         self.register_buffer("std", torch.ones(cfg.channels))
         self.register_buffer("v_mean", torch.zeros(cfg.vector))
         self.register_buffer("v_std", torch.ones(cfg.vector))
+        self.register_buffer("says", torch.zeros(cfg.vector, cfg.channels))
 
     @torch.no_grad()
     def tokens(self, s, seed=0, steps=50, first=0):
@@ -262,9 +265,9 @@ class Conditioner(nn.Module):
     def grid(self, rows, columns, v=None, guidance=2.0, seed=0, steps=50, spread=0.0):
         """Draw the embeddings of a region of rows x columns tiles: e (E,rows,columns), as data.py stores them (times
         the model's deviations). Grids larger than the ones it learnt are drawn in overlapping windows. v (V,): what the
-        region shows, None = anything; guidance: x0_null + guidance (x0_v - x0_null). spread: with v, the share of the
-        noise common to all tiles that stays. That noise decides how much of what there is, over the head of v: without
-        it v does, and chance only arranges. source: L §3.3; spread is ours."""
+        region shows, None = anything; guidance: x0_null + guidance (x0_v - x0_null). spread: how far chance decides how
+        much there is of what, over the head of v. At 0 no noise common to all tiles stays, and until t = FREE the mean
+        of the estimates is moved to what v `says`; chance only arranges. source: L §3.3; spread is ours."""
         cfg, device = self.net.cfg, self.mean.device
         if self.kind != "grid":
             raise UserError(f"the {self.kind} draws tokens, not embeddings: take --model=grid")
@@ -272,6 +275,7 @@ class Conditioner(nn.Module):
             raise UserError(f"got a vector of shape {tuple(v.shape)}, this grid model takes "
                             f"{f'({cfg.vector},)' if cfg.vector else 'none: it was trained without --captions'}")
         v = v if v is None else (v.to(device) - self.v_mean) / self.v_std
+        says = None if v is None or not self.says.any() else (v.to(self.says) @ self.says)[:, None, None]    # (E,1,1)
         k = round(cfg.tokens ** 0.5)
         canvas = Canvas(max(rows, k), max(columns, k), k, k // 2 if max(rows, columns) > k else 0, fade=True)
         z = torch.randn(1, cfg.channels, canvas.h, canvas.w, generator=generator(seed, 12)).to(device)
@@ -289,7 +293,13 @@ class Conditioner(nn.Module):
                     out = both[:n] + guidance * (both[n:] - both[:n])
                 return out.float().mT.unflatten(2, (k, k))                                   # (n,E,k,k)
             return canvas.average(windows)
-        z = ddim_sample(lambda z, t: canvas.whole(x0(canvas.own(z), t)), z, self.schedule, pred="x0", end="clean",
+
+        def told(z, t):
+            x = canvas.whole(x0(canvas.own(z), t))                                           # (1,E,rows,columns)
+            if says is None or t[0] < FREE:
+                return x
+            return x + (1 - spread) * (says - x.mean((2, 3), keepdim=True))
+        z = ddim_sample(told, z, self.schedule, pred="x0", end="clean",
                         timesteps=respaced(self.schedule.T, steps, self.shift))
         e = z * self.std[:, None, None] + self.mean[:, None, None]
         return e[0, :, :rows, :columns].cpu()
@@ -321,7 +331,7 @@ def from_official(source, model=None, heads=None):
     with torch.device("meta"):
         made = Conditioner("cdm", net.cfg)
     made.net, made.mean, made.std = net, torch.zeros(net.cfg.channels), torch.ones(net.cfg.channels)
-    made.v_mean, made.v_std = torch.zeros(0), torch.ones(0)
+    made.v_mean, made.v_std, made.says = torch.zeros(0), torch.ones(0), torch.zeros(0, net.cfg.channels)
     if model is not None:
         fits(made, model, "the published file")
     return made.eval().requires_grad_(False)

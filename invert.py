@@ -36,7 +36,7 @@ KINDS = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "I",
 FIRST, LAST = 950, 50   # time steps, linearly from one to the other (Z S8.3), as are the 200 of them
 LR = 0.1                # of Adam, from noise; published notebook, Z is silent, as for the next
 PRIOR = 0.05            # weight of the mean cosine of all pairs of embeddings, before they are standardised
-LR_NEAR = 0.0003        # from a start that is nearly right; ours, measured: more explains no better and loses cells
+LR_NEAR = 0.0003        # from a start that is nearly right; ours, measured: more explains little better, loses cells
 
 
 @dataclass

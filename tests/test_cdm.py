@@ -7,7 +7,9 @@ import pytest
 import torch
 from rule import assert_close, assert_golden, golden, manifest, state_dict
 
+import captions
 import cdm
+import dit
 from cdm import Conditioner, Regions
 from common import UserError, load_tensors, save_tensors
 from data import Pyramids
@@ -218,6 +220,30 @@ def test_grid_spread():
     assert_close(kept, made.grid(4, 4, steps=2), 1e-4)                      # all of it, as without a caption
 
 
+@pytest.mark.parametrize("free", [0, 2000])
+def test_grid_holds_what_is_said(free, monkeypatch):
+    """The mean of the grid is what the vector says in the end, if it is held to that all the way, and scaled back; with
+    half the spread it is half way. catches: the mean of each window; a vector that is not standardised."""
+    monkeypatch.setattr(dit, "FREE", free)
+    made = Conditioner("grid", DiTConfig(16, 2, 32, 1, 4, 64, 0, vector=3, plane=True))
+    stub(made, lambda x, t, v=None, known=None: x.roll(1, 1) / 2)
+    made.says.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]))
+    made.std.copy_(torch.tensor([3.0, 5.0]))
+    made.v_mean.fill_(1.0)
+    want = torch.tensor([3.0, 20.0])                                        # (2,3,1) less 1 says 1, 4
+    for size in (4, 6):                                                     # one window, and nine that overlap
+        e = made.grid(size, size, torch.tensor([2.0, 3.0, 1.0]), steps=5)
+        if free:
+            assert (e.mean((1, 2)) - want).abs().max() > 1
+        else:
+            assert_close(e.mean((1, 2)), want, 1e-4)
+            assert e.std((1, 2)).min() > 0.01
+    if not free:
+        left = [float((made.grid(4, 4, torch.tensor([2.0, 3.0, 1.0]), steps=2, spread=f).mean((1, 2)) - want).norm())
+                for f in (0.0, 0.5, 1.0)]
+        assert left[0] < 1e-3 < left[1] < 0.8 * left[2], left
+
+
 # ----- 4. Training -----
 
 @pytest.fixture(scope="module")
@@ -305,6 +331,21 @@ def test_regions_are_places_of_the_slides(toy):
     assert any((regions[n]["tokens"] != Regions(pyramids, 2, 8)[n]["tokens"]).any() for n in range(4))
     with pytest.raises(UserError, match="9 x 9"):
         Regions(pyramids, 9, 0)
+
+
+def test_spoken(toy):
+    """A vector that holds a region's mean embedding says it. catches: captions and regions paired wrongly; rows and
+    columns swapped; another scaling than the tokens'."""
+    pyramids = Pyramids(toy)
+    places = [(i, (r, c, 2, 1)) for i, (_, _, h, w) in Regions(pyramids, 2, 0).slides
+              for r in range(h - 1) for c in range(w)]
+    mean = torch.stack([pyramids.tensor(i, "e")[r:r + h, c:c + w].float().mean((0, 1)) for i, (r, c, h, w) in places])
+    made = argparse.Namespace(mean=mean.mean(0), std=mean.std(0) + 0.1)
+    aim = (mean - made.mean) / made.std
+    torch.manual_seed(0)
+    mix = torch.linalg.qr(torch.randn(aim.shape[1], aim.shape[1]))[0]
+    says = cdm.spoken(aim @ mix, [captions.Caption("", "", (), 0, *at) for at in places], pyramids, made, 1e-9)
+    assert_close(aim @ mix @ says, aim, 0.02)
 
 
 # ----- 5. What is refused -----
