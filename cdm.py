@@ -143,7 +143,7 @@ class ConditionStage(nn.Module):
     def __init__(self, cfg, made, summarizer):
         super().__init__()
         self.net, self.schedule, self.cfg = made.net, made.schedule, cfg
-        for name in ("mean", "std", "v_mean", "v_std", "says"):
+        for name, _ in made.named_buffers(recurse=False):
             self.register_buffer(name, getattr(made, name))
         self.frozen, self.scales = [summarizer], max(made.net.cfg.scales, 1)  # in a list: not ours to train or save
 

@@ -242,7 +242,8 @@ class Conditioner(nn.Module):
         self.register_buffer("std", torch.ones(cfg.channels))
         self.register_buffer("v_mean", torch.zeros(cfg.vector))
         self.register_buffer("v_std", torch.ones(cfg.vector))
-        self.register_buffer("says", torch.zeros(cfg.vector, cfg.channels))
+        if cfg.vector:
+            self.register_buffer("says", torch.zeros(cfg.vector, cfg.channels))
 
     @torch.no_grad()
     def tokens(self, s, seed=0, steps=50, first=0):
@@ -317,6 +318,8 @@ def load(run, kind, model):
     state, meta = load_tensors(path)
     try:
         made = Conditioner(meta["kind"], DiTConfig(**meta["dit"]), meta["info"])
+        if made.net.cfg.vector:
+            state.setdefault("says", made.says)  # files from before it was kept
         made.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as err:
         raise UserError(f"{path} does not hold a conditioning model of ours ({str(err).splitlines()[0]})") from err
@@ -331,7 +334,7 @@ def from_official(source, model=None, heads=None):
     with torch.device("meta"):
         made = Conditioner("cdm", net.cfg)
     made.net, made.mean, made.std = net, torch.zeros(net.cfg.channels), torch.ones(net.cfg.channels)
-    made.v_mean, made.v_std, made.says = torch.zeros(0), torch.ones(0), torch.zeros(0, net.cfg.channels)
+    made.v_mean, made.v_std = torch.zeros(0), torch.ones(0)
     if model is not None:
         fits(made, model, "the published file")
     return made.eval().requires_grad_(False)

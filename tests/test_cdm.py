@@ -244,6 +244,20 @@ def test_grid_holds_what_is_said(free, monkeypatch):
         assert left[0] < 1e-3 < left[1] < 0.8 * left[2], left
 
 
+def test_files_from_before(tmp_path, monkeypatch):
+    """catches: a model without a vector that must have what only vectors need; a grid refused for what it can lack."""
+    monkeypatch.setattr(dit, "fits", lambda *args: None)
+    torch.manual_seed(0)
+    for kind, sizes in (("cdm", (4, 2, 32, 1, 4, 64, 2)), ("grid", (4, 2, 32, 1, 4, 64, 0, 3))):
+        made = Conditioner(kind, DiTConfig(*sizes))
+        made.save(tmp_path / f"{kind}.safetensors")
+        state, meta = load_tensors(tmp_path / f"{kind}.safetensors")
+        assert (state.pop("says", None) is None) == (kind == "cdm")
+        save_tensors(tmp_path / f"{kind}.safetensors", state, meta)
+        again = cdm.load(tmp_path, kind, torch.nn.Linear(1, 1)).state_dict()
+        assert all(torch.equal(v, again[k]) for k, v in made.state_dict().items()) and len(again) >= len(state)
+
+
 # ----- 4. Training -----
 
 @pytest.fixture(scope="module")
