@@ -116,6 +116,12 @@ def starts(n, window, overlap=0):
     return [*range(0, n - window, window - overlap), n - window]
 
 
+def usual_overlap(window):
+    """What windows share by default: nearly a quarter of a side, and odd. A U-Net that halves its windows leaves a
+    faint lattice of every 2, 4, ... latents; windows an even number apart would lay all theirs on one another."""
+    return max(window // 4 - 1, 0) | 1
+
+
 def ramps(n, side, overlap, fade=True):
     """Weights of windows along a line, {start: (side,)}, that sum to 1 everywhere: neighbours fade into each other over
     `overlap`, or, without fade, count the same."""

@@ -9,7 +9,7 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from canvas import starts
+from canvas import starts, usual_overlap
 from common import UserError, cli
 from joint import GUIDES
 from pyramid import GRID
@@ -126,9 +126,9 @@ def rows_of_step(n, views, guide="exact", inner=1, guidance=2.0):
 
 
 def rows_of_image(size, guide="exact", steps=50, patch=256, context=4, overlap=None, window=64):
-    """Rows for a square image of `size` pixels with one coarser scale and windows that share a quarter, decoded at the
-    end in tiles half as large again as a patch, which count by their area. overlap, window: in latents."""
-    overlap, side = window // 4 if overlap is None else overlap, size * window // patch
+    """Rows for a square image of `size` pixels with one coarser scale, decoded at the end in tiles half as large again
+    as a patch, which count by their area. overlap (None: `usual_overlap`), window: in latents."""
+    overlap, side = usual_overlap(window) if overlap is None else overlap, size * window // patch
     n, views = (len(starts(w, window, overlap)) ** 2 for w in (side, side >> context))
     rows = {k: v * steps for k, v in rows_of_step(n, views, guide).items()}
     rows["decoder"] += len(starts(side, window * 3 // 2, window // 2)) ** 2 * 1.5 ** 2

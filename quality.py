@@ -43,14 +43,13 @@ class Config:
 
 METHODS = {  # settings of sample_joint.py
     "independent": dict(method="independent"),
-    "multidiffusion": dict(method="multidiffusion", overlap=4),
+    "multidiffusion": dict(method="multidiffusion", overlap=3),  # as many windows as the guided ones have
     "bicubic": dict(method="bicubic"),
     "S2, published": dict(guide="exact", lam=(0.5,), overlap=0, fade=False),
     "exact": dict(guide="exact"),
     "proxy": dict(guide="proxy"),
     "x0": dict(guide="x0"),
     "x0+proxy": dict(guide="x0+proxy"),
-    "x0+proxy, 0.1": dict(guide="x0+proxy", lam=(0.1,)),
     "part guided": dict(guide="x0+proxy", guided=(100, 800)),  # x0+proxy without a null branch at both ends
 }
 

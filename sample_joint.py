@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import cdm
 import proxy as proxies
-from canvas import Canvas, Grid, Resize, decode_strips  # noqa: F401 - Resize is part of this file's interface
+from canvas import Canvas, Grid, Resize, decode_strips, usual_overlap  # noqa: F401 - Resize is part of this interface
 from cost import Profile
 from common import UserError, atomic, cli, configure, generator, load_tensors, save_tensors, setup, to_uint8
 from data import Pyramids
@@ -77,7 +77,7 @@ class Config:
     spread: float = 0.0        # how much chance may change the amounts a caption states; 1 = as trained
     swap: str = ""             # move what is drawn: "i,j:k,l" exchanges two base tiles, more of them after ";"
     paste: str = ""            # "i,j:k,l" or "i,j:k,l:rows,columns" copies a block over another
-    overlap: int = -1          # latents that windows share; -1 = a quarter of a window, multidiffusion three quarters
+    overlap: int = -1          # latents that windows share; -1 = a quarter of a side, nearly; multidiffusion: three
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
     guide: str = "x0+proxy"    # exact (Z Algorithm S2), gradient (S1), proxy, x0, x0+proxy: see joint.py
     inner: int = 1             # corrections per step (K)
@@ -304,7 +304,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None
     out: (levels, scales), coarse to fine, on every rank."""
     scales = drawn_scales(cfg)
     window = model.info["patch"] // model.vae.factor
-    overlap = {"multidiffusion": 3 * window // 4, "independent": 0}.get(cfg.method, window // 4)
+    overlap = {"multidiffusion": 3 * window // 4, "independent": 0}.get(cfg.method, usual_overlap(window))
     overlap = overlap if cfg.overlap < 0 or cfg.method == "independent" else cfg.overlap
     levels = prepare(model, condition, cfg.size, scales, overlap, guidance=cfg.guidance, seed=cfg.seed, batch=cfg.batch,
                      fade=cfg.fade and cfg.method != "multidiffusion", null=cfg.null,

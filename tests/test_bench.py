@@ -190,7 +190,7 @@ def test_rows_are_those_that_sampling_asks_for():
 
 
 def test_rows_of_a_large_image():
-    """4096 pixels: 1024 latents, windows of 64 every 48, so 21 a side; tiles of 96 every 64, so 16 a side."""
+    """4096 pixels: 1024 latents, windows of 64 every 49, so 21 a side; tiles of 96 every 64, so 16 a side."""
     rows = cost.rows_of_image(4096, "exact")
     assert rows == {"U-Net": 50 * 2 * (3 * 441 + 1), "decoder": 50 * (441 + 1) + 256 * 2.25, "encoder": 50 * 882}
     assert cost.rows_of_image(4096, "x0+proxy") == {"U-Net": 50 * 2 * 442, "decoder": 50 + 576, "encoder": 0}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rule import assert_close, golden
 
-from canvas import Canvas, Grid, Resize, decode_strips, ramps, shrink_matrix, slerp, starts
+from canvas import Canvas, Grid, Resize, decode_strips, ramps, shrink_matrix, slerp, starts, usual_overlap
 from common import UserError
 from summarizer import standardize
 
@@ -120,6 +120,13 @@ def test_parts_on_a_long_side(kind):
 
 LINES = [(16, 16, 0), (16, 16, 5), (32, 16, 0), (40, 16, 0), (40, 16, 4), (41, 16, 4), (53, 16, 8), (64, 16, 12),
          (37, 16, 15), (17, 16, 1)]
+
+
+@pytest.mark.parametrize("window", [2, 4, 8, 12, 16, 24, 32, 64])
+def test_usual_overlap(window):
+    """Windows an odd number of latents apart, so that no lattice of theirs lies on the next one's; nearly a quarter."""
+    overlap = usual_overlap(window)
+    assert (window - overlap) % 2 == 1 and 0 < overlap < window and abs(overlap - window / 4) <= 1
 
 
 @pytest.mark.parametrize("n, side, overlap", LINES)

@@ -142,8 +142,8 @@ def test_a_method_without_context_draws_one_scale(ready, tmp_path, monkeypatch):
     monkeypatch.setattr(sample_joint, "sample_levels", look)
     for method in METHODS:
         draw(ready, tmp_path / f"{method}.png", f"--method={method}", "--inner=3", "--steps=1", "--context=1")
-    assert seen == [([(1, 4, True, 0), (9, 4, True, 2)], 3), ([(25, 12, False, 0)], 0), ([(4, 0, True, 0)], 0),
-                    ([(1, 4, True, 0)], 0)]
+    assert seen == [([(1, 3, True, 0), (9, 3, True, 2)], 3), ([(25, 12, False, 0)], 0), ([(4, 0, True, 0)], 0),
+                    ([(1, 3, True, 0)], 0)]
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["bicubic.png", "bicubic_scale1.png", "independent.png", "joint.png", "joint_scale1.png",
                      "multidiffusion.png"]
