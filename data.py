@@ -26,6 +26,7 @@ from tqdm import tqdm
 from build import BuildConfig, build  # noqa: F401
 from common import UserError, cli, configure, open_tensors
 from encoder import load_encoder
+from published import layout_of
 from pyramid import GRID, POOLED, begin, block, embed, finish, finished, read_index, tile_rows, write_slide
 from summarizer import pack_grid, standardize
 from toy import toy_slide
@@ -114,6 +115,9 @@ class Pyramids:
     CACHE = 8192  # mapped tensors per process, far below the system's limit on mappings
 
     def __init__(self, folder, latents=None, std=None):
+        if layout_of(folder):
+            raise UserError(f"{folder} holds official samples, which can be learnt from and nothing else: give "
+                            f"--data=, a folder that `python data.py build` wrote")
         index = read_index(folder)
         if not index["slides"]:
             raise UserError(f"{folder} is unfinished: run the command that makes it again, it goes on where it stopped")
@@ -121,6 +125,7 @@ class Pyramids:
         for key in ("patch", "scales", "embed_dim", "encoder", "std", "slides"):
             setattr(self, key, index[key])
         self.weights = index["source"].get("weights")  # the file of a published encoder, where it lay then
+        self.mpp = index["source"].get("mpp")          # micrometres per pixel of base tiles; None: not known
         self.rescale = None
         if std is not None and list(std) != self.std:
             self.rescale, self.std = torch.tensor(self.std) / torch.tensor(std), list(std)

@@ -36,7 +36,7 @@ from joint import GUIDES, Level, full_precision, joint_sample, sample_levels  # 
 from patches import evaluate, show
 from pyramid import embed
 from reader import open_slide
-from slide import write_deepzoom, write_tiff
+from slide import check_deepzoom, check_tiff, write_deepzoom, write_tiff
 from state import fingerprint
 from summarizer import pack_grid
 
@@ -68,7 +68,8 @@ class Config:
     context: tuple = (4,)      # coarser scales drawn with it; each guides the next finer one
     method: str = "joint"      # joint; or, for comparison, multidiffusion, independent, bicubic
     slide: int = 0             # whose embeddings: the k-th image of the split
-    reference: str = ""        # or those of this image, or of a .safetensors file with e (Gh,Gw,E) as data.py stores it
+    reference: str = ""        # or those of this image, read at the data's resolution if it says its own, or of a
+    #                            .safetensors file with e (Gh,Gw,E), as data.py and invert.py write them
     weights: str = ""          # of the encoder that embeds the reference, if they lie elsewhere than for the build
     at: tuple = (0, 0)         # base tile (row, column) of the reference where the image begins
     caption: str = ""          # with --condition=grid: what the image shows, in words
@@ -249,9 +250,14 @@ def cells(text, name, n):
 
 def load_grid(cfg, model, pyramids, need):
     """The `Grid` of conditions under the image, (rows, columns) = need, edited as --swap and --paste say.
-    raises: UserError if there are not as many tiles, or the embeddings have another width."""
-    patch, info = model.info["patch"], model.info
+    raises: UserError if there are not as many tiles, or the embeddings have another width or are no numbers."""
+    patch, info = model.info.get("patch", 256), model.info
     (i, j), (h, w) = cfg.at, need
+
+    def inside(rows, columns):
+        if i < 0 or j < 0 or i + h > rows or j + w > columns:
+            raise UserError(f"{name} has {rows} x {columns} base tiles, the image needs {h} x {w} from {cfg.at} on: "
+                            f"take a smaller --size, another --at, or a larger --reference")
     if cfg.condition == "grid":
         made = cdm.load(cfg.run, "grid", model)
         v = cdm.vector_of(made, cfg.caption, cfg.vector)
@@ -262,29 +268,39 @@ def load_grid(cfg, model, pyramids, need):
         if e is None or e.ndim != 3 or e.shape[2] != model.summarizer.cfg.embed_dim:
             raise UserError(f"{cfg.reference} holds e {None if e is None else tuple(e.shape)}, the run takes (rows, "
                             f"columns, {model.summarizer.cfg.embed_dim}): embed with {info.get('encoder')!r}")
+        folder = Path(cfg.reference).parent
+        if (folder / "index.json").exists():  # a file of data.py: its deviations may not be the run's
+            rescale = Pyramids(folder, std=info.get("std")).rescale
+            e = e if rescale is None else e.float() * rescale
     elif cfg.reference:
         if not Path(cfg.reference).is_file():
             raise UserError(f"--reference={cfg.reference} does not exist: give an image, or a .safetensors grid")
+        if "encoder" not in info:
+            raise UserError(f"{cfg.run or 'the model'} does not say which encoder it knows: give --reference as a "
+                            f"grid, a .safetensors file")
         slide, name = open_slide(cfg.reference), cfg.reference
-        width, height = slide.size
-        if min(slide.size) < patch:
+        mpp = pyramids.mpp if pyramids is not None and slide.said else None
+        width, height = slide.grid(mpp)[2]
+        if min(width, height) < patch:
             raise UserError(f"{name} is {width} x {height} pixels, smaller than a patch of {patch}: take a larger "
                             f"--reference")
+        inside(height // patch, width // patch)
         encoder = load_encoder(info["encoder"], info["std"], cfg.weights or info.get("weights"))
         rows = []
-        for r in range(height // patch):
-            strip = slide.read(0, r * patch, width // patch * patch, patch)
+        for r in range(i, i + h):  # what the image needs, and no more: a slide has a hundred thousand tiles
+            strip = slide.read(j * patch, r * patch, w * patch, patch, mpp)
             rows.append(embed(encoder, strip.reshape(patch, -1, patch, 3).swapaxes(0, 1)))
-        e = torch.stack(rows)                                                           # (Gh,Gw,E)
+        e, (i, j) = torch.stack(rows), (0, 0)                                           # (h,w,E)
     else:
         mine = [k for k, x in enumerate(pyramids.slides) if x["split"] == cfg.split]
         if not 0 <= cfg.slide < len(mine):
             raise UserError(f"--slide={cfg.slide}: {pyramids.folder} has {len(mine)} {cfg.split!r} images, from 0")
         e, name = pyramids.tensor(mine[cfg.slide], "e").float(), pyramids.slides[mine[cfg.slide]]["name"]
         e = e if pyramids.rescale is None else e * pyramids.rescale
-    if i < 0 or j < 0 or i + h > e.shape[0] or j + w > e.shape[1]:
-        raise UserError(f"{name} has {e.shape[0]} x {e.shape[1]} base tiles, the image needs {h} x {w} from {cfg.at} "
-                        f"on: take a smaller --size, another --at, or a larger --reference")
+    inside(*e.shape[:2])
+    if not e[i:i + h, j:j + w].isfinite().all():
+        raise UserError(f"{name} holds embeddings that are no finite numbers under the image: make it again, or take "
+                        f"another --at")
     grid = Grid(e[i:i + h, j:j + w].float().movedim(-1, 0))
     try:
         for a, b in cells(cfg.swap, "swap", 2) if cfg.swap else ():
@@ -312,7 +328,8 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None
     scales = scales[:len(levels)]
     estimate_space = GUIDES[cfg.guide][1] is None
     lam = cfg.lam or ((min(15 / cfg.steps, 0.5),) if estimate_space else (0.1,))
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "frames", "profile", "batch", "threads")}
+    settings = {k: v for k, v in asdict(cfg).items() if k not in (
+        "out", "frames", "profile", "batch", "threads", "device", "compile", "mpp", "viewer")}
     settings |= {"model": proxies.fingerprint(model), "proxy": fingerprint(proxy) if proxy else "",
                  "grid": crc32(condition.e.cpu().numpy().tobytes()) if isinstance(condition, Grid) else 0}
     settings = json.loads(json.dumps(settings))
@@ -386,6 +403,10 @@ def large(model, pyramids, cfg, ranks):
     if len(cfg.during) != 2 or len(cfg.guided) != 2 or len(cfg.lam) > 2 or [type(v) for v in cfg.at] != [int, int]:
         raise UserError(f"--during={cfg.during} --guided={cfg.guided} --at={cfg.at} --lam={cfg.lam}: give two numbers, "
                         f"whole ones for at, one or two for lam")
+    if out.suffix == ".dzi":  # what cannot be written is said before it is drawn
+        check_deepzoom(out.with_suffix(""), cfg.viewer or None)
+    else:
+        check_tiff(out, cfg.mpp or None)
     fine = max(cfg.scale, 0)
     scales = drawn_scales(cfg)
     h, w = sides(cfg.size, scales, patch, model.vae.factor, model.summarizer.cfg.scales)[-1]
@@ -457,6 +478,9 @@ def main(argv):
     if pyramids.embed_dim != model.summarizer.cfg.embed_dim or pyramids.encoder != info.get("encoder"):
         raise UserError(f"{pyramids.folder} was embedded with {pyramids.encoder!r} ({pyramids.embed_dim} numbers), the "
                         f"run with {info.get('encoder')!r} ({model.summarizer.cfg.embed_dim}): give its own data")
+    if (cfg.reference or cfg.swap or cfg.paste) and not cfg.size or cfg.reference and cfg.condition == "grid":
+        raise UserError("--reference, --swap and --paste are for large images: give --size (as --size=512 "
+                        "--context=3); and --reference does not go with --condition=grid")
     known = ("reference", "grid") if cfg.size else ("reference", "cdm", "edm")
     if cfg.condition not in known or cfg.condition != "grid" and (cfg.caption or cfg.vector):
         raise UserError(f"--condition={cfg.condition} with{'' if cfg.size else 'out'} --size: known here are "

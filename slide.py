@@ -105,10 +105,7 @@ def write_tiff(path, strips, size, tile=256, quality=90, mpp=None):
     raises: UserError if strips do not make up the image, for other bad arguments, or if path cannot be written.
     """
     sizes = level_sizes(size, tile, quality, tile)
-    if mpp is not None and not 1e-3 <= mpp <= 1e7:
-        raise UserError(f"mpp={mpp}: give micrometres per pixel, 0.5 for a 20x scan, or None if unknown")
-    if Path(path).is_dir():
-        raise UserError(f"path: {path} is a folder: give the name of a file, as {path}/image.tif")
+    check_tiff(path, mpp)
     counts = [-(-h // tile) * -(-w // tile) for h, w in sizes]
     big = sum(counts) * (3 * tile * tile + 1000) > CLASSIC                     # 1000: a JPEG's tables
     placed = [[] for _ in sizes]                                               # per level: (offset, length) of tiles
@@ -123,6 +120,14 @@ def write_tiff(path, strips, size, tile=256, quality=90, mpp=None):
                 f.write(data)
         f.seek(0)
         f.write(directories(sizes, tile, placed, mpp, big))
+
+
+def check_tiff(path, mpp=None):
+    """raises: UserError for a name or a resolution that write_tiff will not take; to be asked before long work."""
+    if mpp is not None and not 1e-3 <= mpp <= 1e7:
+        raise UserError(f"mpp={mpp}: give micrometres per pixel, 0.5 for a 20x scan, or None if unknown")
+    if Path(path).is_dir():
+        raise UserError(f"path: {path} is a folder: give the name of a file, as {path}/image.tif")
 
 
 def directories(sizes, tile, placed, mpp, big):
@@ -153,6 +158,19 @@ def directories(sizes, tile, placed, mpp, big):
 
 # ----- 3. DeepZoom -----
 
+def check_deepzoom(folder, viewer=None):
+    """out: both as absolute paths. raises: UserError if write_deepzoom will take one of them not; to be asked before
+    long work."""
+    folder, viewer = Path(folder).resolve(), Path(viewer or VIEWER)
+    if not viewer.is_file() or b"OpenSeadragon" not in viewer.read_bytes():
+        raise UserError(f"viewer: {viewer} is not openseadragon.min.js: run `npm install openseadragon` here, or give "
+                        f"--viewer=FILE")
+    there = {p.name for p in folder.iterdir()} if folder.is_dir() else {"a file"} if folder.exists() else set()
+    if there and not {"image.dzi", "index.html"} <= there <= OURS:
+        raise UserError(f"folder: {folder} exists and holds other things than a DeepZoom image: give another name")
+    return folder, viewer
+
+
 def write_deepzoom(folder, strips, size, tile=256, quality=90, viewer=None, title="image"):
     """Write a DeepZoom folder: image.dzi, its tiles, and an index.html that opens from disk, without a network.
 
@@ -161,13 +179,7 @@ def write_deepzoom(folder, strips, size, tile=256, quality=90, viewer=None, titl
          replaced in the end. Tiles do not overlap: the viewer closes the gaps, and a row needs no pixel of the next.
     raises: UserError as write_tiff, if there is no viewer, or if the folder holds anything else.
     """
-    sizes, folder, viewer = level_sizes(size, tile, quality, 1), Path(folder).resolve(), Path(viewer or VIEWER)
-    if not viewer.is_file() or b"OpenSeadragon" not in viewer.read_bytes():
-        raise UserError(f"viewer: {viewer} is not openseadragon.min.js: run `npm install openseadragon` here, or give "
-                        f"--viewer=FILE")
-    there = {p.name for p in folder.iterdir()} if folder.is_dir() else {"a file"} if folder.exists() else set()
-    if there and not {"image.dzi", "index.html"} <= there <= OURS:
-        raise UserError(f"folder: {folder} exists and holds other things than a DeepZoom image: give another name")
+    sizes, (folder, viewer) = level_sizes(size, tile, quality, 1), check_deepzoom(folder, viewer)
     tmp, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         for level in range(len(sizes)):

@@ -22,6 +22,7 @@ from data import Pyramids
 from diffusion import ZoomLDM, ddim_sample, guided
 from sample_joint import (METHODS, PRESETS, Config, careful, contexts, draw_large, load_grid, pixels, prepare, repair,
                           sides, window_eps)
+from slide import write_tiff
 
 RANKS = Ranks(0, 1, torch.device("cpu"), None)
 SMALL = ["--size=128", "--context=1", "--guide=x0", "--steps=2", "--device=cpu", "--amp=False"]  # 9 + 1 windows
@@ -287,6 +288,27 @@ def test_resumes_with_the_same_conditions_only(ready, tmp_path, monkeypatch, hur
     assert np.array_equal(got, draw(ready, tmp_path / "a.png", f"--reference={ref}"))
 
 
+def test_what_is_refused_is_refused_before_drawing(ready, tmp_path, monkeypatch):
+    """Catches: an hour of drawing lost to a name that cannot be written."""
+    monkeypatch.setattr(sample_joint, "draw_large", None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    viewer = tmp_path / "openseadragon.min.js"
+    viewer.write_text("/* OpenSeadragon */")
+    for out, arg, says in (("x.dzi", "--viewer=/nowhere.js", "is not openseadragon"), ("x.tif", "--mpp=1e-9", "mpp="),
+                           ("full.dzi", f"--viewer={viewer}", "holds other things")):
+        with pytest.raises(UserError, match=says):
+            draw(ready, tmp_path / out, arg)
+
+
+def test_how_it_is_written_does_not_start_it_anew(model, grid, tmp_path, monkeypatch, hurried, capsys):
+    """The state of one device, resolution or viewer serves another."""
+    partial = tmp_path / "p.safetensors"
+    latents(model, grid, "--steps=2", resume=partial)
+    latents(model, grid, "--steps=2", "--mpp=0.5", "--viewer=x.js", "--compile=True", resume=partial)
+    assert "going on from step" in capsys.readouterr().out
+
+
 def test_the_state_of_another_picture_is_left_alone(ready, plain, tmp_path, capsys):
     """Other settings under the same name start from noise."""
     partial = tmp_path / ".x.png.partial.safetensors"
@@ -339,6 +361,36 @@ def test_grid_of_a_file(model, pyramids, tmp_path):
     path = grid_file(tmp_path, 3, 5)
     grid = load_grid(settings(f"--reference={path}", "--at=0,2"), model, pyramids, (3, 3))
     assert torch.equal(grid.e, load_tensors(path)[0]["e"][:, 2:].float().movedim(-1, 0))
+
+
+def test_grid_of_a_file_of_data(model, pyramids, toy, monkeypatch):
+    """Taken as the run's own deviations say, whatever set they come from. Catches: embeddings of another scale."""
+    k = [x["name"] for x in pyramids.slides].index(pyramids.names("test")[0])
+    path = toy / pyramids.slides[k]["file"]
+    assert torch.equal(load_grid(settings(f"--reference={path}"), model, pyramids, (2, 2)).e,
+                       load_grid(settings(), model, pyramids, (2, 2)).e)
+    monkeypatch.setitem(model.info, "std", [2 * v for v in pyramids.std])
+    half = load_grid(settings(f"--reference={path}"), model, pyramids, (2, 2)).e
+    assert_close(half, pyramids.tensor(k, "e")[:2, :2].float().movedim(-1, 0) / 2, 1e-6)
+
+
+def test_a_reference_is_read_where_and_as_finely_as_needed(model, pyramids, photo, tmp_path, monkeypatch):
+    """A file twice as fine as the data shows the same tissue, not its upper left quarter enlarged; one that does not
+    say its resolution is taken as it is. Catches: a slide embedded whole for a corner of it."""
+    seen, real = [], sample_joint.embed
+    monkeypatch.setattr(sample_joint, "embed", lambda encoder, x: (seen.append(len(x)), real(encoder, x))[1])
+    want = load_grid(settings("--at=2,1", f"--reference={photo}"), model, pyramids, (1, 2))
+    assert seen == [2]
+    image = np.asarray(Image.open(photo))
+    write_tiff(tmp_path / "fine.tif", [image.repeat(2, 0).repeat(2, 1)], (512, 512), quality=98, mpp=0.25)
+    args = settings("--at=2,1", f"--reference={tmp_path / 'fine.tif'}")
+    half = SimpleNamespace(mpp=0.5)
+    assert_close(load_grid(args, model, half, (1, 2)).e, want.e, 0.2)
+    assert (load_grid(args, model, SimpleNamespace(mpp=None), (1, 2)).e - want.e).abs().max() > 0.5
+    plain = load_grid(settings("--at=2,1", f"--reference={photo}"), model, half, (1, 2))
+    assert torch.equal(plain.e, want.e)
+    with pytest.raises(UserError, match="has 4 x 4 base tiles, the image needs 4 x 4"):
+        load_grid(args, model, half, (4, 4))
 
 
 def test_edits_of_the_grid(model, pyramids):
@@ -591,6 +643,9 @@ def test_decoding_in_strips(model, monkeypatch):
     (["--end=never"], "known are clean, published"),
     (["--batch=0"], "at least 1"),
     (["--out=x.dzi", "--viewer=/nowhere.js"], "openseadragon.min.js"),
+    (["--reference=NAN"], "no finite numbers"),
+    (["--condition=grid", "--reference=x.png"], "does not go with --condition=grid"),
+    (["--size=()", "--swap=0,0:1,1"], "for large images"),
 ], ids=lambda v: "" if isinstance(v, str) else " ".join(v))
 def test_what_cannot_be_drawn(ready, model, tmp_path, args, says, monkeypatch):
     """One clear error, and nothing is written."""
@@ -598,9 +653,10 @@ def test_what_cannot_be_drawn(ready, model, tmp_path, args, says, monkeypatch):
     grid_file(tmp_path, 4, 4, 95, "wide.safetensors")
     grid_file(tmp_path, 2, 1, 96, "narrow.safetensors")
     save_tensors(tmp_path / "empty.safetensors", {"f": torch.zeros(1)})
+    save_tensors(tmp_path / "nan.safetensors", {"e": torch.full((4, 4, 96), torch.nan)})
     (tmp_path / "text.png").write_text("no picture")
     before = sorted(tmp_path.iterdir())
-    for name in ("wide.safetensors", "narrow.safetensors", "empty.safetensors", "text.png"):
+    for name in ("wide.safetensors", "narrow.safetensors", "empty.safetensors", "nan.safetensors", "text.png"):
         args = [a.replace(name.split(".")[0].upper(), str(tmp_path / name)) for a in args]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"(?s){says}"):
