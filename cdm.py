@@ -29,6 +29,7 @@ from diffusion import ZoomLDM, diffusion_loss
 from dit import KINDS, Conditioner, DiT, DiTConfig, from_official, lean, load, vector_of  # noqa: F401 - this file's interface
 from loop import check_loop, run_stage
 from patches import draw
+from published import Samples, layout_of
 from state import newest_state
 from train import fingerprint
 
@@ -193,7 +194,11 @@ def make(cfg, model, pyramids):
     """An untrained Conditioner of the sizes that run and data ask for, and the data set it learns from."""
     _, cfg.dit.cond, lean_by = KINDS[cfg.model]
     cfg.shift = cfg.shift or lean_by
+    if cfg.model == "grid" and isinstance(pyramids, Samples):
+        raise UserError(f"--model=grid learns from whole images, {pyramids.folder} holds single samples: give --data=")
     if cfg.model != "grid":
+        if cfg.captions or cfg.vectors:
+            raise UserError("--captions and --vectors are for --model=grid: give it too, or leave them out")
         dataset = PatchDataset(pyramids, "train", cfg.seed, ())
         device, first = next(model.parameters()).device, dataset[0]
         with torch.no_grad():
@@ -270,7 +275,8 @@ def train(cfg):
 
 def open_run(cfg, ranks):
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
-    return model, Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
+    data = cfg.data or model.info.get("data", "")
+    return model, Samples(data) if layout_of(data) else Pyramids(data, std=model.info.get("std"))
 
 
 def show(made, model, pyramids, cfg, ranks, scales, folder=None, sheet=None):

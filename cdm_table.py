@@ -252,9 +252,9 @@ def text(cfg, model, pyramids, ranks):
 def main(argv):
     cfg = configure(Config, argv, words=("command", "run"), doc=__doc__)
     commands = {f.__name__: f for f in (conditions, memory, grids, text, scales)}
-    if cfg.command not in commands or not cfg.run or min(cfg.n, cfg.seeds, cfg.steps) < 1:
+    if cfg.command not in commands or not cfg.run or min(cfg.n, cfg.seeds, cfg.steps) < 1 or cfg.grids < 3 * cfg.seeds:
         raise UserError(f"got {' '.join(argv)!r}: write python cdm_table.py {' | '.join(commands)} RUN; n, seeds and "
-                        f"steps are at least 1")
+                        f"steps are at least 1, grids at least 3 a seed")
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
     model, pyramids = cdm.open_run(cfg, ranks)
     found = commands[cfg.command](cfg, model, pyramids, ranks)

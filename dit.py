@@ -354,9 +354,9 @@ def vector_of(made, caption="", file=""):
                             f"with those of {text!r}: make the vector with that encoder and give --vector=FILE")
         return captions.encode_texts([caption])[0]
     v = load_tensors(file)[0].get("v")
-    if v is None or v.shape not in ((made.net.cfg.vector,), (1, made.net.cfg.vector)):
+    if v is None or v.shape not in ((made.net.cfg.vector,), (1, made.net.cfg.vector)) or not v.isfinite().all():
         raise UserError(f"--vector={file} holds v {None if v is None else tuple(v.shape)}, this grid model takes "
-                        f"({made.net.cfg.vector},)")
+                        f"({made.net.cfg.vector},), all of them finite")
     return v.flatten().float()
 
 

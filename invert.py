@@ -43,6 +43,7 @@ LR_NEAR = 0.0003        # from a start that is nearly right; ours, measured: mor
 class Config:
     run: str = ""              # run folder (or an ema.safetensors)
     image: str = ""            # the image: anything Pillow reads
+    data: str = ""             # data folder, should a proxy have to be fitted; default: what the run was trained on
     scale: int = -1            # its scale: 0 = finest the run knows, each +1 half the resolution
     sr: int = 0                # how many times larger, a power of 2; 0 = down to scale 0, 1 = not at all
     out: str = ""              # folder; default RUN/invert
@@ -286,7 +287,10 @@ def main(argv):
     if min(h, w) < P and ranks.rank == 0:
         print(f"{cfg.image}, {w} x {h} pixels, is smaller than a tile of {P}: reflect-padded, and cut again in the end")
     if factor > 1 and "proxy" in cfg.guide:
-        proxy = proxies.load(folder, model, Pyramids(model.info["data"], std=model.info["std"]), ranks)
+        data = cfg.data or model.info.get("data", "")
+        known = cfg.data or (Path(data) / "index.json").is_file()  # asked for only if the proxy must be fitted
+        pyramids = Pyramids(data, std=model.info.get("std")) if known else None
+        proxy = proxies.load(folder, model, pyramids, ranks)
     cells = tuple(math.ceil(n * 2 ** s / P) for n in (h, w))
     if cfg.condition == "gt":
         e = S.load_grid(S.Config(reference=cfg.reference), model, None, cells).e

@@ -97,7 +97,8 @@ def fingerprint(model):
 
 
 def load(folder, model, pyramids, ranks, guidance=2.0):
-    """The proxy of a run, saved beside the model; fitted now if there is none, or one of another model."""
+    """The proxy of a run, saved beside the model; fitted now if there is none, or one of another model, to `pyramids`
+    (None: refused then)."""
     path = Path(folder) / "proxy.safetensors"
     proxy = Proxy(model.vae.factor)
     state, meta = load_tensors(path) if path.exists() else ({}, {"model": None})
@@ -107,6 +108,9 @@ def load(folder, model, pyramids, ranks, guidance=2.0):
         except RuntimeError as err:
             raise UserError(f"{path} does not fit this program: remove it, it is made again in a minute") from err
         return proxy.to(ranks.device).eval().requires_grad_(False)
+    if pyramids is None:
+        raise UserError(f"{path} is missing, or of another model, and there is no data to fit one to: give --data=, "
+                        f"what the run was trained on, or another --guide")
     proxy = fit(model, pyramids, ranks, guidance=guidance)
     if ranks.rank == 0:
         save_tensors(path, proxy.state_dict(), {"model": fingerprint(model)})

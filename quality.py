@@ -43,7 +43,7 @@ class Config:
 
 METHODS = {  # settings of sample_joint.py
     "independent": dict(method="independent"),
-    "multidiffusion": dict(method="multidiffusion", overlap=3),  # as many windows as the guided ones have
+    "multidiffusion": dict(method="multidiffusion", overlap=3),  # as the guided ones, in windows of 16
     "bicubic": dict(method="bicubic"),
     "S2, published": dict(guide="exact", lam=(0.5,), overlap=0, fade=False),
     "exact": dict(guide="exact"),
@@ -66,15 +66,21 @@ def held_out(pyramids, k, size):
     """The upper left part of the k-th held-out slide: e (E,G,G), image (1,3,size,size), region map or None."""
     slides = [i for i, x in enumerate(pyramids.slides) if x["split"] == "test" and x["size"][0] >= size
               and x["size"][1] >= size]
+    if size % pyramids.patch:
+        raise UserError(f"--size={size} is not a multiple of {pyramids.patch}, the side of a patch")
     if k >= len(slides):
-        raise UserError(f"{pyramids.folder} has {len(slides)} held-out images of {size} pixels: lower --n or --size")
+        raise UserError(f"{pyramids.folder} has {len(slides)} held-out images of {size} pixels, and number {k + 1} is "
+                        f"asked for (quality.py takes --n, and as many others): lower --n or --size")
     i, P, G = slides[k], pyramids.patch, size // pyramids.patch
     e = pyramids.tensor(i, "e")[:G, :G].float().movedim(-1, 0)
     e = e if pyramids.rescale is None else e * pyramids.rescale[:, None, None]
-    x = torch.zeros(1, 3, size, size)
+    x = torch.full((1, 3, size, size), torch.nan)
     for n, (r, c) in enumerate(pyramids.tensor(i, "ij0").tolist()):
         if r < G and c < G:
             x[0, :, r * P:(r + 1) * P, c * P:(c + 1) * P] = pyramids.read(i, 0, n)["x"]
+    if x.isnan().any():
+        raise UserError(f"{pyramids.folder}: {pyramids.slides[i]['name']} lacks patches that were left out when it was "
+                        f"made: lower --size, or build held-out images whole, without --tissue and --background")
     with open_tensors(pyramids.folder / pyramids.slides[i]["file"]) as f:
         region = f.get_tensor("region")[:size // 4, :size // 4] if "region" in f.keys() else None
     return Grid(e), x, region
@@ -239,6 +245,8 @@ def main(argv):
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
     if not cfg.run:
         raise UserError("say which run: python quality.py out/toy_long (train one with python train.py toy_long)")
+    if min(cfg.n, cfg.steps, cfg.size) < 1:
+        raise UserError(f"--n={cfg.n} --steps={cfg.steps} --size={cfg.size}: all are at least 1")
     plot(Path(cfg.run) / "bench") if cfg.plot else quality(cfg)
 
 

@@ -414,6 +414,7 @@ def test_grid_of_another_encoder(home, toy):
     (["sample", "RUN", "--model=edm", "--scale=9"], "0 to"), (["train", "RUN", "smoke", "--model=grid", "--side=64"],
     "lower --side"), (["train", "RUN", "smoke", "--steps=0"], "at least 1"), (["sample", "NONE"], "no trained model"),
     (["train", "RUN", "smoke", "--model=grid", "--captions=x.tsv"], "give both"),
+    (["train", "RUN", "smoke", "--captions=x.tsv"], "are for --model=grid"),
     (["train", "RUN", "smoke", "--model=gan"], "cdm, edm, grid")])
 def test_bad_input(args, says, home, toy):
     go(home, "edm")

@@ -96,6 +96,15 @@ def test_saved_and_loaded(trained, tmp_path, monkeypatch, capsys):
     assert load_tensors(tmp_path / "proxy.safetensors")[0].keys() == first.state_dict().keys()
 
 
+def test_data_is_needed_to_fit_alone(trained, tmp_path, monkeypatch):
+    """A run that was copied without its data draws with the proxy it has. catches: a folder asked for and not read."""
+    with pytest.raises(UserError, match="no data to fit one to: give --data="):
+        proxies.load(tmp_path, trained[0], None, RANKS)
+    monkeypatch.setattr(proxies, "fit", lambda *args, **settings: proxies.Proxy(4).eval())
+    proxies.load(tmp_path, *trained, RANKS)
+    assert proxies.load(tmp_path, trained[0], None, RANKS).factor == 4
+
+
 @pytest.mark.parametrize("tensors", [{}, {"w": torch.zeros(3)}, proxies.Proxy(width=16).state_dict()])
 def test_a_foreign_file(trained, tmp_path, tensors):
     save_tensors(tmp_path / "proxy.safetensors", tensors)

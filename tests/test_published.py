@@ -6,8 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+import cdm
 import data
 import published
+import sample_joint
 import train
 from common import UserError
 from data import PatchDataset, fixed_batch
@@ -138,6 +140,12 @@ def test_train_takes_the_official_folder(tmp_path, run, layout, capsys):
     assert model.summarizer.cfg.scales == {"brca": 8, "naip": 4}[layout] and model.summarizer.cfg.embed_dim == E
     assert model.info["encoder"] == {"brca": "uni", "naip": "dinov2_reg"}[layout] and not (out / "latents").exists()
     assert (out / "samples" / "step_000002.png").stat().st_size > 0
+    cdm.main(["train", str(out), "smoke", "--steps=2", "--sheet=1", "--log_every=1", "--device=cpu"])
+    assert (out / "cdm.safetensors").exists()
+    for command, says in ((lambda: sample_joint.main([str(out), "--device=cpu"]), "learnt from and nothing else"),
+                          (lambda: cdm.main(["train", str(out), "smoke", "--model=grid", "--device=cpu"]), "single")):
+        with pytest.raises(UserError, match=says):
+            command()
     with pytest.raises(UserError, match="latents of the published VAE: give it with --vae_weights"):
         train.main(["toy", *TINY, f"--data={tmp_path / 'set'}", f"--out={tmp_path / 'b'}"])
 

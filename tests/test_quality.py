@@ -6,6 +6,7 @@ import torch
 
 import quality
 from common import UserError
+from data import Pyramids
 
 
 def table(ready, *args):
@@ -38,10 +39,25 @@ def test_seams_by_tissue():
     assert set(found) == {0, 2} and found[0] == pytest.approx(1, abs=0.02) and found[2] > 3
 
 
+def test_images_with_gaps_are_no_ceiling(toy, monkeypatch):
+    """catches: a patch that was left out shown, and measured against, as grey."""
+    data = Pyramids(toy)
+    assert quality.held_out(data, 0, 256)[1].abs().max() <= 1
+    whole = data.tensor
+    monkeypatch.setattr(data, "tensor", lambda k, name: whole(k, name)[1:] if name == "ij0" else whole(k, name))
+    with pytest.raises(UserError, match="lacks patches that were left out"):
+        quality.held_out(data, 0, 256)
+
+
 def test_bad_input(ready, tmp_path):
     with pytest.raises(UserError, match="--methods=magic"):
         table(ready, "--methods=magic")
     with pytest.raises(UserError, match="lower --n or --size"):
         table(ready, "--n=3")
+    for arg in ("--n=0", "--steps=0", "--size=0"):
+        with pytest.raises(UserError, match="all are at least 1"):
+            table(ready, arg)
+    with pytest.raises(UserError, match="multiple of 64"):
+        quality.main([str(ready), "--size=160", "--device=cpu"])
     with pytest.raises(UserError, match="measure first"):
         quality.main([str(tmp_path), "--plot"])
