@@ -82,8 +82,8 @@ def per_token(u):
 
 def beginning(model, x, cells, s, seed, start=""):
     """Embeddings to begin with (B,E,*cells), and Adam's rate. noise: N(0,1) (published notebook). enlarged: what the
-    run's encoder says of the enlarged image, the default where it needs no weights. deviates: noise stays wherever the
-    denoiser does not listen at this scale, but at the finest it may."""
+    run's encoder says of the enlarged image, the default if it needs no weights, or they lie where they lay for the
+    build. deviates: noise stays wherever the denoiser does not listen at this scale, but at the finest it may."""
     info = model.info
     known = info.get("encoder") in (ENCODERS if info.get("weights") and Path(info["weights"]).is_file() else FREE)
     if start not in ("", "enlarged", "noise") or start == "enlarged" and not known:
@@ -324,7 +324,9 @@ def main(argv):
         save_grid(out / "sheet.png", [torch.stack([nearest, Resize.cached(factor).up(x).clamp(-1, 1), sr])])
         print(f"{w} x {h} -> {sr.shape[2]} x {sr.shape[1]} pixels; reduced again, it agrees with the input to {said}; "
               f"sheet.png shows input, bicubic, result")
-    print(f"wrote {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    written = ["e.safetensors"] * (e is not None) + ["sr.png", "sheet.png"] * (sr is not None)
+    written += [f"{name}_{n}.png" for name in ("variation", "cells") for n in range(cfg.variations)]
+    print(f"wrote {out}: {', '.join(written + ['variations.png'] * bool(varied))}")
     ranks.barrier()
 
 

@@ -130,7 +130,7 @@ class Config:
 
 
 def main(argv):
-    """Fit if need be, and print the error on estimates at every t of held-out slides."""
+    """Fit if need be, and print the error on estimates of held-out slides at seven t."""
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
     if not cfg.run:
         raise UserError("say which run: python proxy.py out/toy")
