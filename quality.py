@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import metrics as M
 import proxy as proxies
 import sample_joint as S
-from canvas import Grid, Resize
+from canvas import Grid, Resize, usual_overlap
 from common import UserError, atomic, cli, configure, load_tensors, open_tensors, save_grid, save_tensors, setup
 from common import to_uint8, write_text
 from cost import Profile, full_size
@@ -92,6 +92,14 @@ def settings(cfg, method, context):
                    **METHODS[method])
 
 
+def apart(cfg, name, context, window):
+    """How many latents from one window to the next, for one of METHODS; the window itself where nothing overlaps."""
+    if name not in METHODS or METHODS[name].get("method") in ("independent", "bicubic"):
+        return window
+    overlap = settings(cfg, name, context).overlap
+    return window - (usual_overlap(window) if overlap < 0 else overlap)
+
+
 def crops(x, side):
     """(1,3,H,W) -> all its patches (n,3,side,side)."""
     return F.unfold(x, side, stride=side)[0].T.reshape(-1, 3, side, side)
@@ -144,13 +152,13 @@ def slug(name):
 def quality(cfg):
     """Every method on the same conditions and noise; images drawn before with the same settings are kept. psnr, ssim:
     A(large) against the context, which is the same for all; crops, views: distances of patches, and of patches at the
-    scale below the context's, to the real ones; ref: similarity of each tile to its real one; by cell: seams over steps
-    between other cells of the latents."""
+    scale below the context's, to the real ones; ref: similarity of each tile to its real one; seams, where patches
+    meet; by cell: the same over steps between other cells of latents; edges: so, but where this method's windows begin."""
     names = [n.strip() for n in cfg.methods.split(";")] if cfg.methods else list(METHODS)
     if set(names) - set(METHODS):
         raise UserError(f"--methods={cfg.methods}: known are {'; '.join(METHODS)} (put ';' between)")
     model, pyramids, proxy, ranks = open_run(cfg, any("proxy" in METHODS[n].get("guide", "") for n in names))
-    P, out = pyramids.patch, Path(cfg.run) / "bench"
+    P, step, out = pyramids.patch, model.vae.factor, Path(cfg.run) / "bench"
     context = cfg.context or (cfg.size // P).bit_length() - 1
     encoder, A = load_encoder(pyramids.encoder, pyramids.std, pyramids.weights), Resize(2 ** context)
     spaces = {"desc": lambda x: standardize(encoder((x + 1) / 2)[..., None, None])[..., 0, 0],
@@ -178,7 +186,8 @@ def quality(cfg):
         seen = [A.down(x).clamp(-1, 1) for x in images]
         row["psnr"], row["ssim"] = (f(torch.cat(seen), torch.cat(aim)) for f in (M.psnr, M.ssim))
         row["seams"] = M.seam_ratio(torch.cat(images), P)
-        row["by_cell"] = M.seam_ratio(torch.cat(images), P, model.vae.factor)
+        row["by_cell"] = M.seam_ratio(torch.cat(images), P, step)
+        row["edges"] = M.seam_ratio(torch.cat(images), apart(cfg, name, context, P // step) * step, step)
         half = Resize(2 ** (context - 1), "box")
         near, real = (torch.cat([crops(x, P) for x in xs]) for xs in (images, drawn["real"]))
         away, real_away = (torch.cat([crops(half.down(x), P) for x in xs]) for xs in (images, drawn["real"]))
@@ -201,7 +210,7 @@ def quality(cfg):
     save_grid(out / f"quality_{cfg.size}.png", views, list(drawn))
     write_text(out / f"quality_{cfg.size}.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))
     keys = ["psnr", "ssim", "crops_desc", "crops_rand", "views_desc", "views_rand", "ref_desc", "ref_rand", "seams",
-            "by_cell", "seconds", "TFLOP"]
+            "by_cell", "edges", "seconds", "TFLOP"]
 
     def cell(row, key):
         error = f"±{row[key + '_se']:.2f}" if key + "_se" in row else ""

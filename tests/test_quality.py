@@ -21,6 +21,7 @@ def test_rows_and_resume(ready, monkeypatch):
     assert list(first) == ["real", "real, coded", "bicubic", "independent"]
     assert first["real"]["psnr"] > 40 > first["independent"]["psnr"] # box against bicubic
     assert first["bicubic"]["TFLOP"] == 0 < first["independent"]["TFLOP"]
+    assert all(r["edges"] == r["by_cell"] for r in first.values())  # nothing here overlaps
 
     def drawn_again(*a):
         raise AssertionError("drawn again")
@@ -37,6 +38,13 @@ def test_seams_by_tissue():
     x[..., 192:] += 5                                                              # a step at a border inside tissue 2
     found = quality.seams_by_tissue(x, region, 64)
     assert set(found) == {0, 2} and found[0] == pytest.approx(1, abs=0.02) and found[2] > 3
+
+
+def test_where_windows_begin():
+    """catches: edges of overlapping windows sought where patches meet."""
+    cfg = quality.Config(run="r")
+    assert [quality.apart(cfg, name, 3, 16) for name in ("real", "independent", "bicubic", "S2, published", "x0",
+                                                         "x0+proxy", "multidiffusion")] == [16] * 4 + [13] * 3
 
 
 def test_images_with_gaps_are_no_ceiling(toy, monkeypatch):
