@@ -153,7 +153,7 @@ def quality(cfg):
     """Every method on the same conditions and noise; images drawn before with the same settings are kept. psnr, ssim:
     A(large) against the context, which is the same for all; crops, views: distances of patches, and of patches at the
     scale below the context's, to the real ones; ref: similarity of each tile to its real one; seams, where patches
-    meet; by cell: the same over steps between other cells of latents; edges: so, but where this method's windows begin."""
+    meet; by cell: the same over steps between other cells of latents; edges: so, where this method's windows begin."""
     names = [n.strip() for n in cfg.methods.split(";")] if cfg.methods else list(METHODS)
     if set(names) - set(METHODS):
         raise UserError(f"--methods={cfg.methods}: known are {'; '.join(METHODS)} (put ';' between)")
