@@ -114,8 +114,8 @@ def speed(cfg):
     grid, _, _ = held_out(pyramids, 0, cfg.size)
     context, window = (cfg.size // pyramids.patch).bit_length() - 1, pyramids.patch // model.vae.factor
 
-    def levels():
-        made = S.prepare(model, lambda *at: grid(*at).to(kind()), (cfg.size,), [context, 0], 0)
+    def levels(guided=(0, 1000)):
+        made = S.prepare(model, lambda *at: grid(*at).to(kind()), (cfg.size,), [context, 0], 0, guided=guided)
         for level in made:
             level.z = level.z.to(kind())
         return made
@@ -123,8 +123,8 @@ def speed(cfg):
     def kind():
         return model.unet.conv_out.weight.dtype
 
-    def ours(guide, amp, **options):
-        made = levels()
+    def ours(guide, amp, guided=(0, 1000), **options):
+        made = levels(guided)
         lam = 1.0 if guide.startswith("x0") else 0.5
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
             sample_levels(made, model.decode, model.encode, model.schedule, steps=cfg.steps, guide=guide, proxy=proxy,
@@ -148,6 +148,7 @@ def speed(cfg):
             "proxy": (lambda: ours("proxy", True), lambda: decoding(True)),
             "x0": (lambda: ours("x0", True), lambda: decoding(True)),
             "x0+proxy": (lambda: ours("x0+proxy", True), lambda: decoding(True)),
+            "part guided": (lambda: ours("x0+proxy", True, (100, 800)), lambda: decoding(True)),
             "unguided": (lambda: ours("exact", True, lam=0.0), lambda: decoding(True))}
     seconds, flops, full = {name: ([], []) for name in runs}, {}, full_size()
     for _ in range(cfg.rounds):
