@@ -31,11 +31,9 @@ from cost import Profile
 from common import UserError, atomic, cli, configure, generator, load_tensors, save_tensors, setup, to_uint8
 from data import Pyramids
 from diffusion import ZoomLDM, ddim_timesteps
-from encoder import load_encoder
 from joint import GUIDES, Level, full_precision, joint_sample, sample_levels  # noqa: F401 - so is joint_sample
 from patches import evaluate, show
-from pyramid import embed
-from reader import open_slide
+from reference import load_grid
 from slide import check_deepzoom, check_tiff, write_deepzoom, write_tiff
 from state import fingerprint
 from summarizer import pack_grid
@@ -236,83 +234,7 @@ def repair(model, condition, level, s, *, guidance=2.0, seed=0, batch=64, start=
                          end="clean")[0]
 
 
-# ----- 2. Conditions -----
-
-def cells(text, name, n):
-    """"1,2:3,4;..." -> [((1,2),(3,4)), ...]"""
-    try:
-        out = [tuple(tuple(int(v) for v in pair.split(",")) for pair in item.split(":")) for item in text.split(";")]
-        assert all(2 <= len(item) <= n and all(len(pair) == 2 for pair in item) for item in out)
-        return out
-    except (ValueError, AssertionError) as err:
-        raise UserError(f"--{name}={text}: write row,column:row,column, several of them with ';' between") from err
-
-
-def load_grid(cfg, model, pyramids, need):
-    """The `Grid` of conditions under the image, (rows, columns) = need, edited as --swap and --paste say.
-    raises: UserError if there are not as many tiles, or the embeddings have another width or are no numbers."""
-    patch, info = model.info.get("patch", 256), model.info
-    (i, j), (h, w) = cfg.at, need
-
-    def inside(rows, columns):
-        if i < 0 or j < 0 or i + h > rows or j + w > columns:
-            raise UserError(f"{name} has {rows} x {columns} base tiles, the image needs {h} x {w} from {cfg.at} on: "
-                            f"take a smaller --size, another --at, or a larger --reference")
-    if cfg.condition == "grid":
-        made = cdm.load(cfg.run, "grid", model)
-        v = cdm.vector_of(made, cfg.caption, cfg.vector)
-        e = made.grid(h, w, v, cfg.emphasis, cfg.seed, spread=cfg.spread).movedim(0, -1)
-        name, (i, j) = "the invented grid", (0, 0)
-    elif cfg.reference.endswith(".safetensors"):
-        e, name = load_tensors(cfg.reference)[0].get("e"), cfg.reference
-        if e is None or e.ndim != 3 or e.shape[2] != model.summarizer.cfg.embed_dim:
-            raise UserError(f"{cfg.reference} holds e {None if e is None else tuple(e.shape)}, the run takes (rows, "
-                            f"columns, {model.summarizer.cfg.embed_dim}): embed with {info.get('encoder')!r}")
-        folder = Path(cfg.reference).parent
-        if (folder / "index.json").exists():  # a file of data.py: its deviations may not be the run's
-            rescale = Pyramids(folder, std=info.get("std")).rescale
-            e = e if rescale is None else e.float() * rescale
-    elif cfg.reference:
-        if not Path(cfg.reference).is_file():
-            raise UserError(f"--reference={cfg.reference} does not exist: give an image, or a .safetensors grid")
-        if "encoder" not in info:
-            raise UserError(f"{cfg.run or 'the model'} does not say which encoder it knows: give --reference as a "
-                            f"grid, a .safetensors file")
-        slide, name = open_slide(cfg.reference), cfg.reference
-        mpp = pyramids.mpp if pyramids is not None and slide.said else None
-        width, height = slide.grid(mpp)[2]
-        if min(width, height) < patch:
-            raise UserError(f"{name} is {width} x {height} pixels, smaller than a patch of {patch}: take a larger "
-                            f"--reference")
-        inside(height // patch, width // patch)
-        encoder = load_encoder(info["encoder"], info["std"], cfg.weights or info.get("weights"))
-        rows = []
-        for r in range(i, i + h):  # what the image needs, and no more: a slide has a hundred thousand tiles
-            strip = slide.read(j * patch, r * patch, w * patch, patch, mpp)
-            rows.append(embed(encoder, strip.reshape(patch, -1, patch, 3).swapaxes(0, 1)))
-        e, (i, j) = torch.stack(rows), (0, 0)                                           # (h,w,E)
-    else:
-        mine = [k for k, x in enumerate(pyramids.slides) if x["split"] == cfg.split]
-        if not 0 <= cfg.slide < len(mine):
-            raise UserError(f"--slide={cfg.slide}: {pyramids.folder} has {len(mine)} {cfg.split!r} images, from 0")
-        e, name = pyramids.tensor(mine[cfg.slide], "e").float(), pyramids.slides[mine[cfg.slide]]["name"]
-        e = e if pyramids.rescale is None else e * pyramids.rescale
-    inside(*e.shape[:2])
-    if not e[i:i + h, j:j + w].isfinite().all():
-        raise UserError(f"{name} holds embeddings that are no finite numbers under the image: make it again, or take "
-                        f"another --at")
-    grid = Grid(e[i:i + h, j:j + w].float().movedim(-1, 0))
-    try:
-        for a, b in cells(cfg.swap, "swap", 2) if cfg.swap else ():
-            grid.swap(a, b)
-        for a, b, *size in cells(cfg.paste, "paste", 3) if cfg.paste else ():
-            grid.paste(a, b, size[0] if size else (1, 1))
-    except UserError as err:
-        raise UserError(f"--swap={cfg.swap} --paste={cfg.paste}: {err}") from err
-    return grid
-
-
-# ----- 3. One large image -----
+# ----- 2. One large image -----
 
 def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None):
     """Sample one large image as cfg says. condition: see `contexts`; resume: a file that keeps the state every minute,

@@ -15,6 +15,7 @@ from rule import assert_close
 import canvas
 import joint
 import proxy as proxies
+import reference
 import sample_joint
 from canvas import Canvas, Grid
 from common import Ranks, UserError, configure, load_tensors, save_tensors
@@ -377,8 +378,8 @@ def test_grid_of_a_file_of_data(model, pyramids, toy, monkeypatch):
 def test_a_reference_is_read_where_and_as_finely_as_needed(model, pyramids, photo, tmp_path, monkeypatch):
     """A file twice as fine as the data shows the same tissue, not its upper left quarter enlarged; one that does not
     say its resolution is taken as it is. Catches: a slide embedded whole for a corner of it."""
-    seen, real = [], sample_joint.embed
-    monkeypatch.setattr(sample_joint, "embed", lambda encoder, x: (seen.append(len(x)), real(encoder, x))[1])
+    seen, real = [], reference.embed
+    monkeypatch.setattr(reference, "embed", lambda encoder, x: (seen.append(len(x)), real(encoder, x))[1])
     want = load_grid(settings("--at=2,1", f"--reference={photo}"), model, pyramids, (1, 2))
     assert seen == [2]
     image = np.asarray(Image.open(photo))
