@@ -24,7 +24,6 @@ from unet import time_embedding
 
 KINDS = {"cdm": ("cosine", "adaln", 4.0), "edm": ("linear", "tokens", 1.0),  # schedule, DiT.cond, and how far times
          "grid": ("cosine", "adaln", 16.0)}                                  # `lean`; W's schedule does by itself
-FREE = 500    # below this time a grid is no longer held to what its caption says
 
 
 @dataclass
@@ -267,8 +266,8 @@ class Conditioner(nn.Module):
         """Draw the embeddings of a region of rows x columns tiles: e (E,rows,columns), as data.py stores them (times
         the model's deviations). Grids larger than the ones it learnt are drawn in overlapping windows. v (V,): what the
         region shows, None = anything; guidance: x0_null + guidance (x0_v - x0_null). spread: how far chance decides how
-        much there is of what, over the head of v. At 0 no noise common to all tiles stays, and until t = FREE the mean
-        of the estimates is moved to what v `says`; chance only arranges. source: L §3.3; spread is ours."""
+        much there is of what, over the head of v. At 0 no noise common to all tiles stays, and the estimates' mean is
+        moved to what v `says` at every step; chance only arranges. source: L §3.3; spread is ours."""
         cfg, device = self.net.cfg, self.mean.device
         if self.kind != "grid":
             raise UserError(f"the {self.kind} draws tokens, not embeddings: take --model=grid")
@@ -297,9 +296,7 @@ class Conditioner(nn.Module):
 
         def told(z, t):
             x = canvas.whole(x0(canvas.own(z), t))                                           # (1,E,rows,columns)
-            if says is None or t[0] < FREE:
-                return x
-            return x + (1 - spread) * (says - x.mean((2, 3), keepdim=True))
+            return x if says is None else x + (1 - spread) * (says - x.mean((2, 3), keepdim=True))
         z = ddim_sample(told, z, self.schedule, pred="x0", end="clean",
                         timesteps=respaced(self.schedule.T, steps, self.shift))
         e = z * self.std[:, None, None] + self.mean[:, None, None]
