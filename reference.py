@@ -31,7 +31,8 @@ def cells(text, name, n):
 
 
 def load_grid(cfg, model, pyramids, need):
-    """The `Grid` of conditions under the image, (rows, columns) = need, edited as --swap and --paste say.
+    """The `Grid` of conditions under the image, (rows, columns) = need, edited as --swap and --paste say. pyramids:
+    the data of the run; a reference and an invented grid do without (None).
     raises: UserError if there are not as many tiles, or the embeddings have another width or are no numbers."""
     patch, info = model.info.get("patch", 256), model.info
     (i, j), (h, w) = cfg.at, need
@@ -61,7 +62,9 @@ def load_grid(cfg, model, pyramids, need):
             raise UserError(f"{cfg.run or 'the model'} does not say which encoder it knows: give --reference as a "
                             f"grid, a .safetensors file")
         slide, name = open_slide(cfg.reference), cfg.reference
-        mpp = pyramids.mpp if pyramids is not None and slide.said else None
+        mpp = (info.get("mpp") if pyramids is None else pyramids.mpp) if slide.said else None
+        if pyramids is None and "mpp" not in info and slide.said:
+            print(f"{name} is read at its own resolution, for its run does not say which one it knows: give --data=")
         width, height = slide.grid(mpp)[2]
         if min(width, height) < patch:
             raise UserError(f"{name} is {width} x {height} pixels, smaller than a patch of {patch}: take a larger "

@@ -375,6 +375,19 @@ def large(model, pyramids, cfg, ranks):
     ranks.barrier()
 
 
+def known_data(model, folder):
+    """The data of a run. raises: UserError if it is none that the model knows."""
+    info = model.info
+    pyramids = Pyramids(folder, std=info.get("std"))
+    if pyramids.scales > model.summarizer.cfg.scales or pyramids.patch != info.get("patch"):
+        raise UserError(f"{folder} has {pyramids.scales} scales of {pyramids.patch}-pixel patches, the run "
+                        f"was trained on {model.summarizer.cfg.scales} of {info.get('patch')}: build it with these")
+    if pyramids.embed_dim != model.summarizer.cfg.embed_dim or pyramids.encoder != info.get("encoder"):
+        raise UserError(f"{folder} was embedded with {pyramids.encoder!r} ({pyramids.embed_dim} numbers), the "
+                        f"run with {info.get('encoder')!r} ({model.summarizer.cfg.embed_dim}): give its own data")
+    return pyramids
+
+
 def main(argv):
     cfg = configure(Config, argv, PRESETS, ("run", "preset"), doc=__doc__)
     if not cfg.run:
@@ -393,13 +406,11 @@ def main(argv):
     if cfg.compile:
         model.unet.compile()
         model.vae.encode, model.vae.decode = torch.compile(model.vae.encode), torch.compile(model.vae.decode)
-    pyramids = Pyramids(cfg.data or info.get("data", ""), std=info.get("std"))
-    if pyramids.scales > model.summarizer.cfg.scales or pyramids.patch != info.get("patch"):
-        raise UserError(f"{pyramids.folder} has {pyramids.scales} scales of {pyramids.patch}-pixel patches, the run "
-                        f"was trained on {model.summarizer.cfg.scales} of {info.get('patch')}: build it with these")
-    if pyramids.embed_dim != model.summarizer.cfg.embed_dim or pyramids.encoder != info.get("encoder"):
-        raise UserError(f"{pyramids.folder} was embedded with {pyramids.encoder!r} ({pyramids.embed_dim} numbers), the "
-                        f"run with {info.get('encoder')!r} ({model.summarizer.cfg.embed_dim}): give its own data")
+    data = cfg.data or info.get("data", "")
+    alone = cfg.size and (cfg.reference or cfg.condition == "grid")  # conditions that do not come from the data
+    pyramids = None
+    if cfg.data or not alone or (Path(data) / "index.json").is_file():
+        pyramids = known_data(model, data)
     if (cfg.reference or cfg.swap or cfg.paste) and not cfg.size or cfg.reference and cfg.condition == "grid":
         raise UserError("--reference, --swap and --paste are for large images: give --size (as --size=512 "
                         "--context=3); and --reference does not go with --condition=grid")

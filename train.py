@@ -385,7 +385,7 @@ def main(argv):
         net.unet.load_state_dict(base.unet.state_dict())
         net.summarizer.load_state_dict(base.summarizer.state_dict())
     info = {"encoder": pyramids.encoder, "std": pyramids.std, "patch": pyramids.patch, "data": cfg.data,
-            "weights": pyramids.weights}
+            "weights": pyramids.weights, "mpp": pyramids.mpp}
     summarizer = KINDS[cfg.summarizer.kind](cfg.summarizer)
     model = ZoomLDM(vae, summarizer, UNet(cfg.unet), scale, cfg.pred, cfg.schedule, info).to(ranks.device)
 

@@ -375,6 +375,28 @@ def test_grid_of_a_file_of_data(model, pyramids, toy, monkeypatch):
     assert_close(half, pyramids.tensor(k, "e")[:2, :2].float().movedim(-1, 0) / 2, 1e-6)
 
 
+def test_without_its_data(ready, photo, tmp_path, capsys):
+    """A run that was copied alone draws from references; what only data can give is still asked for. Catches: a folder
+    demanded and not read; another resolution taken without a word."""
+    state, config = load_tensors(ready / "ema.safetensors")
+    config["info"]["data"] = "/nowhere/data"
+    folders = {}
+    for mpp in (0.5, "unsaid"):
+        info = {k: v for k, v in config["info"].items() if k != "mpp"} | ({} if mpp == "unsaid" else {"mpp": mpp})
+        folders[mpp] = tmp_path / str(mpp)
+        save_tensors(folders[mpp] / "ema.safetensors", state, config | {"info": info})
+    image = np.asarray(Image.open(photo))
+    write_tiff(tmp_path / "fine.tif", [image.repeat(2, 0).repeat(2, 1)], (512, 512), quality=98, mpp=0.25)
+    fast = (f"--reference={tmp_path / 'fine.tif'}", "--guide=x0", "--steps=2")
+    known = draw(folders[0.5], tmp_path / "a.png", *fast)
+    assert "own resolution" not in capsys.readouterr().out
+    assert not np.array_equal(known, draw(folders["unsaid"], tmp_path / "b.png", *fast))
+    assert "fine.tif is read at its own resolution" in capsys.readouterr().out
+    for args in ((), (fast[0], "--data=/nowhere/data")):
+        with pytest.raises(UserError, match="/nowhere/data"):
+            draw(folders[0.5], tmp_path / "c.png", *args)
+
+
 def test_a_reference_is_read_where_and_as_finely_as_needed(model, pyramids, photo, tmp_path, monkeypatch):
     """A file twice as fine as the data shows the same tissue, not its upper left quarter enlarged; one that does not
     say its resolution is taken as it is. Catches: a slide embedded whole for a corner of it."""
