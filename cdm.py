@@ -177,21 +177,17 @@ class ConditionStage(nn.Module):
 
 
 def spoken(v, described, pyramids, made, damp=1e-3):
-    """(V+1,2E): a ridge regression from the vectors v (n,V) of captions, and a constant, to mean and variance of the
-    embeddings, standardised, of the region each describes. A denoiser learns that late, as most of what it needs can be
-    seen in what is noisy."""
-    known = {}
+    """(V,E): a ridge regression from the vectors v (n,V) of captions to the mean embedding, standardised, of the region
+    each describes. A denoiser learns that late, as most of what it needs can be seen in what is noisy."""
+    means = {}
     for c in described:
-        if (c.slide, c.block) not in known:
+        if (c.slide, c.block) not in means:
             row, column, height, width = c.block
-            e = pyramids.tensor(c.slide, "e")[row:row + height, column:column + width].float().flatten(0, 1)  # (N,E)
+            e = pyramids.tensor(c.slide, "e")[row:row + height, column:column + width].float().mean((0, 1))   # (E,)
             e = e if pyramids.rescale is None else e * pyramids.rescale
-            e = (e - made.mean) / made.std
-            known[c.slide, c.block] = torch.cat([e.mean(0), e.var(0, correction=0)])         # (2E,)
-    aim, v = torch.stack([known[c.slide, c.block] for c in described]).double(), v.double()  # (n,2E), (n,V)
-    usual = aim.mean(0)
-    slope = torch.linalg.solve(v.mT @ v + damp * len(v) * torch.eye(v.shape[1]).double(), v.mT @ (aim - usual))
-    return torch.cat([slope, usual[None]]).float()
+            means[c.slide, c.block] = (e - made.mean) / made.std
+    aim, v = torch.stack([means[c.slide, c.block] for c in described]).double(), v.double()  # (n,E), (n,V)
+    return torch.linalg.solve(v.mT @ v + damp * len(v) * torch.eye(v.shape[1]).double(), v.mT @ aim).float()
 
 
 def make(cfg, model, pyramids):

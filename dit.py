@@ -225,10 +225,10 @@ class Conditioner(nn.Module):
     """A DiT that predicts x0, with its noise schedule and the scaling of its tokens.
 
     mean, std (C,): tokens are modelled as (x - mean) / std; 0 and 1 for summarizer tokens, as published. v_mean, v_std
-    (V,): the same for vectors, whose numbers may be as small as text encoders make them. says (V+1,2C): a linear map
-    from a vector and a 1 to mean and variance of a region's tokens; 0 = nothing is known of that. info: plain types:
-    what it was trained for (fingerprint of the Summarizer, encoder and deviations, encoder of the captions), and shift,
-    how far its times `lean` to noise.
+    (V,): the same for vectors, whose numbers may be as small as text encoders make them. says (V,C): what of a region's
+    mean token can be told from its vector by a linear map; 0 = nothing is known of that. info: plain
+    types: what it was trained for (fingerprint of the Summarizer, encoder and deviations, encoder of the captions), and
+    shift, how far its times `lean` to noise.
     """
 
     def __init__(self, kind, cfg: DiTConfig, info=None):
@@ -242,7 +242,7 @@ class Conditioner(nn.Module):
         self.register_buffer("v_mean", torch.zeros(cfg.vector))
         self.register_buffer("v_std", torch.ones(cfg.vector))
         if cfg.vector:
-            self.register_buffer("says", torch.zeros(cfg.vector + 1, 2 * cfg.channels))
+            self.register_buffer("says", torch.zeros(cfg.vector, cfg.channels))
 
     @torch.no_grad()
     def tokens(self, s, seed=0, steps=50, first=0):
@@ -266,8 +266,8 @@ class Conditioner(nn.Module):
         """Draw the embeddings of a region of rows x columns tiles: e (E,rows,columns), as data.py stores them (times
         the model's deviations). Grids larger than the ones it learnt are drawn in overlapping windows. v (V,): what the
         region shows, None = anything; guidance: x0_null + guidance (x0_v - x0_null). spread: how far chance decides how
-        much there is of what, over the head of v. At 0 no noise common to all tiles stays, and estimates take the mean
-        and variance over tiles that v `says`; chance only arranges. source: L §3.3; spread is ours."""
+        much there is of what, over the head of v. At 0 no noise common to all tiles stays, and the estimates' mean is
+        moved to what v `says` at every step; chance only arranges. source: L §3.3; spread is ours."""
         cfg, device = self.net.cfg, self.mean.device
         if self.kind != "grid":
             raise UserError(f"the {self.kind} draws tokens, not embeddings: take --model=grid")
@@ -275,8 +275,7 @@ class Conditioner(nn.Module):
             raise UserError(f"got a vector of shape {tuple(v.shape)}, this grid model takes "
                             f"{f'({cfg.vector},)' if cfg.vector else 'none: it was trained without --captions'}")
         v = v if v is None else (v.to(device) - self.v_mean) / self.v_std
-        mean, var = (None, None) if v is None or not self.says.any() else (
-            F.pad(v.to(self.says), (0, 1), value=1) @ self.says)[:, None, None].chunk(2)     # (E,1,1)
+        says = None if v is None or not self.says.any() else (v.to(self.says) @ self.says)[:, None, None]    # (E,1,1)
         k = round(cfg.tokens ** 0.5)
         canvas = Canvas(max(rows, k), max(columns, k), k, k // 2 if max(rows, columns) > k else 0, fade=True)
         z = torch.randn(1, cfg.channels, canvas.h, canvas.w, generator=generator(seed, 12)).to(device)
@@ -297,11 +296,7 @@ class Conditioner(nn.Module):
 
         def told(z, t):
             x = canvas.whole(x0(canvas.own(z), t))                                           # (1,E,rows,columns)
-            if mean is None:
-                return x
-            away = x - x.mean((2, 3), keepdim=True)
-            times = (var.clamp_min(0) / away.square().mean((2, 3), keepdim=True).clamp_min(1e-6)).sqrt()
-            return x + (1 - spread) * (mean + times.clamp(0.5, 2) * away - x)                # blurred early on: not all
+            return x if says is None else x + (1 - spread) * (says - x.mean((2, 3), keepdim=True))
         z = ddim_sample(told, z, self.schedule, pred="x0", end="clean",
                         timesteps=respaced(self.schedule.T, steps, self.shift))
         e = z * self.std[:, None, None] + self.mean[:, None, None]
@@ -320,9 +315,8 @@ def load(run, kind, model):
     state, meta = load_tensors(path)
     try:
         made = Conditioner(meta["kind"], DiTConfig(**meta["dit"]), meta["info"])
-        if made.net.cfg.vector and state.get("says", made.v_mean).shape != made.says.shape:
-            raise UserError(f"{path} is of an earlier version, which kept less of captions: move it and "
-                            f"{kind}_state*.safetensors away and train again")
+        if made.net.cfg.vector:
+            state.setdefault("says", made.says)  # files from before it was kept
         made.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as err:
         raise UserError(f"{path} does not hold a conditioning model of ours ({str(err).splitlines()[0]})") from err

@@ -13,7 +13,7 @@ CAPS = dict(
     unet=350, diffusion=350,
     toy=200, toy_task=120, pyramid=200, published=205, strips=260, build=360, data=350, wording=180,
     tissues=150, captions=250, state=185, log=180, loop=270,
-    train=420, canvas=340, joint=350, patches=250, proxy=155, cost=200, dit=395, cdm=350,
+    train=420, canvas=340, joint=350, patches=250, proxy=155, cost=200, dit=390, cdm=350,
     reference=120, sample_joint=450, quality=265, cdm_table=290,
     invert=335, sr_trained=110, sr_table=205, features=180, bags=280, heads=220, mil=350,
     mil_table=240, joint_table=280, rivals=110, plan=265, bench=350)
