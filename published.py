@@ -47,7 +47,7 @@ class Samples:
             raise UserError(f"{folder} holds no official samples: there is none of the folders "
                             f"{', '.join(s for scales, *_ in LAYOUTS.values() for s in scales)}")
         names, self.ending, self.encoder = LAYOUTS[self.layout]
-        self.weights = None
+        self.weights = self.mpp = None
         self.folders, self.ids = names, [self.numbers(self.folder / name) for name in names]
         counts = [len(x) for x in self.ids]
         if not any(counts):

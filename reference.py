@@ -63,7 +63,7 @@ def load_grid(cfg, model, pyramids, need):
                             f"grid, a .safetensors file")
         slide, name = open_slide(cfg.reference), cfg.reference
         mpp = (info.get("mpp") if pyramids is None else pyramids.mpp) if slide.said else None
-        if pyramids is None and "mpp" not in info and slide.said:
+        if pyramids is None and info.get("mpp") is None and slide.said:
             print(f"{name} is read at its own resolution, for its run does not say which one it knows: give --data=")
         width, height = slide.grid(mpp)[2]
         if min(width, height) < patch:
