@@ -157,7 +157,7 @@ def quality(cfg):
     names = [n.strip() for n in cfg.methods.split(";")] if cfg.methods else list(METHODS)
     if set(names) - set(METHODS):
         raise UserError(f"--methods={cfg.methods}: known are {'; '.join(METHODS)} (put ';' between)")
-    model, pyramids, proxy, ranks = open_run(cfg, any("proxy" in METHODS[n].get("guide", "") for n in names))
+    model, pyramids, proxy, ranks = open_run(cfg, False)
     P, step, out = pyramids.patch, model.vae.factor, Path(cfg.run) / "bench"
     context = cfg.context or (cfg.size // P).bit_length() - 1
     encoder, A = load_encoder(pyramids.encoder, pyramids.std, pyramids.weights), Resize(2 ** context)
@@ -166,6 +166,8 @@ def quality(cfg):
     base = {name: f(fixed_batch(pyramids, "train", 0, 512)["x"]) for name, f in spaces.items()}
     far = {name: f(fixed_batch(pyramids, "train", context - 1, 256)["x"]) for name, f in spaces.items()}
     slides, others = ([held_out(pyramids, k, cfg.size) for k in range(a, a + cfg.n)] for a in (0, cfg.n))
+    if any("proxy" in METHODS[n].get("guide", "") for n in names):  # fitted only after what may be refused
+        proxy = proxies.load(cfg.run, model, pyramids, ranks)
     with torch.no_grad(), ranks.autocast():
         coded = [torch.cat([model.decode(model.encode(p.to(ranks.device))).float().clamp(-1, 1).cpu()
                             for p in crops(x, P).split(32)]) for _, x, _ in slides]
