@@ -105,9 +105,10 @@ def misfit(canvas, decode, z0_hat, A, target, keep=None):
 
 
 def err_x(canvas, A, residual, ij, x):
-    """A^T r under windows at ij, whose pixels are like x (n,3,P,P)."""
-    k = x.shape[-1] // canvas.window[1]
-    return torch.cat([A.up_part(residual, i * k, j * k, x.shape[2:]) for i, j in ij]) / A.factor ** 2
+    """A^T r under windows at ij, whose pixels are like x (n,3,P,P). As in `see`, only the result is rounded."""
+    k, r = x.shape[-1] // canvas.window[1], residual.to(exact(residual))
+    parts = [A.up_part(r, i * k, j * k, x.shape[2:]) for i, j in ij]
+    return torch.cat(parts).to(residual) / A.factor ** 2
 
 
 def err_z_by_encoder(canvas, decode, encode, z0_hat, A, target, zeta):

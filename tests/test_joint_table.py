@@ -26,9 +26,10 @@ def printed(ready):
 
 
 def test_exact_is_the_transcription(printed):
-    """The same latents, written twice. catches: a sign, a floor, another order of updates in either."""
+    """The same latents, written twice. catches: a sign, a floor, another order of updates in either; rounding where the
+    other does not, for in float32 two nested finite differences make 1e-3 and more of it."""
     single, double = printed[1]
-    assert double < 1e-9 and single < 0.5, (single, double)
+    assert double < 1e-9 and single < 1e-4, (single, double)
 
 
 def test_what_is_saved(printed):
