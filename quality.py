@@ -170,12 +170,12 @@ def quality(cfg):
         proxy = proxies.load(cfg.run, model, pyramids, ranks)
     with torch.no_grad(), ranks.autocast():
         coded = [torch.cat([model.decode(model.encode(p.to(ranks.device))).float().clamp(-1, 1).cpu()
-                            for p in crops(x, P).split(32)]) for _, x, _ in slides]
-    coded = [F.fold(c.flatten(1).T[None], cfg.size, P, stride=P) for c in coded]
-    drawn, views, table = {"real": [x for _, x, _ in slides], "real, coded": coded}, [], []
+                            for p in crops(x, P).split(32)]).flatten(1).T[None] for _, x, _ in slides]
+        whole = [S.decoded(model, model.encode(x.to(ranks.device)).float(), ranks) for _, x, _ in slides]
+    drawn, views, table, bill = {"real": [x for _, x, _ in slides], "coded whole": whole,
+                                 "coded patches": [F.fold(x, cfg.size, P, stride=P) for x in coded]}, [], [], {}
     shared = [S.decoded(model, S.draw_large(model, grid, settings(cfg, "bicubic", context), ranks)[0][0].z, ranks)
               for grid, _, _ in slides]
-    bill = {}
     for k, (grid, _, _) in enumerate(slides):
         for name in names:
             x, seconds, tflop = paint(cfg, name, k, grid, shared[k], model, proxy, ranks)
@@ -184,7 +184,7 @@ def quality(cfg):
     for name, images in drawn.items():
         seconds, tflop = zip(*bill.get(name, [(0, 0)]))
         row = {"method": name, "seconds": sorted(seconds)[len(seconds) // 2], "TFLOP": sum(tflop) / len(tflop)}
-        aim = [Resize(2 ** context, "box").down(x) for _, x, _ in slides] if "real" in name else shared
+        aim = [Resize(2 ** context, "box").down(x) for _, x, _ in slides] if name not in bill else shared
         seen = [A.down(x).clamp(-1, 1) for x in images]
         row["psnr"], row["ssim"] = (f(torch.cat(seen), torch.cat(aim)) for f in (M.psnr, M.ssim))
         row["seams"] = M.seam_ratio(torch.cat(images), P)

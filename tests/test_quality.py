@@ -18,9 +18,10 @@ def table(ready, *args):
 def test_rows_and_resume(ready, monkeypatch):
     """catches: a real image that differs from itself; images of other settings taken for these; one drawn twice."""
     first = table(ready)
-    assert list(first) == ["real", "real, coded", "bicubic", "independent"]
+    assert list(first) == ["real", "coded whole", "coded patches", "bicubic", "independent"]
     assert first["real"]["psnr"] > 40 > first["independent"]["psnr"] # box against bicubic
     assert first["bicubic"]["TFLOP"] == 0 < first["independent"]["TFLOP"]
+    assert first["coded whole"]["by_cell"] < first["coded patches"]["by_cell"]
     assert all(r["edges"] == r["by_cell"] for r in first.values())  # nothing here overlaps
 
     def drawn_again(*a):
