@@ -46,8 +46,8 @@ METHODS = {  # settings of sample_joint.py
     "multidiffusion": dict(method="multidiffusion", overlap=3),  # as the guided ones, in windows of 16
     "bicubic": dict(method="bicubic"),
     "S2, published": dict(guide="exact", lam=(0.5,), overlap=0, fade=False),
-    "exact": dict(guide="exact"),
-    "proxy": dict(guide="proxy"),
+    "S2, repaired": dict(guide="exact", lam=(0.5,), overlap=0, fade=False, repair=True),
+    "exact": dict(guide="exact"), "proxy": dict(guide="proxy"),
     "x0": dict(guide="x0"),
     "x0+proxy": dict(guide="x0+proxy"),
     "part guided": dict(guide="x0+proxy", guided=(100, 800)),  # x0+proxy without a null branch at both ends
