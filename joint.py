@@ -194,6 +194,21 @@ def unit(canvas, d, residual=None, floor=GREY):
 
 # ----- 2. Sampling -----
 
+def check_settings(guide, normalize, inner, lam, delta, zeta, end):
+    """out: lam as (first, last), normalize. raises: UserError for what means nothing; to be asked before long work."""
+    if guide not in GUIDES or end not in ("clean", "published"):
+        raise UserError(f"guide={guide!r}, end={end!r}: known are {', '.join(GUIDES)}; clean, published")
+    if GUIDES[guide][1] and normalize == "share":
+        raise UserError(f"normalize='share' with guide={guide!r}: only x0 guides know it")
+    lams = tuple(lam) if isinstance(lam, (tuple, list)) else (lam, lam)
+    if inner < 0 or not zeta > 0 or not delta >= 0 or len(lams) != 2 or not all(0 <= v < math.inf for v in lams):
+        raise UserError(f"inner={inner}, lam={lam}, delta={delta}, zeta={zeta}: inner, lam (or its first and last) and "
+                        f"delta are 0 or more, zeta is more than 0")
+    if normalize not in (True, False, "share"):
+        raise UserError(f"normalize={normalize!r}: known are True, False and 'share'")
+    return lams, normalize if normalize == "share" else bool(normalize)
+
+
 @torch.no_grad()
 def sample_levels(levels, decode, encode, schedule, *, steps=50, inner=1, lam=0.5, delta=0.005, zeta=0.005,
                   guide="exact", normalize=True, callback=None, end="published", kind="bicubic", floor=GREY,
@@ -212,18 +227,7 @@ def sample_levels(levels, decode, encode, schedule, *, steps=50, inner=1, lam=0.
     source: Z §3.2, Eq. 3-6, Algorithms S1, S2.
     deviates: Eq. 5 adds the gradient, which climbs; this descends, as the code does.
     """
-    if guide not in GUIDES or end not in ("clean", "published"):
-        raise UserError(f"guide={guide!r}, end={end!r}: known are {', '.join(GUIDES)}; clean, published")
-    by, pull = GUIDES[guide]
-    if pull and normalize == "share":
-        raise UserError(f"normalize='share' with guide={guide!r}: only x0 guides know it")
-    lams = tuple(lam) if isinstance(lam, (tuple, list)) else (lam, lam)
-    if inner < 0 or not zeta > 0 or not delta >= 0 or len(lams) != 2 or not all(0 <= v < math.inf for v in lams):
-        raise UserError(f"inner={inner}, lam={lam}, delta={delta}, zeta={zeta}: inner, lam (or its first and last) and "
-                        f"delta are 0 or more, zeta is more than 0")
-    if normalize not in (True, False, "share"):
-        raise UserError(f"normalize={normalize!r}: known are True, False and 'share'")
-    normalize = normalize if normalize == "share" else bool(normalize)
+    (lams, normalize), (by, pull) = check_settings(guide, normalize, inner, lam, delta, zeta, end), GUIDES[guide]
     timesteps = ddim_timesteps(schedule.T, steps) if timesteps is None else timesteps
     ab, ab_prev = noise_levels(schedule, timesteps, end)
     fast = autocasting(levels[0].z.device)  # for whatever no difference is taken of; all else is float32

@@ -270,6 +270,9 @@ def main(argv):
     commands = {"speed": speed, "flat": flat, "cosine": cosine, "one": one}
     if cfg.command not in commands or not cfg.run:
         raise UserError("write python joint_table.py speed RUN, or flat RUN, or cosine RUN")
+    if min(cfg.rounds, cfg.steps) < 1 or cfg.guide not in S.GUIDES or cfg.command == "cosine" and cfg.size < 256:
+        raise UserError(f"--rounds={cfg.rounds} --steps={cfg.steps} --guide={cfg.guide} --size={cfg.size}: the first "
+                        f"two are at least 1, guides are {', '.join(S.GUIDES)}, and cosine takes 256 pixels or more")
     commands[cfg.command](cfg)
 
 

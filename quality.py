@@ -159,7 +159,7 @@ def quality(cfg):
         raise UserError(f"--methods={cfg.methods}: known are {'; '.join(METHODS)} (put ';' between)")
     model, pyramids, proxy, ranks = open_run(cfg, False)
     P, step, out = pyramids.patch, model.vae.factor, Path(cfg.run) / "bench"
-    context = cfg.context or (cfg.size // P).bit_length() - 1
+    context = cfg.context or max((cfg.size // P).bit_length() - 1, 1)
     encoder, A = load_encoder(pyramids.encoder, pyramids.std, pyramids.weights), Resize(2 ** context)
     spaces = {"desc": lambda x: standardize(encoder((x + 1) / 2)[..., None, None])[..., 0, 0],
               "rand": M.random_features}
@@ -234,7 +234,7 @@ def plot(folder):
     files = sorted(folder.glob("quality_*.json"))
     if not files:
         raise UserError(f"{folder} holds no quality_*.json: measure first, without --plot")
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="tight")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.8), layout="tight")
     for marker, file in zip("os^D", files):
         rows = [r for r in json.loads(file.read_text())["rows"] if r["TFLOP"]]
         for ax, key, label in ((axes[0], "psnr", "A(image) against the context, dB"),
@@ -244,7 +244,7 @@ def plot(folder):
             ax.xaxis.set_minor_formatter("")
             ax.scatter([r["TFLOP"] for r in rows], [r[key] for r in rows], marker=marker, label=file.stem[8:] + " px")
             for k, r in enumerate(sorted(rows, key=lambda r: r[key])):  # labels in turn above and below: some lie near
-                ax.annotate(r["method"], (r["TFLOP"], r[key]), fontsize=8, xytext=(4, 3 - 9 * (k % 2)),
+                ax.annotate(r["method"], (r["TFLOP"], r[key]), fontsize=7, xytext=(4, 3 - 9 * (k % 2)),
                             textcoords="offset points")
     axes[0].legend()
     with atomic(folder / "quality.png") as tmp:

@@ -225,7 +225,7 @@ def by_pillow(path, page, max_pixels):
     w, h = image.size
     if w * h > min(max_pixels, 2**25 + 1000 * length):                         # no codec here packs a picture tighter
         raise UserError(f"{path} unpacks to {w} x {h} pixels, more than --max_pixels={max_pixels} or than its {length} "
-                        f"bytes can hold: give more if you trust the file and have the memory, or make it a tiled TIFF")
+                        f"bytes can hold: make it a tiled TIFF, or tell data.py to take more if you trust the file")
     if image.mode not in MODES:
         raise UserError(f"{path} has pixels of kind {image.mode!r}, which do not show as 8-bit RGB: convert it first")
     loaded = []

@@ -83,10 +83,11 @@ def load_grid(cfg, model, pyramids, need):
         e, name = pyramids.tensor(mine[cfg.slide], "e").float(), pyramids.slides[mine[cfg.slide]]["name"]
         e = e if pyramids.rescale is None else e * pyramids.rescale
     inside(*e.shape[:2])
-    if not e[i:i + h, j:j + w].isfinite().all():
+    e = e[i:i + h, j:j + w].float()
+    if not e.isfinite().all():
         raise UserError(f"{name} holds embeddings that are no finite numbers under the image: make it again, or take "
                         f"another --at")
-    return edit(Grid(e[i:i + h, j:j + w].float().movedim(-1, 0)), cfg)
+    return edit(Grid(e.movedim(-1, 0)), cfg)
 
 
 def edit(grid, cfg):

@@ -31,10 +31,10 @@ from cost import Profile
 from common import UserError, atomic, cli, configure, generator, load_tensors, save_tensors, setup, to_uint8
 from data import Pyramids
 from diffusion import ZoomLDM, ddim_timesteps
-from joint import GUIDES, Level, full_precision, joint_sample, sample_levels  # noqa: F401 - so is joint_sample
+from joint import GUIDES, Level, check_settings, full_precision, joint_sample, sample_levels  # noqa: F401 - so is it
 from patches import evaluate, show
 from reference import load_grid
-from slide import check_deepzoom, check_tiff, write_deepzoom, write_tiff
+from slide import check_deepzoom, check_place, check_tiff, write_deepzoom, write_tiff
 from state import fingerprint
 from summarizer import pack_grid
 
@@ -76,7 +76,7 @@ class Config:
     spread: float = 0.0        # how much chance may change the amounts a caption states; 1 = as trained
     swap: str = ""             # move what is drawn: "i,j:k,l" exchanges two base tiles, more of them after ";"
     paste: str = ""            # "i,j:k,l" or "i,j:k,l:rows,columns" copies a block over another
-    overlap: int = -1          # latents that windows share; -1 = a quarter of a side, nearly; multidiffusion: three
+    overlap: int = -1          # latents that windows share; -1 = nearly a quarter of a side (multidiffusion: three)
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
     guide: str = "x0+proxy"    # exact (Z Algorithm S2), gradient (S1), proxy, x0, x0+proxy: see joint.py
     inner: int = 1             # corrections per step (K)
@@ -101,6 +101,7 @@ PRESETS = {
     "paper": dict(guide="exact", steps=50, inner=1, lam=0.5, guidance=2.0, overlap=0),      # Z S8.2
     "notebook": dict(guide="exact", steps=20, inner=10, lam=0.5, guidance=3.0, overlap=0),  # reference: published Colab
 }
+NO_MEMORY = ("not enough memory", "can't allocate memory", "could not create a primitive")  # torch, and oneDNN
 METHODS = ("joint", "multidiffusion", "independent", "bicubic")
 BUDGET = 256 * 2 ** 20  # bytes of keys and values kept from step to step; windows beyond it compute theirs anew
 
@@ -168,11 +169,11 @@ def careful(fn):
                 parts = [fn(*(a[k:k + n] for a in args)) for k in range(0, len(args[0]), n)]
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as err:
-                known = (isinstance(err, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(err)
-                         or "can't allocate memory" in str(err))
+                known = (isinstance(err, torch.OutOfMemoryError | MemoryError)
+                         or any(says in str(err) for says in NO_MEMORY))
                 if not known or n == 1:
                     raise UserError("memory does not suffice for one window: close other programs, or take another "
-                                    "--device") if known else err from err
+                                    "--device, or a smaller --batch") if known else err from err
                 most[0] = n // 2
                 tqdm.write(f"memory does not suffice for {n} windows at once: going on with {n // 2}")
     return f
@@ -221,7 +222,7 @@ def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, ba
     return levels
 
 
-def repair(model, condition, level, s, *, guidance=2.0, seed=0, batch=64, start=300, step=50):
+def repair(model, condition, level, s, *, guidance=2.0, seed=0, batch=64, start=300, step=50, callback=None):
     """The published way to mend borders: noise the canvas to t = start, then denoise it in windows at a quarter of
     their side, averaged uniformly. out: a Level. reference: the published post-processing (Z S8.2)."""
     old = level.canvas
@@ -231,7 +232,7 @@ def repair(model, condition, level, s, *, guidance=2.0, seed=0, batch=64, start=
     z = model.schedule.q_sample(z, torch.tensor([start], device=z.device), noise)
     level = Level(window_eps(model, contexts(model, condition, s, canvas), guidance)[0], canvas, canvas.own(z))
     return sample_levels([level], None, None, model.schedule, timesteps=list(range(step, start + 1, step)),
-                         end="clean")[0]
+                         end="clean", callback=callback)[0]
 
 
 # ----- 2. One large image -----
@@ -257,7 +258,10 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None
     settings = json.loads(json.dumps(settings))
     skip, saved = 0, [time.monotonic()]
     if resume is not None and resume.exists():
-        state, meta = load_tensors(resume)
+        try:
+            state, meta = load_tensors(resume)
+        except UserError as err:
+            raise UserError(f"{err}; to draw from the start, remove it") from err
         if meta.get("settings") == settings:
             skip = meta["step"]
             for k, level in enumerate(levels):
@@ -284,9 +288,13 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None, frame=None
                       zeta=cfg.zeta, guide=cfg.guide, normalize="share" if estimate_space else True, end=cfg.end,
                       kind=cfg.A, during=cfg.during, proxy=proxy, callback=step, skip=skip)
         if cfg.repair and cfg.method != "bicubic":
+            bar.set_description("repair")
             levels[-1] = repair(model, condition, levels[-1], scales[-1], guidance=cfg.guidance, seed=cfg.seed,
-                                batch=cfg.batch)
+                                batch=cfg.batch, callback=lambda *a: bar.set_postfix_str(f"t = {a[1]}"))
     bar.close()
+    if not all(level.z.isfinite().all() for level in levels):
+        raise UserError(f"the latents are no finite numbers any more, nothing is written: --lam={lam}, --guidance="
+                        f"{cfg.guidance}, --delta={cfg.delta} or --zeta={cfg.zeta} is too large, or the model is bad")
     return levels, scales
 
 
@@ -319,12 +327,18 @@ def large(model, pyramids, cfg, ranks):
     out, patch = Path(cfg.out), model.info["patch"]
     if out.suffix not in (".png", ".tif", ".tiff", ".dzi"):
         raise UserError(f"--out={out}: give a name that ends in .png, .tif (pyramid) or .dzi (DeepZoom)")
-    if cfg.method not in METHODS or cfg.guide not in GUIDES:
-        raise UserError(f"--method={cfg.method} --guide={cfg.guide}: known are {', '.join(METHODS)}; "
-                        f"{', '.join(GUIDES)}")
+    if cfg.method not in METHODS or cfg.guide not in GUIDES or cfg.A not in ("bicubic", "box"):
+        raise UserError(f"--method={cfg.method} --guide={cfg.guide} --A={cfg.A}: known are {', '.join(METHODS)}; "
+                        f"{', '.join(GUIDES)}; bicubic, box")
     if len(cfg.during) != 2 or len(cfg.guided) != 2 or len(cfg.lam) > 2 or [type(v) for v in cfg.at] != [int, int]:
         raise UserError(f"--during={cfg.during} --guided={cfg.guided} --at={cfg.at} --lam={cfg.lam}: give two numbers, "
                         f"whole ones for at, one or two for lam")
+    if cfg.eval or cfg.sampler != Config.sampler or cfg.frames < 0 or cfg.overlap < -1:
+        raise UserError(f"--eval={cfg.eval} --sampler={cfg.sampler} --frames={cfg.frames} --overlap={cfg.overlap}: "
+                        f"large images are drawn with ddim, --eval is for patches, nothing is negative")
+    check_settings(cfg.guide, True, cfg.inner, (*cfg.lam, *cfg.lam)[:2] or 0.0, cfg.delta, cfg.zeta, cfg.end)
+    ddim_timesteps(model.schedule.T, cfg.steps)
+    check_place(out)
     if out.suffix == ".dzi":  # what cannot be written is said before it is drawn
         check_deepzoom(out.with_suffix(""), cfg.viewer or None)
     else:
@@ -371,7 +385,8 @@ def large(model, pyramids, cfg, ranks):
         profile.close()
         profile.table(model.unet.cfg.context_dim)
     resume.unlink(missing_ok=True)
-    print(f"wrote {out}" + "".join(f", {out.stem}_scale{s}.png" for s in scales if s != fine))
+    print(f"wrote {out.with_suffix('') / 'index.html' if out.suffix == '.dzi' else out}"
+          + "".join(f", {out.stem}_scale{s}.png" for s in scales if s != fine))
     ranks.barrier()
 
 

@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import struct
+import tempfile
 from html import escape
 from pathlib import Path
 
@@ -120,6 +121,16 @@ def write_tiff(path, strips, size, tile=256, quality=90, mpp=None):
                 f.write(data)
         f.seek(0)
         f.write(directories(sizes, tile, placed, mpp, big))
+
+
+def check_place(path):
+    """raises: UserError if no file can be made where path is to lie; to be asked before long work."""
+    folder = Path(path).resolve().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as err:
+        raise UserError(f"{path} cannot be written: {err}; give another place") from err
 
 
 def check_tiff(path, mpp=None):

@@ -61,3 +61,6 @@ def test_bad_input(ready):
         joint_table.main(["fast", str(ready)])
     with pytest.raises(UserError, match="joint_table.py speed RUN"):
         joint_table.main(["speed"])
+    for args in (["speed", "--rounds=0"], ["flat", "--guide=magic"], ["cosine", "--size=128"]):
+        with pytest.raises(UserError, match="guides are exact.*cosine takes 256 pixels"):
+            joint_table.main([args[0], str(ready), *args[1:]])

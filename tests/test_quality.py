@@ -68,5 +68,7 @@ def test_bad_input(ready, tmp_path):
             table(ready, arg)
     with pytest.raises(UserError, match="multiple of 64"):
         quality.main([str(ready), "--size=160", "--device=cpu"])
+    with pytest.raises(UserError, match="less than a patch of 64"):
+        quality.main([str(ready), "--size=64", "--n=1", "--device=cpu"])
     with pytest.raises(UserError, match="measure first"):
         quality.main([str(tmp_path), "--plot"])

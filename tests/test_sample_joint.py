@@ -297,9 +297,19 @@ def test_what_is_refused_is_refused_before_drawing(ready, tmp_path, monkeypatch)
     viewer = tmp_path / "openseadragon.min.js"
     viewer.write_text("/* OpenSeadragon */")
     for out, arg, says in (("x.dzi", "--viewer=/nowhere.js", "is not openseadragon"), ("x.tif", "--mpp=1e-9", "mpp="),
-                           ("full.dzi", f"--viewer={viewer}", "holds other things")):
+                           ("full.dzi", f"--viewer={viewer}", "holds other things"),
+                           ("openseadragon.min.js/x.png", "--seed=1", "cannot be written"),
+                           ("x.png", "--inner=-1", "inner=-1"), ("x.png", "--lam=-1", "lam="),
+                           ("x.png", "--zeta=0", "zeta=0"), ("x.png", "--delta=-1", "delta=-1")):
         with pytest.raises(UserError, match=says):
             draw(ready, tmp_path / out, arg)
+
+
+def test_a_damaged_state_says_so(ready, tmp_path):
+    """catches: a hidden file that stops the command for good, and a remedy that does not help."""
+    (tmp_path / ".x.png.partial.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="partial.safetensors.*to draw from the start, remove it"):
+        draw(ready, tmp_path / "x.png")
 
 
 def test_how_it_is_written_does_not_start_it_anew(model, grid, tmp_path, monkeypatch, hurried, capsys):
@@ -529,7 +539,8 @@ def test_guidance_in_an_interval(model, windows):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 B")])
+                                   RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 B"),
+                                   RuntimeError("could not create a primitive")])
 def test_too_little_memory_for_the_batch(error, capsys):
     """Smaller parts from then on, said aloud, the same result. Catches: arguments that are not cut along, a part lost,
     a batch that is tried in full every time."""
@@ -596,7 +607,8 @@ def test_repair(model, grid, monkeypatch):
     level.z = level.z / 2
     mended = repair(model, grid, level, 0, seed=1, batch=5)
     (_, options), = seen
-    assert mended is seen[0][0] and options == {"timesteps": [50, 100, 150, 200, 250, 300], "end": "clean"}
+    assert mended is seen[0][0] and options == {"timesteps": [50, 100, 150, 200, 250, 300], "end": "clean",
+                                                             "callback": None}
     canvas = mended.canvas
     assert (canvas.overlap, canvas.fade, canvas.batch, len(canvas.ij), mended.factor) == (12, False, 5, 25, 0)
     ab = model.schedule.alpha_bar[300]
@@ -659,7 +671,13 @@ def test_decoding_in_strips(model, monkeypatch):
     (["--paste=0,0:1,1:2,2"], "inside the 2 x 2 tiles"),
     (["--method=magic"], "known are joint, multidiffusion, independent, bicubic"),
     (["--guide=magic"], "exact, gradient, proxy, x0, x0"),
-    (["--A=lanczos"], "kind='lanczos'"),
+    (["--A=lanczos"], "--A=lanczos: known are .*bicubic, box"),
+    (["--A=lanczos", "--method=independent"], "--A=lanczos: known are .*bicubic, box"),
+    (["--frames=-1"], "nothing is negative"),
+    (["--overlap=-2"], "nothing is negative"),
+    (["--eval"], "--eval is for patches"),
+    (["--sampler=plms"], "drawn with ddim"),
+    (["--guide=exact", "--delta=1e30"], "no finite numbers any more"),
     (["--out=x.jpg"], "ends in .png, .tif"),
     (["--overlap=16"], "smaller overlap"),
     (["--steps=3"], "take a divisor of 1000"),
@@ -667,6 +685,7 @@ def test_decoding_in_strips(model, monkeypatch):
     (["--batch=0"], "at least 1"),
     (["--out=x.dzi", "--viewer=/nowhere.js"], "openseadragon.min.js"),
     (["--reference=NAN"], "no finite numbers"),
+    (["--reference=HUGE"], "no finite numbers"),
     (["--condition=grid", "--reference=x.png"], "does not go with --condition=grid"),
     (["--size=()", "--swap=0,0:1,1"], "for large images"),
 ], ids=lambda v: "" if isinstance(v, str) else " ".join(v))
@@ -677,9 +696,11 @@ def test_what_cannot_be_drawn(ready, model, tmp_path, args, says, monkeypatch):
     grid_file(tmp_path, 2, 1, 96, "narrow.safetensors")
     save_tensors(tmp_path / "empty.safetensors", {"f": torch.zeros(1)})
     save_tensors(tmp_path / "nan.safetensors", {"e": torch.full((4, 4, 96), torch.nan)})
+    save_tensors(tmp_path / "huge.safetensors", {"e": torch.full((4, 4, 96), 1e300, dtype=torch.float64)})
     (tmp_path / "text.png").write_text("no picture")
     before = sorted(tmp_path.iterdir())
-    for name in ("wide.safetensors", "narrow.safetensors", "empty.safetensors", "nan.safetensors", "text.png"):
+    for name in ("wide.safetensors", "narrow.safetensors", "empty.safetensors", "nan.safetensors", "huge.safetensors",
+                 "text.png"):
         args = [a.replace(name.split(".")[0].upper(), str(tmp_path / name)) for a in args]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"(?s){says}"):
