@@ -125,10 +125,9 @@ def write_tiff(path, strips, size, tile=256, quality=90, mpp=None):
 
 def check_place(path):
     """raises: UserError if no file can be made where path is to lie; to be asked before long work."""
-    folder = Path(path).resolve().parent
+    there = next(p for p in Path(path).resolve().parents if p.exists())  # what is missing below it is made on writing
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as err:
         raise UserError(f"{path} cannot be written: {err}; give another place") from err
 

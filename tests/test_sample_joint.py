@@ -26,7 +26,8 @@ from sample_joint import (METHODS, PRESETS, Config, careful, contexts, draw_larg
 from slide import write_tiff
 
 RANKS = Ranks(0, 1, torch.device("cpu"), None)
-SMALL = ["--size=128", "--context=1", "--guide=x0", "--steps=2", "--device=cpu", "--amp=False"]  # 9 + 1 windows
+# 9 + 1 windows; one thread: pictures are compared bit by bit, whatever a fixture before them left
+SMALL = ["--size=128", "--context=1", "--guide=x0", "--steps=2", "--device=cpu", "--amp=False", "--threads=1"]
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +304,9 @@ def test_what_is_refused_is_refused_before_drawing(ready, tmp_path, monkeypatch)
                            ("x.png", "--zeta=0", "zeta=0"), ("x.png", "--delta=-1", "delta=-1")):
         with pytest.raises(UserError, match=says):
             draw(ready, tmp_path / out, arg)
+    with pytest.raises(UserError, match="does not exist"):
+        draw(ready, tmp_path / "new" / "x.png", "--reference=/nowhere.png")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_damaged_state_says_so(ready, tmp_path):
