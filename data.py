@@ -8,98 +8,189 @@ run: python data.py toy                                      synthetic tissue, a
      python data.py build --images=FOLDER --out=data/mine    your own slides, aerial tiles, photos
 read next: cdm.py, or train.py
 """
+import json
 import os
 import random
+import shutil
+import struct
+import tempfile
 from bisect import bisect_right
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import accumulate
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
-from tqdm import tqdm
 
-from build import BuildConfig, build  # noqa: F401
-from common import UserError, cli, configure, open_tensors
-from encoder import load_encoder
-from published import layout_of
-from pyramid import GRID, POOLED, begin, block, embed, finish, finished, read_index, tile_rows, write_slide
+from common import UserError, atomic, cli, open_tensors, write_text
 from summarizer import pack_grid, standardize
-from toy import toy_slide
-from toy_task import DEFAULTS, task_slide, write_labels
 
-# ----- 1. python data.py toy -----
-
-@dataclass
-class ToyConfig:
-    out: str = "data/toy"  # folder to write
-    slides: int = 256      # training slides
-    test: int = 64         # held-out slides
-    size: int = 1024       # pixels a side, a multiple of 64 and of patch
-    patch: int = 64        # pixels of a patch
-    scales: int = 5        # at most; those larger than the slide are dropped
-    keep0: int = 24        # patches kept per training slide at scale 0, 0 = all: enough for a toy, and quick to encode
-    keep1: int = 24        # the same at scale 1; coarser scales and held-out slides keep everything
-    seed: int = 0
-    workers: int = 2       # processes
-    task: bool = False     # slides with labels for mil.py, see toy_task.py, which has other defaults
+GRID, POOLED = 8, 4  # Z S8.1: grids over 8x8 are pooled; scale 4 (16x16) is the first, stored pooled as well
 
 
-def draw(cfg, k):
-    """Toy slide k; held-out ones have seeds of their own, whatever the number of training slides."""
-    seed = cfg.seed * 100_000 + (50_000 + k - cfg.slides if k >= cfg.slides else k)
-    return (task_slide if cfg.task else toy_slide)(seed, cfg.size)
+# ----- 1. Strips of base tiles -> one file per image -----
+
+def halve(x):
+    """Halve the resolution: in (h,w,3) uint8, out (h//2,w//2,3) uint8, (a+b+c+d+2)//4 of each 2x2 block."""
+    from slides import writers as slide
+    return slide.halve(x[:x.shape[0] // 2 * 2, :x.shape[1] // 2 * 2])
 
 
-def toy_file(cfg, index, k):
-    """Write toy slide k, training slides first, unless an earlier run did; returns its line of the index."""
-    torch.set_num_threads(1)
-    test, side = k >= cfg.slides, cfg.size // cfg.patch
-    name = f"{'test' if test else 'train'}_{k - cfg.slides if test else k:04d}"
-    path, meta = Path(cfg.out) / f"{name}.safetensors", {"source": index["source"]}
-    counts = finished(path, cfg.scales, meta)
-    if counts is None:
-        image, region, nuclei = draw(cfg, k)
-        rng = np.random.default_rng([cfg.seed, k])
-        kept = {s: set(rng.permutation((side >> s)**2)[:n].tolist()) for s, n in enumerate((cfg.keep0, cfg.keep1))
-                if n and not test}
-        embed_row = partial(embed, load_encoder("stats", index["std"]))
-        counts = write_slide(path, np.split(image, side), embed_row, cfg.patch, cfg.scales, meta,
-                             lambda s, i, j, _: s not in kept or i * (side >> s) + j in kept[s],
-                             extra={"region": region, "nuclei": nuclei})
-    return {"name": name, "file": path.name, "split": "test" if test else "train", "size": [cfg.size] * 2,
-            "counts": counts}
+def tile_rows(strips, patch, scales):
+    """Turn strips (P,W,3) of the image into rows of tiles of every scale: yields (s, row, tiles (n,P,P,3)).
+
+    Two strips of one scale halve into one of the next, so a few strips are all that stands in memory.
+    """
+    waiting, row = [None] * scales, [0] * scales
+
+    def push(s, strip):
+        n = strip.shape[1] // patch
+        yield s, row[s], strip[:, :n * patch].reshape(patch, n, patch, 3).swapaxes(0, 1)
+        row[s] += 1
+        if s + 1 < scales:
+            small = halve(strip)                                               # (P/2,W/2,3)
+            if waiting[s + 1] is None:
+                waiting[s + 1] = small
+            else:
+                both, waiting[s + 1] = np.concatenate([waiting[s + 1], small]), None
+                yield from push(s + 1, both)
+    for strip in strips:
+        yield from push(0, strip)
 
 
-def toy(argv):
-    """Draw the toy set."""
-    cfg = configure(ToyConfig, DEFAULTS * any(a in ("--task", "--task=True") for a in argv) + argv, doc=__doc__)
-    if cfg.patch < 16 or cfg.patch % 16 or cfg.size < 64 or cfg.size % 64 or cfg.size % cfg.patch or min(
-            cfg.slides, cfg.scales, cfg.workers) < 1 or cfg.test < 0 or not 0 <= cfg.seed < 10_000 or cfg.task and (
-            cfg.size % 256 or cfg.size < 512 or cfg.test):
-        raise UserError(f"got --size={cfg.size} --patch={cfg.patch} --slides={cfg.slides} --test={cfg.test}: size is a "
-                        f"multiple of 64 and of patch, patch one of 16, slides, scales and workers are at least 1; "
-                        f"with --task size is a multiple of 256 from 512 on, test 0")
-    print(f"drawing {cfg.slides} + {cfg.test} slides of {cfg.size} x {cfg.size} into {cfg.out}")
+@torch.no_grad()
+def embed(encoder, tiles, device="cpu"):
+    """in: tiles (n,P,P,3) uint8. out: e (n,E) float32."""
+    tiles = torch.from_numpy(np.array(tiles))  # a copy: Pillow's pixels are read-only
+    n = min(max(2 ** 18 // (tiles.shape[1] * tiles.shape[2]), 1), 16) if str(device) == "cpu" else 64
+    batches = tiles.split(n)  # on a CPU what its cache holds, 4 tiles of 256 pixels: faster, and smaller
+    return torch.cat([encoder(b.to(device).movedim(-1, 1).float() / 255).float().cpu() for b in batches])
 
-    def fit_std():  # a quarter of the tiles of 16 slides, for staining differs between slides
-        rows = (np.split(draw(cfg, k)[0], cfg.size // cfg.patch) for k in range(min(16, cfg.slides)))
-        tiles = (torch.from_numpy(t[::4].copy()) for strips in rows for _, _, t in tile_rows(strips, cfg.patch, 1))
-        return load_encoder("stats").fit(t.movedim(-1, 1) / 255 for t in tiles).tolist()
-    source = {"command": "task" if cfg.task else "toy"} | {k: v for k, v in asdict(cfg).items() if k not in (
-        "out", "workers", "task")}
-    index = begin(cfg.out, cfg.patch, "stats", source, fit_std)
-    if cfg.task:
-        write_labels(Path(cfg.out) / "labels.csv", cfg.seed * 100_000, cfg.slides, cfg.size)
-    work, ks = partial(toy_file, cfg, index), range(cfg.slides + cfg.test)
-    if cfg.workers == 1:
-        return finish(cfg.out, index, [work(k) for k in tqdm(ks)])
-    with ProcessPoolExecutor(cfg.workers, get_context("spawn")) as workers:  # torch's threads survive no fork
-        finish(cfg.out, index, list(tqdm(workers.map(work, ks), total=len(ks))))
+
+def block(e, s, i, j):
+    """The embeddings (2^s,2^s,E) under patch (i,j) of scale s."""
+    return e[i << s:(i + 1) << s, j << s:(j + 1) << s]
+
+
+def pool(grid):
+    """in: (2^s,2^s,E) f16, s >= 4. out: block means (8,8,E) f16, taken in float32."""
+    k = grid.shape[0] // GRID
+    return grid.float().unflatten(1, (GRID, k)).unflatten(0, (GRID, k)).mean((1, 3)).half()
+
+
+def write_slide(path, strips, embed_row, patch, scales, meta, keep=None, extra=None):
+    """Write the file of one image and return its patches per scale.
+
+    in:  strips (P,W,3) uint8; embed_row turns tiles (n,P,P,3) into (n,E); keep(s,i,j,tile) -> bool chooses patches.
+    Embeddings all stay. Pixels wait in unnamed files beside the output, for they may exceed the memory.
+    """
+    e, ij = [], [[] for _ in range(scales)]
+    with atomic(path) as tmp:
+        raw = [tempfile.TemporaryFile(dir=path.parent) for _ in range(scales)]
+        for s, i, tiles in tile_rows(strips, patch, scales):
+            if s == 0:
+                e.append(embed_row(tiles).half())                              # (Gw,E)
+            for j, tile in enumerate(tiles):
+                if keep is None or keep(s, i, j, tile):
+                    raw[s].write(np.ascontiguousarray(tile))
+                    ij[s].append((i, j))
+        e = torch.stack(e)                                                     # (Gh,Gw,E) f16
+        tensors = {f"ij{s}": np.array(x, np.int32) for s, x in enumerate(ij) if x} | (extra or {}) | {"e": e.numpy()}
+        for s in range(POOLED, scales):
+            if ij[s]:
+                tensors[f"p{s}"] = torch.stack([pool(block(e, s, i, j)) for i, j in ij[s]]).numpy()  # (n,8,8,E)
+        join(tmp, tensors, {f"x{s}": ((len(x), patch, patch, 3), raw[s]) for s, x in enumerate(ij) if x}, meta)
+        for f in raw:
+            f.close()
+    return [len(x) for x in ij]
+
+
+def join(path, tensors, raw, meta):
+    """Write a safetensors file by hand: `raw` {name: (shape, open file of bytes)} is copied, never held in memory."""
+    kinds = {"uint8": "U8", "int32": "I32", "float16": "F16", "float32": "F32"}
+    order = sorted(tensors, key=lambda k: -tensors[k].dtype.itemsize)          # widest first keeps all of them aligned
+    specs = [(k, kinds[str(tensors[k].dtype)], tensors[k].shape, tensors[k].nbytes) for k in order]
+    specs += [(k, "U8", shape, f.tell()) for k, (shape, f) in raw.items()]
+    header, at = {"__metadata__": {"json": json.dumps(meta)}}, 0
+    for name, kind, shape, size in specs:
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            out.write(np.ascontiguousarray(tensors[name]))
+        for _, f in raw.values():
+            f.seek(0)
+            shutil.copyfileobj(f, out, 1 << 20)
+
+
+def described(path, scales):
+    """out: patches per scale of a finished file, and the meta data it was written with."""
+    with open_tensors(path) as f:
+        names = set(f.keys())
+        counts = [f.get_slice(f"ij{s}").get_shape()[0] if f"ij{s}" in names else 0 for s in range(scales)]
+        return counts, json.loads((f.metadata() or {}).get("json", "{}"))
+
+
+def finished(path, scales, meta):
+    """Patches per scale of a file from an earlier run, None if there is none. raises: UserError if it differs."""
+    if not path.exists():
+        return None
+    counts, there = described(path, scales)
+    if {k: there.get(k) for k in meta} != meta:
+        raise UserError(f"{path} was made from another image or with other settings: remove it, or give another --out")
+    return counts
+
+
+# ----- 2. The index of a folder -----
+
+def read_index(folder):
+    """Read index.json. raises: UserError if it is missing or not ours."""
+    path = Path(folder) / "index.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no index.json: make the data with `python data.py toy --out={folder}` or "
+                        f"`python data.py build`")
+    try:
+        index = json.loads(path.read_text())
+    except ValueError as err:
+        raise UserError(f"{path} is not valid JSON ({err}): make the data again") from err
+    keys = ("patch", "scales", "embed_dim", "encoder", "std", "source", "slides")
+    if not isinstance(index, dict) or index.get("format") != 1 or any(k not in index for k in keys):
+        raise UserError(f"{path} is not an index of this program (format 1): give a folder that data.py wrote")
+    return index
+
+
+def begin(out, patch, encoder, source, fit_std):
+    """Open or start a set: returns its index, with deviations; slides are listed in the end, by `finish`."""
+    if (Path(out) / "index.json").exists():
+        index = read_index(out)
+        there = index["source"]
+        if there != source:
+            odd = ", ".join(f"{k}={there.get(k)} there, {source.get(k)} now"
+                            for k in sorted(there.keys() | source.keys()) if there.get(k) != source.get(k))
+            raise UserError(f"{out} holds a set made with other settings ({odd}): give another --out, or remove it")
+        return index
+    std = fit_std()
+    index = {"format": 1, "patch": patch, "scales": 0, "embed_dim": len(std), "encoder": encoder, "std": std,
+             "source": source, "slides": []}
+    write_text(Path(out) / "index.json", json.dumps(index))
+    return index
+
+
+def finish(out, index, slides):
+    """List the slides in index.json and say what is there."""
+    counts = [sum(n) for n in zip(*(x["counts"] for x in slides))]
+    if not any(counts):
+        raise UserError(f"no patch is left in {out}: lower --background, and remove that folder")
+    index["scales"], index["slides"] = max(s for s, n in enumerate(counts) if n) + 1, slides
+    write_text(Path(out) / "index.json", json.dumps(index))
+    size = sum((Path(out) / x["file"]).stat().st_size for x in slides)
+    held = sum(x["split"] == "test" for x in slides)
+    print(f"{out}: {len(slides)} slides, {held} of them held out, {size / 1e6:.0f} MB, patches per scale {counts}")
+    for s in range(index["scales"], len(counts)):
+        print(f"  scale {s} is dropped: no image holds a patch of {index['patch'] << s} x {index['patch'] << s} pixels")
 
 
 # ----- 2. Reading -----
@@ -115,6 +206,7 @@ class Pyramids:
     CACHE = 8192  # mapped tensors per process, far below the system's limit on mappings
 
     def __init__(self, folder, latents=None, std=None):
+        from slides.official import layout_of
         if layout_of(folder):
             raise UserError(f"{folder} holds official samples, which can be learnt from and nothing else: give "
                             f"--data=, a folder that `python data.py build` wrote")
@@ -238,6 +330,8 @@ def fixed_batch(pyramids, split, s, n, want=("x",), seed=0):
 
 
 def main(argv):
+    from slides.build import build
+    from toy.make import toy
     commands = {"toy": toy, "build": build}
     if argv and argv[0] in ("--help", "-h"):
         return print(__doc__ + "\nsettings: python data.py toy --help, python data.py build --help")

@@ -20,15 +20,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import metrics as M
-import proxy as proxies
 import sample_joint as S
-from canvas import Canvas, Grid, Resize, decode_strips
 from common import UserError, cli, configure, generator, save_grid, save_tensors, setup, to_uint8
 from data import Pyramids
 from diffusion import ZoomLDM
-from encoder import ENCODERS, FREE, load_encoder
-from joint import GUIDES, sample_levels
+from sample_joint import GUIDES, Canvas, Grid, Resize, decode_strips, sample_levels
 from summarizer import pack_grid, standardize
 
 KINDS = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "I", "I;16", "I;16B")  # of pixels, read
@@ -84,6 +80,7 @@ def beginning(model, x, cells, s, seed, start=""):
     """Embeddings to begin with (B,E,*cells), and Adam's rate. noise: N(0,1) (published notebook). enlarged: what the
     run's encoder says of the enlarged image, the default if it needs no weights, or they lie where they lay for the
     build. deviates: noise stays wherever the denoiser does not listen at this scale, but at the finest it may."""
+    from slides.encoders import ENCODERS, FREE, load_encoder
     info = model.info
     known = info.get("encoder") in (ENCODERS if info.get("weights") and Path(info["weights"]).is_file() else FREE)
     if start not in ("", "enlarged", "noise") or start == "enlarged" and not known:
@@ -221,6 +218,7 @@ def super_resolve(model, x, s, target=0, condition="infer", e=None, back=True, s
 
 def agreement(x, y, kind="bicubic"):
     """PSNR of A x, with x as it would be written in 8 bits, to y."""
+    from experiments import metrics as M
     rounded = to_uint8(x).movedim(-1, -3) / 127.5 - 1
     return M.psnr(Resize.cached(x.shape[-1] // y.shape[-1], kind).down(rounded.double()), y.double())
 
@@ -275,6 +273,8 @@ def check(cfg, known):
 
 
 def main(argv):
+    from large import proxy as proxies
+    from large.reference import load_grid
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
     if not cfg.run:
         raise UserError("say which run: python invert.py out/toy --image=FILE --scale=2")
@@ -293,7 +293,7 @@ def main(argv):
         proxy = proxies.load(folder, model, pyramids, ranks)
     cells = tuple(math.ceil(n * 2 ** s / P) for n in (h, w))
     if cfg.condition == "gt":
-        e = S.load_grid(S.Config(reference=cfg.reference), model, None, cells).e
+        e = load_grid(S.Config(reference=cfg.reference), model, None, cells).e
     sampling = dict(steps=cfg.steps, batch=8 * cfg.batch)
     with ranks.autocast():
         if cfg.condition == "infer":

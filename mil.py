@@ -10,23 +10,341 @@ training slides alone.
 in:  a bag (N,K), one slide   out: logits (C,), attention (N,) or (N,C) that sums to 1     read next: mil_table.py
 """
 import json
+import math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from zlib import crc32
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from bags import Bags, Labels, few, files_of, make_splits, read_bag, read_splits, views
-from common import UserError, atomic, cli, configure, generator, load_tensors, open_tensors, save_tensors, write_text
+from common import (
+    UserError,
+    atomic,
+    cli,
+    configure,
+    generator,
+    load_tensors,
+    open_tensors,
+    save_tensors,
+    setup,
+    write_text,
+)
 from data import Pyramids
-from features import ExtractConfig, extract
-from heads import ABMIL, CLAM_SB, DSMIL, HEADS, build, fit  # noqa: F401 - the heads are part of this file's interface
+from diffusion import ZoomLDM
+from sample_joint import draw_patches
+from train import fingerprint
+from unet import UNet
+
+# ----- 1. Heads: bag (N,K) -> logits (C,), attention -----
+
+def checked(bag, K):
+    """raises: UserError for a bag that is not (N,K) with N at least 1. out: float32."""
+    if bag.ndim != 2 or bag.shape[1] != K or not len(bag):
+        raise UserError(f"got a bag of shape {tuple(bag.shape)}, this head takes (N,{K}) with at least one patch: give "
+                        f"features of the kind it was trained on, and leave empty slides out")
+    return bag.float()
+
+
+class ABMIL(nn.Module):
+    """Gated attention over embedded instances. source: Ilse et al. 2018, Eq. 9; sizes as CLAM without instance loss."""
+
+    def __init__(self, K, C, width=512, dropout=0.25):
+        super().__init__()
+        self.K, self.C = K, C
+        self.embed = nn.Sequential(nn.Linear(K, width), nn.ReLU(inplace=True), nn.Dropout(dropout))
+        self.value, self.gate = nn.Linear(width, width // 2), nn.Linear(width, width // 2)
+        self.score = nn.Linear(width // 2, 1)
+        self.drop = nn.Dropout(dropout)
+        self.out = nn.Linear(width, C)
+
+    def attend(self, bag):
+        """out: h (N,width), attention (N,)."""
+        h = self.embed(checked(bag, self.K))                               # (N,width)
+        v = self.drop(torch.tanh(self.value(h))) * self.drop(torch.sigmoid(self.gate(h)))
+        return h, self.score(v)[:, 0].softmax(0)
+
+    def forward(self, bag):
+        h, a = self.attend(bag)
+        return self.out(a @ h), a
+
+    def loss(self, bag, y):
+        """in: y () int64, the class of the bag."""
+        return F.cross_entropy(self(bag)[0], y)
+
+
+class CLAM_SB(ABMIL):
+    """ABMIL whose most and least attended instances must be told apart. source: Lu et al. 2021."""
+    SAMPLES, SHARE = 8, 0.3  # published; the loss is 0.7 bag + 0.3 instances
+
+    def __init__(self, K, C, width=512, dropout=0.25):
+        super().__init__(K, C, width, dropout)
+        self.instance = nn.ModuleList(nn.Linear(width, 2) for _ in range(C))
+
+    def loss(self, bag, y):
+        h, a = self.attend(bag)
+        loss, n = F.cross_entropy(self.out(a @ h), y), min(self.SAMPLES, len(h) // 2)
+        if not n:                                                          # deviates: a bag of one has no least
+            return loss
+        order = a.argsort()
+        logits = self.instance[int(y)](h[torch.cat([order[-n:], order[:n]])])              # (2n,2)
+        target = torch.tensor([1] * n + [0] * n, device=h.device)
+        return (1 - self.SHARE) * loss + self.SHARE * F.cross_entropy(logits, target)
+
+
+class DSMIL(nn.Module):
+    """Two streams: the highest instance of each class, and attention by likeness to it. source: Li et al. 2021.
+
+    deviates: logits are the mean of both streams (with the bag stream alone, nothing but `loss` would train the other).
+    """
+
+    def __init__(self, K, C, width=128):
+        super().__init__()
+        self.K, self.C = K, C
+        self.instance = nn.Linear(K, C)
+        self.query = nn.Sequential(nn.Linear(K, width), nn.ReLU(inplace=True), nn.Linear(width, width), nn.Tanh())
+        self.out = nn.Conv1d(C, C, K)
+        for layer in (self.instance, self.query[0], self.query[2], self.out):
+            nn.init.orthogonal_(layer.weight)  # published; it makes like queries of like instances from the start
+            nn.init.zeros_(layer.bias)
+        with torch.no_grad():  # deviates: random scores would choose the critical instances for many epochs
+            self.instance.weight.mul_(0.01)
+            self.out.weight.mul_(0.01)
+
+    def streams(self, bag):
+        """out: logits of the instance and of the bag stream, (C,) each; attention (N,C)."""
+        x = checked(bag, self.K)
+        top, critical = self.instance(x).max(0)                            # (C,), (C,)
+        q = self.query(x)                                                  # (N,width)
+        a = (q @ q[critical].T / q.shape[1] ** 0.5).softmax(0)             # (N,C)
+        return top, self.out((a.T @ x)[None])[0, :, 0], a
+
+    def forward(self, bag):
+        top, whole, a = self.streams(bag)
+        return (top + whole) / 2, a
+
+    def loss(self, bag, y):
+        top, whole, _ = self.streams(bag)
+        target = F.one_hot(y, self.C).float()
+        return (F.binary_cross_entropy_with_logits(top, target) + F.binary_cross_entropy_with_logits(whole, target)) / 2
+
+
+class MeanPool(nn.Module):
+    """A floor: the mean of all instances, embedded, then a linear layer; attention is even."""
+
+    def __init__(self, K, C, width=512, dropout=0.25):
+        super().__init__()
+        self.K, self.C = K, C
+        self.embed = nn.Sequential(nn.Linear(K, width), nn.ReLU(inplace=True), nn.Dropout(dropout))
+        self.out = nn.Linear(width, C)
+
+    def forward(self, bag):
+        h = self.embed(checked(bag, self.K))
+        return self.out(h.mean(0)), torch.full_like(h[:, 0], 1 / len(h))
+
+    def loss(self, bag, y):
+        return F.cross_entropy(self(bag)[0], y)
+
+
+class MaxPool(MeanPool):
+    """A floor: the maximum over instances of each embedded channel; attention is the share of channels an instance has
+    the maximum of. (The maximum of instance logits trains badly: an instance that starts low is never looked at.)"""
+
+    def forward(self, bag):
+        h, at = self.embed(checked(bag, self.K)).max(0)                    # (width,), (width,)
+        return self.out(h), torch.bincount(at, minlength=len(bag)) / len(h)
+
+
+HEADS = {"abmil": ABMIL, "clam": CLAM_SB, "dsmil": DSMIL, "mean": MeanPool, "max": MaxPool}
+
+
+RECIPES = {"dsmil": dict(betas=(0.5, 0.9), weight_decay=1e-3)}  # published; the others: CLAM's
+
+
+RECIPE = dict(betas=(0.9, 0.999), weight_decay=1e-5)
+
+
+def build(name, K, C, width, dropout):
+    """A head by name. raises: UserError for an unknown one."""
+    if name not in HEADS:
+        raise UserError(f"unknown head {name!r}: known are {', '.join(HEADS)}")
+    return HEADS[name](K, C, width) if name == "dsmil" else HEADS[name](K, C, width, dropout)
+
+
+# ----- 2. Training one head -----
+
+def fit(name, train, val, scaler, C, cfg, seed):
+    """Train a head, a bag a step, classes equally often, until the validation loss has not fallen for a while.
+
+    in:  train, val: lists of (function that reads a bag (N,K), class number); scaler: mean and deviation (K,).
+    out: the head at its lowest validation loss, in eval mode.
+    """
+    torch.manual_seed(seed)
+    (mean, deviation), labels = scaler, torch.tensor([y for _, y in train])
+    head = build(name, len(mean), C, cfg.width, cfg.dropout)
+    opt = torch.optim.Adam(head.parameters(), lr=cfg.lr, **RECIPES.get(name, RECIPE))
+    weight = 1 / torch.bincount(labels, minlength=C)[labels].double()
+    best, since, kept = float("inf"), 0, None
+
+    def loss(item):
+        read, y = item
+        return head.loss((read() - mean) / deviation, torch.tensor(y))
+    for epoch in range(cfg.epochs):
+        head.train()
+        for k in torch.multinomial(weight, len(train), True, generator=generator(cfg.seed, seed, epoch)).tolist():
+            opt.zero_grad()
+            loss(train[k]).backward()
+            opt.step()
+        head.eval()
+        with torch.no_grad():
+            value = float(torch.stack([loss(item) for item in val]).mean())
+        if not math.isfinite(value):
+            raise UserError(f"head {name}: the validation loss is no longer finite: give a lower --lr than {cfg.lr}")
+        since = since + 1
+        if value < best:
+            best, since, kept = value, 0, {k: v.clone() for k, v in head.state_dict().items()}
+        if since >= cfg.patience:
+            break
+    head.load_state_dict(kept)
+    return head
+
+
+@dataclass
+class ExtractConfig:
+    run: str = ""             # run folder
+    data: str = ""            # pyramids; default: those the run was trained on
+    out: str = ""             # folder to write; default RUN/features
+    scales: tuple = (0,)      # of the features, finest first
+    kind: str = "unet"        # unet; untrained, the same with a random U-Net; descriptor, the encoder on the patch
+    #                           itself; drawn, the same on a patch drawn from the condition
+    t: int = 100              # time index that patches are noised to (Z 100, L 50)
+    block: str = ""           # middle (L), or an index into the published output_blocks; default 3 (Z), or the last
+    weights: str | None = None  # of the encoder, for kinds descriptor and drawn
+    seed: int = 0             # of the noise
+    guidance: float = 2.0     # of kind drawn
+    steps: int = 10           # of kind drawn
+    batch: int = 64           # patches per network call
+    device: str = "auto"
+    threads: int = 0
+    amp: bool = True          # bf16 where the device has it
+
+
+def open_all(cfg, ranks):
+    """out: the model, with a random U-Net for kind untrained, or None; the pyramids; the encoder, or None; the block.
+    raises: UserError for bad settings, or pyramids that the run was not trained on the like of."""
+    from slides.encoders import load_encoder
+    if cfg.kind not in ("unet", "untrained", "descriptor", "drawn") or cfg.batch < 1 or cfg.steps < 1 or cfg.seed < 0:
+        raise UserError(f"--kind={cfg.kind} --batch={cfg.batch} --steps={cfg.steps} --seed={cfg.seed}: kinds are unet, "
+                        f"untrained, descriptor, drawn; batch and steps at least 1")
+    if not cfg.run and (cfg.kind != "descriptor" or not cfg.data):
+        raise UserError("say which run: python mil.py extract RUN --data=DIR (only --kind=descriptor --data=DIR --out="
+                        "DIR needs none)")
+    model = ZoomLDM.from_run(cfg.run).to(ranks.device) if cfg.run else None
+    info = model.info if model else {}
+    pyramids = Pyramids(cfg.data or info.get("data", ""), std=info.get("std"))
+    if model and (pyramids.patch != info.get("patch") or pyramids.encoder != info.get("encoder")
+                  or pyramids.embed_dim != model.summarizer.cfg.embed_dim):
+        raise UserError(f"{pyramids.folder} has {pyramids.patch}-pixel patches embedded with {pyramids.encoder!r}, the "
+                        f"run was trained on {info.get('patch')} and {info.get('encoder')!r}: build it with these")
+    top = min(pyramids.scales, model.summarizer.cfg.scales if model else pyramids.scales)
+    if not cfg.scales or list(cfg.scales) != sorted({s for s in cfg.scales if s in range(top)}):
+        raise UserError(f"--scales={cfg.scales}: give some of 0 to {top - 1}, finest first")
+    block, encoder = None, None
+    if cfg.kind in ("unet", "untrained"):
+        names = ["middle", *map(str, range(len(model.unet.up)))]
+        block = cfg.block or str(min(3, len(model.unet.up) - 1))
+        if block not in names or not 0 <= cfg.t < model.schedule.T:
+            raise UserError(f"--block={cfg.block} --t={cfg.t}: blocks of this run are {', '.join(names)}; t is from 0 "
+                            f"to {model.schedule.T - 1}")
+        block = block if block == "middle" else int(block)
+    else:
+        encoder = load_encoder(pyramids.encoder, pyramids.std, cfg.weights, ranks.device)
+    if cfg.kind == "untrained":
+        torch.manual_seed(cfg.seed)
+        model.unet = UNet(model.unet.cfg).to(ranks.device).eval().requires_grad_(False)
+    return model, pyramids, encoder, block
+
+
+@torch.no_grad()
+def scale_features(model, pyramids, encoder, block, k, s, cfg, ranks):
+    """Features (n,K) float32 of all patches of scale s of slide k. The noise of a patch is a function of seed, slide
+    and place alone: batches, ranks and interruptions change nothing."""
+    mark, out = crc32(pyramids.slides[k]["name"].encode()), []
+    for first in range(0, pyramids.slides[k]["counts"][s], cfg.batch):
+        rows = range(first, min(first + cfg.batch, pyramids.slides[k]["counts"][s]))
+        batch = default_collate([pyramids.item(k, s, n, ("x",)) for n in rows])
+        x = batch["x"]
+        if cfg.kind == "drawn":
+            x = draw_patches(model, batch, SimpleNamespace(
+                batch=cfg.batch, guidance=cfg.guidance, steps=cfg.steps, sampler="ddim", end="clean",
+                seed=int(generator(cfg.seed, mark, s, first).initial_seed())), ranks)
+        x = x.to(ranks.device)
+        if encoder is not None:
+            out.append(encoder((x + 1) / 2).float().cpu())                                 # (b,E)
+            continue
+        tokens, mask, scale = (batch[key].to(ranks.device) for key in ("tokens", "mask", "s"))
+        with ranks.autocast():
+            z, c = model.encode(x).float(), model.summarizer(tokens, mask, scale).float()
+            eps = torch.stack([torch.randn(z.shape[1:], generator=generator(cfg.seed, mark, s, *ij))
+                               for ij in batch["ij"].tolist()])
+            t = torch.full((len(z),), cfg.t, device=z.device)
+            z_t = model.schedule.q_sample(z, t, eps.to(z.device))
+            out.append(model.unet.features(z_t, t, c, block).float().mean((2, 3)).cpu())   # (b,K)
+    return torch.cat(out) if out else torch.zeros(0, 0)
+
+
+def extract(cfg):
+    """Write OUT/SLIDE.safetensors for every slide: features (N,K), coords (N,2), one slide in memory at a time. Slides
+    that are done are passed over; ranks share the others. raises: UserError if they were made with other settings."""
+    ranks = setup(cfg.device, cfg.amp, cfg.threads)
+    model, pyramids, encoder, block = open_all(cfg, ranks)
+    out = Path(cfg.out or Path(cfg.run) / "features")
+    same = {k: v for k, v in asdict(cfg).items() if k not in ("run", "data", "out", "batch", "device", "threads")}
+    same |= {"block": block, "model": fingerprint(model) if model and cfg.kind != "descriptor" else None}
+    P, lost, none = pyramids.patch, 0, []
+    if ranks.rank == 0:
+        print(f"{cfg.kind} features of {len(pyramids.slides)} slides at scales {cfg.scales}"
+              f"{f', block {block}, t = {cfg.t}' if block is not None else ''} -> {out}")
+    for k in tqdm(range(ranks.rank, len(pyramids.slides), ranks.world), disable=ranks.rank > 0):
+        slide, source = pyramids.slides[k], (pyramids.folder / pyramids.slides[k]["file"]).stat()
+        path = out / f"{slide['name']}.safetensors"
+        meta = json.loads(json.dumps({"settings": same, "source": [source.st_size, source.st_mtime_ns], "patch": P,
+                                      "size": slide["size"], "scales": cfg.scales}))
+        if path.exists():
+            with open_tensors(path) as f:
+                there = json.loads((f.metadata() or {}).get("json", "{}"))
+            if {key: there.get(key) for key in meta} != meta:
+                raise UserError(f"{path} was made from other images or with other settings: give another --out, or "
+                                f"remove it")
+            continue
+        ij = [[tuple(v) for v in pyramids.tensor(k, f"ij{s}").tolist()] if slide["counts"][s] else []
+              for s in cfg.scales]
+        place = [{v: n for n, v in enumerate(places)} for places in ij]
+        rows = [[at.get((i >> s - cfg.scales[0], j >> s - cfg.scales[0]), -1) for s, at in zip(cfg.scales, place)]
+                for i, j in ij[0]]
+        whole = torch.tensor([row for row in rows if min(row) >= 0], dtype=torch.long).reshape(-1, len(cfg.scales))
+        lost += len(rows) - len(whole)
+        if not len(whole):
+            none.append(slide["name"])
+            continue
+        parts = [scale_features(model, pyramids, encoder, block, k, s, cfg, ranks) for s in cfg.scales]
+        coords = torch.tensor(ij[0])[whole[:, 0]].flip(1) * (P << cfg.scales[0])           # (N,2) x, y at full size
+        save_tensors(path, {"features": torch.cat([p[n] for p, n in zip(parts, whole.T)], 1), "coords": coords.int()},
+                     meta | {"widths": [p.shape[1] for p in parts]})
+    if lost:
+        print(f"{lost} patches of scale {cfg.scales[0]} lie in no patch of {cfg.scales[1:]} and are left out")
+    if none:
+        print(f"{len(none)} slides have no patch and get no file: {', '.join(none[:8])}")
+    ranks.barrier()
 
 
 @dataclass
@@ -67,11 +385,13 @@ FREE = ("features", "out", "heads", "views", "seeds", "fraction", "bootstrap", "
 
 @lru_cache(maxsize=4)
 def cached_bags(folder, view):
+    from slides.bags import Bags
     return Bags(folder, view)
 
 
 def job_labels(cfg, names, repeat):
     """The labels of these slides; shuffled, if cfg says so, differently in each repetition."""
+    from slides.bags import Labels
     labels = Labels(cfg.labels, names, cfg.partial)
     if cfg.shuffle:
         labels.y = labels.y[torch.randperm(len(labels.y), generator=generator(cfg.seed, repeat, 9))]
@@ -79,6 +399,7 @@ def job_labels(cfg, names, repeat):
 
 
 def job_splits(cfg, labels, fraction, repeat):
+    from slides.bags import make_splits, read_splits
     if cfg.splits:
         return read_splits(cfg.splits, labels)
     return make_splits(labels, cfg.folds, fraction, cfg.val, cfg.seed + 10 * repeat)
@@ -86,6 +407,7 @@ def job_splits(cfg, labels, fraction, repeat):
 
 def job_meta(cfg, folder, view, name, fraction, repeat):
     """What the scores of a job depend on. raises: UserError for labels and splits that do not do."""
+    from slides.bags import files_of
     labels = job_labels(cfg, [f.stem for f in files_of(folder)], repeat)
     files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files_of(folder)]
     mark = crc32(repr([files, labels.y.tolist(), labels.patients, job_splits(cfg, labels, fraction, repeat)]).encode())
@@ -160,6 +482,7 @@ def cross_validate(cfg, pairs=None):
     pairs: names of features whose difference to print; default: all. The intervals say how much the choice of test
     patients matters, not that of training patients. raises: UserError for unusable features, labels or settings.
     """
+    from slides.bags import Labels, few, files_of, views
     folders = [f.strip() for f in cfg.features.split(",") if f.strip()]
     heads = [h.strip() for h in cfg.heads.split(",")]
     if not folders or not cfg.labels:
@@ -252,6 +575,7 @@ def thumbnail(cfg, slide):
 
 def draw_map(cfg):
     """Write a PNG: the slide, and over it the attention of the head that had the slide in its test fold."""
+    from slides.bags import files_of, read_bag, views
     folder, head = cfg.features.split(",")[0], cfg.heads.split(",")[0]
     view = views(folder)[-1]
     cfg = replace(cfg, heads=head, fraction=cfg.fraction[:1])

@@ -11,30 +11,434 @@ not on interruptions, nor (but for rounding, and the batch statistics of PatchGA
 
 read next: sample_joint.py
 """
+import copy
+import functools
 import json
+import math
 import os
+import resource
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from common import UserError, cli, configure, generator, load_state_dict, load_tensors, open_tensors, save_grid
-from common import save_tensors, setup, write_text
-from data import PatchDataset, Pyramids, fixed_batch
+from common import (
+    UserError,
+    check_settings,
+    cli,
+    configure,
+    fingerprint,
+    generator,
+    goes_on,
+    load_state_dict,
+    load_tensors,
+    open_tensors,
+    resume,
+    save_grid,
+    save_state,
+    save_tensors,
+    setup,
+    write_text,
+)
+from data import PatchDataset, Pyramids, fixed_batch, read_index
 from diffusion import Schedule, ZoomLDM, diffusion_loss
-from log import plot, read_lines
-from loop import check_loop, run_stage, sample_sheet
-from published import Samples, layout_of
-from pyramid import read_index
-from state import check_settings, fingerprint, fits, goes_on
 from summarizer import KINDS, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, PatchGAN, VAEConfig, perplexity, rebase, revive_codes, vae_loss
+
+
+def layout_fidelity(fake, real, grid):
+    """Pearson correlation of patches (N,3,P,P) average-pooled to grid, min(2^s, 8); 1 compares mean colours.
+
+    Each channel's mean over its set is taken off, or the stain alone would correlate. 0 if a set is constant.
+    """
+    if fake.shape != real.shape or fake.ndim != 4 or min(fake.shape) < 1 or min(fake.shape[2:]) < grid:
+        raise UserError(f"got numbers of shape {tuple(fake.shape)} and {tuple(real.shape)}: give images (N,3,H,W) of "
+                        f"one shape, with sides of at least {grid}")
+    fake, real = (F.adaptive_avg_pool2d(x.double(), grid) for x in (fake, real))            # (N,3,grid,grid)
+    fake, real = ((x - x.mean((0, 2, 3), keepdim=True)).flatten() for x in (fake, real))
+    size = fake.norm() * real.norm()
+    return float(fake @ real / size) if size > 1e-12 else 0.0
+
+
+def fits(base, cfg, pyramids):
+    """raises: UserError if the model `base` of another run cannot go on with these settings and data."""
+    own = not (cfg.vae_weights or Path(cfg.out, "vae.safetensors").exists())
+    parts = {"summarizer": cfg.summarizer, "unet": cfg.unet} | ({"vae": cfg.vae} if own else {})
+    wrong = [f"--{name}.{key}={value}" for name, part in parts.items()
+             for key, value in asdict(getattr(base, name).cfg).items() if value != getattr(part, key)
+             and key not in ("checkpoint", "embed_dim", "scales")]
+    wrong += [f"--{key}={value}" for key, value, given in (
+        ("pred", base.pred, cfg.pred), ("schedule", base.schedule.kind, cfg.schedule)) if value != given]
+    if wrong:
+        raise UserError(f"--init_from={cfg.init_from} has other networks: give its preset, or {' '.join(wrong)}")
+    s, info = base.summarizer.cfg, base.info
+    there, here = (info.get("encoder"), s.embed_dim, s.scales), (pyramids.encoder, pyramids.embed_dim, pyramids.scales)
+    if there != here or info.get("std") != pyramids.std:
+        raise UserError(f"{cfg.data} does not suit --init_from={cfg.init_from}: embeddings by {here[0]}, {here[1]} "
+                        f"wide, at {here[2]} scales, not by {there[0]}, {there[1]} wide, at {there[2]}; build it alike")
+
+
+def check_loop(cfg):
+    """What of the settings this file reads can be refused before anything else is. raises: UserError."""
+    least = {"log_every": 1, "sample_every": 1, "save_every": 1, "keep": 1, "workers": 0, "max_skips": 0, "profile": 0,
+             "warmup": 0, "lr": 0, "weight_decay": 0, "clip": 0, "ema": 0}
+    for name, low in least.items():
+        if getattr(cfg, name) < low:
+            raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {low}")
+    if cfg.decay not in ("cosine", "constant"):
+        raise UserError(f"--decay={cfg.decay}: known are cosine, constant")
+    if len(cfg.betas) != 2 or not all(0 <= x < 1 for x in (*cfg.betas, cfg.ema)):
+        raise UserError(f"--betas={cfg.betas} takes two numbers, --ema={cfg.ema} one: each at least 0 and less than 1")
+
+
+def lr_at(step, steps, lr, warmup, decay):
+    """Learning rate of step 0, 1, ...: linear warm-up, then constant, or a cosine to zero at `steps`."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr if decay == "constant" else lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def loader(dataset, start, steps, batch, micro, ranks, workers, over):
+    """Micro-batches of this rank from step `start` on; sample index = step * batch + position, so resume is exact."""
+    per = batch // ranks.world
+    order = (range(k, k + micro) for step in range(start, steps)
+             for k in range(step * batch + ranks.rank * per, step * batch + (ranks.rank + 1) * per, micro))
+    # forked, though Python 3.14 would not: a SIGTERM to the server that it starts processes from would end them
+    how = "fork" if workers and sys.platform == "linux" else None
+    return iter(DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=ranks.device.type == "cuda",
+                           persistent_workers=workers > 0, worker_init_fn=partial(deaf, over),
+                           multiprocessing_context=how))
+
+
+def deaf(over, _):
+    """Clusters send SIGTERM to every process of a job: those that load data go on until the training is over."""
+    signal.signal(signal.SIGTERM, lambda *_: over.value and os._exit(0))
+
+
+@contextmanager
+def sigterm(over):
+    """Yield a list that holds something once a SIGTERM has come, which ends nothing meanwhile; then set `over`."""
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    try:
+        yield asked
+    finally:
+        over.value = True
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, on_sample=None):
+    """Train `net` for `steps` steps, resuming from out/{name}state.safetensors. out: the steps done, and the averaged
+    weights (raw, if ema_decay is 0) as a state dict. A SIGTERM saves, and exits with code 0. raises: UserError on more
+    than cfg.max_skips steps in a row whose loss or gradient is not finite; the last checkpoint stays as it was."""
+    out, device = Path(cfg.out), ranks.device
+    state_file = out / f"{name}state.safetensors"
+    per = batch // ranks.world
+    micro = min(cfg.micro or per, per)
+    if batch % ranks.world or per % micro:
+        raise UserError(f"a global batch of {batch} does not divide into {ranks.world} ranks of micro-batches of "
+                        f"{micro}: change --{name if hasattr(cfg, name + 'batch') else ''}batch or --micro")
+    net = net.to(device).train()
+    params = [p for p in net.parameters() if p.requires_grad]
+    ema = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema_decay else None
+    pairs = ema_pairs(ema, net) if ema else None
+    opt = torch.optim.AdamW(params, lr=lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+    start = resume(state_file, cfg, net, ema, opt, ranks)
+    if start >= steps:
+        return start, ema or net.state_dict()
+    wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True) if ranks.world > 1 else net
+    log = Log(out / "log.jsonl", name.strip("_") or "ldm", start, net, ranks)
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=log.stage, disable=ranks.rank > 0)
+    watch, over = Watch(net, out, log.stage, batch, cfg.max_skips, ranks), RawValue("b", False)
+    with sigterm(over) as asked, profiler(cfg.profile * (ranks.rank == 0), out / f"{name}profile.txt") as tick:
+        batches = loader(dataset, start, steps, batch, micro, ranks, cfg.workers, over)
+        for step in bar:
+            rate = lr_at(step, steps, lr, min(cfg.warmup, steps // 5), cfg.decay)
+            for group in opt.param_groups:
+                group["lr"] = rate
+            watch.begin()
+            noise = net.noise(step)
+            for at in range(ranks.rank * per, (ranks.rank + 1) * per, micro):
+                item = log.wait(batches) | {k: v[at:at + micro] for k, v in noise.items()}
+                item = {k: v.to(device, non_blocking=True) for k, v in item.items()}
+                log.flops = log.flops or count_flops(net, item, ranks)
+                last = at + micro == (ranks.rank + 1) * per
+                with nullcontext() if last or ranks.world == 1 else wrapped.no_sync():
+                    with ranks.autocast():
+                        loss, values = wrapped(item)
+                    (loss * (micro / per)).backward()
+                log.add(values)
+                watch.add(at, values["loss"])
+            grad = torch.nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
+            opt.found_inf = watch.judge(step, grad, asked)  # where it is 1, a fused optimiser leaves the weights alone
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            if ema:
+                update_ema(pairs, min(ema_decay, (step + 2) / (step + 11)))
+            done = step + 1
+            stop = watch.read(1)
+            if stop or done == steps or not all(done % n for n in (cfg.log_every, cfg.save_every, cfg.sample_every)):
+                stop = watch.read(0)  # nothing is written before this step, too, has been looked at
+                bar.set_postfix_str(log.flush(done, grad, rate, batch, watch.skipped))
+            net.after_step(done, ranks)
+            began = time.time()
+            if done % cfg.save_every == 0 or done == steps or stop:
+                if ranks.rank == 0:
+                    save_state(state_file, cfg, done, net, ema, opt)
+            if stop:
+                leave(done, steps, ranks)
+            if on_sample and ranks.rank == 0 and (done % cfg.sample_every == 0 or done == steps):
+                on_sample(done, ema or net.state_dict())
+            log.since += time.time() - began
+            tick()
+    ranks.barrier()
+    return steps, ema or net.state_dict()
+
+
+def leave(done, steps, ranks):
+    """What a SIGTERM asks for, once the state is saved: end, on all ranks, with exit code 0."""
+    ranks.barrier()
+    if ranks.rank == 0:
+        tqdm.write(f"SIGTERM: saved step {done} of {steps}; the same command goes on from there")
+    if ranks.world > 1:
+        dist.destroy_process_group()
+    sys.exit(0)
+
+
+def ema_pairs(ema, net):
+    """Averages and weights, listed once: those to be averaged, and those to be copied, the counters of batch norm."""
+    pairs = [(ema[k], v) for k, v in net.state_dict().items()]
+    return [list(zip(*(p for p in pairs if p[0].is_floating_point() is floats))) for floats in (True, False)]
+
+
+@torch.no_grad()
+def update_ema(pairs, decay):
+    """ema <- decay ema + (1 - decay) weights. official: decay min(0.9999, (1+n)/(10+n))."""
+    averaged, copied = pairs
+    torch._foreach_lerp_(*averaged, 1 - decay)
+    if copied:
+        torch._foreach_copy_(*copied)
+
+
+class Watch:
+    """What all ranks must agree on: samples whose loss is not finite, a gradient that is not, a SIGTERM to any of them.
+
+    The flags of a step are reduced and copied in the device's own time, and read while it works on the next step.
+    """
+
+    def __init__(self, net, out, stage, batch, most, ranks):
+        self.out, self.stage, self.batch, self.most, self.ranks = out, stage, batch, most, ranks
+        self.pending, self.row, self.skipped, self.stop = [], 0, 0, False
+        self.buffers = list(net.buffers()) if most else []
+
+    def begin(self):
+        self.flags = torch.zeros(self.batch + 2, device=self.ranks.device)  # one a sample, gradient, SIGTERM
+        self.kept = [b.clone() for b in self.buffers]                       # what a skipped step must not move
+
+    def add(self, at, loss):
+        self.flags[at:at + len(loss)] = (~loss.isfinite()).float()
+
+    @torch.no_grad()
+    def judge(self, step, grad, asked):
+        """out: 1 on the device if this step is not to change the weights, else 0."""
+        self.flags[-1] = float(bool(asked))
+        if self.ranks.world > 1:
+            dist.all_reduce(self.flags, dist.ReduceOp.MAX)
+        self.flags[-2] = (~grad.isfinite()).float()  # of the sum over ranks: the same on all
+        bad = self.flags[:-1].amax()
+        for now, before in zip(self.buffers, self.kept):
+            now.copy_(torch.where(bad > 0, before, now))
+        copied = torch.cuda.Event() if self.flags.is_cuda else None
+        self.pending.append((step, self.flags.to("cpu", non_blocking=self.flags.is_cuda), copied))
+        if copied:
+            copied.record()
+        return bad
+
+    def read(self, leave):
+        """Look at the flags of all steps but the last `leave`. out: whether a SIGTERM came. raises: UserError."""
+        while len(self.pending) > leave:
+            step, flags, copied = self.pending.pop(0)
+            if copied:
+                copied.synchronize()
+            self.stop |= bool(flags[-1])
+            self.row = self.row + 1 if (bad := bool(flags[:-1].any())) else 0
+            if not bad:
+                continue
+            # a gradient tells of no sample: then all of the step are named
+            at = flags[:-2].nonzero()[:, 0].tolist() or range(self.batch)
+            where = (f"the {self.stage} {'loss' if flags[:-2].any() else 'gradient'} is no longer finite at step "
+                     f"{step + 1}, on samples {spans([step * self.batch + k for k in at])} of the data set")
+            if self.row > self.most:
+                again = (f"a lower --lr (--vae_lr) and another --out, --vae_weights={self.out} keeps a VAE that is done"
+                         if self.stage in ("vae", "ldm") else
+                         f"a lower --lr, after moving {self.stage}_state*.safetensors away")
+                raise UserError(f"{where}: the last checkpoint in {self.out} is intact; look at these samples, pass "
+                                f"over up to n such steps in a row with --max_skips=n, or start again with "
+                                f"{again}")
+            self.skipped += 1
+            if self.ranks.rank == 0:
+                tqdm.write(f"{where}: skipped")
+        return self.stop
+
+
+def spans(numbers):
+    """Ascending numbers in short: 3, 7-9."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends))
+
+
+def sample_sheet(model, pyramids, split, seed, amp, n=16, show=8, guidance=2.0, steps=20):
+    """Patches drawn from the conditions of real ones. out: picture rows, a pair per scale; labels; layout fidelity."""
+    rows, labels, layout, device = [], [], [], next(model.parameters()).device
+    for s in range(pyramids.scales):
+        if not pyramids.count(split, s):
+            layout.append(None)
+            continue
+        pictures = getattr(pyramids, "images", True)  # official samples may have latents alone
+        batch = fixed_batch(pyramids, split, s, n, ("x",) if pictures else ("z",))
+        with amp, torch.no_grad():
+            c = model.summarizer(batch["tokens"].to(device), batch["mask"].to(device), batch["s"].to(device))
+            x = model.decode(model.sample(c.float(), [pyramids.patch // 4] * 2, guidance, steps, seed)).float().cpu()
+            real = batch["x"] if pictures else model.decode(batch["z"].to(device) * model.latent_scale).float().cpu()
+        rows += [real[:show], x[:show]]
+        labels += [f"scale {s} real", f"scale {s} drawn"]
+        layout.append(round(layout_fidelity(x, real, min(2 ** s, 8)), 4))
+    return rows, labels, layout
+
+
+def read_lines(path):
+    """The records of a log; none if there is no such file. A line cut short by a kill is passed over."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def append(path, record):
+    """Add one line of JSON to a log. raises: UserError if it cannot be written."""
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as err:
+        raise UserError(f"could not write {path}: {err}; check free space and permissions") from err
+
+
+@functools.cache
+def peak_flops(device, dtype):
+    """FLOP/s of a large matrix product of this type on this device, the best of a fifth of a second."""
+    n, gen = 8192 if device.type == "cuda" else 1024, torch.Generator(device).manual_seed(0)
+    a, best, end = torch.randn(n, n, generator=gen, device=device).to(dtype), math.inf, time.perf_counter() + 0.2
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        float((a @ a)[0, 0])  # to read one number waits for all of them
+        best = min(best, time.perf_counter() - began)
+    return 2 * n ** 3 / best
+
+
+def count_flops(net, item, ranks):
+    """FLOPs of one sample, forward and backward (2 per multiplication and addition; what is recomputed counts again).
+    Counted on a copy, which is not compiled, so that neither batch statistics nor gradients move."""
+    twin, few = copy.deepcopy(net), {k: v[:2] for k, v in item.items()}
+    with FlopCounterMode(display=False) as counter:
+        with ranks.autocast():
+            loss, values = twin(few)
+        loss.backward()
+    return counter.get_total_flops() / len(values["loss"])
+
+
+def peak_memory(device):
+    """GB at most that this process has held so far, of the device's memory; on a CPU all that is resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+@contextmanager
+def profiler(steps, path):
+    """Yield a function to call after each step: a table of `steps` steps, after four to warm up, goes to `path`."""
+    if not steps:
+        yield lambda: None
+        return
+
+    def write(prof):
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        write_text(path, prof.key_averages().table(sort_by=by, row_limit=40))
+        tqdm.write(f"wrote {path}: {steps} steps")
+    plan = torch.profiler.schedule(wait=3, warmup=1, active=steps, repeat=1)
+    with torch.profiler.profile(schedule=plan, on_trace_ready=write) as prof:
+        yield prof.step
+
+
+class Log:
+    """Averages between two log lines, per scale and per quarter of t, over all ranks; one JSON line each."""
+
+    def __init__(self, path, stage, start, net, ranks):
+        self.path, self.stage, self.net, self.ranks, self.rows = path, stage, net, ranks, []
+        self.peak, self.flops = peak_flops(ranks.device, ranks.amp or torch.float32), None
+        self.last, self.since, self.waited = start, time.time(), 0.0
+        if ranks.rank == 0:
+            keep = [r for r in read_lines(path) if r["stage"] != stage or r["step"] <= start]
+            write_text(path, "".join(json.dumps(r) + "\n" for r in keep))  # without what a killed run logged too much
+
+    def wait(self, batches):
+        """The next micro-batch; counts the time until it is there."""
+        began = time.time()
+        item = next(batches)
+        self.waited += time.time() - began
+        return item
+
+    def add(self, values):
+        self.rows.append(values)
+
+    def flush(self, step, grad, lr, batch, skipped):
+        """Reduce and write. out: a short text for the progress bar. Samples whose loss is not finite, which were
+        skipped, stay out of the averages."""
+        rows = {k: torch.cat([r[k].float().flatten() for r in self.rows]) for k in self.rows[0]}
+        rows = {k: v[rows["loss"].isfinite()] for k, v in rows.items()}
+        s, t = rows.pop("s").long(), rows.pop("t", None)
+        def binned(value, bins, n):
+            return torch.zeros(n, device=s.device).index_add_(0, bins, value), torch.zeros(
+                n, device=s.device).index_add_(0, bins, torch.ones_like(value))
+        key = next(k for k in ("eps", "psnr", "x0") if k in rows)  # what is comparable between samples
+        sums = {k: binned(v, torch.zeros_like(s), 1) for k, v in rows.items()} | {
+            "by_scale": binned(rows[key], s, self.net.scales)}
+        if t is not None:
+            sums["by_t"] = binned(rows[key], (t * 4 / self.net.schedule.T).long(), 4)
+        record = {"stage": self.stage, "step": step}
+        for k, (total, count) in sums.items():
+            if self.ranks.world > 1:
+                dist.all_reduce(total)
+                dist.all_reduce(count)
+            mean = [round(x, 6) if n else None for x, n in zip((total / count).tolist(), count.tolist())]
+            record[k] = mean if k.startswith("by_") else mean[0]
+        grad, now = float(grad), time.time()
+        record |= {"grad": round(grad, 4) if math.isfinite(grad) else None, "lr": lr}
+        record |= {"skipped": skipped} if skipped else {}
+        speed = (step - self.last) * batch / (now - self.since)  # samples a second, of all ranks
+        record |= {"img_s": round(speed, 1), "peak_share": round(speed * self.flops / self.ranks.world / self.peak, 4),
+                   "wait_share": round(self.waited / (now - self.since), 4), "gb": round(
+                       peak_memory(self.ranks.device), 2)} | self.net.report()
+        self.rows, self.last, self.since, self.waited = [], step, now, 0.0
+        if self.ranks.rank == 0:
+            append(self.path, record)
+        scales = " ".join("-" if v is None else f"{v:.3g}" for v in record["by_scale"])
+        return (f"loss {record['loss'] or math.nan:.4f}, {key} by scale {scales} | {record['img_s']} img/s, "
+                f"{record['peak_share']:.0%} of {self.peak / 1e9:,.0f} GFLOP/s, {record['wait_share']:.0%} waiting "
+                f"for data, {record['gb']} GB")
 
 
 @dataclass
@@ -94,9 +498,13 @@ TOY = {"vae.width": 32, "vae.res_blocks": 1, "vae.codes": 1024, "vae.groups": 8,
        "summarizer.width": 128, "summarizer.depth": 2, "summarizer.mlp": 256, "summarizer.positions": 16,
        "unet.width": 64, "unet.mult": (1, 2), "unet.res_blocks": 1, "unet.attention": (2,), "unet.groups": 8,
        "unet.positions": 16, "pred": "v", "steps": 800, "sample_every": 200}
+
+
 PUBLISHED = {"vae_steps": 0, "lr": 2e-5, "betas": (0.9, 0.999), "warmup": 1000, "decay": "constant", "clip": 0.0,
              "ema": 0.9999, "steps": 500_000, "workers": 4, "log_every": 100, "sample_every": 10_000,
              "save_every": 5000, "summarizer.side": 128}
+
+
 PRESETS = {
     # small rates and few codes: otherwise 40 steps blow up the rounding by which two ranks differ from one
     "smoke": TOY | {"data": "data/smoke", "amp": False, "toy": (8, 4, 256), "vae_steps": 40, "vae_lr": 1e-4,
@@ -133,7 +541,7 @@ class VAEStage(nn.Module):
         self.crop = min(cfg.vae_crop or anchor.shape[-1], anchor.shape[-1])
         self.perceptual = [None]                                      # in a list: not ours to train, save or switch
         if cfg.lpips:
-            from metrics import load_lpips  # optional extra
+            from experiments.metrics import load_lpips  # optional extra
             self.perceptual = [load_lpips(cfg.lpips).to(anchor.device).eval()]
 
     def noise(self, step):
@@ -326,6 +734,8 @@ def check(cfg):
 
 
 def main(argv):
+    from experiments.plot import plot
+    from slides.official import Samples, layout_of
     cfg = configure(Config, argv, PRESETS, ("preset",), __doc__)
     if cfg.plot:
         return plot(Path(cfg.plot))

@@ -15,8 +15,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from common import UserError, cli, common_count, common_size, configure, load_official, load_state_dict, save_tensors
-from common import summary
+from common import (
+    UserError,
+    cli,
+    common_count,
+    common_size,
+    configure,
+    load_official,
+    load_state_dict,
+    save_tensors,
+    summary,
+)
 
 
 @dataclass

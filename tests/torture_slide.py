@@ -19,7 +19,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError  # noqa: E402
-from reader import open_slide  # noqa: E402
+from slides.reader import open_slide  # noqa: E402
 
 SECONDS, MEGABYTES = 2.0, 500
 CODES = {1: "B", 2: "B", 3: "H", 4: "I", 5: "I", 12: "d", 16: "Q"}

@@ -1,0 +1,1 @@
+"""What large images need beyond the method."""

@@ -1,0 +1,152 @@
+"""A proxy for A Dec: a small convolutional map from latents straight to the decoded image at a quarter of its side.
+
+The constraint of joint sampling only ever sees a 4- to 16-fold reduced decode. A few thousand parameters can learn that
+from the decoder in half a minute, and their gradient costs next to nothing, so that decoder and encoder leave the loop.
+Reductions beyond 4 follow by `Resize`. Its pupils are noisy estimates of every t, which is what it will be asked about.
+
+in:  scaled latents (B,3,h,w)   out: images (B,3,h,w) in [-1,1], and RUN/proxy.safetensors
+run: python proxy.py out/toy     read next: sample_joint.py
+"""
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from common import UserError, cli, configure, generator, load_tensors, save_tensors, setup
+from data import PatchDataset, Pyramids
+from diffusion import ZoomLDM, to_x0
+from sample_joint import Resize
+
+
+class Proxy(nn.Module):
+    """Three convolutions over the latents; 7 x 7 of them are seen, and the mean and deviation of the whole window, for
+    the decoder's GroupNorm and attention look at all of it too. No gradient goes through these two.
+
+    Attributes: factor, by how much its image is smaller than the decoder's; inverse (3,3): (M^T M)^-1, damped, with M
+    what an even change of the latent does to the image; it makes of a gradient M^T r the change M^-1 r that is wanted.
+    """
+
+    def __init__(self, factor=4, width=32):
+        super().__init__()
+        self.factor = factor
+        self.linear = nn.Conv2d(9, 3, 1)
+        self.deep = nn.Sequential(nn.Conv2d(9, width, 3, padding=1), nn.SiLU(),
+                                  nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
+        self.register_buffer("inverse", torch.eye(3))
+
+    def forward(self, z):
+        var, mean = torch.var_mean(z, (2, 3), correction=0, keepdim=True)
+        # what the whole window has in common is not a latent's to change: through these, one that stands out of a flat
+        # window is driven on by whatever is wrong elsewhere, and one on which four windows lie four times as far
+        mean, std = mean.detach(), (var + 1e-4).sqrt().detach()
+        z = torch.cat([z, mean.expand_as(z), std.expand_as(z)], 1)                      # (B,9,h,w)
+        return self.linear(z) + self.deep(z)                                            # (B,3,h,w)
+
+
+@torch.no_grad()
+def lesson(model, pyramids, split, n, guidance, seed, ranks, t=None):
+    """What a sampler would ask: estimates z0_hat (n,3,h,w) from latents noised to random t (or to this one), and what
+    the decoder makes of them, reduced (n,3,h,w). All scales in turn."""
+    data, A = PatchDataset(pyramids, split, seed, want=("x",)), Resize(model.vae.factor)
+    z, x = [], []
+    for k in range(0, n, 32):
+        batch = {k: v.to(ranks.device) for k, v in default_collate([data[i] for i in range(k, min(k + 32, n))]).items()}
+        with ranks.autocast():
+            z0 = model.encode(batch["x"]).float()
+            c = model.summarizer(batch["tokens"], batch["mask"], batch["s"]).float()
+            rng = generator(seed, k)
+            ts = torch.randint(1000, (len(z0),), generator=rng) if t is None else torch.full((len(z0),), t)
+            ts = ts.to(z0.device)
+            z_t = model.schedule.q_sample(z0, ts, torch.randn(z0.shape, generator=rng).to(z0))
+            z0_hat = to_x0(model.guided(c, guidance)(z_t, ts), z_t, model.schedule.at(ts, z_t), "eps")
+            decoded = model.decode(z0_hat).float()
+        z, x = [*z, z0_hat], [*x, A.down(decoded)]
+    return torch.cat(z), torch.cat(x)
+
+
+def fit(model, pyramids, ranks, n=1024, steps=1200, batch=64, lr=3e-3, guidance=2.0):
+    """Fit a Proxy to the decoder of `model` on n estimates of training patches. deterministic."""
+    z, x = lesson(model, pyramids, "train", n, guidance, 1, ranks)
+    torch.manual_seed(0)
+    proxy = Proxy(model.vae.factor).to(z.device)
+    optimizer = torch.optim.AdamW(proxy.parameters(), lr)
+    for step in tqdm(range(steps), desc="proxy"):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        pick = torch.randint(len(z), (batch,), generator=generator(0, step)).to(z.device)
+        optimizer.zero_grad()
+        loss = F.mse_loss(proxy(z[pick]), x[pick])
+        loss.backward()
+        optimizer.step()
+    proxy.eval().requires_grad_(False)
+    shift = 0.05 * torch.eye(3, device=z.device)[:, None, :, None, None]                # one channel at a time
+    M = ((proxy((z[:256] + shift).flatten(0, 1)).unflatten(0, (3, -1)) - proxy(z[:256])) / 0.05).mean((1, 3, 4)).T
+    # tissue has hardly more than two colours, so M is nearly singular: what it cannot do is not asked of it
+    proxy.inverse.copy_(torch.linalg.inv(M.T @ M + (0.2 * torch.linalg.matrix_norm(M, 2)) ** 2 * torch.eye(3).to(M)))
+    return proxy
+
+
+def fingerprint(model):
+    """Tells models apart: a hash of the last layers of U-Net and decoder."""
+    parts = (model.unet.conv_out.weight, model.vae.decoder.conv_out.weight)
+    return sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in parts)).hexdigest()[:16]
+
+
+def load(folder, model, pyramids, ranks, guidance=2.0):
+    """The proxy of a run, saved beside the model; fitted now if there is none, or one of another model, to `pyramids`
+    (None: refused then)."""
+    path = Path(folder) / "proxy.safetensors"
+    proxy = Proxy(model.vae.factor)
+    state, meta = load_tensors(path) if path.exists() else ({}, {"model": None})
+    if meta.get("model", fingerprint(model)) == fingerprint(model):
+        try:
+            proxy.load_state_dict(state)
+        except RuntimeError as err:
+            raise UserError(f"{path} does not fit this program: remove it, it is made again in a minute") from err
+        return proxy.to(ranks.device).eval().requires_grad_(False)
+    if pyramids is None:
+        raise UserError(f"{path} is missing, or of another model, and there is no data to fit one to: give --data=, "
+                        f"what the run was trained on, or another --guide")
+    proxy = fit(model, pyramids, ranks, guidance=guidance)
+    if ranks.rank == 0:
+        save_tensors(path, proxy.state_dict(), {"model": fingerprint(model)})
+        print(f"wrote {path}")
+    ranks.barrier()
+    return proxy
+
+
+@dataclass
+class Config:
+    run: str = ""           # run folder
+    data: str = ""          # data folder; default: the one the run was trained on
+    n: int = 256            # held-out patches to measure on
+    guidance: float = 2.0
+    device: str = "auto"
+    threads: int = 0
+
+
+def main(argv):
+    """Fit if need be, and print the error on estimates of held-out slides at seven t."""
+    cfg = configure(Config, argv, words=("run",), doc=__doc__)
+    if not cfg.run:
+        raise UserError("say which run: python proxy.py out/toy")
+    ranks = setup(cfg.device, threads=cfg.threads)
+    model = ZoomLDM.from_run(cfg.run).to(ranks.device)
+    pyramids = Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
+    proxy = load(cfg.run, model, pyramids, ranks, cfg.guidance)
+    size = sum(p.numel() for p in proxy.parameters())
+    print(f"{size:,} parameters; on estimates of held-out patches: rms error in grey levels (and its share of the "
+          f"deviation within patches)\n{'t':>5}{'reduced 4x':>12}{'share':>8}{'8x':>8}{'16x':>8}")
+    for t in (0, 100, 300, 500, 700, 900, 999):
+        z, x = lesson(model, pyramids, "test", cfg.n, cfg.guidance, 2, ranks, t)
+        wrong = [F.avg_pool2d(proxy(z) - x, k).square().mean().sqrt() * 127.5 for k in (1, 2, 4)]
+        inner = (x - x.mean((2, 3), keepdim=True)).square().mean().sqrt() * 127.5
+        print(f"{t:>5}{wrong[0]:>12.2f}{wrong[0] / inner:>8.3f}{wrong[1]:>8.2f}{wrong[2]:>8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    cli(main)

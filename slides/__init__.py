@@ -1,0 +1,1 @@
+"""Reading and writing what people have: slides, encoders, official samples, bags."""

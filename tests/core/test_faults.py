@@ -1,0 +1,308 @@
+"""Trainings that are killed, starved, damaged, poisoned, or spread over ranks, in real processes; torture_train.py does
+the same to train.py itself, for minutes."""
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+from functools import partial
+
+import pytest
+import torch
+import training
+from training import BATCH, STEPS, by_launcher, close, codes, damage, same, seen, start, step_of, tiny, wait_for
+
+import cdm
+import common as state
+import train as loop
+from common import UserError, load_tensors, save_tensors, setup
+from train import Config
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing happens to."""
+    tiny(out := tmp_path_factory.mktemp("whole"))
+    return out
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_nothing_happens(whole):
+    """It learns, sees every sample once, in order, and its log says what the hardware did."""
+    rows = log(whole)
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"] and [r["step"] for r in rows] == list(range(5, STEPS + 1, 5))
+    assert seen(whole) == {s: list(range(s * BATCH, (s + 1) * BATCH)) for s in range(STEPS)}
+    for row in rows:
+        assert 0 <= row["peak_share"] and 0 <= row["wait_share"] <= 1 and row["gb"] > 0.05 and row["img_s"] > 0
+    assert sorted(p.name for p in whole.glob("state*")) == ["state.1.safetensors", "state.safetensors"]
+    assert (step_of(whole / "state.safetensors"), step_of(whole / "state.1.safetensors")) == (STEPS, STEPS - 5)
+
+
+def test_sigkill(whole, tmp_path):
+    """Three times, at any moment. Catches: a generator or an order that hangs on the start, a moment not saved."""
+    path, rng = tmp_path / "state.safetensors", random.Random(0)
+    for wanted in (5, 15, 25):
+        process = start(tmp_path, tiny, tmp_path, pause=0.01)
+        wait_for(path, wanted, process)
+        process[0].join(rng.random() * 0.05)
+        os.kill(process[0].pid, signal.SIGKILL)
+        assert codes(process) == [-signal.SIGKILL]
+    tiny(tmp_path)
+    assert same(whole / "state.safetensors", path) and seen(tmp_path) == seen(whole)
+    drop = {"img_s", "peak_share", "wait_share", "gb"}
+    assert [{k: v for k, v in r.items() if k not in drop} for r in log(tmp_path)] == [
+        {k: v for k, v in r.items() if k not in drop} for r in log(whole)]
+
+
+def test_sigterm_to_all_processes_of_a_job(whole, tmp_path):
+    """As clusters send it: also to the data loading process, which must not take the training with it."""
+    path = tmp_path / "state.safetensors"
+    process = start(tmp_path, tiny, tmp_path, pause=0.01, workers=1)
+    wait_for(path, 5, process)
+    os.killpg(process[0].pid, signal.SIGTERM)
+    assert codes(process) == [0]
+    assert f"SIGTERM: saved step {step_of(path)} of {STEPS}" in (tmp_path / "text").read_text()
+    assert 5 <= step_of(path) < STEPS
+    tiny(tmp_path)
+    assert same(whole / "state.safetensors", path)
+
+
+def test_an_error_takes_the_data_loading_processes_along(tmp_path):
+    """They hear no SIGTERM while the training runs; that must not keep a failed one from ending."""
+    assert codes(start(tmp_path, tiny, tmp_path, bad=(9,), workers=1)) == [2]
+
+
+def test_sigterm_to_one_of_two_ranks(whole, tmp_path):
+    """Both stop after the same step, and one rank goes on where two were. Catches: ranks that wait for each other for
+    ever, samples that are lost or come twice."""
+    path = tmp_path / "state.safetensors"
+    processes = start(tmp_path, tiny, tmp_path, pause=0.01, ranks=2)
+    wait_for(path, 5, processes)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert codes(processes) == [0, 0]
+    assert 5 <= step_of(path) < STEPS
+    tiny(tmp_path)
+    assert seen(tmp_path) == seen(whole)
+    assert close(whole / "state.safetensors", path, 1e-4)
+    for a, b in zip(log(whole)[-3:], log(tmp_path)[-3:], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=2e-6)
+
+
+def test_torchrun_restarts_what_a_killed_worker_stopped(whole, tmp_path):
+    """The code of torchrun --max-restarts=1: two ranks, one of which is killed at step 12."""
+    assert codes(start(tmp_path, by_launcher, tmp_path, 2, 1)) == [0], (tmp_path / "text").read_text()[-2000:]
+    lines = (tmp_path / "seen").read_text().splitlines()
+    assert sum(line.startswith("11 ") for line in lines) == 4  # step 11 once in each life, of two ranks
+    assert sum(line.startswith("9 ") for line in lines) == 2   # what was saved at 10 is not done again
+    assert seen(tmp_path) == seen(whole) and close(whole / "state.safetensors", tmp_path / "state.safetensors", 1e-4)
+
+
+def test_full_disk(whole, tmp_path):
+    """A limit on the size of files, so that the save at step 10 fails. The one of step 5 stays; one sentence."""
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (4000, 4000))
+    assert codes(start(tmp_path, tiny, tmp_path, {7: limit})) == [2]
+    text = (tmp_path / "text").read_text()
+    assert "error: could not write" in text and "the earlier file is untouched" in text and "Traceback" not in text
+    assert [p.name for p in tmp_path.glob("*state*")] == ["state.safetensors"]
+    assert step_of(tmp_path / "state.safetensors") == 5
+    tiny(tmp_path)
+    assert same(whole / "state.safetensors", tmp_path / "state.safetensors")
+
+
+@pytest.mark.parametrize("how", ["cut", "flip", "lost", "half"])
+def test_damaged_checkpoint(whole, tmp_path, how, capsys):
+    """Falls back to the one before, says so, ends the same; the damaged one never takes the place of a whole one."""
+    def stop():
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        tiny(tmp_path, {18: stop})
+    path = tmp_path / "state.safetensors"
+    assert (step_of(path), step_of(tmp_path / "state.1.safetensors")) == (15, 10)
+    if how == "lost":    # killed between the two renamings of a save
+        path.unlink()
+    elif how == "half":  # killed while it wrote: nothing is lost
+        (tmp_path / ".state.safetensors.99.tmp").write_bytes(path.read_bytes()[:2000])
+    else:
+        damage(path, random.Random(3), how)
+    capsys.readouterr()
+    tiny(tmp_path, {19: stop} if how == "x" else None)
+    said = capsys.readouterr().out
+    assert ("falling back to" in said and "state.1.safetensors, step 10" in said) == (how != "half")
+    assert {"cut": "not a complete", "flip": "damaged", "lost": "no file", "half": ""}[how] in said
+    assert (tmp_path / "state.safetensors.damaged").exists() == (how in ("cut", "flip"))
+    assert same(whole / "state.safetensors", path)
+    assert same(whole / "state.1.safetensors", tmp_path / "state.1.safetensors")
+
+
+def test_every_flipped_bit_is_noticed(whole, tmp_path):
+    """In the header as in the tensors; a whole file passes."""
+    path, rng = tmp_path / "state.safetensors", random.Random(0)
+    raw = (whole / "state.safetensors").read_bytes()
+    path.write_bytes(raw)
+    assert state.newest_state(path)[2]["step"] == STEPS
+    for _ in range(150):
+        path.write_bytes(raw)
+        damage(path, rng, "flip")
+        with pytest.raises(UserError, match="no checkpoint is whole"):
+            state.newest_state(path)
+
+
+def test_no_whole_checkpoint_is_left(whole, tmp_path):
+    """Days of work are not begun again in silence."""
+    for k in (0, 1):
+        name = state.older(whole / "state.safetensors", k).name
+        (tmp_path / name).write_bytes((whole / name).read_bytes()[:1000])
+    with pytest.raises(UserError, match="no checkpoint is whole: .*state.saf.*state.1.*remove them to start afresh"):
+        tiny(tmp_path)
+
+
+def test_checkpoints_from_before_checksums(whole, tmp_path):
+    """They resume, unchecked."""
+    from safetensors.torch import save_file
+    tensors, meta = load_tensors(whole / "state.1.safetensors")
+    del meta["crc"]
+    save_file(tensors, tmp_path / "state.safetensors", {"json": json.dumps(meta)})
+    tiny(tmp_path)
+    assert same(whole / "state.safetensors", tmp_path / "state.safetensors")
+
+
+def test_more_checkpoints_can_be_kept(whole, tmp_path):
+    tiny(tmp_path, keep=4)
+    assert [step_of(state.older(tmp_path / "state.safetensors", k)) for k in range(5)] == [40, 35, 30, 25, 0]
+    tiny(tmp_path / "one", keep=1)
+    assert [p.name for p in (tmp_path / "one").glob("state*")] == ["state.safetensors"]
+
+
+def test_fewer_checkpoints_are_kept_from_then_on(whole, tmp_path):
+    """What --keep=4 left behind goes when --keep=1 saves."""
+    for k in (1, 3):
+        shutil.copy(whole / "state.1.safetensors", tmp_path / f"state.{k}.safetensors")
+    tiny(tmp_path, keep=1)
+    assert [p.name for p in tmp_path.glob("state*.safetensors")] == ["state.safetensors"]
+
+
+def test_resuming_lets_go_of_the_file(tmp_path):
+    """What training goes on with is no view of the checkpoint: wiping that changes nothing. Otherwise a checkpoint that
+    was removed holds its disk space until the training ends."""
+    def fresh():
+        net = torch.nn.Linear(64, 64)
+        opt = torch.optim.AdamW(net.parameters())
+        net(torch.ones(1, 64)).sum().backward()
+        opt.step()
+        return net, {k: v.clone() for k, v in net.state_dict().items()}, opt
+    file, cfg = tmp_path / "state.safetensors", Config(keep=1)
+    net, ema, opt = fresh()
+    state.save_state(file, cfg, 7, net, ema, opt)
+    net, ema, opt = fresh()
+    assert state.resume(file, cfg, net, ema, opt, None) == 7
+    tensors = [*net.parameters(), *ema.values(), *(v for s in opt.state.values() for v in s.values())]
+    then = [v.detach().clone() for v in tensors]
+    with open(file, "r+b") as f:
+        f.write(bytes(file.stat().st_size))
+    assert len(then) == 2 + 2 + 6 and all(a.equal(b) for a, b in zip(then, tensors))
+
+
+def test_sample_that_is_not_finite_is_named(tmp_path):
+    """Step 12, of samples 44 to 47; nothing of it is saved, and what stands resumes. Not indices within a batch."""
+    with pytest.raises(UserError, match=r"the ldm loss is no longer finite at step 12, on samples 45, 47 of the data"):
+        tiny(tmp_path, bad=(45, 47), norm=False)
+    assert step_of(tmp_path / "state.safetensors") == 10
+    tiny(tmp_path, norm=False)
+    tiny(tmp_path / "good", norm=False)
+    assert same(tmp_path / "good/state.safetensors", tmp_path / "state.safetensors")
+
+
+def test_two_ranks_name_the_sample_and_stop_together(tmp_path):
+    assert 2 in codes(start(tmp_path, tiny, tmp_path, bad=(47,), norm=False, ranks=2))
+    assert (tmp_path / "text").read_text().count("no longer finite at step 12, on samples 47 of") == 2
+
+
+def test_gradient_that_is_not_finite(tmp_path, monkeypatch):
+    """The loss is finite, and a gradient names no sample: all of the step are named."""
+    real = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def broken(params, most):
+        calls.append(1)
+        if len(calls) == 7:
+            params[0].grad[0, 0] = float("inf")
+        return real(params, most)
+    monkeypatch.setattr(loop.torch.nn.utils, "clip_grad_norm_", broken)
+    with pytest.raises(UserError, match=r"gradient is no longer finite at step 7, on samples 24-27 of"):
+        tiny(tmp_path)
+    assert step_of(tmp_path / "state.safetensors") == 5
+
+
+def test_steps_that_are_skipped(whole, tmp_path, capsys):
+    """Two in a row may pass, three may not. A skipped step leaves weights, moments and statistics as they were."""
+    kept = {}
+
+    def look(step):
+        def at():
+            kept[step] = {k: v.clone() for k, v in stage.state_dict().items()}
+        return at
+    real = training.Stage
+
+    def keeps(*args):
+        nonlocal stage
+        stage = real(*args)
+        return stage
+    stage = None
+    training.Stage = keeps
+    try:
+        tiny(tmp_path, {s: look(s) for s in (9, 11, 12)}, bad=(36, 43), max_skips=2)  # steps 9 and 10, from 0
+    finally:
+        training.Stage = real
+    for k, v in kept[9].items():
+        assert torch.equal(v, kept[11][k]) or k.endswith("tracked"), k
+    assert not torch.equal(kept[11]["last.weight"], kept[12]["last.weight"])
+    said, rows = capsys.readouterr().out, log(tmp_path)
+    assert "at step 10, on samples 36-39 of the data set: skipped" in said and "at step 11, on samples 40-43" in said
+    assert [r.get("skipped") for r in rows] == [None, 1, 2, 2, 2, 2, 2, 2] and rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    for k, v in load_tensors(tmp_path / "state.safetensors")[0].items():
+        assert v.isfinite().all(), k
+        assert not k.endswith(".step") or v == STEPS - 2
+    with pytest.raises(UserError, match="at step 12, on samples 44-47 of"):
+        tiny(tmp_path / "three", bad=(36, 43, 44), max_skips=2)
+
+
+@pytest.mark.parametrize("stage, says", [("ldm", "--vae_weights="), ("cdm", r"moving cdm_state\*.safetensors away$")])
+def test_advice_is_of_options_that_there_are(stage, says, tmp_path):
+    """python cdm.py train has neither --out nor --vae_lr, and its batch is --batch."""
+    net, alone = torch.nn.Linear(1, 1), setup("cpu")
+    watch = loop.Watch(net, tmp_path, stage, 2, 0, alone)
+    watch.begin()
+    watch.judge(0, torch.tensor(float("inf")), [])
+    with pytest.raises(UserError, match=says):
+        watch.read(0)
+    cfg = cdm.Config(micro=2)
+    cfg.out = tmp_path
+    with pytest.raises(UserError, match="change --batch or --micro"):
+        loop.run_stage("cdm_", cfg, alone, net, None, 1, 3, 0.1)
+    path = tmp_path / "cdm_state.safetensors"
+    save_tensors(path, {}, {"settings": {"lr": 2.0}})
+    with pytest.raises(UserError, match=r"\(lr\).* move cdm_state\*.safetensors away to start afresh"):
+        state.check_settings(path, cfg)
+
+
+def test_a_foreign_file_in_place_of_ours(tmp_path):
+    """Without any metadata. catches: a TypeError."""
+    from safetensors.torch import save_file
+    save_file({"w": torch.ones(1)}, tmp_path / "vae.safetensors")
+    with pytest.raises(UserError, match="vae.safetensors does not say what settings"):
+        state.check_settings(tmp_path / "vae.safetensors", Config(), "vae")
+
+
+def test_profile(tmp_path):
+    tiny(tmp_path, profile=2)
+    text = (tmp_path / "profile.txt").read_text()
+    assert "Self CPU" in text and "aten::addmm" in text
+    assert step_of(tmp_path / "state.safetensors") == STEPS
+
+
+def test_spans():
+    assert loop.spans([3, 7, 8, 9, 12]) == "3, 7-9, 12" and loop.spans(range(4, 8)) == "4-7"

@@ -1,0 +1,66 @@
+"""The table of speed: that what is timed side by side is the same sampling, and that cost is counted as it is spent."""
+import contextlib
+import io
+
+import pytest
+import torch
+
+from common import UserError
+from experiments import quality
+from experiments import speed as joint_table
+from large.proxy import Proxy
+
+
+@pytest.fixture(scope="module")
+def printed(ready):
+    """What `speed` prints: {name: [s a step, decoding, 50 steps, times, TFLOP, times]}, and the differences. Its proxy
+    has not learnt anything, and costs the same."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(out):
+        patched.setattr(quality.proxies, "load", lambda *args: Proxy())
+        joint_table.main(["speed", str(ready), "--size=128", "--steps=2", "--rounds=1", "--device=cpu", "--threads=1"])
+    lines = out.getvalue().splitlines()
+    far = next(line for line in lines if line.startswith("largest difference")).split(": ")[1]
+    rows = {line[:16].strip(): [float(x) for x in line[16:].split()] for line in lines[-8:]}
+    return rows, [float(part.split()[0]) for part in far.split(", ")]
+
+
+def test_exact_is_the_transcription(printed):
+    """The same latents, written twice. catches: a sign, a floor, another order of updates in either; rounding where the
+    other does not, for in float32 two nested finite differences make 1e-3 and more of it."""
+    single, double = printed[1]
+    assert double < 1e-9 and single < 1e-4, (single, double)
+
+
+def test_what_is_saved(printed):
+    """FLOPs at full size. catches: work counted twice or not at all; estimates not passed on to the DDIM step."""
+    rows = printed[0]
+    flops = {name: row[4] for name, row in rows.items()}
+    assert list(rows)[0] == "transcription" and rows["transcription"][3] == rows["transcription"][5] == 1
+    assert flops["exact, float32"] == flops["exact, bf16"] < flops["transcription"]
+    assert flops["unguided"] <= flops["x0+proxy"] < flops["x0"] < flops["exact, bf16"]
+    assert flops["part guided"] < flops["x0+proxy"] < flops["proxy"] < flops["exact, bf16"]
+    for step, decoding, total, *_ in rows.values():
+        assert total == pytest.approx(50 * step + decoding, abs=0.3)                # as printed, rounded to 0.01
+
+
+def test_published_decoding(model):
+    """Where all windows show the same, so does their mean; catches: weights that do not sum to what was added."""
+    class Same:
+        vae = model.vae
+
+        @staticmethod
+        def decode(z):
+            return z.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    z = torch.rand(1, 3, 32, 32)
+    assert (joint_table.published_decoding(Same, z, 16) - Same.decode(z)).abs().max() < 1e-5
+
+
+def test_bad_input(ready):
+    with pytest.raises(UserError, match="joint_table.py speed RUN"):
+        joint_table.main(["fast", str(ready)])
+    with pytest.raises(UserError, match="joint_table.py speed RUN"):
+        joint_table.main(["speed"])
+    for args in (["speed", "--rounds=0"], ["flat", "--guide=magic"], ["cosine", "--size=128"]):
+        with pytest.raises(UserError, match="guides are exact.*cosine takes 256 pixels"):
+            joint_table.main([args[0], str(ready), *args[1:]])

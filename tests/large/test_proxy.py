@@ -1,0 +1,147 @@
+"""The proxy of A Dec: it learns from the decoder, is the same every time, and comes back from its file."""
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import Ranks, UserError, load_tensors, save_tensors
+from data import Pyramids
+from diffusion import ZoomLDM
+from large import proxy as proxies
+from sample_joint import Resize
+
+RANKS = Ranks(0, 1, torch.device("cpu"), None)
+quick = partial(proxies.fit, n=40, steps=40, batch=16)
+
+
+@pytest.fixture(scope="module")
+def trained(run, toy):
+    return ZoomLDM.from_run(run), Pyramids(toy)
+
+
+@pytest.fixture(scope="module")
+def fitted(trained):
+    return quick(*trained, RANKS)
+
+
+def error(proxy, z, x):
+    with torch.no_grad():
+        return float(F.mse_loss(proxy(z), x))
+
+
+def test_lesson_is_the_reduced_decode(trained):
+    """What the constraint would see of estimates at every t; at t = 0 the estimate is the latent itself. Catches: a
+    decode of z_t, a target reduced by another operator, test patches of the training set."""
+    model, pyramids = trained
+    z, x = proxies.lesson(model, pyramids, "test", 5, 2.0, 1, RANKS)
+    with torch.no_grad():
+        assert torch.allclose(x, Resize(4).down(model.decode(z)), atol=1e-5)
+    assert z.shape == x.shape == (5, 3, 16, 16)
+    again, other = (proxies.lesson(model, pyramids, "test", 5, 2.0, seed, RANKS)[0] for seed in (1, 2))
+    assert torch.equal(z, again) and not torch.equal(z, other)
+    clean, _ = proxies.lesson(model, pyramids, "test", 33, 1.0, 1, RANKS, t=0)
+    data = proxies.PatchDataset(pyramids, "test", 1, want=("x",))
+    with torch.no_grad():
+        real = model.encode(torch.stack([data[k]["x"] for k in (0, 1, 31, 32)]))
+    assert (clean[[0, 1, 31, 32]] - real).square().mean() < 0.01 * real.square().mean()
+
+
+def test_fitting_lowers_the_error_on_held_out_estimates(trained, fitted):
+    """Against an untrained proxy, and against always saying the mean picture."""
+    model, pyramids = trained
+    z, x = proxies.lesson(model, pyramids, "test", 32, 2.0, 2, RANKS)
+    torch.manual_seed(0)
+    untrained = proxies.Proxy(model.vae.factor)
+    assert error(fitted, z, x) < 0.5 * error(untrained, z, x)
+    assert error(fitted, z, x) < float((x - x.mean((0, 2, 3), keepdim=True)).square().mean())
+    assert not fitted.training and not any(p.requires_grad for p in fitted.parameters())
+
+
+def test_inverse(trained, fitted):
+    """(M^T M + damping)^-1, with M what an even change of a latent's channel does to the picture. Catches: M
+    transposed, a step that is not divided out."""
+    z, _ = proxies.lesson(*trained, "train", 40, 2.0, 1, RANKS)
+    with torch.no_grad():
+        M = [(fitted(z + 0.05 * d[:, None, None]) - fitted(z)).mean((0, 2, 3)) / 0.05 for d in torch.eye(3)]
+    M = torch.stack(M, 1)
+    damped = M.T @ M + (0.2 * torch.linalg.matrix_norm(M, 2)) ** 2 * torch.eye(3)
+    assert torch.allclose(fitted.inverse @ damped, torch.eye(3), atol=1e-3)
+    assert not torch.equal(M, M.T)
+
+
+def test_fitting_is_deterministic(trained):
+    """Whatever random numbers were drawn before."""
+    few = partial(proxies.fit, n=8, steps=3, batch=4)
+    a = few(*trained, RANKS).state_dict()
+    torch.randn(7)
+    b = few(*trained, RANKS).state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_saved_and_loaded(trained, tmp_path, monkeypatch, capsys):
+    """Fitted once; the second time it comes from the file, the same to the bit."""
+    calls = []
+
+    def fit(*args, **settings):
+        calls.append(settings)
+        return proxies.Proxy(4).eval().requires_grad_(False)
+    monkeypatch.setattr(proxies, "fit", fit)
+    first = proxies.load(tmp_path, *trained, RANKS, 3.0)
+    second = proxies.load(tmp_path, *trained, RANKS)
+    assert calls == [{"guidance": 3.0}] and f"wrote {tmp_path / 'proxy.safetensors'}" in capsys.readouterr().out
+    z = torch.randn(2, 3, 16, 16)
+    assert torch.equal(first(z), second(z)) and second.factor == 4
+    assert not second.training and not any(p.requires_grad for p in second.parameters())
+    assert load_tensors(tmp_path / "proxy.safetensors")[0].keys() == first.state_dict().keys()
+
+
+def test_data_is_needed_to_fit_alone(trained, tmp_path, monkeypatch):
+    """A run that was copied without its data draws with the proxy it has. catches: a folder asked for and not read."""
+    with pytest.raises(UserError, match="no data to fit one to: give --data="):
+        proxies.load(tmp_path, trained[0], None, RANKS)
+    monkeypatch.setattr(proxies, "fit", lambda *args, **settings: proxies.Proxy(4).eval())
+    proxies.load(tmp_path, *trained, RANKS)
+    assert proxies.load(tmp_path, trained[0], None, RANKS).factor == 4
+
+
+@pytest.mark.parametrize("tensors", [{}, {"w": torch.zeros(3)}, proxies.Proxy(width=16).state_dict()])
+def test_a_foreign_file(trained, tmp_path, tensors):
+    save_tensors(tmp_path / "proxy.safetensors", tensors)
+    with pytest.raises(UserError, match="proxy.safetensors does not fit.*remove it"):
+        proxies.load(tmp_path, *trained, RANKS)
+    (tmp_path / "proxy.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(UserError, match="not a complete safetensors file"):
+        proxies.load(tmp_path, *trained, RANKS)
+
+
+def test_the_window_is_seen_as_a_whole():
+    """Its mean and deviation reach every pixel, as GroupNorm's do; and the factor of the picture is the decoder's."""
+    proxy, z = proxies.Proxy(), torch.randn(1, 3, 32, 32)
+    far = z.clone()
+    far[..., :2, :2] += 1
+    moved = (proxy(far) - proxy(z)).abs()
+    assert moved[..., 20:, 20:].min() > 0 and proxy.factor == 4
+    assert proxy(torch.zeros(2, 3, 8, 8)).isfinite().all()
+
+
+def test_the_command(run, toy, tmp_path, monkeypatch, capsys):
+    """A row per t, errors at three reductions."""
+    (tmp_path / "ema.safetensors").write_bytes((run / "ema.safetensors").read_bytes())
+    monkeypatch.setattr(proxies, "fit", lambda *args, **settings: proxies.Proxy(4).eval().requires_grad_(False))
+    proxies.main([str(tmp_path), f"--data={toy}", "--n=4", "--device=cpu"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isdigit()]
+    assert [r[0] for r in rows if len(r) == 5] == ["0", "100", "300", "500", "700", "900", "999"]
+    with pytest.raises(UserError, match="say which run"):
+        proxies.main([])
+
+
+def test_nothing_far_away_pulls_at_a_latent_that_stands_out():
+    """A residual has no gradient for latents that the convolutions there do not see. Catches: one through the mean or
+    the deviation of the window, which drove such latents on until red squares stood on bare glass, most where windows
+    overlap and each of them pulls, and turned white areas pink."""
+    torch.manual_seed(0)
+    proxy, z = proxies.Proxy(), 0.01 * torch.randn(1, 3, 16, 16)
+    z[..., 3, 3] += 2
+    grad, = torch.autograd.grad(proxy(z.requires_grad_())[..., 12:, 12:].sum(), z)
+    assert grad[..., 12:, 12:].abs().min() > 0 and grad[..., :9, :].abs().max() == 0

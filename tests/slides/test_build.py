@@ -1,0 +1,300 @@
+"""strips.py, build.py: which images, which patches, every resolution; shards, restarts, damage, workers."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torture_slide import page, picture, write
+
+import data
+from common import UserError, load_tensors
+from data import Pyramids
+from slides import build as building
+from slides import strips
+from slides.strips import Job, image_jobs, otsu, plan, tissue_of
+from slides.writers import halve, write_tiff
+
+P = 16
+
+
+def noise(h, w, seed=0):
+    return np.random.default_rng(seed).integers(4, 256, (h, w, 3), dtype=np.uint8)
+
+
+def build(out, images, *more):
+    data.main(["build", f"--images={images}", f"--out={out}", f"--patch={P}", "--scales=3", *map(str, more)])
+    return Pyramids(out)
+
+
+def tensors(out, name):
+    return load_tensors(out / f"{name}.safetensors")[0]
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def slides(tmp_path):
+    """Six images in nested folders, two of them slides whose pixels measure 0.25 and 0.5."""
+    root = tmp_path / "in"
+    for k, name in enumerate(("a.png", "b.png", "sub/a.png", "sub/deep/c.png")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(64, 96, k)).save(root / name)
+    for name, mpp in (("fine.tif", 0.25), ("coarse.tif", 0.5)):
+        write_tiff(root / name, [picture(128, 192)], (128, 192), 32, 95, mpp=mpp)
+    return root
+
+
+# ----- 1. Which images -----
+
+def names(images, out="none", holdout=0.0):
+    return [job.name for job in image_jobs(str(images), str(out), holdout)]
+
+
+def test_folders_with_loops_patterns_and_lists(slides, tmp_path, capsys):
+    (slides / "loop").symlink_to(slides, target_is_directory=True)
+    (slides / "sub" / "self.svs").symlink_to("self.svs")
+    for name in (".hidden.png", "notes.txt"):
+        (slides / name).write_text("")
+    (slides / "out").mkdir()
+    (slides / "out" / "mask.png").write_text("")
+    everything = ["a.png", "b.png", "coarse.tif", "fine.tif", "sub/a.png", "sub/deep/c.png", "sub/self.svs"]
+    assert names(slides, slides / "out") == everything
+    assert "2 entries are not images and are passed over" in capsys.readouterr().out
+    assert names(f"{slides}/*.tif") == ["coarse.tif", "fine.tif"]
+    assert names(f"{slides}/sub/**/*.png") == ["a.png", "deep/c.png"]
+    (slides / "list.csv").write_text("path, mpp,split,note\nsub/a.png,0.5,test,x\n\nb.png,,train,\na.png,1e6,,\n")
+    jobs = image_jobs(str(slides / "list.csv"), "none", 0.5)
+    assert [(j.name, j.own, j.split) for j in jobs] == [("a.png", 1e6, "train"), ("b.png", None, "train"),
+                                                        ("sub/a.png", 0.5, "test")]
+    for text, line in (("path,mpp\na.png,x\n", 2), ("file\na.png\n", 2), ("path,split\na.png,\nb.png,held\n", 3)):
+        (slides / "list.csv").write_text(text)
+        with pytest.raises(UserError, match=f"list.csv, line {line}: give a column path"):
+            names(slides / "list.csv")
+    (slides / "sub__a.png").write_bytes((slides / "a.png").read_bytes())
+    with pytest.raises(UserError, match="two images the same name"):
+        names(slides)
+    for images, says in (("nowhere", "does not exist"), (f"{slides}/*.bmp", "holds no image")):
+        with pytest.raises(UserError, match=says):
+            names(images)
+
+
+def test_parts_of_one_image(tmp_path):
+    """Cut into columns and rows, an image becomes what its parts, saved one by one, would; some are held out; a damaged
+    tile stays where it is. catches: rows for columns, a mask of the whole image, damage counted from its corner."""
+    x, at = picture(130, 192), [(i, j) for i in (0, 1) for j in (0, 1, 2)]
+    x[:, :80] = 255                                                            # glass
+    (tmp_path / "parts").mkdir()
+    for i, j in at:
+        Image.fromarray(x[65 * i:65 * i + 65, 64 * j:64 * j + 64]).save(tmp_path / "parts" / f"{i}{j}.png")
+    Image.fromarray(x).save(tmp_path / "a.png")
+    cut = build(tmp_path / "cut", tmp_path / "a.png", "--cut=3x2", "--tissue=0.2")
+    one = build(tmp_path / "one", tmp_path / "parts", "--tissue=0.2")
+    assert [v["name"] for v in cut.slides] == [f"a.png@{i}-{j}" for i, j in at]
+    assert sum(v["split"] == "test" for v in cut.slides) == sum(v["split"] == "test" for v in one.slides) == 1
+    for i, j in at:
+        part, whole = tensors(tmp_path / "cut", f"a.png@{i}-{j}"), tensors(tmp_path / "one", f"{i}{j}.png")
+        assert part.keys() == whole.keys() and all(torch.equal(part[k], whole[k]) for k in part if k != "e"), (i, j)
+    assert [v["counts"] for v in cut.slides] == [v["counts"] for v in one.slides]
+    tags, tiles = page(picture(128, 192), (48, 32), 8)
+    write(tmp_path / "b.tif", [(tags, [*tiles[:6], b"nonsense", *tiles[7:]])])  # column 2, row 1: x 96-144, y 32-64
+    p = build(tmp_path / "bad", tmp_path / "b.tif", "--cut=3x2")
+    assert [v["counts"][0] for v in p.slides] == [16, 16 - 4, 16 - 2, 16, 16, 16]
+    for cut in ("3", "0x2", "ax2", "3x2x1"):
+        with pytest.raises(UserError, match="--cut="):
+            build(tmp_path / "none", tmp_path / "a.png", f"--cut={cut}")
+    with pytest.raises(UserError, match="a part of .*a.png is 12 x 130 pixels, smaller"):
+        build(tmp_path / "thin", tmp_path / "a.png", "--cut=16x1")
+
+
+# ----- 2. Which pixels -----
+
+def test_base_pixels_are_those_of_the_resolution_asked_for(slides, tmp_path, capsys):
+    p = build(tmp_path / "out", slides, "--mpp=0.5", "--holdout=0")
+    said = capsys.readouterr().out
+    assert "a.png: 96 x 64, pixels taken to be 0.5 micrometres each, which it does not say" in said
+    assert "fine.tif: 96 x 64, pixels 0.5 micrometres each" in said and "6 images built" in said
+    fine, coarse = tensors(tmp_path / "out", "fine.tif"), tensors(tmp_path / "out", "coarse.tif")
+    assert fine["e"].shape == (4, 6, 96) and coarse["e"].shape == (8, 12, 96)
+    want = np.asarray(Image.open(slides / "fine.tif").convert("RGB"))
+    assert np.abs(fine["x0"][7].numpy().astype(int) - halve(want)[16:32, 16:32]).max() <= 8  # a level is JPEG again
+    for t in (fine, coarse):                                                   # the pyramid above the base is exact
+        for (i, j), x in zip(t["ij1"].tolist(), t["x1"]):
+            below = {tuple(ij): v.numpy() for ij, v in zip(t["ij0"].tolist(), t["x0"])}
+            four = np.block([[[below[2 * i, 2 * j]], [below[2 * i, 2 * j + 1]]],
+                             [[below[2 * i + 1, 2 * j]], [below[2 * i + 1, 2 * j + 1]]]])
+            assert np.array_equal(x, halve(four.reshape(2 * P, 2 * P, 3)))
+    assert p.slides[3]["name"] == "fine.tif" and p.slides[3]["size"] == [64, 96]
+    assert "sub__deep__c.png.safetensors" in [x["file"] for x in p.slides]
+
+
+def test_a_slide_that_does_not_say_its_resolution(tmp_path):
+    write(tmp_path / "a.svs", [page(noise(64, 96), (32, 32), 1)])
+    with pytest.raises(UserError, match=r"a.svs does not say how large its pixels are: give --mpp"):
+        build(tmp_path / "out", tmp_path / "a.svs")
+    build(tmp_path / "out", tmp_path / "a.svs", "--mpp=0.5")
+    assert np.array_equal(tensors(tmp_path / "out", "a.svs")["x0"][7], noise(64, 96)[16:32, 16:32])
+    (tmp_path / "list.csv").write_text("path,mpp\na.svs,0.25\n")
+    build(tmp_path / "fine", tmp_path / "list.csv", "--mpp=0.5")
+    assert np.array_equal(tensors(tmp_path / "fine", "a.svs")["x0"][0], halve(noise(64, 96))[:16, :16])
+    with pytest.raises(UserError, match="has pixels of 0.25 micrometres, and 0.1 were"):
+        build(tmp_path / "none", tmp_path / "list.csv", "--mpp=0.1")
+
+
+def test_corners_without_data_are_left_out(tmp_path, capsys):
+    image = noise(64, 64)
+    image[:32, :24] = (0, 2, 1)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    p = build(tmp_path / "out", tmp_path / "a.png")
+    # tiles 0 and 1 of rows 0 and 1 are all or half black, and so is what covers them
+    assert p.slides[0]["counts"] == [12, 3, 0] and "6 without data" in capsys.readouterr().out
+    assert not {(0, 0), (0, 1), (1, 0), (1, 1)} & {tuple(x) for x in tensors(tmp_path / "out", "a.png")["ij0"].tolist()}
+    assert build(tmp_path / "all", tmp_path / "a.png", "--nodata=1").slides[0]["counts"] == [16, 4, 1]
+
+
+def test_tissue(tmp_path, capsys):
+    """Pink on grey glass: the mask is a picture of it, and patches follow it, of every scale by their own share."""
+    image = (235 + np.random.default_rng(0).integers(0, 4, (128, 192, 1)) * np.ones(3)).astype(np.uint8)
+    image[32:96, 64:128] = (200, 120, 170)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    p = build(tmp_path / "out", tmp_path / "a.png", "--tissue=0.6")
+    t = tensors(tmp_path / "out", "a.png")
+    assert {tuple(x) for x in t["ij0"].tolist()} == {(i, j) for i in range(2, 6) for j in range(4, 8)}
+    assert {tuple(x) for x in t["ij1"].tolist()} == {(1, 2), (1, 3), (2, 2), (2, 3)} and p.slides[0]["counts"][2] == 0
+    assert build(tmp_path / "some", tmp_path / "a.png", "--tissue=0.2").slides[0]["counts"] == [16, 4, 2]
+    mask = np.asarray(Image.open(tmp_path / "out" / "masks" / "a.png.png"))
+    truth = np.zeros((128, 192), bool)
+    truth[32:96, 64:128] = True
+    assert mask.shape == truth.shape and (mask.astype(bool) != truth).mean() < 0.05
+    assert "106 without tissue" in capsys.readouterr().out
+    strips.main([str(tmp_path / "a.png"), "--patch=16"])
+    assert "\n000099990000\n" in capsys.readouterr().out
+
+
+def test_a_slide_full_of_tissue_is_not_split():
+    values = np.concatenate([np.full(500, 90), np.full(500, 160)]).astype(np.uint8)
+    assert 90 <= otsu(values) < 160 and strips.HIGH < 90                       # alone it would drop the paler half
+    values = np.concatenate([np.full(900, 5), np.full(100, 80), [255]]).astype(np.uint8)
+    assert 5 <= otsu(values) < 80 and otsu(np.zeros(9, np.uint8)) == 0
+
+
+def test_mask_of_a_large_slide_is_small(tmp_path):
+    write_tiff(tmp_path / "a.tif", [np.full((64, 4096, 3), 99, np.uint8)], (64, 4096), 64, mpp=0.5)
+    share, mask = tissue_of(plan(Job("a", tmp_path / "a.tif", None, "train"), None, 64), 10**9)
+    assert share.shape == (1, 64) and mask.shape == (16, 1024) and share.max() == 0
+
+
+# ----- 3. Damage, restarts, shards, workers -----
+
+def test_a_damaged_tile_costs_the_patches_over_it(tmp_path, capsys):
+    tags, tiles = page(picture(128, 192), (48, 32), 8)
+    write(tmp_path / "a.tif", [(tags, [*tiles[:6], b"nonsense", *tiles[7:]])])  # column 2, row 1: x 96-144, y 32-64
+    p = build(tmp_path / "out", tmp_path / "a.tif")
+    said, t = capsys.readouterr().out, tensors(tmp_path / "out", "a.tif")
+    assert "a.tif: tile 2, 1 of level 0 cannot be decoded" in said and "left out: 10 damaged" in said
+    bad = {(i, j) for i in (2, 3) for j in (6, 7, 8)}
+    assert not bad & {tuple(x) for x in t["ij0"].tolist()} and p.slides[0]["counts"] == [96 - 6, 24 - 2, 6 - 2]
+    for (i, j), x in zip(t["ij0"].tolist(), t["x0"]):
+        assert np.array_equal(x, picture(128, 192)[i * P:i * P + P, j * P:j * P + P])
+
+
+def test_failed_images_do_not_stop_the_others(slides, tmp_path, capsys):
+    (slides / "b.png").write_bytes((slides / "b.png").read_bytes()[:3000])
+    (slides / "text.svs").write_text("hello")
+    good = Image.open(slides / "a.png").crop((0, 0, 96, 8))
+    good.save(slides / "small.png")
+    with pytest.raises(SystemExit) as stop:
+        build(tmp_path / "out", slides)
+    said = capsys.readouterr().out
+    assert stop.value.code == 1 and "5 images built, 0 there before, 3 failed" in said
+    for line in (r"b.png cannot be read", "text.svs cannot be read", "small.png is 96 x 8 pixels, smaller than a tile"):
+        assert f"failed: {slides}/{line}" in said
+    assert Pyramids(tmp_path / "out").scales == 3 and len(Pyramids(tmp_path / "out").slides) == 5
+    assert "cannot be read" in (tmp_path / "out" / "b.png.failed.txt").read_text()
+    Image.fromarray(noise(64, 96, 1)).save(slides / "b.png")                   # mended: only that one is made
+    (slides / "text.svs").unlink()
+    (slides / "small.png").unlink()
+    p = build(tmp_path / "out", slides)
+    assert "1 images built, 5 there before, 0 failed" in capsys.readouterr().out and len(p.slides) == 6
+    assert not (tmp_path / "out" / "b.png.failed.txt").exists()
+
+
+def test_none_can_be_read(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.svs").write_text("hello")
+    with pytest.raises(UserError, match=r"\w.svs cannot be read"):
+        build(tmp_path / "out", tmp_path)
+
+
+def test_shards_make_what_one_process_makes(slides, tmp_path, capsys):
+    build(tmp_path / "one", slides, "--tissue=0.001")
+    with pytest.raises(UserError, match="unfinished"):
+        build(tmp_path / "two", slides, "--tissue=0.001", "--shard=1/2")
+    assert "3 images are left to other shards" in capsys.readouterr().out
+    build(tmp_path / "two", slides, "--tissue=0.001", "--shard=0/2")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    for shard in ("2/2", "1", "a/b"):
+        with pytest.raises(UserError, match=f"--shard={shard}: write i/n"):
+            build(tmp_path / "two", slides, f"--shard={shard}")
+
+
+def test_worker_processes_make_the_same(slides, tmp_path, monkeypatch):
+    monkeypatch.setattr(strips, "TASK", 1)                                     # a strip a task, here
+    before = torch.get_num_threads()
+    build(tmp_path / "none", slides, "--workers=0")
+    assert torch.get_num_threads() == before
+    build(tmp_path / "two", slides, "--workers=2")
+    assert files(tmp_path / "none") == files(tmp_path / "two")
+
+
+def test_killed_and_started_again(tmp_path, root):
+    """SIGKILL in the middle of six slides: the second run leaves the same bytes, and nothing of the first besides."""
+    (tmp_path / "in").mkdir()
+    for k in range(6):
+        Image.fromarray(noise(640, 640, k)).save(tmp_path / "in" / f"{k}.png", compress_level=1)
+    command = [sys.executable, root / "data.py", "build", f"--images={tmp_path}/in", "--patch=32", "--scales=4",
+               f"--out={tmp_path}/a"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.time() + 120
+        while not ((tmp_path / "a" / "2.png.safetensors").exists() and list((tmp_path / "a").glob(".*.tmp"))):
+            assert process.poll() is None and time.time() < end, "it ended too soon, or hangs"
+            time.sleep(0.002)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = len(list((tmp_path / "a").glob("*.safetensors")))
+    assert 3 <= done < 6 and json.loads((tmp_path / "a" / "index.json").read_text())["slides"] == []
+    for out in "ab":
+        data.main(["build", *command[3:6], f"--out={tmp_path}/{out}"])
+    # what was made from the same folder into another: byte for byte
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_memory_does_not_grow_with_the_image(tmp_path):
+    """What is held of an image is a few strips: tasks are taken one by one, and small."""
+    write_tiff(tmp_path / "a.tif", [np.full((64, 512, 3), 99, np.uint8)] * 80, (5120, 512), 64)
+    job = plan(Job("a", tmp_path / "a.tif", None, "train"), None, 64)
+    assert job.rows * 64 * 512 <= strips.TASK
+    job = replace(job, rows=3)
+    asked = []
+    for n, _ in enumerate(strips.ahead([job], set(), None, 10**9, 0.0, lambda task: asked.append(task) or task, 2)):
+        assert len(asked) <= n + 3
+    assert sum(task.args[-1] for task in asked) == 80
+
+
+def test_messages(tmp_path, capsys):
+    building.main([])
+    assert "python build.py" in capsys.readouterr().out
+    for more, words in ((["--tissue=2"], "tissue and nodata in"), (["--nodata=-1"], "nodata in"),
+                        (["--workers=-1"], "workers and background at least 0")):
+        with pytest.raises(UserError, match=words):
+            build(tmp_path / "out", tmp_path, *more)

@@ -1,0 +1,388 @@
+"""tiff.py, reader.py: every compression, levels, resolutions and reductions by another road, and what is refused."""
+import builtins
+import os
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torture_slide
+from conftest import ROOT
+from PIL import Image
+from torture_slide import page, picture, specimens, text, write
+
+from common import UserError
+from slides import reader, tiff
+from slides.reader import open_slide
+from slides.writers import halve, write_tiff
+
+DATA = Path(os.environ.get("REAL_SLIDES", ROOT.parent / "shared" / "data"))  # not in the repository
+IMAGE = picture(90, 120)
+TILE = (32, 48)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    return specimens(tmp_path_factory.mktemp("kinds"))
+
+
+def slide_of(tmp_path, *pages, mpp=None, name="a.tif", **options):
+    write(tmp_path / name, pages, **options)
+    return open_slide(tmp_path / name, mpp)
+
+
+def plain(image, kind=0, **more):
+    """A page of uncompressed tiles, exact; `more` are tags, as t270=..."""
+    tags, tiles = page(image, TILE, 1, kind=kind)
+    return tags | {int(k[1:]): v for k, v in more.items()}, tiles
+
+
+# ----- 1. Pixels -----
+
+def test_every_compression(kinds):
+    """Catches a swap of colours or axes, tables left out, the predictor, and an edge tile put in the wrong place."""
+    allowed = {"jpeg.svs": 5, "rgb.svs": 3, "ycc.svs": 4, "strips.tif": 5, "photo.jpg": 12}
+    for path in kinds:
+        slide = open_slide(path)
+        off = np.abs(slide.read(0, 0, 120, 90).astype(int) - IMAGE)
+        assert slide.size == (120, 90) and off.max() <= allowed.get(path.name, 0), f"{path.name}: off by {off.max()}"
+        if path.suffix == ".svs":
+            assert [v.size for v in slide.levels] == [(120, 90), (60, 45)] and slide.mpp == 0.5 and slide.scanned
+            off = np.abs(slide.read(0, 0, 60, 45, 1.0).astype(int) - IMAGE[::2, ::2])
+            assert off.max() <= allowed.get(path.name, 0), f"{path.name}, level 1: off by {off.max()}"
+
+
+def test_colours_are_what_the_directory_says(tmp_path):
+    """Whatever a tile's own markers claim: a JFIF marker means YCbCr to every JPEG decoder."""
+    tags, tiles = page(IMAGE, TILE, 7, colours=2)
+    jfif = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+    slide = slide_of(tmp_path, (tags, [t[:2] + jfif + t[2:] for t in tiles]))
+    assert np.abs(slide.read(0, 0, 120, 90).astype(int) - IMAGE).max() <= 3
+
+
+@pytest.mark.parametrize("room", [0, 2**25])
+def test_windows_are_crops(kinds, room):
+    """Catches tiles of the wrong row, and a cache that answers for another level or is never emptied."""
+    rng = np.random.default_rng(0)
+    for path in kinds[:1] + kinds[4:5]:
+        slide = open_slide(path)
+        slide.room = room
+        for mpp, (w, h) in ((0.5, (120, 90)), (1.0, (60, 45)), (1.25, (48, 36))):
+            whole = open_slide(path).read(0, 0, w, h, mpp)
+            for _ in range(20):
+                x, y = int(rng.integers(0, w - 1)), int(rng.integers(0, h - 1))
+                n, m = int(rng.integers(1, w - x + 1)), int(rng.integers(1, h - y + 1))
+                assert np.array_equal(slide.read(x, y, n, m, mpp), whole[y:y + m, x:x + n]), (path.name, mpp, x, y)
+        assert len(slide._tiles) == (1 if room == 0 else 8 + 2) and slide._bytes == sum(
+            t.nbytes for t in slide._tiles.values())
+
+
+def test_white_beyond_the_image(kinds):
+    found = open_slide(kinds[4]).read(-10, -5, 200, 150)
+    assert np.array_equal(found[5:95, 10:130], IMAGE)
+    assert found.astype(int).sum() == IMAGE.astype(int).sum() + 255 * 3 * (200 * 150 - 120 * 90)
+    assert (open_slide(kinds[4]).read(500, 500, 3, 2, 1.0) == 255).all()
+    with pytest.raises(UserError, match="at least 1"):
+        open_slide(kinds[4]).read(0, 0, 0, 5)
+
+
+def noise(h, w, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("block", [16, 1024])
+@pytest.mark.parametrize("num, den", [(2, 1), (3, 1), (4, 1), (5, 2), (4, 3), (13, 2)])
+def test_reduction_is_the_mean_over_the_area(tmp_path, monkeypatch, num, den, block):
+    """By another road: every pixel repeated `den` times, then blocks of `num`. Catches a shift of half a pixel."""
+    monkeypatch.setattr(reader, "BLOCK", block)
+    image = noise(97, 131)
+    slide = slide_of(tmp_path, plain(image), mpp=1.0)
+    large = image.repeat(den, 0).repeat(den, 1).astype(int)
+    h, w = large.shape[0] // num, large.shape[1] // num
+    sums = large[:h * num, :w * num].reshape(h, num, w, num, 3).sum((1, 3))
+    want = (2 * sums + num * num) // (2 * num * num)                           # rounded half up, in integers
+    level, ratio, size = slide.grid(num / den)
+    found = slide.read(0, 0, w, h, num / den)
+    assert size == (w, h) and ratio == pytest.approx((num / den, num / den))
+    ties = 2 * sums % (2 * num * num) == num * num                             # where floats may fall on either side
+    assert np.abs(found - want)[~ties].max() == 0 and np.abs(found - want).max() <= (den > 1)
+    if (num, den) == (2, 1):
+        assert np.array_equal(found, halve(image[:96, :130]))
+
+
+def test_the_nearest_finer_level_is_taken(tmp_path):
+    """Levels of one colour each tell where pixels come from."""
+    pages = [plain(np.full((h, w, 3), c, np.uint8), k) for h, w, c, k in ((400, 600, 10, 0), (200, 300, 20, 1),
+                                                                          (50, 75, 30, 1))]
+    slide = slide_of(tmp_path, *pages, mpp=0.25)
+    assert [v.step for v in slide.levels] == [(1, 1), (2, 2), (8, 8)]
+    for mpp, colour, size in ((0.25, 10, (600, 400)), (0.26, 10, (600, 400)), (0.4, 10, (375, 250)),
+                              (0.49, 20, (300, 200)), (0.5, 20, (300, 200)), (1.0, 20, (150, 100)),
+                              (1.95, 30, (75, 50)), (2.0, 30, (75, 50)), (8.0, 30, (18, 12))):
+        assert slide.read(3, 3, 2, 2, mpp)[0, 0, 0] == colour and slide.grid(mpp)[2] == size, mpp
+
+
+def test_close_resolutions_count_as_equal(tmp_path):
+    slide = slide_of(tmp_path, plain(noise(80, 96)), mpp=0.499)
+    assert np.array_equal(slide.read(5, 6, 30, 20, 0.5), slide.read(5, 6, 30, 20))
+    assert slide.grid(1.0)[1:] == ((2.0, 2.0), (48, 40))                       # 2.004 is meant as 2
+    with pytest.raises(UserError, match="a.tif has pixels of 0.499 micrometres, and 0.25 were asked for"):
+        slide.read(0, 0, 9, 9, 0.25)
+
+
+def test_odd_sizes_keep_their_place(tmp_path):
+    """4443 / 1110 is 4.003, but the fourth level's pixels span 4: an error of 3 pixels at the far end."""
+    assert tiff.steps((4443, 3567), (1110, 891)) == (4, 4) and tiff.steps((4443, 3567), (1111, 892)) == (4, 4)
+    assert tiff.steps((4443, 3567), (138, 111)) == (32, 32)
+    assert tiff.steps((1000, 1000), (400, 401)) == (2.5, 1000 / 401)
+    image = noise(101, 203)
+    write_tiff(tmp_path / "a.tif", [np.kron(image, np.ones((4, 4, 1), np.uint8))], (404, 812), 16, 100, mpp=0.25)
+    slide = open_slide(tmp_path / "a.tif")
+    assert slide.mpp == pytest.approx(0.25) and slide.levels[2].size == (203, 101)
+    assert np.abs(slide.read(190, 90, 13, 11, 1.0).astype(int) - image[90:, 190:]).mean() < 3
+
+
+# ----- 2. Pages -----
+
+def test_levels_are_told_from_other_pictures(tmp_path):
+    wide = np.full((60, 160, 3), 9, np.uint8)
+    thumbnail, macro, label = plain(IMAGE[::3, ::3]), plain(IMAGE[::4, ::4], 9), plain(wide[:50, :50])
+    strip = {k: v for k, v in thumbnail[0].items() if k not in (322, 323)}, thumbnail[1]
+    mask = page(IMAGE[..., :1], TILE, 1, kind=4)
+    slide = slide_of(tmp_path, plain(IMAGE), strip, plain(IMAGE[::2, ::2]), label, macro, mask, plain(wide),
+                     plain(IMAGE), plain(IMAGE[:45:2, ::2]))
+    assert [v.size for v in slide.levels] == [(120, 90), (60, 45)]
+    slide = slide_of(tmp_path, plain(IMAGE), sub=[plain(IMAGE[::2, ::2], 1), plain(IMAGE[::4, ::4], 1)])
+    assert [v.size for v in slide.levels] == [(120, 90), (60, 45), (30, 23)]   # as OME-TIFF keeps them
+
+
+def test_a_page_in_strips_that_is_not_the_first(tmp_path):
+    images = [Image.fromarray(x) for x in (IMAGE[:20, :20], IMAGE)]
+    images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:])
+    assert np.array_equal(open_slide(tmp_path / "a.tif").read(0, 0, 120, 90), IMAGE)
+
+
+@pytest.mark.parametrize("how", [8, 5, 1])
+def test_near_infrared_is_left_out(tmp_path, how):
+    four = np.concatenate([IMAGE, noise(90, 120)[..., :1]], 2)
+    assert np.array_equal(slide_of(tmp_path, page(four, TILE, how)).read(0, 0, 120, 90), IMAGE)
+    Image.fromarray(four).save(tmp_path / "b.tif")
+    assert np.array_equal(open_slide(tmp_path / "b.tif").read(0, 0, 120, 90), IMAGE)
+
+
+def test_grey(tmp_path):
+    found = slide_of(tmp_path, page(IMAGE[..., :1], TILE, 8)).read(0, 0, 120, 90)
+    assert np.array_equal(found, IMAGE[..., :1].repeat(3, 2))
+
+
+KEYS = 3, [1, 1, 0, 3, 1024, 0, 1, 1, 3072, 0, 1, 26914, 3076, 0, 1, 9001]
+
+
+@pytest.mark.parametrize("tags, mpp", [
+    ({"t270": text("Aperio x|AppMag = 40|MPP = 0.2527|Left = 3")}, 0.2527),
+    ({"t270": text("Aperio|AppMag = 40")}, 0.25),
+    ({"t270": text('<OME><Pixels PhysicalSizeX="0.3" PhysicalSizeY="0.3"/>')}, 0.3),
+    ({"t282": (5, [40000, 1]), "t296": (3, [3])}, 0.25), ({"t282": (5, [50800, 1]), "t296": (3, [2])}, 0.5),
+    ({"t282": (5, [72, 1]), "t296": (3, [2])}, None), ({"t282": (5, [10, 1]), "t296": (3, [3])}, None),
+    ({"t282": (5, [1, 1]), "t296": (3, [1])}, None), ({"t282": (5, [0, 0]), "t296": (3, [3])}, None),
+    ({"t270": text("MPP = 0|AppMag = ."), "t282": (5, [40000, 1]), "t296": (3, [3])}, 0.25),
+    ({"t33550": (12, [0.6, 0.6, 0]), "t34735": KEYS}, 6e5),
+    ({"t33550": (12, [0.6, 0.6, 0]), "t34735": (3, [*KEYS[1][:-1], 9003])}, None),  # feet
+    ({}, None)])
+def test_resolution(tmp_path, tags, mpp):
+    slide = slide_of(tmp_path, plain(IMAGE, **tags))
+    assert slide.mpp == (None if mpp is None else pytest.approx(mpp))
+    if mpp is None:
+        with pytest.raises(UserError, match=r"a.tif does not say how large its pixels are: give --mpp"):
+            slide.read(0, 0, 9, 9, 0.5)
+        assert np.array_equal(open_slide(slide.path, 0.5).read(0, 0, 120, 90, 0.5), IMAGE)
+    assert open_slide(slide.path, 0.7).mpp == 0.7
+
+
+# ----- 3. What goes wrong -----
+
+def test_empty_tiles_are_white(tmp_path):
+    tags, tiles = plain(IMAGE)
+    found = slide_of(tmp_path, (tags, [tiles[0], b"", *tiles[2:]])).read(0, 0, 120, 90)
+    assert (found[:48, 32:64] == 255).all()
+    found[:48, 32:64] = IMAGE[:48, 32:64]
+    assert np.array_equal(found, IMAGE)
+
+
+@pytest.mark.parametrize("how", [7, 33005, 8, 5, 1])
+def test_a_damaged_tile_is_named(tmp_path, how):
+    tags, tiles = page(IMAGE, TILE, how)
+    slide = slide_of(tmp_path, (tags, [*tiles[:5], tiles[5][:len(tiles[5]) // 3], *tiles[6:]]), name="bad.tif")
+    assert slide.read(0, 0, 120, 48).shape == (48, 120, 3)
+    with pytest.raises(UserError, match=r"bad.tif: tile 1, 1 of level 0 cannot be decoded .*damaged"):
+        slide.read(0, 0, 120, 90)
+    damaged = []
+    found = open_slide(slide.path, damaged=damaged).read(0, 0, 120, 90)
+    assert [d[0] for d in damaged] == [(32, 48, 64, 96)] and "tile 1, 1 of level 0" in damaged[0][1]
+    assert (found[48:, 32:64] == 255).all() and np.array_equal(found[:48], slide.read(0, 0, 120, 48))
+
+
+def test_a_tile_may_not_unpack_to_more_than_its_size(tmp_path):
+    tags, tiles = page(IMAGE, TILE, 7)
+    for w, h in ((4096, 4096), (30000, 30000)):
+        large = page(IMAGE[:16, :16], (16, 16), 7)[1][0]
+        at = large.index(b"\xff\xc0") + 5
+        large = large[:at] + struct.pack(">HH", h, w) + large[at + 4:]
+        with pytest.raises(UserError, match=rf"holds {w} x {h} pixels"):
+            slide_of(tmp_path, (tags, [large, *tiles[1:]])).read(0, 0, 9, 9)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda t, d: t.update({256: (4, [2**31])}), r"level 0 has \d+ tiles, its table 8"),
+    (lambda t, d: t.update({322: (4, [2**31])}), "tiles of 2147483648 x 48"),
+    (lambda t, d: t.update({322: (4, [0])}), "tiles of 0 x 48"),
+    (lambda t, d: d.pop(), "has 8 tiles, its table 7")])
+def test_absurd_tags(tmp_path, change, says):
+    tags, tiles = plain(IMAGE)
+    change(tags, tiles)
+    with pytest.raises(UserError, match="a.tif cannot be read .*" + says):
+        slide_of(tmp_path, (tags, tiles))
+
+
+def test_a_file_that_points_beyond_its_end_or_to_itself(tmp_path):
+    path = tmp_path / "a.tif"
+    write(path, [plain(IMAGE), plain(IMAGE[::2, ::2])])
+    whole = path.read_bytes()
+    for keep, says in ((len(whole) - 5, "1 of 2 tiles of level 1 lie beyond"), (100, "it points to byte"),
+                       (len(whole) // 2, "of 8 tiles of level 0"), (6, "it points to byte"), (3, "cannot identify"),
+                       (0, "cannot identify")):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(UserError, match=f"a.tif cannot be read.*{says}.*cut short"):
+            open_slide(path)
+    n = struct.unpack_from("<H", whole, 8)[0]
+    for order, big in (("<", False), (">", True)):
+        write(path, [plain(IMAGE)], order=order, big=big)
+        data = bytearray(path.read_bytes())
+        first, each = (16, 20) if big else (8, 12)
+        place = first + (8 if big else 2) + each * n
+        data[place:place + (8 if big else 4)] = struct.pack(order + ("Q" if big else "I"), first)
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="form a loop"):
+            open_slide(path)
+
+
+def test_files_that_are_none(tmp_path, kinds):
+    (tmp_path / "loop.svs").symlink_to("loop.svs")
+    for name in ("none.svs", "loop.svs", "."):
+        with pytest.raises(UserError, match="does not exist or is no file"):
+            open_slide(tmp_path / name)
+    (tmp_path / "text.svs").write_text("hello")
+    (tmp_path / "program.tif").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # would start a program
+    for name in ("text.svs", "program.tif"):
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            open_slide(tmp_path / name)
+    (tmp_path / "wrong.svs").write_bytes(kinds[-1].read_bytes())               # a PNG, and a slide, by wrong names
+    (tmp_path / "wrong.jpg").write_bytes(kinds[4].read_bytes())
+    for name in ("wrong.svs", "wrong.jpg"):
+        assert np.array_equal(open_slide(tmp_path / name).read(0, 0, 120, 90), IMAGE)
+    with pytest.raises(UserError, match="mpp=0.0 of .*give micrometres"):
+        open_slide(tmp_path / "wrong.jpg", 0.0)
+
+
+def test_whole_images_have_a_bound(tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="unpacks to 120 x 90 pixels, more than --max_pixels=9999"):
+        open_slide(tmp_path / "a.png", max_pixels=9999)
+    Image.new("1", (8000, 8000)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"unpacks to 8000 x 8000 pixels.*than its \d+ bytes can hold"):
+        open_slide(tmp_path / "a.png", max_pixels=10**12)
+    Image.fromarray(np.zeros((90, 120), np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="kind 'I;16'"):
+        open_slide(tmp_path / "a.png")
+
+
+def test_what_needs_openslide(tmp_path, monkeypatch, kinds):
+    """Without it, the sentence says what to install; with it, it is asked."""
+    halved = bytearray(page(IMAGE, TILE, 33003)[1][0])
+    halved[46] = halved[49] = 2                                                # as Aperio's 33003 may be
+    files = {"a.ndpi": plain(IMAGE), "b.tif": plain(IMAGE, t65420=(4, [1])), "c.tif": plain(IMAGE, t270=text("<scn>")),
+             "d.tif": plain(IMAGE, t700=(1, list(b"<iScan/>"))),
+             "e.svs": (page(IMAGE, TILE, 33003)[0], [bytes(halved)] * 8)}
+    for name, each in files.items():
+        write(tmp_path / name, [each])
+
+    class Handle:
+        def __init__(self, path):
+            self.level_dimensions, self.properties = ((120, 90), (60, 45)), {"openslide.mpp-x": "0.25"}
+
+        def read_region(self, at, level, size):
+            assert level == 0 or at[0] % 2 == at[1] % 2 == 0
+            x = np.zeros((90, 120, 4), np.uint8)
+            x[:, 60:] = 200, 0, 0, 255                                         # the left half was not scanned
+            (x0, y0), step = (n // (1 + level) for n in at), 1 + level
+            return Image.fromarray(np.ascontiguousarray(x[::step, ::step][y0:, x0:][:size[1], :size[0]]))
+
+    class Module:
+        OpenSlide = Handle
+    real, missing = builtins.__import__, True
+
+    def load(name, *args, **options):
+        if name == "openslide" and missing:
+            raise ImportError("no openslide")
+        return Module if name == "openslide" else real(name, *args, **options)
+    monkeypatch.setattr(builtins, "__import__", load)
+    for name in files:
+        with pytest.raises(UserError, match=rf"{name} .*only openslide reads.*pip install 'nanozoomldm\[slides\]'"):
+            open_slide(tmp_path / name)
+    missing = False
+    for name in files:
+        slide = open_slide(tmp_path / name)
+        assert slide.mpp == 0.25 and [v.step for v in slide.levels] == [(1, 1), (2, 2)] and slide.scanned
+        found = slide.read(50, 10, 20, 8)
+        assert (found[:, :10] == 255).all() and (found[:, 10:] == (200, 0, 0)).all()
+        assert (slide.read(30, 20, 4, 4, 0.5) == (200, 0, 0)).all()
+
+
+def test_damaged_files_end_well(tmp_path):
+    """`make torture` tries 2,000; each has two seconds and 500 MB."""
+    outcomes, faults = torture_slide.torture(120, tmp_path, seed=7)
+    assert not faults, faults
+    assert outcomes["image"] > 10 and outcomes["refused"] > 50                # neither road is left out
+
+
+# ----- 4. Real slides -----
+
+@pytest.mark.parametrize("name, size, levels, mpp, allowed", [
+    ("cmu_1_small_region.svs", (2220, 2967), 1, 0.499, 1), ("tcga_cr_7395_ts1.svs", (4443, 3567), 2, None, 1),
+    ("tcga_cr_7395_pyramid_jpeg.tif", (4443, 3567), 6, 0.5, 1)])
+def test_by_openslide(name, size, levels, mpp, allowed):
+    openslide = pytest.importorskip("openslide", reason="pip install openslide-python openslide-bin enables this")
+    if not (DATA / name).exists():
+        pytest.skip(f"{DATA / name} is not here")
+    slide, rng = open_slide(DATA / name), np.random.default_rng(0)
+    assert slide.size == size and len(slide.levels) == levels and slide.mpp == (mpp and pytest.approx(mpp))
+    with openslide.OpenSlide(DATA / name) as other:
+        for _ in range(6):
+            x, y = int(rng.integers(0, size[0] - 256)), int(rng.integers(0, size[1] - 256))
+            want = np.asarray(other.read_region((x, y), 0, (256, 256)))[..., :3]
+            off = np.abs(slide.read(x, y, 256, 256).astype(int) - want).max()
+            assert off <= allowed, f"{name} at {x}, {y}: off by {off}"
+
+
+def test_naip_by_pillow():
+    path = DATA / "naip_m4709963_20200831_rgbn.tif"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    slide = open_slide(path)
+    assert slide.mpp == 5e6 and [v.size for v in slide.levels] == [(934, 723), (467, 362)]
+    assert np.array_equal(slide.read(0, 0, 934, 723), np.asarray(Image.open(path))[..., :3])
+
+
+def test_commands(tmp_path, kinds, capsys):
+    reader.main([])
+    tiff.main([])
+    reader.main([str(kinds[0]), f"--out={tmp_path / 'view.png'}", "--side=60"])
+    said = capsys.readouterr().out
+    assert "0.5 micrometres per pixel" in said and "level 1: 60 x 45, steps of 2, tiles of 32 x 48" in said
+    assert Image.open(tmp_path / "view.png").size == (60, 45)
+    tiff.main([str(kinds[0])])
+    assert re.search(r"levels: \[\(120, 90\), \(60, 45\)\] mpp: 0.5", capsys.readouterr().out)
+    for path in (kinds[-1], tmp_path / "none"):
+        with pytest.raises(UserError, match="no TIFF|cannot be read"):
+            tiff.main([str(path)])

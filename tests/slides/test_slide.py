@@ -1,0 +1,378 @@
+"""slide.py: levels against numpy, files against Pillow (and openslide where it is), memory, and what is refused."""
+import errno
+import io
+import os
+import re
+import struct
+import tracemalloc
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import UserError
+from slides import writers as slide
+from slides.writers import VIEWER, jpeg, level_sizes, tile_rows, write_deepzoom, write_tiff
+
+# (H, W, tile): even, odd everywhere, one tile row, smaller than a tile, single rows and columns
+SIZES = [(128, 192, 32), (101, 75, 32), (161, 97, 16), (30, 200, 32), (7, 5, 16), (1, 90, 16), (65, 1, 16), (1, 1, 16)]
+
+
+def picture(h, w):
+    """Smooth, so that JPEG errs little; every channel its own pattern, so that a swap of channels or axes shows."""
+    y, x = np.mgrid[:h, :w]
+    waves = np.sin(x / 19), np.sin(y / 13), np.sin((x + 2 * y) / 40)
+    return np.stack([127 + 100 * f for f in waves], -1).astype(np.uint8)       # (h,w,3)
+
+
+def noise(h, w, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+
+def cut(image, *heights):
+    """Strips of these heights in turn, as a generator, which can be read only once."""
+    at = 0
+    while at < len(image):
+        for h in heights:
+            yield image[at:at + h]
+            at += h
+
+
+def pyramid(image, smallest):
+    """All levels by another road than slide.py: whole images, integers, the edge repeated by index."""
+    levels = [image]
+    while max(levels[-1].shape[:2]) > smallest:
+        x = levels[-1].astype(int)
+        i, j = (np.minimum(np.arange(0, n + n % 2), n - 1) for n in x.shape[:2])
+        x = x[i][:, j]
+        blocks = x.reshape(len(i) // 2, 2, len(j) // 2, 2, 3).sum((1, 3))
+        levels.append(((blocks + 2) // 4).astype(np.uint8))
+    return levels
+
+
+def assert_alike(found, wanted, what):
+    """Within what JPEG of quality 100 loses on a smooth picture."""
+    assert found.shape == wanted.shape, f"{what}: {found.shape} for {wanted.shape}"
+    off = np.abs(found.astype(int) - wanted)
+    assert off.max() <= 5 and off.mean() < 1, f"{what}: off by {off.max()}, {off.mean():.2f} on average"
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def viewer(tmp_path):
+    path = tmp_path / "downloads" / "openseadragon.min.js"
+    path.parent.mkdir()
+    path.write_text("function OpenSeadragon(e) {}")
+    return path
+
+
+# ----- 1. Levels -----
+
+@pytest.mark.parametrize("heights", [(1,), (7, 32, 1, 3), (0, 16), (1000,)], ids=str)
+@pytest.mark.parametrize("h, w, tile", SIZES)
+def test_levels_are_those_of_the_whole_image(h, w, tile, heights):
+    """Exactly, whatever the strips. Catches 2 -> 1 in the rounding, an edge dropped, and a seam between tile rows."""
+    image = noise(h, w)
+    sizes, want = level_sizes((h, w), tile, 90, 1), pyramid(image, 1)
+    assert sizes == [x.shape[:2] for x in want] and sizes[-1] == (1, 1)
+    rows = [[] for _ in sizes]
+    for level, row, x in tile_rows(cut(image, *heights), sizes, tile):
+        assert row == len(rows[level])
+        rows[level].append(x)
+    for level, x in enumerate(want):
+        assert all(len(r) == tile for r in rows[level][:-1]) and len(rows[level][-1]) <= tile
+        assert np.array_equal(np.concatenate(rows[level]), x), f"level {level}"
+
+
+def test_rows_come_as_soon_as_they_are_full():
+    """All levels as far as the strips read so far allow: that bounds what must wait in memory."""
+    h, w, tile, seen = 512, 64, 16, [0] * 6
+
+    def strips():
+        for k in range(0, h, 8):
+            assert seen == [k // (tile << level) for level in range(6)], f"after {k} rows"
+            yield np.zeros((8, w, 3), np.uint8)
+    for level, _, _ in tile_rows(strips(), level_sizes((h, w), tile, 90, tile), tile):
+        seen[level] += 1
+    assert seen == [32, 16, 8, 4, 2, 1]
+
+
+def test_memory_does_not_grow_with_the_image(tmp_path):
+    w, tile = 640, 64
+    row, peaks = 3 * w * tile, []
+    for h in (640, 3200):
+        strips = (np.full((40, w, 3), k, np.uint8) for k in range(h // 40))
+        tracemalloc.start()
+        write_tiff(tmp_path / "x.tif", strips, (h, w), tile)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 8 * row < 3 * w * 3200 / 6 and peaks[1] < peaks[0] + 3 * row, f"{peaks}, a row of tiles: {row}"
+
+
+# ----- 2. Pyramid TIFF -----
+
+@pytest.mark.parametrize("big", [False, True], ids=["classic", "big"])
+@pytest.mark.parametrize("h, w, tile", SIZES)
+def test_tiff_by_pillow(tmp_path, monkeypatch, h, w, tile, big):
+    if big:
+        monkeypatch.setattr(slide, "CLASSIC", 0)
+    image, path = picture(h, w), tmp_path / "new" / "x.tif"
+    write_tiff(path, cut(image, 20, 3), (h, w), tile, 100, mpp=0.2527)
+    assert path.read_bytes()[:4] == (b"II+\0" if big else b"II*\0") and files(tmp_path) == ["new/x.tif"]
+    levels = pyramid(image, tile)
+    with Image.open(path) as f:
+        assert f.n_frames == len(levels)
+        for k, want in enumerate(levels):
+            f.seek(k)
+            tags = {n: f.tag_v2.get(n) for n in (254, 259, 262, 296, 322, 323, 530)}
+            assert tags == {254: int(k > 0), 259: 7, 262: 6, 296: 3, 322: tile, 323: tile, 530: (1, 1)}
+            assert 1e4 / float(f.tag_v2[282]) == pytest.approx(0.2527 * 2**k, rel=1e-6) == 1e4 / float(f.tag_v2[283])
+            assert_alike(np.asarray(f.convert("RGB")), want, f"level {k}")
+
+
+def test_no_resolution_is_invented(tmp_path):
+    write_tiff(tmp_path / "x.tif", [picture(20, 20)], (20, 20))
+    with Image.open(tmp_path / "x.tif") as f:
+        assert not {282, 283, 296} & set(f.tag_v2)
+
+
+def test_tiles_are_whole_jpeg_files_of_full_chroma(tmp_path):
+    """What openslide's own decoder gets. The part beyond the image repeats its edge: black there would ring inside."""
+    image, path = picture(40, 50), tmp_path / "x.tif"
+    write_tiff(path, [image], (40, 50), 32, 100)
+    padded = np.pad(image, ((0, 24), (0, 14), (0, 0)), "edge")                 # (64,64,3)
+    with Image.open(path) as f:
+        at, size = f.tag_v2[324], f.tag_v2[325]
+    for k in range(4):
+        tile = Image.open(io.BytesIO(path.read_bytes()[at[k]:at[k] + size[k]]))
+        assert tile.format == "JPEG" and [part[1:3] for part in tile.layer] == [(1, 1)] * 3
+        i, j = k // 2 * 32, k % 2 * 32
+        assert_alike(np.asarray(tile), padded[i:i + 32, j:j + 32], f"tile {k}")
+
+
+def test_big_files_are_big_tiffs(tmp_path, monkeypatch):
+    """The bound counts the padded tiles of all levels, and even noise stays below 4 GB with it."""
+    side, worst = 64, (noise(64, 64) > 127).astype(np.uint8) * 255
+    assert len(jpeg(worst, 100)) / (3 * side**2 + 1000) * slide.CLASSIC < 2**32
+    raw = (4 + 1) * (3 * side**2 + 1000)                                       # of 65 x 65 pixels: 2 x 2 tiles, then 1
+    for bound, magic in ((raw, 42), (raw - 1, 43)):
+        monkeypatch.setattr(slide, "CLASSIC", bound)
+        write_tiff(tmp_path / "x.tif", [picture(65, 65)], (65, 65), side)
+        assert struct.unpack("<H", (tmp_path / "x.tif").read_bytes()[2:4]) == (magic,)
+
+
+def test_quality_counts(tmp_path):
+    sizes = []
+    for quality in (30, 90):
+        write_tiff(tmp_path / "x.tif", [picture(64, 64)], (64, 64), 64, quality)
+        sizes.append((tmp_path / "x.tif").stat().st_size)
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("big", [False, True], ids=["classic", "big"])
+def test_what_lenient_readers_do_not_notice(tmp_path, monkeypatch, big):
+    """The directory comes first, its entries ascend, values start at even bytes, and a BigTIFF's offsets are 64 bit."""
+    monkeypatch.setattr(slide, "CLASSIC", 0 if big else slide.CLASSIC)
+    write_tiff(tmp_path / "x.tif", [picture(40, 50)], (40, 50), 16, mpp=0.5)
+    data = (tmp_path / "x.tif").read_bytes()
+    at, head, entry = (16, "<Q", "<HHQQ") if big else (8, "<H", "<HHII")
+    assert struct.unpack_from("<Q" if big else "<I", data, at // 2) == (at,)
+    n, at = struct.unpack_from(head, data, at)[0], at + struct.calcsize(head)
+    found = [struct.unpack_from(entry, data, at + k * struct.calcsize(entry)) for k in range(n)]
+    assert [f[0] for f in found] == sorted({f[0] for f in found}) and len(found) == 16
+    size = {3: 2, 4: 4, 5: 8, 16: 8}
+    assert all(value % 2 == 0 for _, kind, count, value in found if count * size[kind] > (8 if big else 4))
+    assert {f[0]: f[1:3] for f in found}[324] == (16 if big else 4, 12)
+
+
+@pytest.mark.parametrize("big", [False, True], ids=["classic", "big"])
+def test_tiff_by_openslide(tmp_path, monkeypatch, big):
+    openslide = pytest.importorskip("openslide", reason="pip install openslide-python openslide-bin enables this")
+    if big:
+        monkeypatch.setattr(slide, "CLASSIC", 0)
+    for h, w, tile in SIZES:
+        image, path = picture(h, w), str(tmp_path / "x.tif")
+        write_tiff(path, cut(image, 50), (h, w), tile, 100, mpp=0.25)
+        levels = pyramid(image, tile)
+        with openslide.OpenSlide(path) as f:
+            assert f.properties["openslide.vendor"] == "generic-tiff"
+            assert float(f.properties["openslide.mpp-x"]) == pytest.approx(0.25)
+            assert f.level_dimensions == tuple((x.shape[1], x.shape[0]) for x in levels)
+            for k, want in enumerate(levels):
+                found = np.asarray(f.read_region((0, 0), k, want.shape[1::-1]))  # (h,w,4)
+                assert_alike(found[..., :3], want, f"{h} x {w}, level {k}")
+                assert (found[..., 3] == 255).all()
+
+
+# ----- 3. DeepZoom -----
+
+@pytest.mark.parametrize("h, w, tile", SIZES)
+def test_deepzoom(tmp_path, viewer, h, w, tile):
+    image, folder = picture(h, w), tmp_path / "new" / "slide"
+    write_deepzoom(folder, cut(image, 20, 3), (h, w), tile, 100, viewer, title="<b> & ü, 50%")
+    root = ET.parse(folder / "image.dzi").getroot()
+    space = "{http://schemas.microsoft.com/deepzoom/2008}"
+    assert root.tag == space + "Image" and root.attrib == {"Format": "jpg", "Overlap": "0", "TileSize": str(tile)}
+    assert root[0].tag == space + "Size" and root[0].attrib == {"Width": str(w), "Height": str(h)}
+    levels = pyramid(image, 1)[::-1]
+    assert len(levels) == int(np.ceil(np.log2(max(h, w)))) + 1                 # what every DeepZoom viewer counts with
+    names = ["image.dzi", "index.html", "openseadragon.min.js"]
+    for k, want in enumerate(levels):
+        found = np.empty_like(want)
+        for i in range(0, want.shape[0], tile):
+            for j in range(0, want.shape[1], tile):
+                names.append(f"image_files/{k}/{j // tile}_{i // tile}.jpg")
+                x = np.asarray(Image.open(folder / names[-1]))
+                assert x.shape == found[i:i + tile, j:j + tile].shape, names[-1]
+                found[i:i + tile, j:j + tile] = x
+        assert_alike(found, want, f"level {k}")
+    assert files(folder) == sorted(names)
+    assert os.listdir(folder.parent) == ["slide"]                              # and no temporary name
+
+
+def test_page_needs_no_network_and_no_server(tmp_path, viewer):
+    write_deepzoom(tmp_path / "x", [picture(30, 50)], (30, 50), 16, viewer=viewer, title="</title> & ü, 50%")
+    page = (tmp_path / "x" / "index.html").read_text(encoding="utf-8")
+    assert "//" not in page and "<title>&lt;/title&gt; &amp; ü, 50%</title>" in page and "charset=\"utf-8\"" in page
+    assert re.findall(r'src="(.*?)"', page) == ["openseadragon.min.js"]
+    assert (tmp_path / "x" / "openseadragon.min.js").read_bytes() == viewer.read_bytes()
+    assert "tileSize: 16, width: 50, height: 30," in page and "`image_files/${level}/${x}_${y}.jpg`" in page
+    assert "showNavigationControl: false" in page                              # its buttons are pictures we do not have
+    assert 'drawer: "canvas"' in page                                          # WebGL shows nothing from file://
+
+
+def test_a_viewer_must_be_there_before_any_work(tmp_path, monkeypatch, viewer):
+    def strips():
+        raise AssertionError("work began")
+        yield
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.js").write_text("// something else")
+    for path in (None, tmp_path / "none.js", tmp_path / "other.js", tmp_path):
+        with pytest.raises(UserError, match="viewer: .*npm install openseadragon.*--viewer=FILE"):
+            write_deepzoom(tmp_path / "x", strips(), (30, 50), viewer=path)
+    assert not (tmp_path / "x").exists()
+    (tmp_path / VIEWER).parent.mkdir(parents=True)
+    viewer.rename(tmp_path / VIEWER)
+    write_deepzoom("x", [picture(30, 50)], (30, 50))
+    assert (tmp_path / "x" / "openseadragon.min.js").is_file()
+
+
+def test_only_our_own_folder_is_replaced(tmp_path, viewer):
+    def write(h):
+        write_deepzoom(tmp_path / "x", [picture(h, 50)], (h, 50), 16, viewer=viewer)
+    (tmp_path / "x").mkdir()                                                   # an empty one holds nothing to lose
+    write(90)
+    before = files(tmp_path / "x")
+    write(20)
+    assert len(files(tmp_path / "x")) < len(before) and sorted(os.listdir(tmp_path)) == ["downloads", "x"]
+    for name in ("notes.txt", "image.dzi"):                                    # something of the user's; or too little
+        (tmp_path / "x" / "notes.txt").touch()
+        if name == "image.dzi":
+            (tmp_path / "x" / "notes.txt").unlink()
+            (tmp_path / "x" / name).unlink()
+        there = files(tmp_path / "x")
+        with pytest.raises(UserError, match="folder: .*other things than a DeepZoom image.*another name"):
+            write(20)
+        assert files(tmp_path / "x") == there
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="folder: .*another name"):
+        write_deepzoom(tmp_path / "file", [picture(9, 9)], (9, 9), viewer=viewer)
+
+
+# ----- 4. What goes wrong -----
+
+@pytest.fixture(params=["tiff", "deepzoom"])
+def write(request, tmp_path, viewer):
+    """A writer, with x as its path."""
+    def call(strips, size, path=tmp_path / "x", **options):
+        if request.param == "tiff":
+            return write_tiff(path, strips, size, **options)
+        return write_deepzoom(path, strips, size, viewer=viewer, **options)
+    return call
+
+
+@pytest.mark.parametrize("strips, says", [
+    ([noise(16, 50), noise(13, 50)], r"strips: they end after 29 rows, size=\(30, 50\) says 30: give size=\(height"),
+    ([], "strips: they end after 0 rows"),
+    ([noise(16, 50), noise(15, 50)], r"strips: uint8 \(15, 50, 3\) after 16 rows does not fit size=\(30, 50\): give"),
+    ([noise(50, 30)], r"strips: uint8 \(50, 30, 3\).*uint8 strips \(h, 50, 3\)"),  # height and width swapped
+    ([noise(15, 50), noise(15, 49)], r"strips: uint8 \(15, 49, 3\) after 15 rows"),
+    ([noise(30, 50) / 255], "strips: float64"),
+    ([noise(30, 50)[..., 0]], r"\(30, 50\)"),
+    (noise(30, 50), r"strips: uint8 \(50, 3\) after 0 rows"),                  # the image itself, not a list of strips
+    ([np.zeros((30, 50, 4), np.uint8)], r"\(30, 50, 4\)")])
+def test_strips_that_do_not_make_up_the_image(tmp_path, write, strips, says):
+    with pytest.raises(UserError, match=says):
+        write(strips, (30, 50), tile=16)
+    assert os.listdir(tmp_path) == ["downloads"]
+
+
+@pytest.mark.parametrize("options, says", [
+    ({"size": (0, 50)}, r"size=\(0, 50\).*at least 1 x 1"), ({"size": (30, 50, 3)}, r"size is \(height, width\)"),
+    ({"tile": 100}, "tile=100.*multiple of 16"), ({"tile": 0}, "tile=0"), ({"tile": 8192}, "up to 4096"),
+    ({"quality": 0}, "quality=0.*1 to 100"), ({"quality": 101}, "quality=101")])
+def test_bad_arguments(tmp_path, write, options, says):
+    with pytest.raises(UserError, match=says):
+        write(**{"strips": [noise(30, 50)], "size": (30, 50)} | options)
+    assert os.listdir(tmp_path) == ["downloads"]
+
+
+@pytest.mark.parametrize("mpp", [0, -0.5, float("nan"), float("inf")])
+def test_bad_resolution(tmp_path, mpp):
+    with pytest.raises(UserError, match="mpp=.*micrometres per pixel"):
+        write_tiff(tmp_path / "x.tif", [noise(30, 50)], (30, 50), mpp=mpp)
+
+
+def test_paths_that_cannot_be_written(tmp_path, write):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="could not write .*file/x: .*check free space and permissions"):
+        write([noise(30, 50)], (30, 50), path=tmp_path / "file" / "x")
+    with pytest.raises(UserError, match="path: .* is a folder: give the name of a file"):
+        write_tiff(tmp_path, [noise(30, 50)], (30, 50))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError("a bad slide"), ZeroDivisionError], ids=repr)
+def test_an_interruption_leaves_what_was_there(tmp_path, write, error):
+    image = picture(60, 50)
+
+    def strips():
+        yield image[:40]
+        raise error
+    kind = type(error) if isinstance(error, Exception) else error
+    with pytest.raises(kind):
+        write(strips(), (60, 50), tile=16)
+    assert os.listdir(tmp_path) == ["downloads"]
+    write([image], (60, 50), tile=16)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(kind):
+        write(strips(), (60, 50), tile=16)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_full_disk(tmp_path, write, monkeypatch):
+    done = []
+
+    def full(pixels, quality):
+        done.append(pixels)
+        if len(done) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return jpeg(pixels, quality)
+    monkeypatch.setattr(slide, "jpeg", full)
+    with pytest.raises(UserError, match="could not write .*x: .*No space left.*check free space"):
+        write([noise(60, 50)], (60, 50), tile=16)
+    assert len(done) == 3 and os.listdir(tmp_path) == ["downloads"]
+
+
+def test_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    slide.main([])
+    said = re.findall(r"level (\d): (\d+) x (\d+) pixels", capsys.readouterr().out)
+    with Image.open(tmp_path / "out" / "slide_demo.tif") as f:
+        for k in range(f.n_frames):
+            f.seek(k)
+            assert said[k] == (str(k), str(f.width), str(f.height))
+    assert len(said) == f.n_frames == 3

@@ -1,0 +1,216 @@
+"""vit.py against the published encoders: numbers, key names, full sizes, files of other models. Goldens as in rule.py.
+
+Each docstring ends with small changes of the code that the test is meant to fail on ("catches: ...").
+"""
+import argparse
+import sys
+import types
+
+import pytest
+import rule
+import torch
+from rule import golden, manifest, state_dict
+
+from common import UserError, load_state_dict, save_tensors
+from slides.vit import KINDS, ViT, main, recognise
+
+each = pytest.mark.parametrize("name", KINDS)
+SIZE = [(name, size) for name, sizes in rule.ENCODERS.items() for size in sizes]
+
+
+def small(name, state=None, **how):
+    """The cut-down encoder behind a golden file."""
+    heads = golden(f"encoder_{name}")[1]["config"]["heads"]
+    return ViT.from_official(state or state_dict(f"encoder_{name}"), name, heads).requires_grad_(False)
+
+
+# ----- 1. Numbers -----
+
+@pytest.mark.parametrize("name, size", SIZE)
+def test_tokens(name, size):
+    """1e-5 of the largest number. catches: eps; GELU by tanh; SwiGLU's halves swapped; q, k, v in another order; the
+    registers ahead of the class token, or with positions; a LayerScale left out; the norm of the class token alone; one
+    encoder's way of resizing positions for another's; height and width swapped."""
+    tensors, meta = golden(f"encoder_{name}")
+    found = dict(zip(("cls", "reg_tokens", "patch_tokens"),
+                     small(name).tokens(rule.picture(tensors[f"in/image_{size}"], meta["config"]))))
+    assert found["reg_tokens"].shape[1] == meta["config"]["registers"]
+    for what, ours in found.items():
+        key = f"{what}_{size}"
+        if f"out/{key}" in tensors:
+            reference, every = tensors["out/" + key], meta["every_kth"].get("out/" + key, 1)
+            a, b = ours.flatten()[::every], reference.flatten()
+            assert a.shape == b.shape and (a - b).abs().max() <= 1e-5 * b.abs().max(), (key, (a - b).abs().max())
+    assert torch.equal(found["cls"], small(name)(rule.picture(tensors[f"in/image_{size}"], meta["config"])))
+
+
+@pytest.mark.parametrize("name", ["dinov2", "dinov2_reg"])
+def test_positions_of_full_size(name):
+    """The published table of 37 x 37 for tiles of 224 and 252. catches: size= for DINOv2's factors, or the reverse."""
+    tensors = golden(f"encoder_{name}")[0]
+    model = ViT(name, 8, 1, 1, 14, 8, 1370, 4).requires_grad_(False)
+    model.positions.copy_(tensors["in/pos37"])
+    for side in (16, 18):
+        reference = tensors[f"out/pos37_{side}x{side}"]
+        assert (model.place(side, side) - reference).abs().max() <= 1e-5 * reference.abs().max()
+    assert model.place(37, 37) is model.positions  # its own grid is left alone, whatever the offset
+
+
+@each
+def test_height_and_width_are_not_swapped(name):
+    """A tall image and its transpose, through the transposed network. catches: w before h in `place`."""
+    model, patch = small(name), KINDS[name].size[3]
+    image = torch.randn(1, 3, 3 * patch, 5 * patch)
+    cls, _, patches = model.tokens(image)
+    side, first = model.grid, model.first
+    model.patchify.weight.copy_(model.patchify.weight.mT.clone())
+    table = model.positions[:, first:].unflatten(1, (side, side)).transpose(1, 2).flatten(1, 2).clone()
+    model.positions[:, first:] = table
+    turned = model.tokens(image.mT)
+    torch.testing.assert_close(turned[0], cls, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(turned[2].unflatten(1, (5, 3)).transpose(1, 2).flatten(1, 2), patches, atol=1e-5,
+                               rtol=1e-5)
+    with pytest.raises(ValueError, match=f"multiples of {patch}"):
+        model(torch.zeros(1, 3, patch, patch + 1))
+
+
+# ----- 2. Key names and sizes -----
+
+@each
+def test_full_size(name):
+    """The published key list, exactly and without memory, gives the published network. catches: a typing error in a key
+    map; a bias left out; heads by another rule than width / 64; a wrong number in the table of sizes."""
+    keys = manifest(f"full_{name}")
+    model = ViT.from_official({k: torch.empty(shape, device="meta") for k, shape in keys.items()}, name)
+    width, depth, heads, patch = KINDS[name].size[:4]
+    assert (model.embed_dim, len(model.blocks), model.blocks[0].heads, model.patch) == (width, depth, heads, patch)
+    with torch.device("meta"):
+        expected = ViT(name, *KINDS[name].size)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
+    counts = {"uni": 342, "uni2h": 343, "dinov2": 342, "dinov2_reg": 343, "hipt": 150, "phikon": 198}
+    assert len(model.state_dict()) == counts[name]
+    used = [s for k, s in keys.items() if not k.startswith(KINDS[name].unused or ("-",))]
+    assert sorted(used) == sorted(tuple(v.shape) for v in model.state_dict().values())
+
+
+def test_other_forms_of_the_same_weights(tmp_path):
+    """HIPT's whole file, with a Namespace of settings; its teacher inside DDP, and the bare backbone; Phikon inside a
+    classifier; timm's copy of DINOv2 with registers, without a position for the class token."""
+    state, image = state_dict("encoder_hipt"), torch.randn(1, 3, 96, 96)
+    e = small("hipt")(image)
+    bare = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    for other in (bare, {"module." + k: v for k, v in state.items()}, {"student": {}, "teacher": state}):
+        assert torch.equal(small("hipt", other)(image), e)
+    path = tmp_path / "vit256_small_dino.pth"
+    torch.save({"student": {"a": torch.zeros(1)}, "teacher": {"module." + k: v for k, v in state.items()}, "epoch": 9,
+                "args": argparse.Namespace(arch="vit_small", lr=0.1)}, path)
+    assert torch.equal(small("hipt", load_state_dict(path))(image), e)
+    state = state_dict("encoder_phikon")
+    more = {"vit." + k: v for k, v in state.items()} | {"vit.pooler.dense.bias": torch.zeros(48)}
+    assert torch.equal(small("phikon", more)(image), small("phikon")(image))
+    state, image = state_dict("encoder_dinov2_reg"), torch.randn(1, 3, 70, 70)
+    e = small("dinov2_reg")(image)
+    state["reg_token"] = state.pop("register_tokens")
+    place, _ = state.pop("pos_embed"), state.pop("mask_token")
+    state |= {"cls_token": state["cls_token"] + place[:, :1], "pos_embed": place[:, 1:].clone()}
+    torch.testing.assert_close(small("dinov2_reg", state)(image), e)
+
+
+def test_half_precision_files_are_read_as_float32():
+    model = small("uni", {k: v.half() for k, v in state_dict("encoder_uni").items()})
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# ----- 3. What does not fit is refused, by name -----
+
+@each
+@pytest.mark.parametrize("how", ["missing", "unexpected", "of another shape"])
+def test_damaged_keys(name, how):
+    """Every key (of one block) in turn is missing or of another shape, one is unknown: it is named. catches:
+    strict=False."""
+    state = state_dict(f"encoder_{name}")
+    wanted = [k for k in state if not k.startswith(KINDS[name].unused or ("-",))]
+    wanted = [k for k in wanted if ".0." not in k and ".1." not in k]
+    for key in wanted if how != "unexpected" else ["blocks.0.extra.weight"]:
+        bad = dict(state)
+        if how == "missing":
+            del bad[key]
+        else:
+            bad[key] = torch.zeros(*state[key].shape, 2) if key in state else torch.zeros(1)
+        with pytest.raises(ValueError) as err:
+            small(name, bad)
+        assert f"1 {how}: {key}" in str(err.value), (key, str(err.value))
+
+
+def test_all_faults_are_listed():
+    state = state_dict("encoder_phikon")
+    del state["encoder.layer.1.attention.attention.query.bias"], state["layernorm.bias"]
+    state["head.weight"] = torch.zeros(2, 48)
+    with pytest.raises(ValueError) as err:
+        small("phikon", state)
+    for word in ("2 missing", "encoder.layer.1.attention.attention.query.bias", "layernorm.bias", "head.weight"):
+        assert word in str(err.value)
+
+
+@each
+def test_weights_of_another_encoder(name):
+    """All 30 pairs are refused, and what the weights look like is said. catches: UNI taken for DINOv2, whose keys are
+    the same."""
+    state = state_dict(f"encoder_{name}")
+    full = {k: torch.empty(shape, device="meta") for k, shape in manifest(f"full_{name}").items()}
+    assert recognise(state) == recognise(full) == name
+    for other in KINDS:
+        if other != name:
+            with pytest.raises(ValueError, match=f"encoder '{other}'.*they look like {name}$"):
+                ViT.from_official(state, other, golden(f"encoder_{name}")[1]["config"]["heads"])
+
+
+@pytest.mark.parametrize("key, looks", [
+    ("first_stage_model.quant_conv.bias", "whole latent diffusion model"), ("encoder.down.0.block.0.x", "VQ-VAE"),
+    ("layers.0.blocks.0.attn.relative_position_index", "CTransPath"), ("layer1.0.conv1.weight", "ResNet"),
+    ("encoder.layer.0.layer_scale1.lambda1", "Phikon-v2"), ("fc.weight", "nothing known")])
+def test_weights_of_something_else(key, looks):
+    for name in KINDS:
+        with pytest.raises(ValueError, match=looks):
+            ViT.from_official({key: torch.zeros(2)}, name)
+
+
+def test_wrong_names_and_heads():
+    with pytest.raises(ValueError, match="unknown ViT 'unni': known are uni"):
+        ViT.from_official({}, "unni")
+    with pytest.raises(ValueError, match="say how many heads"):
+        ViT.from_official(state_dict("encoder_uni"), "uni", 5)
+    with pytest.raises(ValueError, match="say how many heads"):  # 48 / 64
+        ViT.from_official(state_dict("encoder_uni"), "uni")
+    state = state_dict("encoder_uni")
+    state["pos_embed"] = torch.zeros(1, 200, 48)
+    with pytest.raises(ValueError, match="neither a square"):
+        small("uni", state)
+
+
+def test_lightning_checkpoint_is_read_and_code_is_not_run(tmp_path, monkeypatch):
+    """CompVis' files name Lightning's ModelCheckpoint, which need not be installed. catches: any class let through."""
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    for name in ("ModelCheckpoint", "Other"):
+        setattr(module, name, type(name, (), {"__module__": module.__name__}))
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
+        m.setitem(sys.modules, "pytorch_lightning.callbacks", types.ModuleType("pytorch_lightning.callbacks"))
+        m.setitem(sys.modules, module.__name__, module)
+        for name in ("ModelCheckpoint", "Other"):
+            torch.save({"state_dict": {"a": torch.ones(2)}, "callbacks": {getattr(module, name): {"best": None}}},
+                       tmp_path / name)
+    assert torch.equal(load_state_dict(tmp_path / "ModelCheckpoint")["a"], torch.ones(2))
+    with pytest.raises(UserError, match="could run code"):
+        load_state_dict(tmp_path / "Other")
+
+
+def test_safetensors(tmp_path):
+    save_tensors(tmp_path / "uni.safetensors", state_dict("encoder_uni"))
+    assert torch.equal(small("uni", load_state_dict(tmp_path / "uni.safetensors")).cls, small("uni").cls)
+
+
+def test_command_line(capsys):
+    main([])
+    text = capsys.readouterr().out
+    assert "303,350,784" in text and "681,394,176" in text and "(2, 4, 48), (2, 35, 48)" in text

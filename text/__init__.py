@@ -1,0 +1,1 @@
+"""Captions, and grids of embeddings drawn from them."""

