@@ -173,8 +173,14 @@ class UserError(ValueError):
     """Something the user gave is unusable. The text names it and the remedy; `cli` prints it and exits with code 2."""
 
 
-def cli(main):
-    """Run main(argv): a UserError becomes one sentence and exit code 2, Ctrl-C a quiet exit code 130."""
+def cli(main, doc=""):
+    """Run main(argv): a UserError becomes one sentence and exit code 2, Ctrl-C a quiet exit code 130.
+
+    doc: what --help prints for a file that takes no settings; one that does answers --help itself, by `configure`.
+    """
+    if doc and {"--help", "-h"} & {*sys.argv[1:]}:
+        print(doc.strip())
+        sys.exit(0)
     try:
         main(sys.argv[1:])
     except UserError as err:
@@ -224,6 +230,22 @@ def configure(cls, argv, presets=None, words=(), doc=""):
         key, eq, value = arg[2:].partition("=")
         _set(cfg, key, value if eq else True)
     return cfg
+
+
+def at_least(cfg, **least):
+    """Hold settings against the smallest numbers that mean something. raises: UserError that names the first below."""
+    for name, low in least.items():
+        value = getattr(cfg, name)
+        if not value >= low:  # so that nan is refused too
+            raise UserError(f"--{name}={value}: it must be at least {low}")
+
+
+def one_of(cfg, **known):
+    """Hold settings against the words they may be. raises: UserError that names the first unknown one."""
+    for name, words in known.items():
+        value = getattr(cfg, name)
+        if value not in words:
+            raise UserError(f"--{name}={value}: known are {', '.join(words)}{_nearest(str(value), words)}")
 
 
 def _nearest(name, known):
@@ -476,6 +498,12 @@ def summary(module, *inputs, depth=2):
 def to_uint8(x):
     """in: (...,3,H,W) in [-1,1]. out: (...,H,W,3) uint8, rounded (the published code truncates)."""
     return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1)
+
+
+def save_png(path, pixels):
+    """Write one picture. in: pixels (H,W,3) uint8, as `to_uint8` makes them."""
+    with atomic(path) as tmp:
+        Image.fromarray(pixels).save(tmp, "PNG")
 
 
 def save_grid(path, rows, labels=None, zoom=1, pad=2):

@@ -95,19 +95,29 @@ def diffusion_loss(fn, z0, t, eps, schedule, pred="eps"):
 
 # ----- 2. Sampling -----
 
+def null_condition(c):
+    """What stands for no condition: zeros like c, as published (not an encoding of zeros). Made here, nowhere else."""
+    return torch.zeros_like(c)
+
+
+def with_guidance(null, cond, guidance):
+    """Classifier-free guidance: null + guidance (cond - null) of two predictions. Written here, nowhere else."""
+    return null + guidance * (cond - null)
+
+
 def guided(fn, c, guidance=1.0, c_null=None):
-    """Classifier-free guidance: eps_null + guidance (eps_cond - eps_null).
+    """Classifier-free guidance of a prediction.
 
     in:  fn(z_t, t, c) -> prediction; c (B,...). guidance 1 = conditional only, one pass. (The published large-image
     code calls w what is guidance - 1 here.) c_null: zeros, as published (not an encoding of zeros). out: f(z_t, t).
     """
     if guidance == 1.0:
         return lambda z, t: fn(z, t, c)
-    both = torch.cat([torch.zeros_like(c) if c_null is None else c_null, c])        # (2B,L,D), both in one batch
+    both = torch.cat([null_condition(c) if c_null is None else c_null, c])         # (2B,L,D), both in one batch
 
     def f(z, t):
         null, cond = fn(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
-        return null + guidance * (cond - null)
+        return with_guidance(null, cond, guidance)
     return f
 
 
@@ -231,7 +241,7 @@ class ZoomLDM(nn.Module):
         if guidance == 1.0:
             kv = self.unet.cache_context(c)
             return lambda z, t: self.eps(z, t, kv)
-        kv = self.unet.cache_context(torch.cat([torch.zeros_like(c), c]))
+        kv = self.unet.cache_context(torch.cat([null_condition(c), c]))
         return guided(lambda z, t, _: self.eps(z, t, kv), c, guidance)
 
     @torch.no_grad()
@@ -245,6 +255,17 @@ class ZoomLDM(nn.Module):
         if sampler != "ddim":
             raise UserError(f"unknown sampler {sampler!r}: known are ddim, plms")
         return ddim_sample(self.guided(c, guidance), z_T, self.schedule, steps, end=end)
+
+    @torch.no_grad()
+    def draw(self, c, side, guidance=2.0, steps=50, seed=0, batch=64, sampler="ddim", end="clean"):
+        """Patches for conditions c (N,L,D), latents of side x side: (N,3,4 side,4 side) in [-1,1] on the CPU. Call it
+        under autocast for bf16."""
+        images = []
+        for first in range(0, len(c), batch):
+            part = c[first:first + batch]
+            z = self.sample(part, (side, side), guidance, steps, seed, sampler, end, first)
+            images.append(self.decode(z).float().clamp(-1, 1).cpu())
+        return torch.cat(images)
 
     def config(self):
         """Everything but the weights, as plain types."""

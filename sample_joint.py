@@ -38,6 +38,7 @@ from common import (
     generator,
     load_tensors,
     save_grid,
+    save_png,
     save_tensors,
     setup,
     to_uint8,
@@ -983,11 +984,6 @@ def picture(model, z, ranks):
 def decoded(model, z, ranks):
     """The whole decoded canvas as it would be written, (1,3,H,W) in [-1,1]."""
     return torch.from_numpy(picture(model, z, ranks)).movedim(-1, 0)[None] / 127.5 - 1
-
-
-def save_png(path, image):
-    with atomic(path) as tmp:
-        Image.fromarray(image).save(tmp, "PNG")
 
 
 def large(model, pyramids, cfg, ranks):
