@@ -40,7 +40,7 @@ from common import (
     setup,
     to_uint8,
 )
-from data import PatchDataset, Pyramids
+from data import PatchDataset, open_data
 from diffusion import Schedule, ZoomLDM, ddim_sample, diffusion_loss
 from train import check_loop, fingerprint, run_stage
 from unet import time_embedding
@@ -558,11 +558,10 @@ def spoken(v, described, pyramids, made, damp=1e-3):
 
 def make(cfg, model, pyramids):
     """An untrained Conditioner of the sizes that run and data ask for, and the data set it learns from."""
-    from slides.official import Samples
     from text import captions
     _, cfg.dit.cond, lean_by = KINDS[cfg.model]
     cfg.shift = cfg.shift or lean_by
-    if cfg.model == "grid" and isinstance(pyramids, Samples):
+    if cfg.model == "grid" and pyramids.official:
         raise UserError(f"--model=grid learns from whole images, {pyramids.folder} holds single samples: give --data=")
     if cfg.model != "grid":
         if cfg.captions or cfg.vectors:
@@ -642,10 +641,9 @@ def train(cfg):
 # ----- 2. Patches from nothing -----
 
 def open_run(cfg, ranks):
-    from slides.official import Samples, layout_of
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
     data = cfg.data or model.info.get("data", "")
-    return model, Samples(data) if layout_of(data) else Pyramids(data, std=model.info.get("std"))
+    return model, open_data(data, std=model.info.get("std"))
 
 
 def show(made, model, pyramids, cfg, ranks, scales, folder=None, sheet=None):

@@ -151,7 +151,7 @@ def read_index(folder):
     path = Path(folder) / "index.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no index.json: make the data with `python data.py toy --out={folder}` or "
-                        f"`python data.py build`")
+                        f"`python data.py build` (official samples can be learnt from and nothing else)")
     try:
         index = json.loads(path.read_text())
     except ValueError as err:
@@ -195,30 +195,41 @@ def finish(out, index, slides):
 
 # ----- 2. Reading -----
 
+def open_data(folder, latents=None, std=None, latent_scale=1.0):
+    """Open what a model trains on: a folder that data.py wrote, or one of the official samples (slides.official).
+
+    out: Pyramids or Samples; both give items, and `official` tells them apart. raises: UserError if it is neither.
+    """
+    if not (Path(folder) / "index.json").is_file():
+        from slides.official import Samples, layout_of
+        if layout_of(folder):
+            return Samples(folder, latent_scale)
+    return Pyramids(folder, latents, std, latent_scale)
+
+
 class Pyramids:
     """A folder that data.py wrote: which slides there are, and single patches from memory-mapped files.
 
     in:  latents, a folder of files of the same names with z{s} (train.py makes it), or None if they stand in the same
-    files; std, the deviations a model was trained with, where this set was built with its own.
+    files; std, the deviations a model was trained with, where this set was built with its own; latent_scale, by which
+    latents are multiplied as they are read, and nowhere else.
     Attributes: folder, patch, scales, embed_dim, encoder, weights, std, slides. raises: UserError if missing or
     foreign.
     """
     CACHE = 8192  # mapped tensors per process, far below the system's limit on mappings
 
-    def __init__(self, folder, latents=None, std=None):
-        from slides.official import layout_of
-        if layout_of(folder):
-            raise UserError(f"{folder} holds official samples, which can be learnt from and nothing else: give "
-                            f"--data=, a folder that `python data.py build` wrote")
+    official = False  # slides.official.Samples says True
+
+    def __init__(self, folder, latents=None, std=None, latent_scale=1.0):
         index = read_index(folder)
         if not index["slides"]:
             raise UserError(f"{folder} is unfinished: run the command that makes it again, it goes on where it stopped")
-        self.folder, self.latents = Path(folder), Path(latents or folder)
+        self.folder, self.latents, self.latent_scale = Path(folder), Path(latents or folder), latent_scale
         for key in ("patch", "scales", "embed_dim", "encoder", "std", "slides"):
             setattr(self, key, index[key])
         self.weights = index["source"].get("weights")  # the file of a published encoder, where it lay then
         self.mpp = index["source"].get("mpp")          # micrometres per pixel of base tiles; None: not known
-        self.rescale = None
+        self.rescale = torch.ones(self.embed_dim)      # what embeddings are multiplied by (E,): 1 without `std`
         if std is not None and list(std) != self.std:
             self.rescale, self.std = torch.tensor(self.std) / torch.tensor(std), list(std)
         self._mapped, self._pid = {}, None
@@ -265,11 +276,10 @@ class Pyramids:
         if "x" in want:
             out["x"] = self.tensor(k, f"x{s}")[n].permute(2, 0, 1).float().div_(127.5).sub_(1)
         if "z" in want:
-            out["z"] = self.tensor(k, f"z{s}")[n].float()
+            out["z"] = self.tensor(k, f"z{s}")[n].float() * self.latent_scale
         if "e" in want:
             e = self.tensor(k, f"p{s}")[n] if s >= POOLED else block(self.tensor(k, "e"), s, *out["ij"].tolist())
-            e = e.float() if self.rescale is None else e.float() * self.rescale
-            out["e"] = e.permute(2, 0, 1)                                      # (E,G,G)
+            out["e"] = (e.float() * self.rescale).permute(2, 0, 1)             # (E,G,G)
         return out
 
     def item(self, k, s, n, want):

@@ -54,7 +54,7 @@ from common import (
     setup,
     write_text,
 )
-from data import PatchDataset, Pyramids, fixed_batch, read_index
+from data import PatchDataset, Pyramids, fixed_batch, open_data, read_index
 from diffusion import Schedule, ZoomLDM, diffusion_loss
 from summarizer import KINDS, SummarizerConfig
 from unet import UNet, UNetConfig
@@ -735,7 +735,6 @@ def check(cfg):
 
 def main(argv):
     from experiments.plot import plot
-    from slides.official import Samples, layout_of
     cfg = configure(Config, argv, PRESETS, ("preset",), __doc__)
     if cfg.plot:
         return plot(Path(cfg.plot))
@@ -744,11 +743,10 @@ def main(argv):
     out, ranks = Path(cfg.out), setup(cfg.device, cfg.amp, cfg.threads)
     prepare(cfg)
     ranks.barrier()
-    official = bool(layout_of(cfg.data))
     base = ZoomLDM.from_run(cfg.init_from) if cfg.init_from and Path(cfg.init_from).is_dir() else None
     std = base and base.info.get("std")  # embeddings must mean what they meant to the Summarizer
-    pyramids = Samples(cfg.data) if official else Pyramids(cfg.data, std=std)
-    if official and not cfg.vae_weights:
+    pyramids = open_data(cfg.data, std=std)
+    if pyramids.official and not cfg.vae_weights:
         raise UserError(f"{cfg.data} holds latents of the published VAE: give it with --vae_weights=FILE")
     cfg.summarizer.embed_dim, cfg.summarizer.scales = pyramids.embed_dim, pyramids.scales
     cfg.unet.context_dim, side = cfg.summarizer.width, pyramids.patch // 4
@@ -785,7 +783,7 @@ def main(argv):
     vae, scale = get_vae(cfg, ranks, pyramids, base)
     if not cfg.steps:
         return  # --steps=0: the VAE alone
-    if not official:
+    if not pyramids.official:
         pyramids = Pyramids(cfg.data, latents=encode_latents(cfg, ranks, vae, pyramids), std=std)
     torch.manual_seed(cfg.seed + 1)
     net = LDMStage(cfg, scale, side)

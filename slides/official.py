@@ -41,8 +41,10 @@ class Samples:
 
     raises: UserError if there is none, or, on reading, naming a file that is missing, damaged or of another shape.
     """
-    def __init__(self, folder):
-        self.folder, self.layout = Path(folder), layout_of(folder)
+    official = True
+
+    def __init__(self, folder, latent_scale=1.0):
+        self.folder, self.layout, self.latent_scale = Path(folder), layout_of(folder), latent_scale
         if not self.layout:
             raise UserError(f"{folder} holds no official samples: there is none of the folders "
                             f"{', '.join(s for scales, *_ in LAYOUTS.values() for s in scales)}")
@@ -116,7 +118,7 @@ class Samples:
     def item(self, k, s, n, want):
         """Sample n of scale s: tokens (64,E), mask (64,), s, slide, and what is wanted of x, z, e, as from Pyramids."""
         number = int(self.ids[s][n])
-        out = {"z": self.latent(s, number)} if "z" in want else {}
+        out = {"z": self.latent(s, number) * self.latent_scale} if "z" in want else {}
         if "x" in want:
             out["x"] = self.picture(s, number)
             if out["x"] is None:

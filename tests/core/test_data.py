@@ -174,6 +174,8 @@ def test_latents_from_a_folder_of_their_own(folder, tmp_path):
                                                 for s, n in enumerate(slide["counts"])})
     item = PatchDataset(Pyramids(folder, latents=tmp_path), want=("z", "x"))[5]
     assert torch.equal(item["z"], torch.full((3, 4, 4), item["s"] + 0.5))
+    scaled = PatchDataset(Pyramids(folder, latents=tmp_path, latent_scale=0.3), want=("z",))[5]
+    assert torch.equal(scaled["z"], item["z"] * 0.3) and scaled["z"].dtype == torch.float32
     with pytest.raises(UserError, match=r"train_000\d.safetensors: tensor z\d is missing.*train.py"):
         PatchDataset(p)[0]
 
