@@ -1,11 +1,18 @@
-"""TODO"""
+"""How good patches are: drawn from the conditions of held-out patches, and measured against these.
+
+Columns that end in "vae" are what coding the real patch alone loses: the ceiling of any latent model. "null" is drawn
+without a condition, "shuffled" is held against another patch's.
+
+in:  a trained model and the pyramids it was trained on   out: a table, RUN/eval/eval.json and sheet.png
+run: python -m experiments.evaluate RUN, which is python sample_joint.py RUN --eval     read next: quality.py
+"""
 import json
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import UserError, open_tensors, save_grid, write_text
+from common import UserError, cli, open_tensors, save_grid, write_text
 from data import fixed_batch
 from experiments import metrics as M
 from sample_joint import draw_patches, scales_of
@@ -13,33 +20,112 @@ from slides.encoders import load_encoder
 from summarizer import standardize
 from zoom_vae import perplexity
 
-# ----- 2. Evaluation on held-out patches -----
+KINDS = ("fake", "real", "vae", "null")  # what is measured: drawn, real, real but coded, drawn without a condition
+
+
+# ----- 1. What toy slides say of themselves -----
 
 def truth(pyramids, batch, size):
     """For toy data, tissue shares (N,4) by the region map, which has a quarter of the slide's resolution, and the share
     of nuclei (N,) by the list of those drawn: their discs' area, where the centre lies in the patch."""
-    rows, areas = [], []
-    for k, s, (i, j) in zip(batch["slide"].tolist(), batch["s"].tolist(), batch["ij"].tolist()):
-        side = size * 2 ** s
-        with open_tensors(pyramids.folder / pyramids.slides[k]["file"]) as f:
-            region = f.get_tensor("region")[i * side // 4:(i + 1) * side // 4, j * side // 4:(j + 1) * side // 4]
+    shares, areas = [], []
+    for slide, s, (i, j) in zip(batch["slide"].tolist(), batch["s"].tolist(), batch["ij"].tolist()):
+        side = size * 2 ** s                                # of the patch, in pixels of the slide
+        top, left = i * side, j * side
+        with open_tensors(pyramids.folder / pyramids.slides[slide]["file"]) as f:
+            region = f.get_tensor("region")
             x, y, radius = f.get_tensor("nuclei").double().T
-        rows.append(torch.bincount(region.flatten().long(), minlength=4) / region.numel())
-        inside = (x >= j * side) & (x < (j + 1) * side) & (y >= i * side) & (y < (i + 1) * side)
+        region = region[top // 4:(top + side) // 4, left // 4:(left + side) // 4]
+        shares.append(torch.bincount(region.flatten().long(), minlength=4) / region.numel())
+        inside = (x >= left) & (x < left + side) & (y >= top) & (y < top + side)
         areas.append(torch.pi * radius[inside].square().sum() / side ** 2)
-    return torch.stack(rows), torch.stack(areas)
+    return torch.stack(shares), torch.stack(areas)
 
 
 def palette_of(pyramids):
-    """Mean colour of each tissue, from training patches at scale 2 and their region maps."""
-    batch, regions = fixed_batch(pyramids, "train", 2, 128), []
-    for k, (i, j) in zip(batch["slide"].tolist(), batch["ij"].tolist()):
-        with open_tensors(pyramids.folder / pyramids.slides[k]["file"]) as f:
-            side = pyramids.patch
+    """Mean colour of each tissue, from training patches at scale 2 and their region maps; None for other data."""
+    with open_tensors(pyramids.folder / pyramids.slides[0]["file"]) as f:
+        if "region" not in f.keys() or pyramids.scales < 3:
+            return None
+    batch, side, regions = fixed_batch(pyramids, "train", 2, 128), pyramids.patch, []
+    for slide, (i, j) in zip(batch["slide"].tolist(), batch["ij"].tolist()):
+        with open_tensors(pyramids.folder / pyramids.slides[slide]["file"]) as f:
             region = f.get_tensor("region")[i * side:(i + 1) * side, j * side:(j + 1) * side]
         regions.append(region[::4, ::4])
-    return M.fit_palette(batch["x"], torch.stack(regions))
+    try:
+        return M.fit_palette(batch["x"], torch.stack(regions))
+    except UserError as err:
+        print(f"tissues are not measured: {err}")
+        return None
 
+
+# ----- 2. One scale -----
+
+@torch.no_grad()
+def coded(model, real, batch, ranks):
+    """Encode and decode real patches. out: images like real; how many codes they use."""
+    images, used = [], 0
+    for x in real.split(batch):
+        with ranks.autocast():
+            z = model.vae.encode(x.to(ranks.device)).float()
+            images.append(model.vae.decode(z).float().cpu().clamp(-1, 1))
+        indices = model.vae.quantize(z)[1].flatten()
+        used = used + torch.bincount(indices, minlength=len(model.vae.codebook.weight))
+    return torch.cat(images), perplexity(used)
+
+
+def in_space(name, feature, sets, train):
+    """Similarities and distances in one feature space. in: sets {kind: images}. out: {column: value}."""
+    base, features = feature(train), {kind: feature(x) for kind, x in sets.items()}
+    n = len(features["real"])
+    # about the mean training patch, or any two patches would look alike
+    centre = M.standard(base)
+    right, wrong = M.paired_gain(centre(features["fake"]), centre(features["real"]))
+    row = {f"sim_{name}": right, f"shuffled_{name}": wrong,
+           f"sim_{name}_vae": M.similarity(centre(features["vae"]), centre(features["real"]))}
+    project = M.principal(base, min(16, len(base) - 1))
+    held_out = project(features["real"])
+    for kind, x in (("floor", base[:n]), *features.items()):
+        if kind == "real":
+            continue
+        # a Fréchet distance of few samples is mostly bias: below 256, the unbiased kernel distance and its error
+        far = (M.frechet(project(x), held_out), None) if n >= 256 else M.kernel_distance(project(x), held_out)
+        row[f"dist_{name}_{kind}"] = far
+    return row
+
+
+def by_colour(sets, batch, pyramids, palette, s):
+    """Mean absolute errors of what colours say of tissues and nuclei. out: {column: value}."""
+    shares, area = truth(pyramids, batch, pyramids.patch)
+    cell = {0: 16, 1: 16, 2: 8}.get(s, 4)   # pixels averaged before a colour counts as a tissue
+    row = {"nuclei_mean": float(area.mean())}
+    for kind in KINDS:
+        found = M.tissue_fractions(sets[kind], palette, cell)
+        row[f"tissue_{kind}"] = float((found - shares).abs().mean())
+        row[f"nuclei_{kind}"] = float((M.nuclei_fraction(sets[kind]) - area).abs().mean())
+    return row
+
+
+def measure(model, pyramids, cfg, ranks, s, describe, palette):
+    """All columns of scale s. out: the row; the real and the drawn patches."""
+    n = min(cfg.n, pyramids.count("train", s))              # as many on both sides of a distance
+    batch = fixed_batch(pyramids, cfg.split, s, n)
+    train = fixed_batch(pyramids, "train", s, max(n, 256))["x"]
+    real, grid = batch["x"], min(2 ** s, 8)
+    fake = draw_patches(model, batch, cfg, ranks)
+    null = draw_patches(model, batch, cfg, ranks, null=True)
+    vae, codes = coded(model, real, cfg.batch, ranks)
+    sets = {"fake": fake, "null": null, "vae": vae, "real": real}
+    row = {"scale": s, "n": len(real), "layout": M.layout_fidelity(fake, real, grid),
+           "layout_vae": M.layout_fidelity(vae, real, grid), "psnr_vae": M.psnr(vae, real), "codes_used": codes}
+    row |= in_space("desc", describe, sets, train)
+    row |= in_space("rand", M.random_features, sets, train)
+    if palette is not None:
+        row |= by_colour(sets, batch, pyramids, palette, s)
+    return row, real, fake
+
+
+# ----- 3. All scales -----
 
 def evaluate(model, pyramids, cfg, ranks):
     """Measure drawn patches against the real ones their conditions came from; print a table, write eval.json."""
@@ -47,51 +133,17 @@ def evaluate(model, pyramids, cfg, ranks):
 
     def describe(x):  # descriptor space: what the conditions are made of, here of the patch itself
         return standardize(encoder((x + 1) / 2)[..., None, None])[..., 0, 0]
-    with open_tensors(pyramids.folder / pyramids.slides[0]["file"]) as f:
-        toy = "region" in f.keys()
-    try:
-        palette = palette_of(pyramids) if toy and pyramids.scales > 2 else None
-    except UserError as err:
-        palette = print(f"tissues are not measured: {err}")
+    palette = palette_of(pyramids)
     table, rows, labels = [], [], []
     for s in tqdm(scales_of(cfg, pyramids), desc="scales"):
-        few = [pyramids.count(split, s) for split in (cfg.split, "train")]
-        if min(few) < 3:
-            print(f"scale {s} left out: {few[0]} {cfg.split} and {few[1]} training patches are too few")
+        held_out, train = pyramids.count(cfg.split, s), pyramids.count("train", s)
+        if min(held_out, train) < 3:
+            print(f"scale {s} left out: {held_out} {cfg.split} and {train} training patches are too few")
             continue
-        n = min(cfg.n, few[1])                 # as many on both sides of a distance
-        batch, train = fixed_batch(pyramids, cfg.split, s, n), fixed_batch(pyramids, "train", s, max(n, 256))["x"]
-        real, grid = batch["x"], min(2 ** s, 8)
-        fake, null = draw_patches(model, batch, cfg, ranks), draw_patches(model, batch, cfg, ranks, null=True)
-        with torch.no_grad(), ranks.autocast():
-            z = torch.cat([model.vae.encode(x.to(ranks.device)) for x in real.split(cfg.batch)]).float()
-            coded = torch.cat([model.vae.decode(x).float().cpu().clamp(-1, 1) for x in z.split(cfg.batch)])
-        used = torch.bincount(model.vae.quantize(z)[1].flatten(), minlength=len(model.vae.codebook.weight))
-        row = {"scale": s, "n": len(real), "layout": M.layout_fidelity(fake, real, grid),
-               "layout_vae": M.layout_fidelity(coded, real, grid), "psnr_vae": M.psnr(coded, real),
-               "codes_used": perplexity(used)}
-        for space, feature in (("desc", describe), ("rand", M.random_features)):
-            base = feature(train)
-            scale = M.standard(base)   # about the mean training patch, or any two patches would look alike
-            row[f"sim_{space}"], row[f"shuffled_{space}"] = M.paired_gain(scale(feature(fake)), scale(feature(real)))
-            row[f"sim_{space}_vae"] = M.similarity(scale(feature(coded)), scale(feature(real)))
-            axes = M.principal(base, min(16, len(base) - 1))
-            sets = {name: axes(feature(x)) for name, x in (("fake", fake), ("null", null), ("vae", coded))}
-            held, floor = axes(feature(real)), axes(base)[:len(real)]
-            # a Fréchet distance of few samples is mostly bias: below 256, the unbiased kernel distance and its error
-            measure = (lambda a, b: (M.frechet(a, b), None)) if len(real) >= 256 else M.kernel_distance
-            for name, value in {"floor": floor, **sets}.items():
-                row[f"dist_{space}_{name}"] = measure(value, held)
-        if palette is not None:
-            cell = {0: 16, 1: 16, 2: 8}.get(s, 4)   # pixels averaged before a colour counts as a tissue
-            want, area = truth(pyramids, batch, pyramids.patch)
-            for name, x in (("fake", fake), ("real", real), ("vae", coded), ("null", null)):
-                row[f"tissue_{name}"] = float((M.tissue_fractions(x, palette, cell) - want).abs().mean())
-            row["nuclei_mean"] = float(area.mean())
-            for name, x in (("fake", fake), ("real", real), ("vae", coded), ("null", null)):
-                row[f"nuclei_{name}"] = float((M.nuclei_fraction(x) - area).abs().mean())
+        row, real, fake = measure(model, pyramids, cfg, ranks, s, describe, palette)
         table.append(row)
-        rows, labels = rows + [real[:12], fake[:12]], labels + [f"scale {s} real", f"scale {s} drawn"]
+        rows += [real[:12], fake[:12]]
+        labels += [f"scale {s} real", f"scale {s} drawn"]
     if not table:
         raise UserError(f"{pyramids.folder} has too few patches to measure anything: look at the pictures instead, "
                         f"without --eval")
@@ -103,25 +155,40 @@ def evaluate(model, pyramids, cfg, ranks):
           f"seed {cfg.seed}")
 
 
+def as_cell(value):
+    """A number as the table shows it; a distance with its error."""
+    if isinstance(value, tuple):
+        return f"{value[0]:.3g}" + ("" if value[1] is None else f"±{value[1]:.2g}")
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
 def print_table(table):
-    """Three blocks, a row per scale. "(vae)" columns are what coding the real patch alone loses: the ceiling."""
-    def cell(v):
-        if v is None:
-            return "-"
-        if isinstance(v, tuple):
-            return f"{v[0]:.3g}" + (f"±{v[1]:.2g}" if v[1] is not None else "")
-        return f"{v:d}" if isinstance(v, int) else f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}"
-    blocks = [("follows its condition (1 = the real patch; shuffled = other patches' conditions)",
-               ["scale", "n", "layout", "layout_vae", "sim_desc", "shuffled_desc", "sim_desc_vae", "sim_rand",
-                "shuffled_rand", "sim_rand_vae", "psnr_vae", "codes_used"]),
-              ("distance to held-out patches (Fréchet if n >= 256, else kernel ± standard error), 16 components",
-               ["scale"] + [f"dist_{sp}_{k}" for sp in ("desc", "rand") for k in ("fake", "floor", "vae", "null")])]
+    """Two blocks, three for toy data, a row per scale."""
+    follows = ["scale", "n", "layout", "layout_vae"]
+    follows += ["sim_desc", "shuffled_desc", "sim_desc_vae", "sim_rand", "shuffled_rand", "sim_rand_vae"]
+    follows += ["psnr_vae", "codes_used"]
+    distances = ["scale"] + [f"dist_{space}_{kind}" for space in ("desc", "rand")
+                             for kind in ("fake", "floor", "vae", "null")]
+    tissues = ["fake", "vae", "real", "null"]
+    colours = ["scale"] + [f"{what}_{kind}" for what in ("tissue", "nuclei") for kind in tissues]
+    blocks = {"follows its condition (1 = the real patch; shuffled = other patches' conditions)": follows,
+              "distance to held-out patches (Fréchet if n >= 256, else kernel ± standard error), 16 components":
+              distances}
     if "tissue_fake" in table[0]:
-        blocks.append(("mean absolute error of what colours say: tissue shares against the region map, the share of "
-                       "nuclei against those drawn (mean given)",
-                       ["scale", *(f"{what}_{name}" for what in ("tissue", "nuclei")
-                                   for name in ("fake", "vae", "real", "null")), "nuclei_mean"]))
-    for title, keys in blocks:
-        print(f"\n{title}\n" + " ".join(f"{k.replace('_', ' '):>14}" for k in keys))
+        blocks["mean absolute error of what colours say: tissue shares against the region map, the share of nuclei "
+               "against those drawn (mean given)"] = [*colours, "nuclei_mean"]
+    for title, keys in blocks.items():
+        print(f"\n{title}\n" + " ".join(f"{key.replace('_', ' '):>14}" for key in keys))
         for row in table:
-            print(" ".join(f"{cell(row[k]):>14}" for k in keys))
+            print(" ".join(f"{as_cell(row[key]):>14}" for key in keys))
+
+
+def main(argv):
+    import sample_joint
+    sample_joint.main([*argv, "--eval"])
+
+
+if __name__ == "__main__":
+    cli(main)
