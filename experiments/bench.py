@@ -1,7 +1,7 @@
 """Speed and memory of the networks, of training and of sampling, side by side in one run.
 
-    python bench.py                            # reduced width, some minutes on two cores -> assets/bench.md
-    python bench.py --full                     # as published, 20 minutes -> assets/bench_full.md; --compile: more
+    python bench.py                            # reduced width, some minutes on two cores -> out/bench.md
+    python bench.py --full                     # as published, 20 minutes -> out/bench_full.md; --compile: more
     python bench.py --full --compile --device=cuda --batch=32
     python bench.py plan --gpus=256            # past one machine: see plan.py; so is python bench.py loader RUN
 
@@ -53,7 +53,7 @@ class Config:
     compile: bool = False   # torch.compile as well
     groups: str = ""        # of GROUPS, with "," between; empty = all
     only: str = ""          # one: a line of a table, "group: line"
-    out: str = ""           # empty = assets/bench.md, and assets/bench_full.md with --full
+    out: str = ""           # empty = out/bench.md, and out/bench_full.md with --full
 
 
 SIDE = 64  # latents of a patch of 256 pixels
@@ -339,7 +339,7 @@ def main(argv):
     print("\n" + "\n".join(parts[-1]))
     command = " ".join(["python bench.py", *argv])
     body = "\n\n".join("\n".join(part) for part in parts)
-    out = cfg.out or f"assets/bench{'_full' * cfg.full}.md"
+    out = cfg.out or f"out/bench{'_full' * cfg.full}.md"
     write_text(out, f"# `{command}`\n\n" + "\n".join(text) + f"\n```\n{body}\n```\n")
     print(f"wrote {out}")
 

@@ -1,17 +1,141 @@
-"""What README and docs/ name exists: files, functions, commands, settings, pictures."""
+"""What README and docs/ name exists: files, functions, commands, settings, pictures, links, messages."""
+import ast
+import importlib
 import re
+import shlex
+import sys
 
+import pytest
 from conftest import ROOT
+from test_style import CORE, FILES, TREES
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXT = "\n".join(p.read_text() for p in PAGES if p.exists())
+import common
+import train
+
+README = (ROOT / "README.md").read_text()
+PAGES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+TEXT = "\n".join(PAGES.values())
+# python FILE.py ..., python -m ROOM.NAME ..., torchrun ... FILE.py ...
+RUNS = r"(?:python -m ([a-z]+(?:\.\w+)?)|(?:python|nproc_per_node=\d+)(?: --[\w.:=-]+)* ([\w/]+\.py))((?: [^`\n#]*)?)"
+COMMANDS = sorted({(module or file[:-3].replace("/", "."), args.strip()) for module, file, args
+                   in re.findall(RUNS, TEXT) if module not in ("venv", "pip", "pytest", "room.file")})
+MODULES = {name[:-3].replace("/", "."): name for name in FILES if not name.endswith("__init__.py")}
+CONFIGS = [node for tree in TREES.values() for node in ast.walk(tree)
+           if isinstance(node, ast.ClassDef) and node.name.endswith("Config")]
+OPTIONS = {n.target.id for c in CONFIGS for n in c.body if isinstance(n, ast.AnnAssign)} | {"help"}
+BUDGET = dict(readme_lines=250, readme_bytes=20_000, page_lines=250)
 
 
-def test_pictures_exist():
-    for path in re.findall(r"\]\((?:\.\./)?(assets/[^)]+)\)", TEXT):
-        assert (ROOT / path).exists(), path
+class Parsed(Exception):
+    """Raised in place of what a command would do once its settings are read."""
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """Every module that a command names, and what it may open a door to, loaded."""
+    return {name: importlib.import_module(name) for name in MODULES}
+
+
+@pytest.mark.parametrize("name,args", COMMANDS, ids=[" ".join(c) for c in COMMANDS])
+def test_command_parses(name, args, modules, monkeypatch):
+    """main() of the module reads these settings with its own Config, through whatever door. catches: an option, a
+    preset or a module of another name."""
+    assert name in modules, f"no such module: {name}"
+    real = common.configure
+
+    def parse(*given, **options):
+        real(*given, **options)
+        raise Parsed
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "configure", None) is real:
+            monkeypatch.setattr(module, "configure", parse)
+    args = shlex.split(args)
+    plain = "configure" not in FILES[MODULES[name]].read_text() and name != "data"     # data.py opens doors to Configs
+    if plain or "--help" in args:                      # without settings main would do its work
+        return
+    with pytest.raises(Parsed):
+        modules[name].main(args)
+
+
+@pytest.mark.parametrize("place", sorted(set(re.findall(r"`((?:\w+/)?\w+\.py)::(\w+)`(?: line (\d+))?", TEXT))),
+                         ids=lambda p: "::".join(p))
+def test_function_exists(place):
+    """... and the line that is named lies in it."""
+    file, name, line = place
+    found = [n for n in ast.walk(TREES[file]) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name]
+    assert found, f"{file} has no {name}"
+    assert not line or any(n.lineno <= int(line) <= n.end_lineno for n in found), f"{file}: {name} is not at {line}"
+
+
+@pytest.mark.parametrize("file", sorted(set(re.findall(r"`((?:\w+/)?\w+\.py)`", TEXT))))
+def test_file_exists(file):
+    assert file in FILES, file
+
+
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"`--([a-z_A-Z.]+)", TEXT)) - {"key"}))
+def test_option_exists(option):
+    assert option.split(".")[0] in OPTIONS, option
+
+
+def test_file_table_is_the_reading_order():
+    table = README[README.index("## The eleven files"):README.index("## Names")]
+    assert re.findall(r"^\| `(\w+)\.py`", table, re.M) == list(CORE)
+
+
+def test_rooms_are_all_told():
+    told = set(re.findall(r"^\| `(\w+/\w+\.py)`", PAGES["docs/rooms.md"], re.M))
+    assert told == {name for name in FILES if "/" in name and not name.endswith("__init__.py")}
+
+
+def anchor(title):
+    """GitHub's name for a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_exist(page):
+    folder = (ROOT / page).parent
+    for path, at in re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)]*))?\)", PAGES[page]):
+        target = folder / path if path else ROOT / page
+        assert target.exists(), f"{page}: {path}"
+        assert not at or at in map(anchor, re.findall(r"^#+ (.*)", target.read_text(), re.M)), f"{page}: {path}#{at}"
+
+
+def test_every_page_is_linked_from_readme():
+    assert set(PAGES) - {"README.md"} <= set(re.findall(r"\]\((docs/\w+\.md)\)", README))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_length(page):
+    lines = PAGES[page].splitlines()
+    assert len(lines) <= BUDGET["readme_lines" if page == "README.md" else "page_lines"]
+    assert page != "README.md" or len(README.encode()) <= BUDGET["readme_bytes"]
+    inside = False                                     # what a command printed may be wide, and so may tables
+    for number, line in enumerate(lines, 1):
+        inside ^= line.startswith("```")
+        assert inside or len(line) <= 120 or line[:2] in ("| ", "!["), f"{page}:{number} is {len(line)} wide"
 
 
 def test_make_targets_exist():
     for target in set(re.findall(r"^make (\w+)", TEXT, re.M)):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+
+
+def test_messages_are_raised():
+    code = "\n".join(p.read_text() for p in FILES.values())
+    code = re.sub(r'"\s*\n\s*f?"', "", code)                          # strings that go on in the next line
+    for row in re.findall(r"^\| (`.*?) \|", PAGES["docs/troubleshooting.md"], re.M):
+        for message in re.findall("`([^`]+)`", row):
+            assert message.replace(" --x", "") in code, message
+
+
+def test_ranks_divide_the_batch():
+    """In every torchrun line. catches: 8 ranks for a batch of 420."""
+    lines = re.findall(r"torchrun ([^\n`]*?) train\.py([^\n`#]*)", TEXT)
+    assert len(lines) > 3
+    for launch, args in lines:
+        if found := re.search(r"nproc_per_node=(\d+)", launch):
+            nodes = re.search(r"nnodes=(\d+)", launch)
+            cfg = common.configure(train.Config, shlex.split(args), train.PRESETS, ("preset",))
+            assert cfg.batch % (int(found[1]) * int(nodes[1] if nodes else 1)) == 0, args
