@@ -430,7 +430,6 @@ class Config:
     log_every: int = 50
     sample_every: int = 500
     save_every: int = 250
-    keep: int = 2              # checkpoints kept
     max_skips: int = 0         # steps in a row whose loss or gradient is not finite that are passed over
     profile: int = 0           # steps to profile
     sheet: int = 8             # patches per scale on the contact sheets drawn on the way; 0 = no sheets

@@ -1,6 +1,6 @@
-"""Plumbing shared by every file: command lines, files on disk, devices, shape tables, contact sheets.
+"""Plumbing that all files share: command lines, files, checkpoints, ranks and devices, pictures. Skip it at first.
 
-Nothing here knows about diffusion. The list is closed: whatever is specific to one model lives in that model's file.
+Nothing here knows about diffusion. What belongs to one model stands in the file of that model.
 
 read next: zoom_vae.py
 """
@@ -9,164 +9,21 @@ import difflib
 import inspect
 import json
 import os
-import pickle
 import sys
 import typing
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from datetime import timedelta
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-
-# ----- 1. Settings: a run goes on with those it began with -----
-
-# settings that may differ when a run is resumed: they do not change what is computed, only where, how long and how loud
-# (micro: unless there is batch norm, in PatchGAN or the CNN Summarizer; max_skips: unless there is something to skip)
-FREE = {"preset", "out", "device", "threads", "workers", "compile", "channels_last", "unet.checkpoint", "plot", "steps",
-        "micro", "toy", "log_every", "sample_every", "save_every", "keep", "max_skips", "profile", "run", "sheet",
-        "made_for"}  # made_for: cdm.py compares it, for files that lack it too
-
-
-def flat(settings, start=""):
-    """Nested settings as one dict, under dotted names."""
-    inner = [flat(v, f"{start}{k}.") if isinstance(v, dict) else {start + k: v} for k, v in settings.items()]
-    return {k: v for part in inner for k, v in part.items()}
-
-
-def check_settings(path, cfg, only=""):
-    """raises: UserError if the file at `path`, should it exist, was made with other settings (whose names start with
-    `only`) than cfg; a setting that did not exist then counts as its default. Every rank of a run reads the same file,
-    so all stop together."""
-    if not path.exists():
-        return
-    with open_tensors(path) as f:
-        then = json.loads((f.metadata() or {}).get("json", "{}")).get("settings", {})
-    now, default = (flat(json.loads(json.dumps(asdict(c)))) for c in (cfg, type(cfg)()))
-    if not then:
-        raise UserError(f"{path} does not say what settings it belongs to, so it is none of ours: move it away")
-    then = default | flat(then)
-    changed = [k for k in now if k not in FREE and k.startswith(only) and now[k] != then.get(k)]
-    if changed:
-        afresh = "another --out" if "out" in now else f"move {path.name.split('.')[0]}*.safetensors away"
-        raise UserError(f"{path} belongs to a run with other settings ({', '.join(changed)}): give the same ones to "
-                        f"resume, or {afresh} to start afresh")
-
-
-# ----- 2. Files -----
-
-def fingerprint(module):
-    """crc32 over all weights: tells whether latents or tokens on disk were made by this very network."""
-    crc = 0
-    for _, v in sorted(module.state_dict().items()):
-        crc = zlib.crc32(v.detach().cpu().contiguous().numpy().tobytes(), crc)
-    return f"{crc:08x}"
-
-
-def checksum(tensors, meta):
-    """crc32 over all that a state file holds. Disks and networks flip bits without an error."""
-    crc = zlib.crc32(json.dumps(meta).encode())
-    for k, v in sorted(tensors.items()):
-        crc = zlib.crc32(f"{k} {tuple(v.shape)} {v.dtype}".encode(), crc)
-        crc = zlib.crc32(v.reshape(-1).view(torch.uint8).numpy(), crc)
-    return crc
-
-
-def older(path, k):
-    """The name of the checkpoint k saves before the newest, which is `path`."""
-    return path.with_name(f"{path.stem}.{k}.safetensors") if k else path
-
-
-def before(path):
-    """The checkpoints there are from before `path`, latest first. out: [(k of `older`, file)]."""
-    return sorted((int(p.suffixes[-2][1:]), p) for p in path.parent.glob(f"{path.stem}.[0-9]*.safetensors"))
-
-
-def save_state(path, cfg, step, net, ema, opt):
-    """Raw weights, averaged weights, optimiser moments: tensors only, in one atomic file. cfg.keep files stay."""
-    moments = {f"opt.{i}.{k}": v for i, s in opt.state_dict()["state"].items() for k, v in s.items()}
-    tensors = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": v for k, v in (ema or {}).items()}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in (tensors | moments).items()}
-    meta = {"step": step, "settings": asdict(cfg)}
-    with atomic(path) as tmp:
-        save_file(tensors, tmp, {"json": json.dumps(meta | {"crc": checksum(tensors, meta)})})
-        with open(tmp, "rb") as f:
-            os.fsync(f.fileno())  # before the older files move: a full disk leaves them where they are
-        for k in range(cfg.keep - 1, 0, -1):
-            if older(path, k - 1).exists():
-                os.replace(older(path, k - 1), older(path, k))
-    for k, file in before(path):
-        if k >= cfg.keep:  # from when more were kept
-            file.unlink()
-
-
-def read_state(path):
-    """in: a state file. out: (tensors, meta). raises: UserError if it is not as it was written."""
-    try:
-        tensors, meta = load_tensors(path)
-        crc, step = meta.pop("crc", None), meta["step"]  # the first versions wrote no crc
-        if crc not in (None, checksum(tensors, meta)):
-            raise UserError(f"{path} is damaged: its checksum does not fit, step {step}")
-    except (KeyError, ValueError, RuntimeError, SafetensorError) as err:
-        raise err if isinstance(err, UserError) else UserError(f"{path} is damaged ({err})") from err
-    return tensors, meta
-
-
-def newest_state(path, ranks=None):
-    """The newest checkpoint that is whole: `path`, else one from before it. out: (file, tensors, meta), None if there
-    is no file at all. ranks, if given: rank 0 says what is wrong with newer files and puts them out of the way.
-    raises: UserError if all are damaged."""
-    earlier, faults = [file for _, file in before(path)], {}
-    for file in (path, *earlier) if path.exists() or earlier else ():
-        try:
-            found = (file, *read_state(file))
-            break
-        except UserError as err:
-            faults[file] = str(err)
-    else:
-        if faults:
-            raise UserError(f"no checkpoint is whole: {'; '.join(faults.values())}; remove them to start afresh")
-        return None
-    if ranks and faults:
-        ranks.barrier()  # all have looked
-        for bad, why in faults.items() if ranks.rank == 0 else ():
-            print(f"{why}: falling back to {file}, step {found[2]['step']}")
-            if bad.exists():
-                os.replace(bad, bad.with_name(bad.name + ".damaged"))
-    return found
-
-
-def goes_on(path, cfg):
-    """Whether there is a checkpoint to go on from. raises: UserError if it was made with other settings than cfg, or
-    none is whole."""
-    if found := newest_state(path):
-        check_settings(found[0], cfg)
-    return found is not None
-
-
-def resume(path, cfg, net, ema, opt, ranks):
-    """Load the newest whole checkpoint into net, ema and opt. out: the step to go on from, 0 if there is none."""
-    if (found := newest_state(path, ranks)) is None:
-        return 0
-    file, tensors, meta = found
-    check_settings(file, cfg)
-    groups = {"net.": {}, "ema.": {}, "opt.": {}}
-    for k, v in tensors.items():
-        groups[k[:4]][k[4:]] = v
-    net.load_state_dict(groups["net."])
-    for k, v in groups["ema."].items():
-        ema[k].copy_(v)
-    moments = {}
-    for k, v in groups["opt."].items():
-        i, _, key = k.partition(".")
-        moments.setdefault(int(i), {})[key] = v.clone()  # kept: a mapped file would hold its disk space
-    opt.load_state_dict({"state": moments, "param_groups": opt.state_dict()["param_groups"]})
-    return meta["step"]
 
 
 class UserError(ValueError):
@@ -174,70 +31,106 @@ class UserError(ValueError):
 
 
 def cli(main, doc=""):
-    """Run main(argv): a UserError becomes one sentence and exit code 2, Ctrl-C a quiet exit code 130.
-
-    doc: what --help prints for a file that takes no settings; one that does answers --help itself, by `configure`.
-    """
-    if doc and {"--help", "-h"} & {*sys.argv[1:]}:
+    """Run main(argv). doc: what --help prints for a file without settings; `configure` answers it for the others."""
+    if doc and ("--help" in sys.argv or "-h" in sys.argv):
         print(doc.strip())
         sys.exit(0)
     try:
         main(sys.argv[1:])
     except UserError as err:
         text = str(err)
-        if text.startswith("Caught "):  # in a data loading process, which sends its whole traceback
+        if text.startswith("Caught "):        # in a process that loads data: its traceback, then the sentence
             text = text.splitlines()[-1].partition(": ")[2]
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `python x.py | head`
+    except BrokenPipeError:                   # `python x.py | head`
         os._exit(0)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
-# ----- 1. Command lines: a dataclass, presets, strict --key=value -----
+# ----- 1. Command lines: a dataclass of settings, presets, strict --key=value -----
 
 def configure(cls, argv, presets=None, words=(), doc=""):
-    """Build the dataclass `cls` from defaults < preset < command line.
+    """Fill the dataclass `cls`: its defaults, then a preset, then the command line. --help prints its source.
 
-    in:  words, the names of the fields that positional words fill, in order; a word for the field "preset" also
-         applies presets[word], a dict of (dotted) field names. Options are --key=value, --nested.key=value, or --flag;
-         --nested=value sets nested.kind, where there is such a field.
-    out: an instance of cls. `--help` prints doc and the source of cls, which documents every field, and exits.
-    raises: UserError for an unknown key or preset (with the nearest known one) or a value of the wrong type.
+    in:  words, the fields that plain words fill, in this order; presets {word: {field: value}} of the field "preset".
+         Options: --key=value, --group.key=value, --flag; --key=value too where one group alone has the key, and
+         --group=value for group.kind. raises: UserError for an unknown key or preset, or a value of the wrong type.
     """
     if "--help" in argv or "-h" in argv:
-        print((doc or "").strip() + "\n\nsettings (--key=value):\n\n" + inspect.getsource(cls))
-        for f in fields(cls):
-            if is_dataclass(f.type):
-                print(inspect.getsource(f.type))
+        print(doc.strip(), "settings (--key=value):", inspect.getsource(cls), sep="\n\n")
+        for group in _types(cls).values():
+            print(inspect.getsource(group) if is_dataclass(group) else "", end="")
         sys.exit(0)
-    if presets is not None:  # --preset=x means x, or its settings would be left out in silence
+    if presets is not None:
         argv = [a.removeprefix("--preset=") for a in argv]
-    cfg, given = cls(), [a for a in argv if not a.startswith("--")]
+    given = [a for a in argv if not a.startswith("--")]
     if len(given) > len(words):
         raise UserError(f"unexpected word {given[len(words)]!r}: options are written --key=value, see --help")
+    cfg, settings = cls(), dict(zip(words, given))
     if presets is not None:
-        name = given[words.index("preset")] if len(given) > words.index("preset") else cfg.preset
+        name = settings.get("preset", cfg.preset)
         if name not in presets:
             raise UserError(f"unknown preset {name!r}: known are {', '.join(presets)}{_nearest(name, presets)}")
-        for key, value in presets[name].items():
-            _set(cfg, key, value)
-    for key, value in zip(words, given, strict=False):
+        settings = presets[name] | settings
+    for key, value in settings.items():
         _set(cfg, key, value)
-    for arg in (a for a in argv if a.startswith("--")):
-        key, eq, value = arg[2:].partition("=")
-        _set(cfg, key, value if eq else True)
+    for option in argv:
+        if option.startswith("--"):
+            key, equals, value = option[2:].partition("=")
+            _set(cfg, key, value if equals else True)
     return cfg
+
+
+def _types(cls):
+    return {f.name: f.type for f in fields(cls)}
+
+
+def _set(cfg, key, value):
+    """Set the field `key` of cfg, or of a group of settings in it."""
+    types, (head, _, rest) = _types(cfg), key.partition(".")
+    groups = [name for name, kind in types.items() if is_dataclass(kind)]
+    owners = [name for name in groups if key in _types(types[name])]
+    if head in groups:
+        _set(getattr(cfg, head), rest or "kind", value)     # --unet.width=64; --summarizer=cnn for its kind
+    elif key in types:
+        setattr(cfg, key, _convert(key, value, types[key]))
+    elif len(owners) == 1:
+        _set(getattr(cfg, owners[0]), key, value)           # --warmup=5 for --optim.warmup=5
+    else:
+        known = [name + ".*" if name in groups else name for name in types]
+        raise UserError(f"unknown option --{key}{_nearest(key, known)}; known here: {', '.join(known)}")
+
+
+def _convert(key, value, wanted):
+    """A value as the type its field is annotated with. Text is read as a Python literal, unless that type is str."""
+    kinds, name = typing.get_args(wanted) or (wanted,), getattr(wanted, "__name__", wanted)   # `int | None` gives both
+    if isinstance(value, str) and (str not in kinds or value == "None" and type(None) in kinds):
+        with suppress(ValueError, SyntaxError):             # what is no literal is refused below, as a str
+            value = ast.literal_eval(value)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    good = type(value) in kinds
+    if wanted is tuple:
+        value = tuple(value) if type(value) in (tuple, list) else (value,)
+        good, name = {type(v) for v in value} <= {int, float}, "numbers with commas"
+    if not good:
+        raise UserError(f"--{key}={value}: expected {name}, got {type(value).__name__}")
+    return value
+
+
+def _nearest(name, known):
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def at_least(cfg, **least):
     """Hold settings against the smallest numbers that mean something. raises: UserError that names the first below."""
     for name, low in least.items():
-        value = getattr(cfg, name)
-        if not value >= low:  # so that nan is refused too
-            raise UserError(f"--{name}={value}: it must be at least {low}")
+        if not getattr(cfg, name) >= low:                   # so that nan is refused too
+            raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {low}")
 
 
 def one_of(cfg, **known):
@@ -248,51 +141,22 @@ def one_of(cfg, **known):
             raise UserError(f"--{name}={value}: known are {', '.join(words)}{_nearest(str(value), words)}")
 
 
-def _nearest(name, known):
-    near = difflib.get_close_matches(name, list(known), 1, 0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _set(cfg, key, value):
-    """Set one (dotted) field, converting a command-line string to the annotated type."""
-    head, _, rest = key.partition(".")
-    types = typing.get_type_hints(type(cfg))
-    if not rest and is_dataclass(types.get(head)) and hasattr(types[head], "kind"):
-        rest = "kind"  # --summarizer=cnn
-    if head not in types or bool(rest) != is_dataclass(types[head]):
-        known = [n + ".*" if is_dataclass(t) else n for n, t in types.items()]
-        raise UserError(f"unknown option --{key}{_nearest(key, known)}; known here: {', '.join(known)}")
-    if rest:
-        return _set(getattr(cfg, head), rest, value)
-    accepted = typing.get_args(types[head]) if type(None) in typing.get_args(types[head]) else (types[head],)
-    kinds = [typing.get_origin(t) or t for t in accepted]
-    if isinstance(value, str) and str not in kinds or value == "None" and type(None) in kinds:
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass
-    if float in kinds and type(value) is int:
-        value = float(value)
-    if tuple in kinds and type(value) is not tuple and value is not None:
-        value = (value,) if type(value) is not list else tuple(value)
-    if type(value) not in kinds or type(value) is tuple and not {type(v) for v in value} <= {int, float}:
-        wanted = "numbers with commas" if tuple in kinds else getattr(types[head], "__name__", types[head])
-        raise UserError(f"--{key}={value}: expected {wanted}, got {type(value).__name__}")
-    setattr(cfg, head, value)
-
-
 # ----- 2. Files: written under a temporary name, then renamed; never unpickled -----
 
 @contextmanager
-def atomic(path):
-    """Yield a temporary path beside `path`; rename it there on success, so that a reader never sees half a file."""
+def atomic(path, earlier=None):
+    """Yield a temporary path, and rename it to `path` on success: nobody ever reads half a file.
+
+    earlier: where the file goes that stands there now, if it is kept. raises: UserError if the disk refuses."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         with open(tmp, "rb") as f:
-            os.fsync(f.fileno())
+            os.fsync(f.fileno())                            # on the disk before anything older is given up
+        if earlier and path.exists():
+            os.replace(path, earlier)
         os.replace(tmp, path)
     except (OSError, SafetensorError) as err:
         kept = "; the earlier file is untouched" if path.exists() else ""
@@ -307,10 +171,10 @@ def write_text(path, text):
         tmp.write_text(text)
 
 
-def save_tensors(path, tensors, meta=None):
+def save_tensors(path, tensors, meta=None, earlier=None):
     """Write {name: tensor} to a safetensors file; `meta` (plain types) travels as JSON in its header."""
     tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
-    with atomic(path) as tmp:
+    with atomic(path, earlier) as tmp:
         save_file(tensors, tmp, {"json": json.dumps(meta or {})})
 
 
@@ -330,16 +194,33 @@ def load_tensors(path):
         return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("json", "{}"))
 
 
-# old checkpoints name these classes beside their tensors: read as empty ones that do nothing
-INERT = [type(name, (), {"__module__": module}) for module, name in (
-    ("argparse", "Namespace"), ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"))]
+def crc32(tensors, start=0):
+    """A checksum of named tensors. Disks and networks flip bits without an error."""
+    for name, v in sorted(tensors.items()):
+        start = zlib.crc32(f"{name} {tuple(v.shape)} {v.dtype}".encode(), start)
+        start = zlib.crc32(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), start)
+    return start
+
+
+def fingerprint(module):
+    """crc32 of all weights: tells whether latents or tokens on disk were made by this very network."""
+    crc = 0
+    for _, v in sorted(module.state_dict().items()):
+        crc = zlib.crc32(v.detach().cpu().contiguous().numpy().tobytes(), crc)
+    return f"{crc:08x}"
+
+
+# ----- 3. Published checkpoints -----
+
+# old checkpoints name these classes beside their tensors; they are read as empty classes that do nothing
+INERT = [type("Namespace", (), {"__module__": "argparse"}),
+         type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})]
 
 
 def load_state_dict(path):
-    """Read a foreign checkpoint (.safetensors, or .ckpt/.pt/.pth/.bin holding tensors only) as a flat state dict.
+    """Read a foreign checkpoint (.safetensors, or .ckpt/.pt/.pth/.bin of tensors alone) as a flat state dict.
 
-    A wrapping "state_dict" (CompVis), "ema" (which the published CDM is sampled with) or "teacher" (DINO) entry is
-    taken off. raises: UserError if missing, cut short, or if unpickling it would run code (weights_only=True refuses).
+    A wrapping "state_dict" (CompVis), "ema" (the published CDM's) or "teacher" (DINO) is taken off. raises: UserError.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -349,52 +230,43 @@ def load_state_dict(path):
     try:
         with torch.serialization.safe_globals(INERT):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as err:
-        raise UserError(f"{path} is damaged or no plain tensor checkpoint (unpickling it could run code, so it is "
-                        f"refused); download it again, or save its state_dict as .safetensors first") from err
     except Exception as err:  # torch meets damaged bytes with IndexError, TypeError, struct.error and many more
-        reason = (str(err).splitlines() or [type(err).__name__])[0]
-        raise UserError(f"{path} is damaged or cut short ({reason}); download it again") from err
+        raise UserError(f"{path} is damaged or holds more than tensors (which could run code, so it is refused): "
+                        f"download it again, or save its state_dict as .safetensors") from err
     for wrap in ("state_dict", "ema", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(wrap), dict):
             state = state[wrap]
-            break
     if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
         raise UserError(f"{path} holds no state dict of tensors; give a checkpoint of the published layout")
     return state
 
 
 def check_official(module, state, prefix, rename, ignore=()):
-    """Hold a published state dict against `module`; every key under `prefix` must be accounted for.
-
-    in:  rename maps our parameter name to the published one (without prefix); ignore lists key beginnings, after the
-         prefix, that are documented bookkeeping.
-    out: {our name: published key}. raises: ValueError listing missing, unexpected and mis-shaped keys.
-    """
+    """Hold a published state dict against `module`. in: rename maps our parameter names to published ones, after
+    `prefix`; ignore, beginnings of keys that are bookkeeping. out: {our name: published key}. raises: ValueError that
+    lists missing, unexpected and mis-shaped keys."""
     ours = module.state_dict()
-    want = {prefix + rename(name): name for name in ours}
-    assert len(want) == len(ours), "two parameters share a published name"
-    unexpected = sorted(k for k in state if k.startswith(prefix) and k not in want
-                        and not k.startswith(tuple(prefix + i for i in ignore)))
-    missing = [k for k in want if k not in state]
-    shaped = [f"{k} is {tuple(state[k].shape)}, expected {tuple(ours[n].shape)}"
-              for k, n in want.items() if k in state and state[k].shape != ours[n].shape]
-    if missing or unexpected or shaped:
-        def show(keys):
-            return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-        raise UserError(f"this is not a published {type(module).__name__} checkpoint" + "".join(
-            f"; {len(keys)} {what}: {show(keys)}" for what, keys in
-            (("missing", missing), ("unexpected", unexpected), ("of another shape", shaped)) if keys))
-    return {n: k for k, n in want.items()}
+    names = {name: prefix + rename(name) for name in ours}
+    known = {*names.values()}
+    ignored = tuple(prefix + i for i in ignore)
+    extra = [k for k in state if k.startswith(prefix) and k not in known and not k.startswith(ignored)]
+    missing = [key for key in names.values() if key not in state]
+    shaped = [f"{key} is {tuple(state[key].shape)}, expected {tuple(ours[name].shape)}"
+              for name, key in names.items() if key in state and state[key].shape != ours[name].shape]
+    text = ""
+    for what, keys in ("missing", missing), ("unexpected", sorted(extra)), ("of another shape", shaped):
+        text += f"; {len(keys)} {what}: {shorten(', '.join(keys), 300)}" if keys else ""
+    if text:
+        raise UserError(f"this is not a published {type(module).__name__} checkpoint{text}")
+    return names
 
 
 def load_official(module, state, prefix, rename, ignore=()):
-    """Copy a published state dict into `module`; in, raises: as check_official. A module built on the meta device (no
-    time lost on random weights) gets its memory here, once the keys fit."""
-    want = check_official(module, state, prefix, rename, ignore)
+    """Copy a published state dict into `module`, which may be on the meta device. in, raises: as check_official."""
+    names = check_official(module, state, prefix, rename, ignore)
     if next(module.parameters()).is_meta:
         module.to_empty(device=next(iter(state.values())).device)
-    module.load_state_dict({n: state[k] for n, k in want.items()})
+    module.load_state_dict({name: state[key] for name, key in names.items()})
 
 
 def common_size(state, dim, *names):
@@ -410,7 +282,108 @@ def common_count(state, start):
     return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
 
 
-# ----- 3. Devices and ranks -----
+# ----- 4. Our own checkpoints: a run goes on exactly where it stopped -----
+
+# what may differ when a run goes on: it changes where, how long and how loud it runs, not what it computes
+FREE = {"preset", "out", "device", "threads", "workers", "compile", "unet.checkpoint", "steps", "micro", "log_every",
+        "sample_every", "save_every", "run", "sheet", "made_for",
+        "channels_last", "plot", "toy", "keep", "max_skips", "profile"}
+GONE = {"disc_weight": 0.0, "lpips": "", "shares": []}  # settings of earlier versions that did change it
+
+
+def previous(path):
+    """The checkpoint before the one at `path`: state.safetensors -> state.1.safetensors."""
+    return path.with_name(f"{path.stem}.1.safetensors")
+
+
+def save_state(path, cfg, step, net, ema, opt):
+    """Write weights, averages and the moments of the optimiser into one file; the checkpoint before it stays."""
+    tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in (ema or {}).items()}
+    for i, moments in opt.state_dict()["state"].items():
+        tensors |= {f"opt.{i}.{k}": v for k, v in moments.items()}
+    meta = {"step": step, "settings": asdict(cfg)}
+    meta["crc"] = crc32(tensors, zlib.crc32(json.dumps(meta).encode()))
+    save_tensors(path, tensors, meta, earlier=previous(path))
+
+
+def newest_state(path, ranks=None):
+    """The newest checkpoint that is whole: `path`, or the one before it.
+
+    out: (file, tensors, meta), or None if there is no file. raises: UserError if all are damaged. ranks, if given: rank
+    0 puts a damaged one out of the way.
+    """
+    faults = []
+    for file in (path, previous(path)):
+        try:
+            tensors, meta = load_tensors(file)
+            crc = meta.pop("crc", None)                     # the first versions wrote none
+            if crc not in (None, crc32(tensors, zlib.crc32(json.dumps(meta).encode()))) or "step" not in meta:
+                raise ValueError("its checksum does not fit")
+            break
+        except (ValueError, RuntimeError, SafetensorError) as err:
+            faults.append(str(err) if isinstance(err, UserError) else f"{file} is damaged: {err}")
+    if len(faults) == 2:
+        if path.exists() or previous(path).exists():
+            raise UserError(f"no checkpoint is whole: {'; '.join(faults)}; remove them to start afresh")
+        return None
+    if faults and ranks:
+        ranks.barrier()                                     # all have looked
+        if ranks.rank == 0:
+            print(f"{faults[0]}: falling back to {file}, step {meta['step']}")
+            if path.exists():
+                os.replace(path, f"{path}.damaged")
+    return file, tensors, meta
+
+
+def resume(path, cfg, net, ema, opt, ranks):
+    """Load the newest whole checkpoint into net, ema and opt. out: the step to go on from, 0 if there is none."""
+    found = newest_state(path, ranks)
+    if found is None:
+        return 0
+    file, tensors, meta = found
+    check_settings(file, cfg)
+    net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
+    moments = {}
+    for key, value in tensors.items():
+        if key.startswith("ema."):
+            ema[key[4:]].copy_(value)
+        elif key.startswith("opt."):
+            i, name = key[4:].split(".")
+            moments.setdefault(int(i), {})[name] = value.clone()  # a view would hold the space of a removed file
+    opt.load_state_dict({"state": moments, "param_groups": opt.state_dict()["param_groups"]})
+    return meta["step"]
+
+
+def _flat(settings, start=""):
+    """Nested settings as one dict of dotted names; those of the loop and its optimiser once stood in no group."""
+    out = {}
+    for key, value in settings.items():
+        name = start + key
+        inner = "" if name in ("optim", "loop") else name + "."
+        out |= _flat(value, inner) if isinstance(value, dict) else {name: value}
+    return out
+
+
+def check_settings(path, cfg, only=""):
+    """raises: UserError if the file at `path`, should it exist, was made with other settings (whose names start with
+    `only`) than cfg. One that did not exist then counts as its default. All ranks read the file, so all stop."""
+    if not path.exists():
+        return
+    with open_tensors(path) as f:
+        meta = json.loads((f.metadata() or {}).get("json", "{}"))
+    if not meta.get("settings"):
+        raise UserError(f"{path} does not say what settings it belongs to, so it is none of ours: move it away")
+    now, default = (GONE | _flat(json.loads(json.dumps(asdict(c)))) for c in (cfg, type(cfg)()))
+    then = default | _flat(meta["settings"])
+    changed = [k for k in now if k not in FREE and k.startswith(only) and now[k] != then[k]]
+    if changed:
+        afresh = "another --out" if "out" in now else f"move {path.name.split('.')[0]}*.safetensors away"
+        raise UserError(f"{path} belongs to a run with other settings ({', '.join(changed)}): give the same ones to "
+                        f"resume, or {afresh} to start afresh")
+
+
+# ----- 5. Devices and ranks -----
 
 @dataclass
 class Ranks:
@@ -426,14 +399,16 @@ class Ranks:
     def barrier(self):
         """Wait for the other ranks, if there are any."""
         if self.world > 1:
-            torch.distributed.barrier()
+            dist.barrier()
 
 
 def setup(device="auto", amp=True, threads=0):
-    """Read torchrun's environment, start the process group (gloo on CPU, nccl on CUDA), choose device and dtype: bf16
-    autocast where the device has bf16 arithmetic, never fp16 (design §7). raises: UserError."""
+    """Read torchrun's environment, start the process group, choose device and dtype: bf16 autocast where the device has
+    bf16 arithmetic, never fp16 (design §7). raises: UserError."""
     if threads < 0:
         raise UserError(f"--threads={threads}: it must be at least 0 (= PyTorch's choice)")
+    if threads:
+        torch.set_num_threads(threads)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -444,20 +419,18 @@ def setup(device="auto", amp=True, threads=0):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as err:
         raise UserError(f"--device={device} cannot be used: {str(err).splitlines()[0]}") from err
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if threads:
-        torch.set_num_threads(threads)
-    if world > 1 and not torch.distributed.is_initialized():
-        more = {"timeout": timedelta(hours=2)}
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # torchrun on one node, whose store outlives a restart of
-            # the ranks (PyTorch 2.13): they must not find the addresses of those that are dead
-            store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(
-                torch.distributed.rendezvous("env://", **more))[0])
-            more |= {"store": store, "rank": rank, "world_size": world}
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **more)
-    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-            device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    if world > 1 and not dist.is_initialized():
+        backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(hours=2)
+        store = None
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # torchrun on one node: its store outlives a restart of the ranks, which must not find the dead ones' places
+            store = next(dist.rendezvous("env://", timeout=wait))[0]
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world)
     return Ranks(rank, world, device, torch.bfloat16 if amp and fast else None)
 
 
@@ -469,30 +442,24 @@ def generator(*key):
     return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
 
 
-# ----- 4. Seeing: shape tables and contact sheets -----
+# ----- 6. Seeing: shape tables and contact sheets -----
 
 def summary(module, *inputs, depth=2):
-    """Print one row per submodule down to `depth`: name, output shape, parameters, share of the total. Meant for
-    the meta device, where the full-size model costs neither memory nor time."""
-    shapes, hooks = {}, []
-    total = sum(p.numel() for p in module.parameters())
+    """Print name, output shape and parameters of each submodule. On the meta device full size costs no time."""
+    shapes = {}
 
-    def watch(name):
-        def hook(_, __, out):
-            first = out[0] if isinstance(out, tuple | list) else out
-            shapes.setdefault(name, "x".join(map(str, first.shape)))
-        return hook
-    rows = [(n, m) for n, m in module.named_modules() if n and n.count(".") < depth and sum(1 for _ in m.parameters())]
-    for name, child in rows:
-        hooks.append(child.register_forward_hook(watch(name)))
+    def look(child, _, out):
+        shapes.setdefault(child, "x".join(map(str, (out[0] if isinstance(out, tuple | list) else out).shape)))
+    for child in module.modules():
+        child.register_forward_hook(look)
     module(*inputs)
-    for h in hooks:
-        h.remove()
-    print(f"{type(module).__name__}\n{'module':<28}{'output':>20}{'parameters':>14}{'share':>8}")
-    for name, child in rows:
-        n = sum(p.numel() for p in child.parameters())
-        print(f"{'  ' * name.count('.') + name.split('.')[-1]:<28}{shapes.get(name, '-'):>20}{n:>14,}{n / total:>8.1%}")
-    print(f"{'total':<28}{'':>20}{total:>14,}")
+    print(f"{type(module).__name__}\n{'module':<28}{'output':>20}{'parameters':>14}")
+    for name, child in module.named_modules():
+        count = sum(p.numel() for p in child.parameters())
+        if name and count and name.count(".") < depth:
+            label = "  " * name.count(".") + name.split(".")[-1]
+            print(f"{label:<28}{shapes.get(child, '-'):>20}{count:>14,}")
+    print(f"{'total':<48}{sum(p.numel() for p in module.parameters()):>14,}")
 
 
 def to_uint8(x):
@@ -503,20 +470,17 @@ def to_uint8(x):
 def save_png(path, pixels):
     """Write one picture. in: pixels (H,W,3) uint8, as `to_uint8` makes them."""
     with atomic(path) as tmp:
-        Image.fromarray(pixels).save(tmp, "PNG")
+        Image.fromarray(np.asarray(pixels)).save(tmp, "PNG")
 
 
-def save_grid(path, rows, labels=None, zoom=1, pad=2):
+def save_grid(path, rows, labels=None):
     """Write a contact sheet. in: rows, a list of (n,3,H,W) in [-1,1]; labels, one text per row."""
-    rows = [to_uint8(r).numpy() for r in rows]  # (n,H,W,3)
-    side = max(len(x) for x in labels) * 6 + 8 if labels else 0
-    h, w = rows[0].shape[1] * zoom + pad, rows[0].shape[2] * zoom + pad
-    sheet = Image.new("RGB", (side + w * max(len(r) for r in rows) + pad, h * len(rows) + pad), "white")
+    left = 8 + 6 * max(map(len, labels)) if labels else 0
+    h, w = rows[0].shape[2] + 2, rows[0].shape[3] + 2       # with a gap of two pixels
+    sheet = Image.new("RGB", (left + w * max(map(len, rows)) + 2, h * len(rows) + 2), "white")
     for i, row in enumerate(rows):
-        for j, tile in enumerate(row):
-            tile = Image.fromarray(tile).resize((w - pad, h - pad), Image.Resampling.NEAREST)
-            sheet.paste(tile, (side + j * w + pad, i * h + pad))
+        for j, tile in enumerate(to_uint8(row).numpy()):    # (H,W,3)
+            sheet.paste(Image.fromarray(tile), (left + j * w + 2, i * h + 2))
         if labels:
             ImageDraw.Draw(sheet).text((4, i * h + h // 2 - 6), labels[i], fill="black")
-    with atomic(path) as tmp:
-        sheet.save(tmp, "PNG")
+    save_png(path, sheet)

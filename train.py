@@ -43,7 +43,7 @@ from common import (
     configure,
     fingerprint,
     generator,
-    goes_on,
+    newest_state,
     load_state_dict,
     load_tensors,
     open_tensors,
@@ -95,7 +95,7 @@ def fits(base, cfg, pyramids):
 
 def check_loop(cfg):
     """What of the settings this file reads can be refused before anything else is. raises: UserError."""
-    least = {"log_every": 1, "sample_every": 1, "save_every": 1, "keep": 1, "workers": 0, "max_skips": 0, "profile": 0,
+    least = {"log_every": 1, "sample_every": 1, "save_every": 1, "workers": 0, "max_skips": 0, "profile": 0,
              "warmup": 0, "lr": 0, "weight_decay": 0, "clip": 0, "ema": 0}
     for name, low in least.items():
         if getattr(cfg, name) < low:
@@ -441,6 +441,15 @@ class Log:
                 f"for data, {record['gb']} GB")
 
 
+def goes_on(path, cfg):
+    """Whether there is a checkpoint to go on from. raises: UserError if it was made with other settings than cfg, or
+    none is whole."""
+    found = newest_state(path)
+    if found:
+        check_settings(found[0], cfg)
+    return found is not None
+
+
 @dataclass
 class Config:
     preset: str = "toy"
@@ -489,7 +498,6 @@ class Config:
     log_every: int = 25
     sample_every: int = 500
     save_every: int = 250
-    keep: int = 2               # checkpoints kept, should the newest be damaged
     max_skips: int = 0          # steps in a row whose loss or gradient is not finite that are passed over
 
 

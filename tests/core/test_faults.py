@@ -4,7 +4,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 from functools import partial
 
@@ -154,7 +153,7 @@ def test_every_flipped_bit_is_noticed(whole, tmp_path):
 def test_no_whole_checkpoint_is_left(whole, tmp_path):
     """Days of work are not begun again in silence."""
     for k in (0, 1):
-        name = state.older(whole / "state.safetensors", k).name
+        name = ("state.safetensors", "state.1.safetensors")[k]
         (tmp_path / name).write_bytes((whole / name).read_bytes()[:1000])
     with pytest.raises(UserError, match="no checkpoint is whole: .*state.saf.*state.1.*remove them to start afresh"):
         tiny(tmp_path)
@@ -170,21 +169,6 @@ def test_checkpoints_from_before_checksums(whole, tmp_path):
     assert same(whole / "state.safetensors", tmp_path / "state.safetensors")
 
 
-def test_more_checkpoints_can_be_kept(whole, tmp_path):
-    tiny(tmp_path, keep=4)
-    assert [step_of(state.older(tmp_path / "state.safetensors", k)) for k in range(5)] == [40, 35, 30, 25, 0]
-    tiny(tmp_path / "one", keep=1)
-    assert [p.name for p in (tmp_path / "one").glob("state*")] == ["state.safetensors"]
-
-
-def test_fewer_checkpoints_are_kept_from_then_on(whole, tmp_path):
-    """What --keep=4 left behind goes when --keep=1 saves."""
-    for k in (1, 3):
-        shutil.copy(whole / "state.1.safetensors", tmp_path / f"state.{k}.safetensors")
-    tiny(tmp_path, keep=1)
-    assert [p.name for p in tmp_path.glob("state*.safetensors")] == ["state.safetensors"]
-
-
 def test_resuming_lets_go_of_the_file(tmp_path):
     """What training goes on with is no view of the checkpoint: wiping that changes nothing. Otherwise a checkpoint that
     was removed holds its disk space until the training ends."""
@@ -194,7 +178,7 @@ def test_resuming_lets_go_of_the_file(tmp_path):
         net(torch.ones(1, 64)).sum().backward()
         opt.step()
         return net, {k: v.clone() for k, v in net.state_dict().items()}, opt
-    file, cfg = tmp_path / "state.safetensors", Config(keep=1)
+    file, cfg = tmp_path / "state.safetensors", Config()
     net, ema, opt = fresh()
     state.save_state(file, cfg, 7, net, ema, opt)
     net, ema, opt = fresh()

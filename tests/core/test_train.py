@@ -123,7 +123,7 @@ def test_settings_that_did_not_exist_yet_had_their_default(run, tmp_path):
         other = train.configure(train.Config, [*TINY, f"--data={run}", f"--{key}={value}"], train.PRESETS, ("preset",))
         with pytest.raises(UserError, match=rf"other settings \({key}\)"):
             state.check_settings(path, other)
-    other.unet.width, other.unet.checkpoint, other.keep, other.max_skips = cfg.unet.width, True, 5, 3
+    other.unet.width, other.unet.checkpoint, other.max_skips = cfg.unet.width, True, 3
     state.check_settings(path, other)  # these change nothing
     del stored["unet"]["width"]  # now 16, by default 192
     save_tensors(path, {}, {"settings": stored})
