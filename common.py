@@ -141,6 +141,11 @@ def one_of(cfg, **known):
             raise UserError(f"--{name}={value}: known are {', '.join(words)}{_nearest(str(value), words)}")
 
 
+def restore(cls, settings):
+    """A configuration from plain types, as files hold them: lists become tuples."""
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+
 # ----- 2. Files: written under a temporary name, then renamed; never unpickled -----
 
 @contextmanager

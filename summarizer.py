@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, cli, common_count, common_size, load_official, summary
+from common import UserError, cli, summary
 
 SLOTS = 64  # Z S8.1: grids are padded or pooled to 8x8
 HEADS = 8   # official: 8 heads at any width
@@ -89,7 +89,7 @@ def grid_of(tokens, mask, cfg):
     return mask.sum(1).float().log2().div(2).round().long()            # 1, 4, 16, 64 real tokens -> 0, 1, 2, 3
 
 
-class Block(nn.Module):
+class SummarizerBlock(nn.Module):
     """Pre-norm transformer block: x + attention(norm x), then x + mlp(norm x)."""
 
     def __init__(self, width, mlp):
@@ -125,7 +125,7 @@ class Summarizer(nn.Module):
         self.pad = nn.Parameter(torch.zeros(1, 1, cfg.width))      # stands in every empty slot
         self.scale = nn.Embedding(cfg.scales, cfg.width)
         self.pos = nn.Parameter(torch.randn(1, SLOTS + 1, cfg.width) * 0.02)
-        self.blocks = nn.ModuleList(Block(cfg.width, cfg.mlp) for _ in range(cfg.depth))
+        self.blocks = nn.ModuleList(SummarizerBlock(cfg.width, cfg.mlp) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
         self.proj = nn.Linear(cfg.width, cfg.width)                # official: Linear and a second norm, not in the text
         self.norm_out = nn.LayerNorm(cfg.width, eps=1e-5)
@@ -158,133 +158,32 @@ class Summarizer(nn.Module):
             x = block(x)
         return self.norm_out(self.proj(self.norm(x)))                  # (B,65,D)
 
-    @staticmethod
-    def official_name(name):
-        """Our parameter name -> the published one."""
-        if name.startswith("blocks."):
-            i, part = name.split(".", 2)[1:]
-            for ours, theirs in (("norm1", "ln_1"), ("norm2", "ln_2"), ("qkv.", "self_attention.in_proj_"),
-                                 ("out.", "self_attention.out_proj."), ("fc1", "mlp.0"), ("fc2", "mlp.3")):
-                part = part.replace(ours, theirs)
-            return f"encoder.layers.encoder_layer_{i}.{part}"
-        head, _, tail = name.partition(".")
-        name = {"embed": "dim_reduce", "pad": "pad_token", "scale": "mag_embedding", "pos": "encoder.pos_embedding",
-                "norm": "encoder.ln", "proj": "final_proj", "norm_out": "layer_norm"}[head]
-        return f"{name}.{tail}" if tail else name
-
     @classmethod
     def from_official(cls, state, prefix=""):
-        """Build from a published state dict (prefix "cond_stage_model." in a whole checkpoint), in eval mode.
-
-        raises: ValueError listing missing, unexpected and mis-shaped keys.
-        """
-        # very old torchvision called the MLP layers linear_1 and linear_2
-        state = {k.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3."): v
-                 for k, v in state.items() if k.startswith(prefix)}
-        def size(dim, *names):
-            return common_size(state, dim, *(prefix + n for n in names))
-        layer = "encoder.layers.encoder_layer_"
-        width = size(0, "dim_reduce.weight", "dim_reduce.bias", "layer_norm.weight")
-        depth = common_count(state, prefix + layer)
-        if not width or not depth:
-            raise UserError(f"no published Summarizer under prefix {prefix!r}: missing {prefix}dim_reduce.weight")
-        embed, scales = size(1, "dim_reduce.weight"), size(0, "mag_embedding.weight")
-        mlp = size(0, layer + "0.mlp.0.weight", layer + "0.mlp.0.bias")
-        with torch.device("meta"):
-            model = cls(SummarizerConfig(embed or 1024, width, depth, mlp or 4 * width, scales or 8))
-        load_official(model, state, prefix, cls.official_name)
-        return model.eval()
+        """Build from a published state dict (prefix "cond_stage_model." in a whole checkpoint); in eval mode.
+        raises: ValueError listing missing, unexpected and mis-shaped keys."""
+        from slides import keys  # the published names
+        return keys.load_summarizer(state, prefix)
 
 
-class RankSum(torch.autograd.Function):
-    """The sum over all ranks, whose gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx, x):
-        torch.distributed.all_reduce(x := x.clone())
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return RankSum.apply(grad)
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Over all ranks, so that without --micro their number changes nothing: a SyncBatchNorm that takes CPUs."""
-
-    def forward(self, x):
-        if not (self.training and torch.distributed.is_initialized()):
-            return super().forward(x)
-        h, n = x.float(), torch.distributed.get_world_size() * x.numel() // x.shape[1]
-        h = h - (mean := RankSum.apply(h.sum((0, 2, 3), keepdim=True)) / n)                # (1,C,1,1)
-        var = RankSum.apply(h.square().sum((0, 2, 3), keepdim=True)) / n
-        self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
-        self.running_var.lerp_(var.detach().flatten() * n / (n - 1), self.momentum)
-        self.num_batches_tracked += 1
-        return (h * (var + self.eps).rsqrt()).to(x.dtype)
-
-
-class ConvBlock(nn.Module):
-    """x + SiLU(FiLM(batch norm(convolution of x))), then max-pooling unless it is down to 8x8."""
-
-    def __init__(self, cin, cout, scales):
-        super().__init__()
-        self.conv = nn.Conv2d(cin, cout, 3, padding=1, bias=False)
-        self.norm = BatchNorm(cout, affine=False)                      # FiLM has its scale and shift
-        self.film = nn.Embedding.from_pretrained(torch.zeros(scales, 2 * cout), freeze=False)
-        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
-
-    def forward(self, x, s):
-        scale, shift = self.film(s)[:, :, None, None].chunk(2, 1)      # (B,C,1,1) each
-        x = self.skip(x) + F.silu(self.norm(self.conv(x)) * (1 + scale) + shift)
-        return F.max_pool2d(x, 2) if x.shape[-1] > 8 else x
-
-
-class CNNSummarizer(nn.Module):
-    """The network of the workshop version. Called as `Summarizer`, it makes one token per cell of 8x8: c (B,64,D).
-
-    source: W: grid up-sampled by nearest neighbour to 128x128, four residual blocks of convolution, batch norm and
-    max-pooling, FiLM from a learned embedding of the scale, 8x8 tokens. Left open there, chosen here: a Linear E -> D/2
-    first, which commutes with up-sampling; one 3x3 convolution a block, D/2, D/2, D, D wide; SiLU; a position, or the
-    U-Net could not tell tokens apart; the transformer's end. If `side` is smaller, the *first* log2(side/8) blocks
-    pool: cells are constant, so pooling early loses nothing and costs least, and the others see whole neighbours.
-    """
-
-    def __init__(self, cfg: SummarizerConfig):
-        super().__init__()
-        if cfg.side not in (8, 16, 32, 64, 128) or cfg.positions % 4 or cfg.positions > cfg.width:
-            raise UserError(f"{cfg}: give a side of 8, 16, 32, 64 or 128, positions a multiple of 4, at most the width")
-        self.cfg, widths = cfg, (cfg.width // 2,) * 3 + (cfg.width,) * 2
-        self.embed = nn.Linear(cfg.embed_dim, widths[0])
-        self.blocks = nn.ModuleList(ConvBlock(*widths[i:i + 2], cfg.scales) for i in range(4))
-        self.pos = nn.Parameter(torch.randn(1, SLOTS, cfg.width) * 0.02)
-        self.norm, self.norm_out = nn.LayerNorm(cfg.width, eps=1e-6), nn.LayerNorm(cfg.width, eps=1e-5)
-        self.proj = nn.Linear(cfg.width, cfg.width)
-        nn.init.zeros_(self.proj.weight[:cfg.positions])               # as in Summarizer.start_aligned
-        nn.init.zeros_(self.proj.bias[:cfg.positions])
-
-    def forward(self, tokens, mask, s):
-        g, cell = grid_of(tokens, mask, self.cfg)[:, None], torch.arange(SLOTS, device=mask.device)
-        i, j, start = cell // 8 >> 3 - g, cell % 8 >> 3 - g, SLOTS // 2 - 4 ** g // 2      # in the grid; its first slot
-        x = self.embed(tokens.gather(1, (start + i * 2 ** g + j)[..., None].expand_as(tokens)))     # (B,64,D/2)
-        x = F.interpolate(x.mT.unflatten(2, (8, 8)), self.cfg.side)                        # (B,D/2,side,side)
-        for block in self.blocks:
-            x = block(x, s)
-        place = F.pad(place_code(8, 8, self.cfg.positions, x.device), (0, self.cfg.width - self.cfg.positions))
-        return self.norm_out(self.proj(self.norm(x.flatten(2).mT + self.pos)) + place)     # (B,64,D)
-
-
-KINDS = {"transformer": Summarizer, "cnn": CNNSummarizer}
+def build(cfg):
+    """The network that cfg.kind names. raises: UserError for an unknown one."""
+    if cfg.kind == "transformer":
+        return Summarizer(cfg)
+    if cfg.kind == "cnn":
+        from experiments.workshop import CNNSummarizer  # of the workshop version
+        return CNNSummarizer(cfg)
+    raise UserError(f"--summarizer={cfg.kind}: known are transformer, cnn")
 
 
 def main(argv):
     with torch.device("meta"):
-        for net in (Summarizer(SummarizerConfig()), CNNSummarizer(SummarizerConfig(kind="cnn", side=128))):
-            summary(net, torch.randn(2, 64, 1024), torch.ones(2, 64, dtype=torch.bool), torch.zeros(2).long())
+        net = Summarizer(SummarizerConfig())
+        summary(net, torch.randn(2, 64, 1024), torch.ones(2, 64, dtype=torch.bool), torch.zeros(2).long())
     tokens, mask = pack_grid(standardize(torch.randn(96, 4, 4)))
     c = Summarizer(SummarizerConfig(96, 64, 2, 128, 5))(tokens[None], mask[None], torch.tensor([2]))
     print(f"\ntiny forward on the CPU: a 4x4 grid fills {int(mask.sum())} of 64 slots -> c {tuple(c.shape)}")
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__)

@@ -47,6 +47,7 @@ from common import (
     load_state_dict,
     load_tensors,
     open_tensors,
+    restore,
     resume,
     save_grid,
     save_state,
@@ -56,7 +57,7 @@ from common import (
 )
 from data import PatchDataset, Pyramids, fixed_batch, open_data, read_index
 from diffusion import Schedule, ZoomLDM, diffusion_loss
-from summarizer import KINDS, SummarizerConfig
+from summarizer import SummarizerConfig, build
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, PatchGAN, VAEConfig, perplexity, rebase, revive_codes, vae_loss
 
@@ -598,7 +599,7 @@ class LDMStage(nn.Module):
 
     def __init__(self, cfg, latent_scale, latent_side):
         super().__init__()
-        self.summarizer, self.unet, self.cfg = KINDS[cfg.summarizer.kind](cfg.summarizer), UNet(cfg.unet), cfg
+        self.summarizer, self.unet, self.cfg = build(cfg.summarizer), UNet(cfg.unet), cfg
         self.schedule, self.latent_scale, self.side = Schedule(cfg.schedule), latent_scale, latent_side
         self.scales = cfg.summarizer.scales
         if cfg.channels_last:
@@ -673,7 +674,7 @@ def load_vae(path):
     """Read a run's vae.safetensors. out: (vae, latent scale). raises: UserError if it is missing or foreign."""
     weights, meta = load_tensors(path)
     try:
-        vae = VQVAE(VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()}))
+        vae = VQVAE(restore(VAEConfig, meta["config"]))
         vae.load_state_dict(weights)
         return vae, meta["latent_scale"]
     except (KeyError, TypeError, RuntimeError) as err:
@@ -728,7 +729,8 @@ def check(cfg):
     for name, low in least.items():
         if getattr(cfg, name) < low:
             raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {low}")
-    for name, given, known in (("pred", cfg.pred, ("eps", "x0", "v")), ("summarizer", cfg.summarizer.kind, KINDS)):
+    for name, given, known in (("pred", cfg.pred, ("eps", "x0", "v")),
+                               ("summarizer", cfg.summarizer.kind, ("transformer", "cnn"))):
         if given not in known:
             raise UserError(f"--{name}={given}: known are {', '.join(known)}")
     if len(cfg.toy) != 3:
@@ -772,7 +774,8 @@ def main(argv):
     if base:
         fits(base, cfg, pyramids)
     if not goes_on(out / "state.safetensors", cfg) and cfg.init_from and not base:
-        start, dropped = trial.unet.official_start(load_state_dict(cfg.init_from))
+        from slides.keys import start_unet
+        start, dropped = start_unet(trial.unet, load_state_dict(cfg.init_from))
     ranks.barrier()
     if ranks.rank == 0:
         for left in out.rglob(".*.tmp"):  # of a save that was killed
@@ -802,7 +805,7 @@ def main(argv):
         net.summarizer.load_state_dict(base.summarizer.state_dict())
     info = {"encoder": pyramids.encoder, "std": pyramids.std, "patch": pyramids.patch, "data": cfg.data,
             "weights": pyramids.weights, "mpp": pyramids.mpp}
-    summarizer = KINDS[cfg.summarizer.kind](cfg.summarizer)
+    summarizer = build(cfg.summarizer)
     model = ZoomLDM(vae, summarizer, UNet(cfg.unet), scale, cfg.pred, cfg.schedule, info).to(ranks.device)
 
     def export(step, ema):

@@ -5,8 +5,7 @@ multiples of 4 work. The latent that diffusion sees is *not* quantised; decoding
 nearest codebook vector.
 
 in:  x (B,3,H,W) in [-1,1]   out: z (B,3,H/4,W/4), and back
-run: python zoom_vae.py      trained by: python train.py      read next: encoder.py
-     python zoom_vae.py extract CHECKPOINT --out=FILE     take it out of a whole ZoomLDM or PathLDM checkpoint
+run: python zoom_vae.py      trained by: python train.py      read next: summarizer.py
 """
 from dataclasses import dataclass
 
@@ -15,17 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from common import (
-    UserError,
-    cli,
-    common_count,
-    common_size,
-    configure,
-    load_official,
-    load_state_dict,
-    save_tensors,
-    summary,
-)
+from common import UserError, cli, summary
 
 
 @dataclass
@@ -46,7 +35,7 @@ def layout(x, side):
     return torch.channels_last if x.device.type == "cpu" and side >= 128 else torch.contiguous_format
 
 
-class ResBlock(nn.Module):
+class VAEResBlock(nn.Module):
     def __init__(self, cin, cout, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
@@ -60,7 +49,7 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
-class Attention(nn.Module):
+class VAEAttention(nn.Module):
     """Single-head self-attention over all positions."""
 
     def __init__(self, c, groups):
@@ -96,7 +85,7 @@ class Up(nn.Module):
 
 
 def middle(c, groups):
-    return nn.Sequential(ResBlock(c, c, groups), Attention(c, groups), ResBlock(c, c, groups))
+    return nn.Sequential(VAEResBlock(c, c, groups), VAEAttention(c, groups), VAEResBlock(c, c, groups))
 
 
 class Encoder(nn.Module):
@@ -107,7 +96,7 @@ class Encoder(nn.Module):
         self.levels, c = nn.ModuleList(), cfg.width
         for i, w in enumerate(widths):
             level = nn.Module()
-            level.blocks = nn.Sequential(*(ResBlock(w if b else c, w, cfg.groups) for b in range(cfg.res_blocks)))
+            level.blocks = nn.Sequential(*(VAEResBlock(w if b else c, w, cfg.groups) for b in range(cfg.res_blocks)))
             level.down = Down(w) if i < len(widths) - 1 else nn.Identity()
             self.levels.append(level)
             c = w
@@ -132,7 +121,7 @@ class Decoder(nn.Module):
         self.mid = middle(c, cfg.groups)
         self.levels = nn.ModuleList(nn.Module() for _ in widths)   # index 0 = highest resolution, as published
         for i, w in reversed(list(enumerate(widths))):
-            self.levels[i].blocks = nn.Sequential(*(ResBlock(w if b else c, w, cfg.groups)
+            self.levels[i].blocks = nn.Sequential(*(VAEResBlock(w if b else c, w, cfg.groups)
                                                     for b in range(cfg.res_blocks + 1)))
             self.levels[i].up = Up(w) if i else nn.Identity()
             c = w
@@ -192,40 +181,12 @@ class VQVAE(nn.Module):
         """in: z (B,3,h,w) unscaled. out: x (B,3,4h,4w), roughly in [-1,1] (not clamped)."""
         return self.decoder(self.from_latent(self.quantize(z)[0] if quantize else z))
 
-    @staticmethod
-    def official_name(name):
-        """Our parameter name -> the published one."""
-        for ours, theirs in (("to_latent", "quant_conv"), ("from_latent", "post_quant_conv"),
-                             ("codebook", "quantize.embedding"), (".mid.0.", ".mid.block_1."),
-                             (".mid.1.out.", ".mid.attn_1.proj_out."), (".mid.1.", ".mid.attn_1."),
-                             (".mid.2.", ".mid.block_2."), ("encoder.levels.", "encoder.down."),
-                             ("decoder.levels.", "decoder.up."), (".blocks.", ".block."),
-                             (".skip.", ".nin_shortcut."), (".down.conv", ".downsample.conv"),
-                             (".up.conv", ".upsample.conv")):
-            name = name.replace(ours, theirs)
-        return name
-
     @classmethod
     def from_official(cls, state, prefix=""):
-        """Build from a published state dict (prefix "first_stage_model." in a whole checkpoint), in eval mode.
-
-        A stand-alone vq-f4 file also holds the training loss networks, `loss.*`, which are ignored.
-        raises: ValueError listing missing, unexpected and mis-shaped keys.
-        """
-        def size(*names):
-            return common_size(state, 0, *(prefix + n for n in names))
-        first = "encoder.down.0.block."
-        width = size("encoder.conv_in.weight", "encoder.conv_in.bias", first + "0.norm1.weight")
-        blocks = common_count(state, prefix + first)
-        if not width or not blocks:
-            raise UserError(f"no published VQ-VAE under prefix {prefix!r}: missing {prefix}{first}0.*")
-        mult = [size(*(f"encoder.down.{i}.block.0.{n}" for n in ("conv1.weight", "conv1.bias", "norm2.weight")))
-                for i in range(common_count(state, prefix + "encoder.down."))]
-        codes, channels = size("quantize.embedding.weight"), size("quant_conv.weight", "quant_conv.bias")
-        with torch.device("meta"):
-            model = cls(VAEConfig(width, tuple((m or width) // width for m in mult), blocks, codes or 1, channels or 3))
-        load_official(model, state, prefix, cls.official_name, ignore=("loss.",))
-        return model.eval()
+        """Build from a published state dict (prefix "first_stage_model." in a whole checkpoint); in eval mode.
+        raises: ValueError listing missing, unexpected and mis-shaped keys."""
+        from slides import keys  # the published names
+        return keys.load_vae(state, prefix)
 
 
 # ----- 3. Training: L1 + codebook (+ perceptual + adversarial), CompVis' recipe for vq-f4 -----
@@ -326,39 +287,7 @@ def perplexity(usage):
     return float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()))
 
 
-# ----- 4. python zoom_vae.py extract -----
-
-@dataclass
-class ExtractConfig:
-    checkpoint: str = ""  # a whole latent diffusion checkpoint: ZoomLDM, PathLDM (.ckpt, .pt, .safetensors)
-    out: str = ""         # the file to write, .safetensors; train.py takes it as --vae_weights
-
-
-def extract(argv):
-    """Write the VAE of a whole checkpoint under the names that a published vq-f4 file has."""
-    cfg, prefix = configure(ExtractConfig, argv, words=("checkpoint",), doc=__doc__), "first_stage_model."
-    if not cfg.checkpoint or not cfg.out.endswith(".safetensors"):
-        raise UserError(f"got checkpoint {cfg.checkpoint!r} and --out={cfg.out!r}: write python zoom_vae.py extract "
-                        f"CHECKPOINT --out=FILE.safetensors")
-    state = load_state_dict(cfg.checkpoint)
-    if not any(k.startswith(prefix) for k in state):
-        raise UserError(f"{cfg.checkpoint} holds no VAE beside a diffusion model (no keys {prefix}*): give a whole "
-                        f"checkpoint; a vq-f4 file, or a run folder, is what --vae_weights takes as it is")
-    vae = VQVAE.from_official(state, prefix)
-    mine = {vae.official_name(k): v for k, v in vae.state_dict().items()}
-    save_tensors(cfg.out, mine, {"source": cfg.checkpoint})
-    print(f"wrote {cfg.out}: {len(mine)} of {len(state)} tensors, {sum(v.numel() for v in mine.values()):,} numbers; "
-          f"train.py takes it as --vae_weights={cfg.out}")
-
-
 def main(argv):
-    if argv[:1] == ["extract"]:
-        return extract(argv[1:])
-    if argv:
-        print(__doc__)
-        if argv[0] not in ("-h", "--help"):
-            raise UserError(f"got {argv[0]!r}: the one command is extract")
-        return
     with torch.device("meta"):
         vae = VQVAE(VAEConfig())
         vae.forward = lambda x: vae.decoder(vae.from_latent(vae.to_latent(vae.encoder(x))))
@@ -369,4 +298,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__)

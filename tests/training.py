@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import train  # noqa: E402
 from common import UserError, cli, generator, load_tensors, setup  # noqa: E402
-from summarizer import BatchNorm  # noqa: E402
+from experiments.workshop import BatchNorm  # noqa: E402
 from train import run_stage  # noqa: E402
 
 BATCH, STEPS = 4, 40

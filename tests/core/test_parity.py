@@ -3,7 +3,7 @@
 Each docstring ends with small changes of the code that the test is meant to fail on ("catches: ..."; most were tried).
 """
 import gc
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import rule
@@ -11,7 +11,8 @@ import torch
 from rule import assert_close, assert_golden, golden, manifest, state_dict
 
 from common import save_tensors
-from diffusion import BOOKKEEPING, ZoomLDM
+from diffusion import ZoomLDM
+from slides.keys import BOOKKEEPING, summarizer_name, unet_name, vae_name
 from summarizer import Summarizer, SummarizerConfig, pack_grid
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
@@ -230,10 +231,10 @@ def test_full_unet():
     """About 4 GB of memory."""
     unet, g = UNet.from_official(state_dict("full_unet_rule")), golden("full_unet_rule")[0]
     assert sum(p.numel() for p in unet.parameters()) == 400_920_579
-    found = {}
-    for name, h in unet.blocks(g["in/x"], g["in/t"], g["in/context"]):
-        found[name] = h if name in ("middle", 3, "out") else None
-    assert_golden(found["out"], "full_unet_rule", "eps", FULL)
+    found, args = {}, (g["in/x"], g["in/t"], g["in/context"])
+    for name, block in (("middle", unet.middle[1]), (3, unet.up[3])):
+        block.register_forward_hook(lambda m, args, h, name=name: found.__setitem__(name, h))
+    assert_golden(unet(*args), "full_unet_rule", "eps", FULL)
     assert_golden(found["middle"], "full_unet_rule", "middle_block", FULL)
     assert_golden(found[3], "full_unet_rule", "output_blocks_3", FULL)
     del unet
@@ -249,7 +250,8 @@ def test_manifest(part):
     config = {"vae": VAEConfig, "summarizer": SummarizerConfig, "unet": UNetConfig}[part]()
     with torch.device("meta"):
         net = KIND[part](config)
-    ours = {PREFIX[part] + net.official_name(k): tuple(v.shape) for k, v in net.state_dict().items()}
+    name = {"vae": vae_name, "summarizer": summarizer_name, "unet": partial(unet_name, net)}[part]
+    ours = {PREFIX[part] + name(k): tuple(v.shape) for k, v in net.state_dict().items()}
     assert ours == manifest(SECTION[part])
     assert len(ours) == len(net.state_dict()) == {"vae": 205, "summarizer": 155, "unet": 688}[part]
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from common import UserError
 from diffusion import ZoomLDM
-from summarizer import KINDS, BatchNorm, CNNSummarizer, Summarizer, SummarizerConfig, pack_grid, place_code
+from experiments.workshop import BatchNorm, CNNSummarizer
+from summarizer import Summarizer, SummarizerConfig, build, pack_grid, place_code
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
 
@@ -42,7 +43,7 @@ def test_tokens_get_the_place_of_their_cell():
 def test_attention_starts_on_the_token_over_the_pixel(kind):
     """What `start_aligned` promises: the last level's queries find their token before any training."""
     torch.manual_seed(0)
-    summarizer = KINDS[kind](SummarizerConfig(12, 64, 2, 64, 3, 16, kind)).requires_grad_(False)
+    summarizer = build(SummarizerConfig(12, 64, 2, 64, 3, 16, kind)).requires_grad_(False)
     unet = UNet(UNetConfig(32, (1, 2), 1, (2,), 64, groups=8, positions=16)).requires_grad_(False)
     tokens, mask = pack_grid(torch.randn(12, 8, 8))
     c = summarizer(tokens[None], mask[None], torch.tensor([0]))
@@ -64,7 +65,7 @@ def test_places_are_off_by_default():
 def test_places_that_do_not_fit(positions):
     for kind in ("transformer", "cnn"):
         with pytest.raises(UserError, match="multiple of 4"):
-            KINDS[kind](SummarizerConfig(12, 32, 1, 32, positions=positions, kind=kind))
+            build(SummarizerConfig(12, 32, 1, 32, positions=positions, kind=kind))
     with pytest.raises(UserError, match="multiple of 4"):
         UNet(UNetConfig(32, (1,), 1, (1,), 32, positions=positions))
 

@@ -19,7 +19,8 @@ import train as runlog
 from common import Ranks, UserError, load_tensors, save_tensors
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM
-from summarizer import CNNSummarizer
+from experiments.workshop import CNNSummarizer
+from slides.keys import start_unet, unet_name
 from unet import UNet, UNetConfig
 from zoom_vae import VAEConfig
 
@@ -292,7 +293,7 @@ def cin256():
     cfg = train.configure(train.Config, [*TINY, *PLAIN], train.PRESETS, ("preset",))
     cfg.unet.context_dim = cfg.summarizer.width
     unet, raw = train.UNet(cfg.unet), "model.diffusion_model."
-    state = {raw + unet.official_name(k): torch.randn_like(v) for k, v in unet.state_dict().items()}
+    state = {raw + unet_name(unet, k): torch.randn_like(v) for k, v in unet.state_dict().items()}
     ema = {"model_ema." + k.removeprefix("model.").replace(".", ""): v + 1 for k, v in state.items()}
     rest = {"cond_stage_model.embedding.weight": torch.zeros(1001, 32), "betas": torch.zeros(9),
             "first_stage_model.quant_conv.bias": torch.zeros(3)}
@@ -310,7 +311,7 @@ def test_start_from_a_published_unet(toy, run, tmp_path, capsys):
     assert f"U-Net: {len(raw)} tensors" in (text := capsys.readouterr().out)
     assert "class embedder: cond_stage_model.embedding.weight" in text
     for k, v in ZoomLDM.from_run(tmp_path / "a").unet.state_dict().items():
-        assert torch.allclose(v, raw["model.diffusion_model." + unet.official_name(k)], atol=1e-6), k
+        assert torch.allclose(v, raw["model.diffusion_model." + unet_name(unet, k)], atol=1e-6), k
     (tmp_path / "cin256-v2.ckpt").unlink()
     quick(args)  # a run that goes on does not need the file any more
     with pytest.raises(UserError, match="other settings .*init_from"):
@@ -321,11 +322,11 @@ def test_start_from_a_unet_alone():
     """As the papers' own file is: U-Net-level keys. The class embedder is named, anything else unknown refused."""
     unet, raw, _ = cin256()
     state = {k.removeprefix("model.diffusion_model."): v for k, v in raw.items()}
-    start, dropped = unet.official_start(state | {"label_emb.0.weight": torch.zeros(2)})
+    start, dropped = start_unet(unet, state | {"label_emb.0.weight": torch.zeros(2)})
     assert dropped == ["label_emb.0.weight"] and start.keys() == unet.state_dict().keys()
     assert torch.equal(start["conv_out.bias"], state["out.2.bias"])
     with pytest.raises(UserError, match="1 unexpected: more"):
-        unet.official_start(state | {"more": torch.zeros(2)})
+        start_unet(unet, state | {"more": torch.zeros(2)})
 
 
 def test_a_vae_of_before_a_start_is_kept(toy, run, tmp_path):

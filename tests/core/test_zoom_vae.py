@@ -1,9 +1,7 @@
 """What training does to the autoencoder besides gradient steps. Parity with the published one is in test_parity.py."""
 import pytest
 import torch
-from rule import manifest, state_dict
 
-from common import UserError, load_tensors, save_tensors
 from zoom_vae import VQVAE, VAEConfig, main, perplexity, rebase, revive_codes
 
 SMALL = VAEConfig(8, (1, 2, 2), 1, 32, 3, 4)
@@ -78,46 +76,6 @@ def test_codes_are_the_same_under_autocast(vae):
 def test_perplexity():
     assert perplexity(torch.ones(32)) == pytest.approx(32)
     assert perplexity(torch.eye(32)[0] * 9) == pytest.approx(1)
-
-
-# ----- python zoom_vae.py extract -----
-
-def whole():
-    """A checkpoint like PathLDM's: VAE with its training loss, U-Net, text encoder, buffers."""
-    state = {"first_stage_model." + k: v for k, v in state_dict("vae_small").items()}
-    return state | {"first_stage_model.loss.logvar": torch.zeros(()), "cond_stage_model.text.weight": torch.zeros(2),
-                    "model.diffusion_model.out.2.bias": torch.zeros(3), "betas": torch.zeros(1000)}
-
-
-@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
-def test_extract(tmp_path, capsys, suffix):
-    """Bit for bit the VAE, in a file that loads like a published vq-f4."""
-    path, out = tmp_path / f"whole.{suffix}", tmp_path / "vae.safetensors"
-    torch.save({"state_dict": whole(), "epoch": 3}, path) if suffix == "ckpt" else save_tensors(path, whole())
-    main(["extract", str(path), f"--out={out}"])
-    assert "157 of 161 tensors" in capsys.readouterr().out
-    mine, reference = load_tensors(out)[0], state_dict("vae_small")
-    assert mine.keys() == reference.keys() and all(torch.equal(v, reference[k]) for k, v in mine.items())
-    x = torch.rand(1, 3, 16, 16)
-    assert torch.equal(VQVAE.from_official(mine).encode(x), VQVAE.from_official(reference).encode(x))
-
-
-def test_extract_refuses(tmp_path):
-    save_tensors(tmp_path / "vae.safetensors", state_dict("vae_small"))
-    broken = whole()
-    del broken["first_stage_model.quant_conv.bias"]
-    save_tensors(tmp_path / "broken.safetensors", broken)
-    out = tmp_path / "out.safetensors"
-    for args, says in (([], "write python zoom_vae.py extract"), (["vae.safetensors"], "got checkpoint 'vae.safe"),
-                       (["vae.safetensors", "--out=a.ckpt"], "extract CHECKPOINT"),
-                       ([str(tmp_path / "vae.safetensors"), f"--out={out}"], "holds no VAE beside"),
-                       ([str(tmp_path / "broken.safetensors"), f"--out={out}"], "1 missing: first_stage_model.quant"),
-                       (["/nowhere.ckpt", f"--out={out}"], "no checkpoint at")):
-        with pytest.raises(UserError, match=says):
-            main(["extract", *args])
-    with pytest.raises(UserError, match="the one command is extract"):
-        main(["extrat"])
-    assert not out.exists() and len(manifest("vae_small")) == 157
 
 
 def test_shape_table(capsys):

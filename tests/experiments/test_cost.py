@@ -5,7 +5,8 @@ import torch.nn as nn
 
 from diffusion import ZoomLDM
 from experiments import cost
-from summarizer import CNNSummarizer, Summarizer, SummarizerConfig
+from experiments.workshop import CNNSummarizer
+from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
 

@@ -1,0 +1,255 @@
+"""Published weights: which of our parameters has which published key name, and what sizes a state dict shows.
+
+The models open this door in `from_official`. A table for each model says what a layer of ours is called there. Sizes
+are read off single tensors. Every key is then held against the model, so that one that is missing, unknown or of
+another shape is named.
+
+in:  a state dict, published name -> tensor, below a prefix   out: our model in eval mode, on the state dict's device
+run: python -m slides.keys CHECKPOINT     what a whole published checkpoint holds
+"""
+from functools import partial
+
+import torch
+
+from common import UserError, check_official, cli, load_official, load_state_dict
+from diffusion import ZoomLDM
+from summarizer import Summarizer, SummarizerConfig
+from unet import UNet, UNetConfig
+from zoom_vae import VQVAE, VAEConfig
+
+VAE, SUMMARIZER, UNET = "first_stage_model.", "cond_stage_model.", "model.diffusion_model."  # in a whole checkpoint
+
+
+# ----- 1. Sizes -----
+
+def has(state, start):
+    """Whether there is a key that begins so."""
+    return any(k.startswith(start) for k in state)
+
+
+def count_of(state, start):
+    """How many numbers, from 0 on, follow `start` in the keys."""
+    n = 0
+    while has(state, f"{start}{n}."):
+        n += 1
+    return n
+
+
+def size_of(state, key, dim, default, multiple=1):
+    """The size of one tensor along `dim`. One that is missing, or cannot be, gives `default`: it is named afterwards,
+    when the keys are checked."""
+    shape = state[key].shape if key in state else ()
+    size = shape[dim] if len(shape) > dim else 0
+    return size if size and size % multiple == 0 else default
+
+
+def build(kind, config):
+    """A model without memory behind it: `load_official` gives it some, once the keys fit."""
+    with torch.device("meta"):
+        return kind(config)
+
+
+# ----- 2. VQ-VAE -----
+
+VAE_NAMES = (("to_latent", "quant_conv"), ("from_latent", "post_quant_conv"), ("codebook", "quantize.embedding"),
+             (".mid.0.", ".mid.block_1."), (".mid.1.out.", ".mid.attn_1.proj_out."), (".mid.1.", ".mid.attn_1."),
+             (".mid.2.", ".mid.block_2."), ("encoder.levels.", "encoder.down."), ("decoder.levels.", "decoder.up."),
+             (".blocks.", ".block."), (".skip.", ".nin_shortcut."), (".down.conv", ".downsample.conv"),
+             (".up.conv", ".upsample.conv"))
+
+
+def vae_name(name):
+    """Our parameter name -> the published one."""
+    for ours, theirs in VAE_NAMES:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def load_vae(state, prefix=""):
+    """VQVAE.from_official. A vq-f4 file of its own also holds the networks of its training loss, `loss.*`."""
+    levels = prefix + "encoder.down."
+    blocks = count_of(state, levels + "0.block.")
+    if not blocks:
+        raise UserError(f"no published VQ-VAE under prefix {prefix!r}: missing {levels}0.block.0.*")
+    width = size_of(state, prefix + "encoder.conv_in.weight", 0, 128, multiple=32)
+    mult = []
+    for i in range(count_of(state, levels)):
+        mult.append(size_of(state, f"{levels}{i}.block.0.conv1.weight", 0, width, multiple=width) // width)
+    codes = size_of(state, prefix + "quantize.embedding.weight", 0, 8192)
+    channels = size_of(state, prefix + "quant_conv.weight", 0, 3)
+    vae = build(VQVAE, VAEConfig(width, tuple(mult), blocks, codes, channels))
+    load_official(vae, state, prefix, vae_name, ignore=("loss.",))
+    return vae.eval()
+
+
+# ----- 3. Summarizer -----
+
+SUMMARIZER_NAMES = {"embed": "dim_reduce", "pad": "pad_token", "scale": "mag_embedding",
+                    "pos": "encoder.pos_embedding", "norm": "encoder.ln", "proj": "final_proj",
+                    "norm_out": "layer_norm"}
+BLOCK_NAMES = (("norm1", "ln_1"), ("norm2", "ln_2"), ("qkv.", "self_attention.in_proj_"),
+               ("out.", "self_attention.out_proj."), ("fc1", "mlp.0"), ("fc2", "mlp.3"))
+OLD_NAMES = ((".mlp.linear_1.", ".mlp.0."), (".mlp.linear_2.", ".mlp.3."))  # in very old torchvision
+LAYER = "encoder.layers.encoder_layer_"
+
+
+def summarizer_name(name):
+    """Our parameter name -> the published one."""
+    head, _, tail = name.partition(".")
+    if head != "blocks":
+        head = SUMMARIZER_NAMES[head]
+        return f"{head}.{tail}" if tail else head
+    i, _, part = tail.partition(".")
+    for ours, theirs in BLOCK_NAMES:
+        part = part.replace(ours, theirs)
+    return f"{LAYER}{i}.{part}"
+
+
+def load_summarizer(state, prefix=""):
+    """Summarizer.from_official."""
+    named = {}
+    for k, v in state.items():
+        for old, new in OLD_NAMES:
+            k = k.replace(old, new) if k.startswith(prefix) else k
+        named[k] = v
+    depth = count_of(named, prefix + LAYER)
+    if not depth:
+        raise UserError(f"no published Summarizer under prefix {prefix!r}: missing {prefix}{LAYER}0.*")
+    width = size_of(named, prefix + "dim_reduce.weight", 0, 512, multiple=8)
+    embed = size_of(named, prefix + "dim_reduce.weight", 1, 1024)
+    mlp = size_of(named, f"{prefix}{LAYER}0.mlp.0.weight", 0, 2048)
+    scales = size_of(named, prefix + "mag_embedding.weight", 0, 8)
+    net = build(Summarizer, SummarizerConfig(embed, width, depth, mlp, scales))
+    load_official(net, named, prefix, summarizer_name)
+    return net.eval()
+
+
+# ----- 4. U-Net -----
+
+OUTER_NAMES = {"time1": "time_embed.0", "time2": "time_embed.2", "norm_out": "out.0", "conv_out": "out.2"}
+DEEP = "transformer_blocks.0."
+INNER_NAMES = {  # what is not listed, norm, proj_in and proj_out of a transformer, keeps its name
+    "res": {"norm1": "in_layers.0", "conv1": "in_layers.2", "emb": "emb_layers.1", "norm2": "out_layers.0",
+            "conv2": "out_layers.3", "skip": "skip_connection"},
+    "attn": {"norm1": DEEP + "norm1", "norm2": DEEP + "norm2", "norm3": DEEP + "norm3",
+             "self_attn.q": DEEP + "attn1.to_q", "self_attn.k": DEEP + "attn1.to_k", "self_attn.v": DEEP + "attn1.to_v",
+             "self_attn.out": DEEP + "attn1.to_out.0", "cross.out": DEEP + "attn2.to_out.0",
+             "cross.q": DEEP + "attn2.to_q", "cross.k": DEEP + "attn2.to_k", "cross.v": DEEP + "attn2.to_v",
+             "ff1": DEEP + "ff.net.0.proj", "ff2": DEEP + "ff.net.2"}}
+
+
+def unet_name(unet, name):
+    """Our parameter name -> the published one. Ours have the form down.4.attn.cross.q.weight."""
+    layer, _, tail = name.rpartition(".")
+    if layer in OUTER_NAMES:
+        return f"{OUTER_NAMES[layer]}.{tail}"
+    way, i, inner = layer.split(".", 2)
+    kind, _, part = inner.partition(".")
+    if way == "down" and i == "0":
+        return f"input_blocks.0.0.{tail}"
+    slot = {"res": 0, "attn": 1, "conv": 0}[kind]                       # place in the published block
+    if way == "middle":
+        slot += 2 * int(i)                                              # one block there holds res, attn, res
+    if way == "up" and kind == "conv":
+        slot = 1 if unet.up[int(i)].attn is None else 2
+    block = {"down": f"input_blocks.{i}", "middle": "middle_block", "up": f"output_blocks.{i}"}[way]
+    if kind == "conv":
+        part = {"down": "op", "up": "conv"}[way]
+    else:
+        part = INNER_NAMES[kind].get(part, part)
+    return f"{block}.{slot}.{part}.{tail}"
+
+
+def empty_unet(state, prefix=""):
+    """A U-Net of the published sizes, without memory behind it. raises: UserError if there is none."""
+    start = f"{prefix}input_blocks."
+    levels = [[]]                                                       # the residual blocks of each
+    for i in range(1, count_of(state, start)):
+        if has(state, f"{start}{i}.0.op."):                             # a convolution that halves ends the level
+            levels.append([])
+        else:
+            levels[-1].append(f"{start}{i}.")
+    if not all(levels):
+        raise UserError(f"no published U-Net under prefix {prefix!r}: missing {start}1.*")
+    width = size_of(state, start + "0.0.weight", 0, 192, multiple=32)
+    mult, attention = [], []
+    for level, blocks in enumerate(levels):
+        mult.append(size_of(state, blocks[0] + "0.in_layers.2.weight", 0, width, multiple=width) // width)
+        if has(state, blocks[0] + "1."):
+            attention.append(2 ** level)
+    context = size_of(state, prefix + "middle_block.1." + DEEP + "attn2.to_k.weight", 1, 512)
+    channels = size_of(state, prefix + "out.2.weight", 0, 3)
+    return build(UNet, UNetConfig(width, tuple(mult), len(levels[0]), tuple(attention), context, channels))
+
+
+def load_unet(state, prefix=""):
+    """UNet.from_official. One head, which weights do not show."""
+    unet = empty_unet(state, prefix)
+    load_official(unet, state, prefix, partial(unet_name, unet))
+    return unet.eval()
+
+
+def start_unet(unet, state):
+    """Weights to start training `unet` from: a published latent diffusion model's, such as cin256-v2.ckpt.
+
+    in:  a whole checkpoint's state dict, of which the raw U-Net counts, as in the papers; or the U-Net's alone
+    out: {our name: tensor}; the keys of the class embedder, which has no place here and is dropped
+    raises: ValueError listing missing, unexpected and mis-shaped keys.
+    """
+    prefix = UNET if has(state, UNET) else ""
+    dropped = [k for k in state if k.startswith((SUMMARIZER, prefix + "label_emb."))]
+    state = {k: v for k, v in state.items() if k not in dropped}
+    names = check_official(unet, state, prefix, partial(unet_name, unet))
+    if unet.cfg.heads != 1 or unet.cfg.groups != 32:
+        raise UserError("weights do not show heads and groups, and published ones were trained with --unet.heads=1 and "
+                        "--unet.groups=32: give these")
+    return {ours: state[k] for ours, k in names.items()}, dropped
+
+
+# ----- 5. A whole checkpoint -----
+
+# keys that hold no weights: the schedule, recomputed here in float64, and EMA counters
+BOOKKEEPING = {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+               "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+               "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+               "lvlb_weights", "model_ema.decay", "model_ema.num_updates"}
+
+
+def load_whole(source):
+    """ZoomLDM.from_official. in: a path (.ckpt, .pt: tensors only; .safetensors) or a state dict, bare or under
+    "state_dict". out: the model; its `ignored` lists the bookkeeping keys there were. official: only the U-Net was
+    averaged."""
+    state = source if isinstance(source, dict) else load_state_dict(source)
+    state = state.get("state_dict", state)
+    absent = [f"{p}*" for p in (VAE, SUMMARIZER, UNET) if not has(state, p)]
+    if absent:
+        raise UserError(f"this is not a whole published ZoomLDM checkpoint: no keys {', '.join(absent)}")
+    ignored = [k for k in state if k in BOOKKEEPING]
+    kept = {k: v for k, v in state.items() if k not in BOOKKEEPING}
+    other = [k for k in kept if not k.startswith((VAE, SUMMARIZER, UNET, "model_ema."))]
+    if other:
+        raise UserError(f"this is not a whole published ZoomLDM checkpoint: {len(other)} unexpected: "
+                        f"{', '.join(other[:8])}")
+    unet = empty_unet(kept, UNET)
+    check_official(unet, kept, UNET, partial(unet_name, unet))          # the raw U-Net is checked, but not used
+    load_official(unet, kept, "model_ema.", partial(averaged_name, unet))
+    model = ZoomLDM(load_vae(kept, VAE), load_summarizer(kept, SUMMARIZER), unet)
+    model.ignored = sorted(ignored)
+    return model.eval().requires_grad_(False)
+
+
+def averaged_name(unet, name):
+    """Our name of a U-Net's parameter -> the key of its average: the name within `model.`, all dots removed."""
+    return f"diffusion_model.{unet_name(unet, name)}".replace(".", "")
+
+
+def main(argv):
+    if len(argv) != 1:
+        raise UserError(f"got {argv}: write python -m slides.keys CHECKPOINT")
+    model = ZoomLDM.from_official(argv[0])
+    for part in (model.vae, model.summarizer, model.unet):
+        print(f"{type(part).__name__:<12}{sum(p.numel() for p in part.parameters()):>14,} parameters  {part.cfg}")
+
+
+if __name__ == "__main__":
+    cli(main, __doc__)
