@@ -31,9 +31,11 @@ GRID, POOLED = 8, 4  # Z S8.1: grids over 8x8 are pooled; scale 4 (16x16) is the
 # ----- 1. Strips of base tiles -> one file per image -----
 
 def halve(x):
-    """Halve the resolution: in (h,w,3) uint8, out (h//2,w//2,3) uint8, (a+b+c+d+2)//4 of each 2x2 block."""
-    from slides import writers as slide
-    return slide.halve(x[:x.shape[0] // 2 * 2, :x.shape[1] // 2 * 2])
+    """Halve the resolution. in: (h,w,3) uint8. out: (h//2,w//2,3) uint8, (a+b+c+d+2)//4 of each 2x2 block."""
+    height, width = x.shape[0] // 2 * 2, x.shape[1] // 2 * 2                   # an odd last row or column is left out
+    x = x[:height, :width].astype(np.uint16)
+    total = x[0::2, 0::2] + x[0::2, 1::2] + x[1::2, 0::2] + x[1::2, 1::2]      # (h/2,w/2,3)
+    return ((total + 2) // 4).astype(np.uint8)
 
 
 def tile_rows(strips, patch, scales):

@@ -5,36 +5,23 @@ and the like are decoded as a whole, within a bound. What only openslide knows (
 is installed (extra `slides`).
 
 in:  a file   out: Slide, with .size .mpp .levels and .read(x, y, w, h, mpp) -> (h,w,3) uint8
-run: python reader.py FILE [--mpp=0.5] [--out=view.png]     what is in it, and a small view
-read next: encoder.py
+run: python -m slides.reader FILE [--mpp=0.5] [--out=view.png]     what is in it, and a small view
+read next: slides/build.py
 """
-import struct
 import time
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from common import UserError, atomic, cli, configure
-from slides.tiff import (
-    MODES,
-    TIFF,
-    Level,
-    decode,
-    directories,
-    halved_chroma,
-    levels_of,
-    resolution,
-    size_of,
-    steps,
-    text,
-    tiled,
-)
-from slides.writers import halve
+from common import UserError, cli, configure, save_png
+from data import halve
+from slides.tiff import (MODES, Level, decode, directories, halved_chroma, levels_of, number, readable, resolution,
+                         steps, text, tiled)
 
 MAX_PIXELS = 178_956_970  # of an image that must be decoded as a whole: 0.7 GB in Pillow
 CACHE = 2**25             # bytes of decoded tiles that a slide keeps; openslide keeps as many
@@ -48,10 +35,11 @@ FORMATS = ("PNG", "JPEG", "TIFF", "JPEG2000", "WEBP", "BMP", "PPM", "GIF")  # no
 
 def area(x, edges, axis):
     """Sums over [edges[i],edges[i+1]) along an axis of x (h,w,3), a fraction of a pixel counting as that: float64."""
-    whole = np.minimum(edges.astype(int), x.shape[axis] - 1)                   # (n+1,)
-    part = np.expand_dims(edges - whole, [a for a in range(3) if a != axis])
-    cut, n = x.take(whole, axis) * part, len(edges) - 1                        # what lies beyond the whole ones
-    sums = np.add.reduceat(x, whole, axis, np.float64)
+    whole = np.minimum(edges.astype(int), x.shape[axis] - 1)                   # (n+1,) the pixel that each edge cuts
+    part = edges - whole                                                       # (n+1,) of that pixel, before the edge
+    cut = x.take(whole, axis) * np.expand_dims(part, (1, 2) if axis == 0 else (0, 2))
+    n = len(edges) - 1
+    sums = np.add.reduceat(x, whole, axis, np.float64)                         # from whole pixel to whole pixel
     return sums.take(range(n), axis) + cut.take(range(1, n + 1), axis) - cut.take(range(n), axis)
 
 
@@ -65,9 +53,10 @@ class Slide:
     """
 
     def __init__(self, path, levels, mpp=None, scanned=False, file=None, damaged=None):
-        self.path, self.levels, self.mpp, self.scanned, self.size = path, levels, mpp, scanned, levels[0].size
-        self.said = mpp is not None
-        self.file, self.damaged, self.room, self.waited = file, damaged, CACHE, 0.0
+        self.path, self.levels, self.size = path, levels, levels[0].size
+        self.mpp, self.said, self.scanned = mpp, mpp is not None, scanned
+        self.file, self.damaged = file, damaged
+        self.room, self.waited = CACHE, 0.0
         self._tiles, self._bytes = OrderedDict(), 0                            # least recently used first
         for n, level in enumerate(levels):
             level.region = level.region or partial(self._region, n)
@@ -93,12 +82,13 @@ class Slide:
         if not 1 / NEAR <= f <= max(self.size):
             raise UserError(f"{self.path} has pixels of {self.mpp:.4g} micrometres, and {mpp:.4g} were asked for: give "
                             f"an --mpp between its own and that of the whole image in one pixel")
-        near = min(self.levels, key=lambda v: abs(np.log(f / v.step[0])))
+        near = min(self.levels, key=lambda level: abs(np.log(f / level.step[0])))
         if 1 / NEAR <= f / near.step[0] <= NEAR:
             return near, (1, 1), near.size
         f = round(f) if 1 / NEAR <= f / round(f) <= NEAR else f
-        level = [v for v in self.levels if max(v.step) <= f][-1]
-        return level, tuple(f / s for s in level.step), tuple(max(1, int(n / f)) for n in self.size)
+        level = [level for level in self.levels if max(level.step) <= f][-1]
+        w, h = self.size
+        return level, (f / level.step[0], f / level.step[1]), (max(1, int(w / f)), max(1, int(h / f)))
 
     def read(self, x, y, w, h, mpp=None):
         """Read a region.
@@ -108,72 +98,87 @@ class Slide:
         level, rounded half up: the same, whatever window it is read in. raises: UserError as grid, or for a damaged
         tile, named by level, column and row, unless those are collected.
         """
-        level, (rx, ry), size = self.grid(mpp)
+        level, (rx, ry), (width, height) = self.grid(mpp)
         if w < 1 or h < 1:
             raise UserError(f"got a region of {w} x {h} pixels: w and h are at least 1")
-        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, size[0]), min(y + h, size[1])
+        x0, y0 = max(x, 0), max(y, 0)
+        x1, y1 = min(x + w, width), min(y + h, height)
         if rx == ry == 1 and (x0, y0, x1, y1) == (x, y, x + w, y + h):
             return level.region(x, y, w, h)
         out = np.full((h, w, 3), 255, np.uint8)
         bw, bh = max(1, int(BLOCK / rx)), max(1, int(BLOCK / ry))              # a block at a time, to bound the memory
         for top in range(y0, y1, bh):
             for left in range(x0, x1, bw):
-                n, m = min(bw, x1 - left), min(bh, y1 - top)
-                out[top - y:top - y + m, left - x:left - x + n] = self._reduced(level, left, top, n, m, rx, ry)
+                block = reduced(level, left, top, min(bw, x1 - left), min(bh, y1 - top), rx, ry)
+                paste(out, block, left - x, top - y)
         return out
-
-    def _reduced(self, level, x, y, w, h, rx, ry):
-        """(h,w,3) uint8: means over rx x ry pixels of a level, from x, y on, counted in those blocks."""
-        if rx == ry == 1:
-            return level.region(x, y, w, h)
-        ex, ey = (x + np.arange(w + 1)) * rx, (y + np.arange(h + 1)) * ry      # (w+1,), (h+1,) edges, in level pixels
-        left, top, right, bottom = int(ex[0]), int(ey[0]), *level.size
-        right, bottom = min(right, int(np.ceil(ex[-1]))), min(bottom, int(np.ceil(ey[-1])))
-        source = level.region(left, top, right - left, bottom - top)
-        if rx == ry == 2:
-            return halve(source)                                               # the same numbers, sooner
-        sums = area(area(source, np.minimum(ey, bottom) - top, 0), np.minimum(ex, right) - left, 1)
-        return (sums / (rx * ry) + 0.5).astype(np.uint8)
 
     def _region(self, n, x, y, w, h):
         """Put a region of level n together from its tiles."""
         tw, th = self.levels[n].tile
         out = np.empty((h, w, 3), np.uint8)
-        for top in range(y // th * th, y + h, th):
-            for left in range(x // tw * tw, x + w, tw):
-                x0, y0, x1, y1 = max(x, left), max(y, top), min(x + w, left + tw), min(y + h, top + th)
-                tile = self._tile(n, left // tw, top // th)
-                out[y0 - y:y1 - y, x0 - x:x1 - x] = tile[y0 - top:y1 - top, x0 - left:x1 - left]
+        for row in range(y // th, ceil((y + h) / th)):
+            for column in range(x // tw, ceil((x + w) / tw)):
+                paste(out, self._tile(n, column, row), column * tw - x, row * th - y)
         return out
 
     def _tile(self, n, column, row):
         """One tile of level n, (th,tw,3) uint8, decoded unless it is kept from before."""
-        key, level = (n, column, row), self.levels[n]
+        key = n, column, row
         if key in self._tiles:
             self._tiles.move_to_end(key)
             return self._tiles[key]
-        k, (tw, th) = row * -(-level.size[0] // level.tile[0]) + column, level.tile
-        length, tile = int(level.lengths[k]), np.broadcast_to(np.uint8(255), (th, tw, 3))  # white if empty, as scanners
-        try:                                                                   # leave out what they did not scan
-            if length > 16 * tw * th + 2**16:
-                raise ValueError(f"{length} bytes for {tw} x {th} pixels")
-            if length:
-                start = time.perf_counter()
-                self.file.seek(int(level.offsets[k]))
-                data = self.file.read(length)
-                self.waited += time.perf_counter() - start
-                tile = decode(data, level)
+        level, (tw, th) = self.levels[n], self.levels[n].tile
+        try:
+            tile = self._decoded(level, row * ceil(level.size[0] / tw) + column)
         except Exception as err:  # Pillow's decoders raise nearly anything on damaged bytes
             why = f"tile {column}, {row} of level {n} cannot be decoded ({type(err).__name__}: {err})"
             if self.damaged is None:
                 raise UserError(f"{self.path}: {why}: the file is damaged, copy it again") from err
-            (sx, sy), left, top = level.step, column * tw, row * th
-            self.damaged.append(((int(left * sx), int(top * sy), int((left + tw) * sx), int((top + th) * sy)), why))
+            corners = (column * tw, row * th, (column + 1) * tw, (row + 1) * th)
+            self.damaged.append((tuple(int(n * step) for n, step in zip(corners, 2 * level.step)), why))
+            tile = np.full((th, tw, 3), 255, np.uint8)
         self._tiles[key] = tile
         self._bytes += tile.nbytes
         while self._bytes > self.room and len(self._tiles) > 1:
-            self._bytes -= self._tiles.popitem(last=False)[1].nbytes
+            _, oldest = self._tiles.popitem(last=False)
+            self._bytes -= oldest.nbytes
         return tile
+
+    def _decoded(self, level, k):
+        """Tile k of a level; white if it is empty, as scanners leave out what they did not scan."""
+        (tw, th), length = level.tile, int(level.lengths[k])
+        if length > 16 * tw * th + 2**16:
+            raise ValueError(f"{length} bytes for {tw} x {th} pixels")
+        if not length:
+            return np.full((th, tw, 3), 255, np.uint8)
+        begun = time.perf_counter()
+        self.file.seek(int(level.offsets[k]))
+        data = self.file.read(length)
+        self.waited += time.perf_counter() - begun
+        return decode(data, level)
+
+
+def paste(out, block, x, y):
+    """Copy a block (h,w,3) into `out` with its corner at x, y, which may be negative; what sticks out is left."""
+    left, top = max(x, 0), max(y, 0)
+    right, bottom = min(x + block.shape[1], out.shape[1]), min(y + block.shape[0], out.shape[0])
+    out[top:bottom, left:right] = block[top - y:bottom - y, left - x:right - x]
+
+
+def reduced(level, x, y, w, h, rx, ry):
+    """(h,w,3) uint8: means over rx x ry pixels of a level, from x, y on, counted in those blocks."""
+    if rx == ry == 1:
+        return level.region(x, y, w, h)
+    ex, ey = (x + np.arange(w + 1)) * rx, (y + np.arange(h + 1)) * ry          # (w+1,), (h+1,) edges, in level pixels
+    left, top = int(ex[0]), int(ey[0])
+    right, bottom = min(level.size[0], ceil(ex[-1])), min(level.size[1], ceil(ey[-1]))
+    source = level.region(left, top, right - left, bottom - top)
+    if rx == ry == 2:
+        return halve(source)                                                   # the same numbers, sooner
+    sums = area(source, np.minimum(ey, bottom) - top, 0)
+    sums = area(sums, np.minimum(ex, right) - left, 1)
+    return (sums / (rx * ry) + 0.5).astype(np.uint8)
 
 
 # ----- 2. Opening -----
@@ -192,59 +197,39 @@ def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None):
         raise UserError(f"mpp={mpp} of {path}: give micrometres per pixel, 0.5 for a 20x scan")
     if path.suffix.lower() in VENDORS:
         return by_openslide(path, mpp, damaged)
-    try:
-        f, length = open(path, "rb"), path.stat().st_size
-        found = directories(f, length) if f.read(4) in TIFF else []
-        main = max(found, key=lambda t: np.prod(size_of(t), dtype=float), default={})
-        levels = levels_of(f, length, found) if tiled(main) else []
-        foreign = any(65420 in t or "<scn" in text(t, 270) or "<iScan" in text(t, 700) for t in found)
-        if foreign or levels and halved_chroma(f, levels[0]):                  # Hamamatsu, Leica, Ventana
+    with readable(path):
+        f = open(path, "rb")
+        found = directories(f)
+        main = max(found, key=lambda tags: number(tags, "width") * number(tags, "height"), default={})
+        levels = levels_of(f, found) if tiled(main) else []
+        foreign = any("hamamatsu" in tags or "<scn" in text(tags, "description") or "<iScan" in text(tags, "xmp")
+                      for tags in found)                                       # Hamamatsu, Leica, Ventana
+        if foreign or levels and halved_chroma(f, levels[0]):
             return by_openslide(path, mpp, damaged)
-        said = mpp or resolution(main)
-        scanned = path.suffix.lower() == ".svs" or text(main, 270).startswith("Aperio")
-    except (OSError, ValueError, ArithmeticError, LookupError, MemoryError, struct.error) as err:
-        raise err if isinstance(err, UserError) else unreadable(path, err) from err
+        mpp = mpp or resolution(main)
+        scanned = path.suffix.lower() == ".svs" or text(main, "description").startswith("Aperio")
     if levels:
-        return Slide(path, levels, said, scanned, f, damaged)
+        return Slide(path, levels, mpp, scanned, f, damaged)
     f.close()
-    return Slide(path, [by_pillow(path, main.get("page") or 0, max_pixels)], said, scanned, None, damaged)
-
-
-def unreadable(path, err):
-    return UserError(f"{path} cannot be read ({type(err).__name__}: {err}): it is damaged, cut short or of an unknown "
-                     f"kind; convert it to PNG, JPEG or TIFF, or take it out")
+    return Slide(path, [by_pillow(path, main.get("page"), max_pixels)], mpp, scanned, None, damaged)
 
 
 def by_pillow(path, page, max_pixels):
     """The level of an image that is decoded as a whole, once it is read. raises: UserError for its kind or size."""
-    def guarded(action):
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None           # ours is checked below
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", ".*[Tt]runcated")             # Pillow only warns of cut TIFF tables
-                return action()
-        except Exception as err:  # Pillow's decoders raise nearly anything on damaged files
-            raise unreadable(path, err) from err
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-
-    def opened():
+    with readable(path):
         image = Image.open(path, formats=FORMATS)
         if page:
             image.seek(page)
-        return image
-    image, length = guarded(opened), path.stat().st_size
-    w, h = image.size
+    (w, h), length = image.size, path.stat().st_size
     if w * h > min(max_pixels, 2**25 + 1000 * length):                         # no codec here packs a picture tighter
         raise UserError(f"{path} unpacks to {w} x {h} pixels, more than --max_pixels={max_pixels} or than its {length} "
                         f"bytes can hold: make it a tiled TIFF, or tell data.py to take more if you trust the file")
     if image.mode not in MODES:
         raise UserError(f"{path} has pixels of kind {image.mode!r}, which do not show as 8-bit RGB: convert it first")
-    loaded = []
 
     def region(x, y, w, h):
-        if not loaded:
-            loaded.append(guarded(image.load))
+        with readable(path):
+            image.load()                                                       # does nothing from the second time on
         return np.asarray(image.crop((x, y, x + w, y + h)).convert("RGB"))     # a fourth band is left out, not blended
     return Level((w, h), (1, 1), region)
 
@@ -256,21 +241,17 @@ def by_openslide(path, mpp, damaged):
     except (ImportError, OSError) as err:
         raise UserError(f"{path} is of a kind that only openslide reads, and that is not installed: pip install "
                         f"'nanozoomldm[slides]', or pip install openslide-python openslide-bin") from err
-
-    def guarded(action, *args):
-        try:
-            return action(*args)
-        except Exception as err:  # of openslide, or of the library below it
-            raise unreadable(path, err) from err
-    handle = guarded(openslide.OpenSlide, str(path))
+    with readable(path):
+        handle = openslide.OpenSlide(str(path))
     sizes, said = handle.level_dimensions, handle.properties.get("openslide.mpp-x")
 
     def region(n, x, y, w, h):
-        at = [round(k * whole / size) for k, whole, size in zip((x, y), sizes[0], sizes[n])]  # in level-0 pixels
-        image = guarded(handle.read_region, at, n, (w, h))
-        white = Image.new("RGB", image.size, "white")                          # where nothing was scanned
-        white.paste(image, mask=image.getchannel("A"))
-        return np.asarray(white)
+        at = round(x * sizes[0][0] / sizes[n][0]), round(y * sizes[0][1] / sizes[n][1])  # in level-0 pixels
+        with readable(path):
+            image = handle.read_region(at, n, (w, h))
+        paper = Image.new("RGB", image.size, "white")                          # where nothing was scanned
+        paper.paste(image, mask=image.getchannel("A"))
+        return np.asarray(paper)
     levels = [Level(size, steps(sizes[0], size), partial(region, n)) for n, size in enumerate(sizes)]
     return Slide(path, levels, mpp or (float(said) if said else None), True, None, damaged)
 
@@ -286,19 +267,19 @@ class Config:
 def main(argv):
     cfg = configure(Config, argv, words=("file",), doc=__doc__)
     if not cfg.file:
-        return print("to see what is in a slide or image: python reader.py FILE")
+        return print("to see what is in a slide or image: python -m slides.reader FILE")
     slide = open_slide(cfg.file, cfg.mpp)
-    print(f"{cfg.file}: {f'{slide.mpp:.4g} micrometres per pixel' if slide.mpp else 'size of pixels unknown (--mpp)'}")
+    said = f"{slide.mpp:.4g} micrometres per pixel" if slide.mpp else "size of pixels unknown (--mpp)"
+    print(f"{cfg.file}: {said}")
     for n, level in enumerate(slide.levels):
-        tiles = f", tiles of {level.tile[0]} x {level.tile[1]}" if level.tags else ""
-        print(f"level {n}: {level.size[0]} x {level.size[1]}, steps of {level.step[0]:.5g}{tiles}")
+        (w, h), (tw, th) = level.size, level.tile
+        print(f"level {n}: {w} x {h}, steps of {level.step[0]:.5g}" + (f", tiles of {tw} x {th}" if tw else ""))
     slide.mpp = slide.mpp or 1.0                                               # for the view, any unit will do
     mpp = slide.mpp * max(1, max(slide.size) / max(1, cfg.side))
-    view = slide.read(0, 0, *slide.grid(mpp)[2], mpp)
-    with atomic(cfg.out) as tmp:
-        Image.fromarray(view).save(tmp, "PNG")
-    print(f"{cfg.out}: {view.shape[1]} x {view.shape[0]} pixels of it all")
+    w, h = slide.grid(mpp)[2]
+    save_png(cfg.out, slide.read(0, 0, w, h, mpp))
+    print(f"{cfg.out}: {w} x {h} pixels of it all")
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__)

@@ -4,13 +4,15 @@ A damaged or hostile file ends in an exception: nothing is read beyond the file'
 word of a tag, no loop is followed. Pillow decodes the bytes of a tile: JPEG, JPEG-2000, or what libtiff undoes.
 
 in:  an open TIFF, BigTIFF, SVS or GeoTIFF   out: levels; tiles (th,tw,3) uint8
-run: python tiff.py FILE     every directory of it     read next: reader.py
+run: python -m slides.tiff FILE     every directory of it     read next: slides/reader.py
 """
 import io
 import re
 import struct
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from math import ceil
 
 import numpy as np
 from PIL import Image, Jpeg2KImagePlugin, JpegImagePlugin, TiffImagePlugin
@@ -18,64 +20,87 @@ from PIL import Image, Jpeg2KImagePlugin, JpegImagePlugin, TiffImagePlugin
 from common import UserError, cli
 
 TIFF = {b"II*\0": "<", b"II+\0": "<", b"MM\0*": ">", b"MM\0+": ">"}  # how a file begins -> byte order; + is BigTIFF
-KINDS = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 5: "u4", 7: "u1", 12: "f8", 13: "u4", 16: "u8", 18: "u8"}  # of values
-WANTED = {254, 256, 257, 258, 259, 262, 270, 277, 282, 283, 284, 296, 317, 322, 323, 324, 325, 330, 339, 347, 700,
-          33550, 34735, 65420}
+# TIFF's types of values, for numpy; a RATIONAL is two numbers
+KINDS = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 5: "u4", 7: "u1", 12: "f8", 13: "u4", 16: "u8", 18: "u8"}
+SHORT, LONG, RATIONAL, LONG8 = 3, 4, 5, 16
+TAGS = dict(subfile=254, width=256, height=257, bits=258, compression=259, colours=262, description=270, bands=277,
+            x_dots=282, y_dots=283, planar=284, dots_unit=296, predictor=317, tile_width=322, tile_height=323,
+            offsets=324, lengths=325, sub_directories=330, sample_format=339, jpeg_tables=347, xmp=700,
+            geo_scale=33550, geo_keys=34735, hamamatsu=65420)
+NAMES = {tag: name for name, tag in TAGS.items()}  # what is read; other tags are passed over
+WRITTEN = TAGS | dict(strip_offsets=273, strip_rows=278, strip_lengths=279, extra_bands=338, chroma=530)
+# compressions, and the colours that each may come with: 0, 1 grey; 2 RGB; 6 YCbCr
 JPEG, JP2K, JP2K_YCBCR = 7, (33005, 34712), 33003
-WRAPPED = (1, 5, 8, 32773, 32946, 50000)    # plain, LZW, deflate, packbits, deflate, zstd: left to libtiff
+WRAPPED = (1, 5, 8, 32773, 32946, 50000)  # plain, LZW, deflate, packbits, deflate, zstd: left to libtiff
 COLOURS = {JPEG: (1, 2, 6), JP2K_YCBCR: (2, 6)} | dict.fromkeys(JP2K, (1, 2, 6)) | dict.fromkeys(WRAPPED, (0, 1, 2))
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # what Pillow turns into RGB faithfully
-MAX_TILE, MAX_TAG, MAX_DIRECTORIES = 2**24, 2**22, 500  # pixels of a tile; bytes of a value
+MAX_TILE, MAX_TAG, MAX_DIRECTORIES, MAX_ENTRIES = 2**24, 2**22, 500, 2000  # pixels of a tile; bytes of a value
 
 
 # ----- 1. Directories -----
 
-def directories(f, length):
-    """Parse the image directories of a TIFF of `length` bytes, each followed by its sub-directories.
+def numbers(f, at, count, kind):
+    """`count` numbers of an open file, from byte `at` on. raises: ValueError if they lie beyond its end."""
+    length, end = f.seek(0, 2), at + count * kind.itemsize
+    if end > length:
+        raise ValueError(f"it points to byte {end} of {length}")
+    f.seek(at)
+    return np.frombuffer(f.read(end - at), kind)
 
-    out: [{tag: array}], of the tags WANTED, and "page", its place in the main chain; tables of tiles (324, 325) are
-    left as (dtype, count, position). raises: ValueError if anything lies beyond the file, or they form a loop.
+
+def read_directory(f, at, order, count, word):
+    """Parse a directory, whose count of entries and offsets are of these numpy types. out: {name: array} of the tags in
+    TAGS, the tables of tiles as (type, count, position); where the next directory stands, 0 for nowhere."""
+    n = int(numbers(f, at, 1, count)[0])
+    if n > MAX_ENTRIES:
+        raise ValueError(f"a directory of {n} entries")
+    entry = np.dtype([("tag", order + "u2"), ("kind", order + "u2"), ("count", word), ("value", word)])
+    at += count.itemsize
+    tags = {}
+    for tag, kind, many, value in numbers(f, at, n, entry).tolist():
+        at += entry.itemsize
+        if tag not in NAMES or kind not in KINDS:
+            continue
+        many *= 2 if kind == RATIONAL else 1
+        name, kind = NAMES[tag], np.dtype(order + KINDS[kind])
+        size = many * kind.itemsize
+        place = value if size > word.itemsize else at - word.itemsize          # short values stand in the entry itself
+        table = name in ("offsets", "lengths")
+        if size > MAX_TAG and not table:
+            raise ValueError(f"{many} values of tag {tag}")
+        tags[name] = (kind, many, place) if table else numbers(f, place, many, kind)
+    return tags, int(numbers(f, at, 1, word)[0])
+
+
+def directories(f):
+    """Parse the image directories of an open TIFF, each of the main chain followed by its sub-directories.
+
+    out: [{name: array}], with "page", the place in the main chain or None; [] if it is no TIFF. raises: ValueError.
     """
-    def take(at, n):
-        if at + n > length:
-            raise ValueError(f"it points to byte {at + n} of {length}")
-        f.seek(at)
-        return f.read(n)
-    order, big = TIFF[take(0, 4)], b"+" in take(2, 2)
-    head, word, room = (order + "Q", order + "Q", 8) if big else (order + "H", order + "I", 4)
-    waiting, found, seen = [(struct.unpack(word, take(8 if big else 4, room))[0], 0)], [], set()
+    begins = f.read(4)
+    if begins not in TIFF:
+        return []
+    order, big = TIFF[begins], b"+" in begins
+    count, word = np.dtype(order + ("u8" if big else "u2")), np.dtype(order + ("u8" if big else "u4"))
+    waiting = [(int(numbers(f, word.itemsize, 1, word)[0]), 0)]                # where they begin, and their pages
+    found, seen = [], set()
     while waiting:
         at, page = waiting.pop(0)
         if at in seen or len(seen) >= MAX_DIRECTORIES:
             raise ValueError("its directories form a loop")
         seen.add(at)
-        n, start = struct.unpack(head, take(at, struct.calcsize(head)))[0], at + struct.calcsize(head)
-        if n > 2000:
-            raise ValueError(f"a directory of {n} entries")
-        entries, tags = take(start, n * (4 + 2 * room) + room), {"page": page}
-        for k in range(0, n * (4 + 2 * room), 4 + 2 * room):
-            tag, kind, count = struct.unpack_from(order + "HH" + word[1], entries, k)
-            if tag not in WANTED or kind not in KINDS:
-                continue
-            kind, count, at = np.dtype(order + KINDS[kind]), count * (2 if kind == 5 else 1), start + k + 4 + room
-            if count * kind.itemsize > room:                                   # the value stands elsewhere
-                at = struct.unpack(word, take(at, room))[0]
-            if tag in (324, 325):
-                tags[tag] = kind, count, at
-            elif count * kind.itemsize > MAX_TAG:
-                raise ValueError(f"{count} values of tag {tag}")
-            else:
-                tags[tag] = np.frombuffer(take(at, count * kind.itemsize), kind)
+        tags, following = read_directory(f, at, order, count, word)
+        tags["page"] = page
         found.append(tags)
-        waiting += [(int(at), None) for at in tags.get(330, ())]
-        following = struct.unpack_from(word, entries, len(entries) - room)[0]
+        waiting += [(int(sub), None) for sub in tags.get("sub_directories", ())]
         if following and page is not None:
             waiting.append((following, page + 1))
     return found
 
 
 def number(tags, tag, default=0):
-    return int(tags[tag][0]) if len(tags.get(tag, ())) else default
+    values = tags.get(tag, ())
+    return int(values[0]) if len(values) else default
 
 
 def text(tags, tag):
@@ -83,15 +108,16 @@ def text(tags, tag):
 
 
 def size_of(tags):
-    return number(tags, 256), number(tags, 257)                                # (w,h)
+    return number(tags, "width"), number(tags, "height")                       # (w,h)
 
 
 def tiled(tags):
     """Whether `decode` knows the tiles of this directory: 8 bits, bands side by side, compression and colours."""
-    how, bands = number(tags, 259, 1), number(tags, 277, 1)
-    return (322 in tags and 323 in tags and set(tags.get(258, np.ones(1)).tolist()) == {8} and number(tags, 339, 1) == 1
-            and number(tags, 284, 1) == 1 and number(tags, 262, -1) in COLOURS.get(how, ())
-            and bands in ((1, 3) if how == JPEG else (1, 3, 4)))
+    how, bands = number(tags, "compression", 1), number(tags, "bands", 1)
+    bytes_only = set(tags.get("bits", np.ones(1)).tolist()) == {8} and number(tags, "sample_format", 1) == 1
+    side_by_side = number(tags, "planar", 1) == 1 and bands in ((1, 3) if how == JPEG else (1, 3, 4))
+    known_colours = number(tags, "colours", -1) in COLOURS.get(how, ())
+    return "tile_width" in tags and "tile_height" in tags and bytes_only and side_by_side and known_colours
 
 
 # ----- 2. Levels -----
@@ -114,38 +140,42 @@ def steps(whole, size):
     An integer, where the size is what that leaves, rounded up or down: pyramids drop or repeat an odd last pixel, so
     the ratio of the sizes (4443 / 1110 = 4.003) would place every pixel wrong, the last ones by most.
     """
-    d = max(1, round(whole[0] / size[0]))
-    exact = all(n // d <= m <= -(-n // d) for n, m in zip(whole, size))
-    return (d, d) if exact else (whole[0] / size[0], whole[1] / size[1])
+    (W, H), (w, h) = whole, size
+    d = max(1, round(W / w))
+    if W // d <= w <= ceil(W / d) and H // d <= h <= ceil(H / d):
+        return d, d
+    return W / w, H / h
 
 
-def levels_of(f, length, found):
+def levels_of(f, found):
     """The levels: of the directories with tiles, the largest, and those that show the same in fewer pixels.
 
     Labels, macros, masks and thumbnails in strips fall away: they have no tiles, another aspect, or are marked so.
-    raises: ValueError if tables or tiles do not fit the image, or lie beyond the file.
+    raises: ValueError if tables or tiles do not fit the image.
     """
-    pages = [t for t in found if tiled(t) and not number(t, 254) & 12]         # 4: a mask; 9: Aperio's macro
-    levels = []
-    for tags in sorted(pages, key=lambda t: -np.prod(size_of(t), dtype=float)):
-        size, tile = size_of(tags), (number(tags, 322), number(tags, 323))
-        if not min(size + tile) or tile[0] * tile[1] > MAX_TILE:
+    pages = [tags for tags in found if tiled(tags) and not number(tags, "subfile") & 12]  # 4: a mask; 9: Aperio's macro
+    pages.sort(key=lambda tags: number(tags, "width") * number(tags, "height"), reverse=True)
+    levels, end = [], np.uint64(f.seek(0, 2))
+    for tags in pages:
+        size, tile = size_of(tags), (number(tags, "tile_width"), number(tags, "tile_height"))
+        if min(size + tile) < 1 or tile[0] * tile[1] > MAX_TILE:
             raise ValueError(f"an image of {size[0]} x {size[1]} pixels in tiles of {tile[0]} x {tile[1]}")
         step = steps(levels[0].size, size) if levels else (1, 1)
-        if levels and (abs(step[0] / step[1] - 1) > 0.01 + 2 / min(size) or size[0] >= levels[-1].size[0]):
+        other_aspect = abs(step[0] / step[1] - 1) > 0.01 + 2 / min(size)
+        if levels and (other_aspect or size[0] >= levels[-1].size[0]):
             continue
-        n, tables = -(-size[0] // tile[0]) * -(-size[1] // tile[1]), []
-        for tag in (324, 325):
-            kind, count, at = tags.get(tag, (np.dtype("u4"), 0, 0))
-            if count != n or at + n * kind.itemsize > length:
-                raise ValueError(f"level {len(levels)} has {n} tiles, its table {count}, or that is beyond the file")
-            f.seek(at)
-            tables.append(np.frombuffer(f.read(n * kind.itemsize), kind).astype(np.uint64))
-        end = np.uint64(length)
-        beyond = (tables[1] > 0) & ((tables[0] > end) | (tables[1] > end - np.minimum(tables[0], end)))
-        if beyond.any():
-            raise ValueError(f"{beyond.sum()} of {n} tiles of level {len(levels)} lie beyond its {length} bytes")
-        levels.append(Level(size, step, None, tags, tile, *tables))
+        n, tables = ceil(size[0] / tile[0]) * ceil(size[1] / tile[1]), []
+        for name in ("offsets", "lengths"):
+            kind, count, at = tags.get(name, (np.dtype("u4"), 0, 0))
+            if count != n:
+                raise ValueError(f"level {len(levels)} has {n} tiles, its table {count}")
+            tables.append(numbers(f, at, n, kind).astype(np.uint64))
+        offsets, lengths = tables
+        room = end - np.minimum(offsets, end)                                  # no sum that could overflow
+        beyond = ((lengths > 0) & ((offsets > end) | (lengths > room))).sum()
+        if beyond:
+            raise ValueError(f"{beyond} of {n} tiles of level {len(levels)} lie beyond its {end} bytes")
+        levels.append(Level(size, step, None, tags, tile, offsets, lengths))
     return levels
 
 
@@ -155,56 +185,99 @@ def resolution(tags):
     A magnification alone counts as 10 / mpp. Resolution tags of 20 to 2000 micrometres are those of screens and paper
     (72 dpi is 353), which programs write unasked: not believed.
     """
+    words = text(tags, "description")
     for pattern in (r"\bMPP *= *(\d*\.?\d+)", r"PhysicalSizeX=\"(\d*\.?\d+)\"", r"\bAppMag *= *(\d*\.?\d+)"):
-        said = re.search(pattern, text(tags, 270))
-        if said and 1e-2 <= float(said[1]) <= 1e3:
-            return 10 / float(said[1]) if "Mag" in pattern else float(said[1])
-    keys, scale = tags.get(34735, np.zeros(0, int)), tags.get(33550, np.zeros(1))
-    keys = {int(k[0]): int(k[3]) for k in keys[:len(keys) // 4 * 4].reshape(-1, 4)[1:]}
-    if keys.get(1024) == 1 and keys.get(3076) == 9001 and 1e-6 <= scale[0] <= 1e3:
-        return float(scale[0]) * 1e6                                           # a map whose unit is the metre
-    unit, per = {2: 25400, 3: 1e4}.get(number(tags, 296, 2), 0), tags.get(282, ())
-    mpp = unit * float(per[1]) / float(per[0]) if len(per) == 2 and per[0] else 0
+        said = re.search(pattern, words)
+        value = float(said[1]) if said else 0
+        if 1e-2 <= value <= 1e3:
+            return 10 / value if "Mag" in pattern else value
+    geo, keys = tags.get("geo_keys", np.zeros(0)).tolist(), {}
+    for k in range(4, len(geo) - 3, 4):
+        keys[geo[k]] = geo[k + 3]
+    scale = float(tags.get("geo_scale", (0,))[0])
+    if keys.get(1024) == 1 and keys.get(3076) == 9001 and 1e-6 <= scale <= 1e3:
+        return scale * 1e6                                                     # a map whose unit is the metre
+    unit = {2: 25400, 3: 10000}.get(number(tags, "dots_unit", 2), 0)             # micrometres of an inch, a centimetre
+    dots = tags.get("x_dots", np.zeros(0)).tolist()
+    mpp = unit * dots[1] / dots[0] if len(dots) == 2 and dots[0] else 0
     return mpp if 1e-3 <= mpp < 20 or 2000 < mpp <= 1e9 else None
 
 
 # ----- 3. One tile -----
+
+@contextmanager
+def readable(path):
+    """Turn whatever is raised inside, on damaged bytes nearly anything, into a UserError that names the file."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None               # reader.py has its own bound
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*[Tt]runcated")                 # Pillow only warns of cut TIFF tables
+            yield
+    except UserError:
+        raise
+    except Exception as err:
+        raise UserError(f"{path} cannot be read ({type(err).__name__}: {err}): it is damaged, cut short or of an "
+                        f"unknown kind; convert it to PNG, JPEG or TIFF, or take it out") from err
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def pack_directory(tags, at, following=0, big=False):
+    """The bytes of a directory that is to stand at byte `at`, the next at `following`; tags {name: (type, values)}."""
+    head, word, room = ("<Q", "<Q", 8) if big else ("<H", "<I", 4)
+    entries, longer = struct.pack(head, len(tags)), b""
+    after = at + len(entries) + len(tags) * (4 + 2 * room) + room              # values over `room` bytes stand there
+    for name in sorted(tags, key=WRITTEN.get):
+        kind, values = tags[name]
+        data = np.array(values, "<" + KINDS[kind]).tobytes()
+        entries += struct.pack("<HH", WRITTEN[name], kind)
+        entries += struct.pack(word, len(values) // (2 if kind == RATIONAL else 1))
+        if len(data) > room:
+            entries += struct.pack(word, after + len(longer))
+            longer += data
+        else:
+            entries += data.ljust(room, b"\0")
+    return entries + struct.pack(word, following) + longer
+
 
 def whole_jpeg(data, tables, rgb):
     """A JPEG file of a tile's bytes: tables first, and an Adobe marker that says whether its colours are RGB or YCbCr.
 
     What the tile itself says of colours (APP0, APP14) is left out: in a TIFF, the directory decides.
     """
-    out = [b"\xff\xd8\xff\xee\0\x0eAdobe\0\x64\0\0\0\0", b"\0" if rgb else b"\1"]
+    out = b"\xff\xd8\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + (b"\0" if rgb else b"\1")
     for part in (tables, data):
         at = 2                                                                 # behind the start of image
         while at + 4 <= len(part) and part[at] == 0xFF and part[at + 1] != 0xD9:
-            if part[at + 1] == 0xDA:                                           # the scan, to the end of the tile
-                return b"".join([*out, part[at:]])
-            n = 2 + int.from_bytes(part[at + 2:at + 4], "big")
-            if part[at + 1] not in (0xE0, 0xEE):
-                out.append(part[at:at + n])
-            at += n
+            marker = part[at + 1]
+            if marker == 0xDA:                                                 # the scan, to the end of the tile
+                return out + part[at:]
+            end = at + 2 + int.from_bytes(part[at + 2:at + 4], "big")
+            if marker not in (0xE0, 0xEE):
+                out += part[at:end]
+            at = end
     raise ValueError("no JPEG scan in it")
 
 
 def wrapped(data, tags, tile):
     """A TIFF of one strip around a tile's bytes, for Pillow's libtiff to undo compression and predictor."""
-    bands = number(tags, 277, 1)
-    values = {256: (4, 1, tile[0]), 257: (4, 1, tile[1]), 259: (3, 1, number(tags, 259, 1)), 273: (4, 1, 0),
-              258: (3, bands, 8), 262: (3, 1, number(tags, 262)), 277: (3, 1, bands), 278: (4, 1, tile[1]),
-              279: (4, 1, len(data)), 317: (3, 1, number(tags, 317, 1))} | ({338: (3, 1, 0)} if bands == 4 else {})
-    after = 8 + 2 + 12 * len(values) + 4                                       # the bits of each band, then the data
-    values |= {273: (4, 1, after + 2 * bands)} | ({258: (3, bands, after)} if bands > 2 else {})
-    entries = b"".join(struct.pack("<HHII", tag, *value) for tag, value in sorted(values.items()))
-    return struct.pack("<2sHIH", b"II", 42, 8, len(values)) + entries + bytes(4) + struct.pack("<H", 8) * bands + data
+    (w, h), bands = tile, number(tags, "bands", 1)
+    values = dict(width=(LONG, [w]), height=(LONG, [h]), bits=(SHORT, [8] * bands), bands=(SHORT, [bands]),
+                  strip_offsets=(LONG, [0]), strip_rows=(LONG, [h]), strip_lengths=(LONG, [len(data)]))
+    for name, default in (("compression", 1), ("colours", 0), ("predictor", 1)):
+        values[name] = SHORT, [number(tags, name, default)]
+    if bands == 4:
+        values["extra_bands"] = SHORT, [0]
+    values["strip_offsets"] = LONG, [8 + len(pack_directory(values, 8))]       # the tile comes behind the directory
+    return b"II*\0\x08\0\0\0" + pack_directory(values, 8) + data
 
 
 def decode(data, level):
     """The bytes of a tile -> (th,tw,3) uint8; a fourth band is left out. raises: nearly anything, if it is damaged."""
-    tags, how = level.tags, number(level.tags, 259, 1)
+    tags, how = level.tags, number(level.tags, "compression", 1)
     if how == JPEG:
-        data = whole_jpeg(data, tags[347].tobytes() if 347 in tags else b"", number(tags, 262) == 2)
+        tables = tags["jpeg_tables"].tobytes() if "jpeg_tables" in tags else b""
+        data = whole_jpeg(data, tables, number(tags, "colours") == 2)
         image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
     elif how in WRAPPED:
         image = TiffImagePlugin.TiffImageFile(io.BytesIO(wrapped(data, tags, level.tile)))
@@ -220,7 +293,7 @@ def decode(data, level):
 
 def halved_chroma(f, level):
     """Whether the first JPEG-2000 tile has components of several sizes, which Pillow refuses."""
-    if number(level.tags, 259) not in (*JP2K, JP2K_YCBCR):
+    if number(level.tags, "compression") not in (*JP2K, JP2K_YCBCR):
         return False
     f.seek(int(level.offsets[np.argmax(level.lengths > 0)]))
     start = f.read(51)                                                         # to the third component
@@ -229,19 +302,14 @@ def halved_chroma(f, level):
 
 
 def main(argv):
-    if len(argv) != 1 or argv[0].startswith("-"):
-        return print(__doc__)
-    try:
-        with open(argv[0], "rb") as f:
-            if f.read(4) not in TIFF:
-                raise UserError(f"{argv[0]} is no TIFF: python reader.py shows other images")
-            found, length = directories(f, Path(argv[0]).stat().st_size), Path(argv[0]).stat().st_size
+    for path in argv:
+        with readable(path), open(path, "rb") as f:
+            found = directories(f)
             for tags in found:
-                print(f"page {tags['page']}: {size_of(tags)}, compression {number(tags, 259, 1)}, tiles {tiled(tags)}")
-            print("levels:", [level.size for level in levels_of(f, length, found)], "mpp:", resolution(found[0]))
-    except (OSError, ValueError, ArithmeticError, LookupError, struct.error) as err:
-        raise UserError(f"{argv[0]} cannot be read as a TIFF: {err}") from err
+                how = number(tags, "compression", 1)
+                print(f"page {tags['page']}: {size_of(tags)}, compression {how}, tiles {tiled(tags)}")
+            print("levels:", [level.size for level in levels_of(f, found)], "mpp:", resolution(found[0]))
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__)

@@ -4,23 +4,24 @@ Images come in strips from top to bottom: one row of tiles of each level is all 
 image. Each level halves the one before; an odd last row or column is repeated, so that no pixel is dropped.
 
 in:  strips (h,W,3) uint8 of any heights   out: image.tif, or a folder whose index.html opens without a network
-run: python slide.py     read next: encoder.py
+run: python -m slides.writers     a small pyramid, out/slide_demo.tif     read next: slides/reader.py
 """
 import io
 import os
 import shutil
-import struct
 import tempfile
 from html import escape
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from common import UserError, atomic, cli
+from data import halve
+from slides.tiff import LONG, LONG8, RATIONAL, SHORT, pack_directory
 
 CLASSIC = 5 * 2**29  # bytes of raw tiles above which a TIFF is a BigTIFF: noise at quality 100 grows 1.6 fold, to 4 GB
-CODES = {3: "H", 4: "I", 5: "I", 16: "Q"}  # TIFF's SHORT, LONG, RATIONAL (two numbers a value) and LONG8
 VIEWER = "node_modules/openseadragon/build/openseadragon/openseadragon.min.js"  # where npm puts it
 OURS = {"image.dzi", "image_files", "index.html", "openseadragon.min.js"}
 DZI = ('<Image xmlns="http://schemas.microsoft.com/deepzoom/2008" Format="jpg" Overlap="0" TileSize="%d">'
@@ -44,15 +45,9 @@ def level_sizes(size, tile, quality, smallest):
                         f"1, tile a multiple of 16 up to 4096, quality 1 to 100")
     sizes = [(int(size[0]), int(size[1]))]
     while max(sizes[-1]) > smallest:
-        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+        h, w = sizes[-1]
+        sizes.append((ceil(h / 2), ceil(w / 2)))
     return sizes
-
-
-def halve(x):
-    """Halve the resolution: (h,w,3) uint8, (a+b+c+d+2)//4 of each 2x2 block; an odd last row or column is repeated."""
-    x = np.pad(x, ((0, x.shape[0] % 2), (0, x.shape[1] % 2), (0, 0)), "edge")
-    total = x[::2, ::2].astype(np.uint16) + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]
-    return ((total + 2) // 4).astype(np.uint8)                                 # (ceil(h/2),ceil(w/2),3)
 
 
 def tile_rows(strips, sizes, tile):
@@ -62,7 +57,7 @@ def tile_rows(strips, sizes, tile):
          Each row comes as soon as it is full, so those of one level are in order and the levels mixed.
     raises: UserError if a strip has another width or type, or their heights do not sum to H.
     """
-    rows, done = [None] * len(sizes), [0] * len(sizes)
+    rows, done = [None] * len(sizes), [0] * len(sizes)                         # by level: the row in work, pixel rows
 
     def push(level, strip):
         height, width = sizes[level]
@@ -71,13 +66,16 @@ def tile_rows(strips, sizes, tile):
             if at == 0:
                 rows[level] = np.empty((min(tile, height - done[level]), width, 3), np.uint8)
             row = rows[level]                                                  # (h,W,3)
-            part, strip = strip[:len(row) - at], strip[len(row) - at:]
-            row[at:at + len(part)] = part
-            done[level] += len(part)
-            if at + len(part) == len(row):
+            n = min(len(strip), len(row) - at)
+            row[at:at + n] = strip[:n]
+            strip = strip[n:]
+            done[level] += n
+            if at + n == len(row):
                 yield level, (done[level] - 1) // tile, row
                 if level + 1 < len(sizes):
-                    yield from push(level + 1, halve(row))  # tile is even: only the very last row of pixels is repeated
+                    if len(row) % 2 or width % 2:  # tile is even: only the very last row of pixels is repeated
+                        row = np.pad(row, ((0, len(row) % 2), (0, width % 2), (0, 0)), "edge")
+                    yield from push(level + 1, halve(row))
 
     H, W = sizes[0]
     for strip in map(np.asarray, strips):
@@ -107,25 +105,26 @@ def write_tiff(path, strips, size, tile=256, quality=90, mpp=None):
     """
     sizes = level_sizes(size, tile, quality, tile)
     check_tiff(path, mpp)
-    counts = [-(-h // tile) * -(-w // tile) for h, w in sizes]
+    counts = [ceil(h / tile) * ceil(w / tile) for h, w in sizes]
     big = sum(counts) * (3 * tile * tile + 1000) > CLASSIC                     # 1000: a JPEG's tables
-    placed = [[] for _ in sizes]                                               # per level: (offset, length) of tiles
+    places = [np.zeros((2, n), np.uint64) for n in counts]                     # offsets and lengths of each level
     with atomic(path) as tmp, open(tmp, "wb") as f:
-        f.write(directories(sizes, tile, [[(0, 0)] * n for n in counts], mpp, big))  # only to keep their place
-        for level, _, row in tile_rows(strips, sizes, tile):
-            for x in range(0, row.shape[1], tile):
+        f.write(header(sizes, tile, places, mpp, big))                         # only to keep its room
+        for level, i, row in tile_rows(strips, sizes, tile):
+            first = i * ceil(row.shape[1] / tile)
+            for k, x in enumerate(range(0, row.shape[1], tile), first):
                 part = row[:, x:x + tile]                                      # (h,w,3); a TIFF's tiles are all whole
                 part = np.pad(part, ((0, tile - part.shape[0]), (0, tile - part.shape[1]), (0, 0)), "edge")
                 data = jpeg(part, quality)
-                placed[level].append((f.tell(), len(data)))
+                places[level][:, k] = f.tell(), len(data)
                 f.write(data)
         f.seek(0)
-        f.write(directories(sizes, tile, placed, mpp, big))
+        f.write(header(sizes, tile, places, mpp, big))
 
 
 def check_place(path):
     """raises: UserError if no file can be made where path is to lie; to be asked before long work."""
-    there = next(p for p in Path(path).resolve().parents if p.exists())  # what is missing below it is made on writing
+    there = next(p for p in Path(path).resolve().parents if p.exists())        # made on writing: what is missing below
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as err:
@@ -140,43 +139,37 @@ def check_tiff(path, mpp=None):
         raise UserError(f"path: {path} is a folder: give the name of a file, as {path}/image.tif")
 
 
-def directories(sizes, tile, placed, mpp, big):
+def header(sizes, tile, places, mpp, big):
     """How a TIFF begins: its header, then a directory per level. First in the file, for Pillow loses any above 4 GB."""
-    count, word, room = ("Q", "Q", 8) if big else ("H", "I", 4)
-    out = struct.pack("<2s3HQ", b"II", 43, 8, 0, 16) if big else struct.pack("<2sHI", b"II", 42, 8)
+    out = b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0" if big else b"II*\0\x08\0\0\0"
     for level, (h, w) in enumerate(sizes):
-        tags = {254: (4, [int(level > 0)]), 256: (4, [w]), 257: (4, [h]), 258: (3, [8, 8, 8]), 277: (3, [3]),
-                259: (3, [7]), 262: (3, [6]), 284: (3, [1]), 530: (3, [1, 1]),  # JPEG, YCbCr, chroma whole
-                322: (4, [tile]), 323: (4, [tile]), 324: (16 if big else 4, [p[0] for p in placed[level]]),
-                325: (4, [p[1] for p in placed[level]])}
+        numbers = dict(subfile=int(level > 0), width=w, height=h, tile_width=tile, tile_height=tile)
+        codes = dict(bands=3, compression=7, colours=6, planar=1)              # JPEG, YCbCr
+        tags = {name: (LONG, [n]) for name, n in numbers.items()}
+        tags |= {name: (SHORT, [n]) for name, n in codes.items()}
+        tags |= dict(bits=(SHORT, [8, 8, 8]), chroma=(SHORT, [1, 1]))          # chroma whole
+        tags |= dict(offsets=(LONG8 if big else LONG, places[level][0]), lengths=(LONG, places[level][1]))
         if mpp:
             dots = 1e4 / (mpp * 2**level)                                      # pixels per cm, as a fraction
             below = int(2**31 / max(1, dots))
-            tags |= dict.fromkeys((282, 283), (5, [round(dots * below), below])) | {296: (3, [3])}
-        after = len(out) + struct.calcsize("<" + count) + len(tags) * (4 + 2 * room) + room
-        entries, longer = struct.pack("<" + count, len(tags)), b""             # values over `room` bytes stand after
-        for tag, (kind, values) in sorted(tags.items()):
-            data = struct.pack(f"<{len(values)}{CODES[kind]}", *values)
-            entries += struct.pack("<HH" + word, tag, kind, len(values) // (2 if kind == 5 else 1))
-            if len(data) > room:
-                longer, data = longer + data, struct.pack("<" + word, after + len(longer))
-            entries += data.ljust(room, b"\0")
-        following = 0 if level + 1 == len(sizes) else after + len(longer)
-        out += entries + struct.pack("<" + word, following) + longer
+            tags["x_dots"] = tags["y_dots"] = RATIONAL, [round(dots * below), below]
+            tags["dots_unit"] = SHORT, [3]
+        end = len(out) + len(pack_directory(tags, len(out), 0, big))           # where the next one begins
+        out += pack_directory(tags, len(out), end if level + 1 < len(sizes) else 0, big)
     return out
 
 
 # ----- 3. DeepZoom -----
 
 def check_deepzoom(folder, viewer=None):
-    """out: both as absolute paths. raises: UserError if write_deepzoom will take one of them not; to be asked before
-    long work."""
+    """out: both paths, in full. raises: UserError if write_deepzoom will not take them; to be asked early."""
     folder, viewer = Path(folder).resolve(), Path(viewer or VIEWER)
     if not viewer.is_file() or b"OpenSeadragon" not in viewer.read_bytes():
         raise UserError(f"viewer: {viewer} is not openseadragon.min.js: run `npm install openseadragon` here, or give "
                         f"--viewer=FILE")
-    there = {p.name for p in folder.iterdir()} if folder.is_dir() else {"a file"} if folder.exists() else set()
-    if there and not {"image.dzi", "index.html"} <= there <= OURS:
+    there = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    ours = not there or {"image.dzi", "index.html"} <= there <= OURS
+    if not ours or folder.is_file():
         raise UserError(f"folder: {folder} exists and holds other things than a DeepZoom image: give another name")
     return folder, viewer
 
@@ -189,15 +182,17 @@ def write_deepzoom(folder, strips, size, tile=256, quality=90, viewer=None, titl
          replaced in the end. Tiles do not overlap: the viewer closes the gaps, and a row needs no pixel of the next.
     raises: UserError as write_tiff, if there is no viewer, or if the folder holds anything else.
     """
-    sizes, (folder, viewer) = level_sizes(size, tile, quality, 1), check_deepzoom(folder, viewer)
-    tmp, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    sizes = level_sizes(size, tile, quality, 1)
+    folder, viewer = check_deepzoom(folder, viewer)
+    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
         for level in range(len(sizes)):
             (tmp / "image_files" / str(level)).mkdir(parents=True)
         for level, i, row in tile_rows(strips, sizes, tile):
-            for j, x in enumerate(range(0, row.shape[1], tile)):
-                name = f"image_files/{len(sizes) - 1 - level}/{j}_{i}.jpg"     # levels are counted from 1 x 1 upwards
-                (tmp / name).write_bytes(jpeg(row[:, x:x + tile], quality))
+            place = tmp / "image_files" / str(len(sizes) - 1 - level)          # levels are counted from 1 x 1 upwards
+            for j in range(ceil(row.shape[1] / tile)):
+                (place / f"{j}_{i}.jpg").write_bytes(jpeg(row[:, j * tile:j * tile + tile], quality))
         H, W = sizes[0]
         (tmp / "image.dzi").write_text(DZI % (tile, W, H))
         (tmp / "index.html").write_text(PAGE % (escape(title), tile, W, H), encoding="utf-8")
@@ -221,4 +216,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__)
