@@ -1,37 +1,33 @@
-"""mil.py, heads.py, bags.py, features.py, toy_task.py: heads, folds, extraction, readers, tables, every message."""
-import builtins
-import json
-import shutil
-import subprocess
-import sys
+"""mil.py: heads by their formulas, training, cross-validation without leaks, features of the U-Net."""
 from collections import Counter
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
+from types import SimpleNamespace
 from zlib import crc32
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from PIL import Image
+from conftest import ROOT  # noqa: F401 - puts the repository on the path
 
-import data
 import mil
-import mil as heads
-from common import UserError, generator, load_tensors, save_tensors
+from common import UserError, generator, setup
 from data import Pyramids
 from diffusion import ZoomLDM
-from experiments import labels as mil_table
-from experiments.metrics import auc
-from slides.bags import Bags, Labels, make_splits, read_bag, read_splits, views
-from slides.encoders import load_encoder
 from summarizer import Summarizer, SummarizerConfig
-from toy import task as toy_task
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
 
-ALL = list(heads.HEADS)
-each = pytest.mark.parametrize("name", ALL)
+each = pytest.mark.parametrize("name", list(mil.HEADS))
+
+
+@dataclass
+class Cfg:
+    """What `fit` takes."""
+    width: int = 16
+    dropout: float = 0.25
+    lr: float = 3e-3
+    epochs: int = 15
+    patience: int = 15
+    seed: int = 0
 
 
 # ----- 1. Heads -----
@@ -45,7 +41,7 @@ def test_published_parameter_counts(kind, count):
 @pytest.mark.parametrize("n", [1, 2, 37])
 def test_interface(name, n):
     """Logits (C,), attention that sums to 1, in training too; a bag of one. Catches: softmax over the wrong axis."""
-    head, bag = heads.HEADS[name](12, 3), torch.randn(n, 12)
+    head, bag = mil.HEADS[name](12, 3), torch.randn(n, 12)
     for mode in (True, False):
         logits, a = head.train(mode)(bag)
         assert logits.shape == (3,) and a.shape in ((n,), (n, 3)) and (a >= 0).all()
@@ -55,7 +51,7 @@ def test_interface(name, n):
 
 @each
 def test_order_of_instances_does_not_matter(name):
-    head, bag, order = heads.HEADS[name](12, 2).eval(), torch.randn(50, 12), torch.randperm(50)
+    head, bag, order = mil.HEADS[name](12, 2).eval(), torch.randn(50, 12), torch.randperm(50)
     (logits, a), (again, b) = head(bag), head(bag[order])
     torch.testing.assert_close(logits, again)
     torch.testing.assert_close(a[order], b)
@@ -64,7 +60,7 @@ def test_order_of_instances_does_not_matter(name):
 
 @each
 def test_unusable_bags_are_refused(name):
-    head = heads.HEADS[name](12, 2)
+    head = mil.HEADS[name](12, 2)
     for bag in (torch.zeros(0, 12), torch.zeros(5, 11), torch.zeros(12)):
         with pytest.raises(UserError, match=r"takes \(N,12\) with at least one patch"):
             head(bag)
@@ -108,499 +104,167 @@ def test_clam_asks_for_the_most_and_least_attended():
 def planted(n=60, K=8, shift=4.0, seed=0):
     """Bags of 20 to 40 noise instances; those of class 1 have one that is shifted. out: items, places of the keys."""
     rng = generator(seed)
-    items, keys = [], []
+    bags, items, keys = {}, [], []
     for k in range(n):
         x = torch.randn(20 + k % 20, K, generator=rng)
         key = int(torch.randint(len(x), (1,), generator=rng))
         if k % 2:
             x[key, :3] += shift
-        items.append(((lambda x=x: x), k % 2))
+        bags[f"s{k}"] = x
+        items.append((bags, f"s{k}", k % 2))
         keys.append(key)
     return items, keys
 
 
-SMALL = mil.Config(width=16, epochs=15, patience=15, lr=3e-3, seeds=1, workers=1, bootstrap=50)
+NEUTRAL = torch.zeros(8), torch.ones(8)
 
 
-@pytest.mark.parametrize("name", ["abmil", "clam", "dsmil"])
+@each
 def test_attention_points_to_the_planted_instance(name):
     items, keys = planted(90)                                              # 60 to train on, 30 to look at
-    head = heads.fit(name, items[:50], items[50:60], (torch.zeros(8), torch.ones(8)), 2, SMALL, 0)
+    head = mil.fit(mil.HEADS[name], items[:50], items[50:60], NEUTRAL, 2, Cfg(), 0)
     found, right = 0, 0
     with torch.no_grad():
-        for (read, y), key in list(zip(items, keys))[60:]:
-            logits, a = head(read())
+        for (bags, slide, y), key in list(zip(items, keys))[60:]:
+            logits, a = head(bags[slide])
             right += int(logits.argmax()) == y
             found += y and int((a if a.ndim == 1 else a[:, 1]).argmax()) == key
     assert found >= 14 and right >= 27, (found, right)                      # of 15 and 30
 
 
-def test_floors():
-    """Mean and maximum of embedded instances; even attention, and the share of channels an instance leads in."""
-    x = torch.randn(10, 4)
-    head = heads.MeanPool(4, 2, 6).eval()
-    logits, a = head(x)
-    torch.testing.assert_close(logits, head.out(head.embed(x).mean(0)))
-    torch.testing.assert_close(a, torch.full((10,), 0.1))
-    head = heads.MaxPool(4, 2, 6).eval()
-    logits, a = head(x)
-    h = head.embed(x)
-    torch.testing.assert_close(logits, head.out(h.amax(0)))
-    want = torch.tensor([sum(float(h[:, j].argmax() == i) for j in range(6)) / 6 for i in range(10)])
-    torch.testing.assert_close(a, want)
-
-
-def test_a_large_bag_fits_in_memory():
-    """50,000 instances of width 1024, forward and backward, of each head in a process of its own: under 2 GB."""
-    if not Path("/proc/self/status").exists():
-        pytest.skip("the peak of a process of its own is read from /proc")
-    # VmHWM, not ru_maxrss: that one starts at what the parent had
-    code = """
-import torch, mil
-torch.set_num_threads(1)
-x = torch.empty(50_000, 1024).uniform_(-1, 1)
-for name in ("dsmil", "clam"):
-    mil.HEADS[name](1024, 2).train().loss(x, torch.tensor(1)).backward()
-print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) * 1024 < 2e9, f"{int(done.stdout) / 1e6:.2f} GB"
-
+# ----- 2. Training and cross-validation -----
 
 def test_fit_keeps_the_best_epoch_and_is_deterministic():
     items, _ = planted(30)
-    scaler = torch.zeros(8), torch.ones(8)
-    a, b = (heads.fit("abmil", items[:20], items[20:], scaler, 2, SMALL, 3) for _ in range(2))
-    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
-    longer = heads.fit("abmil", items[:20], items[20:], scaler, 2, replace(SMALL, epochs=25, patience=25), 3)
+    a, b = (mil.fit(mil.ABMIL, items[:20], items[20:], NEUTRAL, 2, Cfg(), 3) for _ in range(2))
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items()) and not a.training
+    longer = mil.fit(mil.ABMIL, items[:20], items[20:], NEUTRAL, 2, Cfg(epochs=25, patience=25), 3)
     with torch.no_grad():
-        one, two = (sum(head.loss(read(), torch.tensor(y)) for read, y in items[20:]) for head in (a, longer))
+        one, two = (sum(head.loss(bags[s], torch.tensor(y)) for bags, s, y in items[20:]) for head in (a, longer))
     assert two <= one + 1e-5                                               # more epochs never end on a worse one
+    with pytest.raises(UserError, match="ABMIL: the validation loss is no longer finite"):
+        mil.fit(mil.ABMIL, items[:20], items[20:], NEUTRAL, 2, Cfg(lr=1e30), 3)
 
 
-def test_classes_are_drawn_equally_often(monkeypatch):
+def test_training_stops_early():
+    """catches: patience counted from the start, not from the best epoch."""
+    epochs = Counter()
+
+    class Spy(mil.ABMIL):
+        def train(self, mode=True):
+            epochs["train"] += mode
+            return super().train(mode)
+
+        def loss(self, bag, y):  # the validation loss falls for three epochs, then rises
+            return super().loss(bag, y) * 0 + abs(epochs["train"] - 3)
+    items, _ = planted(6)
+    mil.fit(Spy, items, items, NEUTRAL, 2, Cfg(patience=4, epochs=40), 0)
+    assert epochs["train"] == 7
+
+
+def test_classes_are_drawn_equally_often():
     """18 slides against 2. Catches: unweighted draws."""
     seen = Counter()
 
-    class Spy(heads.ABMIL):
+    class Spy(mil.ABMIL):
         def loss(self, bag, y):
             if self.training:
                 seen[int(y)] += 1
             return super().loss(bag, y)
-    monkeypatch.setitem(heads.HEADS, "abmil", Spy)
-    items = [(lambda: torch.randn(3, 4), int(k < 2)) for k in range(20)]
-    heads.fit("abmil", items, items, (torch.zeros(4), torch.ones(4)), 2, SMALL, 0)
+    items = [({k: torch.randn(3, 8)}, k, int(k < 2)) for k in range(20)]
+    mil.fit(Spy, items, items, NEUTRAL, 2, Cfg(), 0)
     assert sum(seen.values()) == 300 and 110 < seen[1] < 190, seen
 
 
-# ----- 2. Files, labels, folds -----
+class Folder(dict):
+    """Bags in memory. Like slides.bags.Bags, but the scaler tells which slides it was asked for."""
 
-def write_csv(path, *rows):
-    path.write_text("\n".join(rows) + "\n")
-    return path
-
-
-def test_readers(tmp_path, monkeypatch):
-    """What tools write, to the bit. Catches: coordinates of another length, (1,N,K) not squeezed."""
-    x, ij = torch.randn(5, 3), torch.arange(10).reshape(5, 2)
-    save_tensors(tmp_path / "a.safetensors", {"features": x, "coords": ij.int()}, {"patch": 64})
-    torch.save(x, tmp_path / "b.pt")
-    np.save(tmp_path / "c.npy", x.half().numpy())
-    torch.save({"features": x[None], "coords": ij}, tmp_path / "d.pt")
-    got, coords, meta = read_bag(tmp_path / "a.safetensors")
-    assert torch.equal(got, x) and torch.equal(coords, ij) and meta == {"patch": 64}
-    assert torch.equal(read_bag(tmp_path / "b.pt")[0], x) and read_bag(tmp_path / "b.pt")[1] is None
-    assert torch.equal(read_bag(tmp_path / "c.npy")[0], x.half().float())
-    got, coords, _ = read_bag(tmp_path / "d.pt")
-    assert torch.equal(got, x) and torch.equal(coords, ij)
-    real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", lambda name, *a: real("no_h5py" if name == "h5py" else name, *a))
-    (tmp_path / "e.h5").write_bytes(b"")
-    with pytest.raises(UserError, match=r"e.h5 needs the extra: pip install -e '.\[h5\]'"):
-        read_bag(tmp_path / "e.h5")
+    def scaler(self, names, *others):
+        self.asked = list(names)
+        x = torch.cat([self[n] for n in names])
+        return x.mean(0), x.std(0, correction=0)
 
 
-def test_h5_reader(tmp_path):
-    h5py = pytest.importorskip("h5py", reason="the extra h5 is not installed")
-    x, ij = torch.randn(1, 5, 3), torch.arange(10).reshape(5, 2)
-    with h5py.File(tmp_path / "a.h5", "w") as f:
-        f["features"], f["coords"] = x.numpy(), ij.numpy()
-    got, coords, _ = read_bag(tmp_path / "a.h5")
-    assert torch.equal(got, x[0]) and torch.equal(coords, ij)
+def test_cross_validation_never_shows_a_test_slide():
+    """Scores are those of the head of the slide's fold, on features standardised by training slides alone.
+    catches: the head of another fold, a scaler of all slides, training on test slides."""
+    items, _ = planted(12)
+    bags = Folder(items[0][0])
+    labels = SimpleNamespace(names=list(bags), classes=["a", "b"], y=torch.tensor([y for _, _, y in items]))
+    splits = [(list(range(4, 10)), [10, 11], [0, 1, 2, 3]), (list(range(6)), [10, 11], [6, 7])]
+    seen = []
+
+    class Spy(mil.ABMIL):
+        def loss(self, bag, y):
+            seen.append(bag)
+            return super().loss(bag, y)
+    scores, fold, heads = mil.cross_validate(Spy, [bags], bags, labels, splits, Cfg(epochs=2))
+    assert fold.tolist() == [0, 0, 0, 0, -1, -1, 1, 1, -1, -1, -1, -1] and scores[fold < 0].isnan().all()
+    assert bags.asked == [f"s{k}" for k in range(6)]
+    for k, at in ((0, 3), (1, 6)):
+        head, (mean, deviation) = heads[k]
+        want = head((bags[f"s{at}"] - mean) / deviation)[0].softmax(0)
+        torch.testing.assert_close(scores[at], want)
+        shown = {len(x) for x in seen[:16] if k == 0} | {len(x) for x in seen[16:] if k == 1}
+        assert not shown & {len(bags[f"s{i}"]) for i in splits[k][2]}      # bags of planted() differ in length
+    other, _, _ = mil.cross_validate(Spy, [bags], bags, labels, splits, Cfg(epochs=2), repeat=1)
+    assert not torch.equal(other[0], scores[0])
 
 
-def test_unusable_files_are_named(tmp_path):
-    nan = torch.randn(4, 3)
-    nan[1, 2] = float("nan")
-    np.save(tmp_path / "nan.npy", nan.numpy())
-    np.save(tmp_path / "flat.npy", np.zeros(7, np.float32))
-    np.save(tmp_path / "none.npy", np.zeros((0, 3), np.float32))
-    np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
-    torch.save({"a": nan, "b": nan}, tmp_path / "two.pt")
-    torch.save(UserError, tmp_path / "code.pt")
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "two.pt").read_bytes()[:200])
-    (tmp_path / "x.txt").write_text("")
-    for name, words in (("nan.npy", "NaN or infinity in 1 of 4 rows"), ("none.npy", "empty bag"),
-                        ("flat.npy", r"holds \(7,\), expected features"), ("object.npy", "cannot be read"),
-                        ("two.pt", "no tensor.*among a, b"), ("code.pt", "cannot be read"),
-                        ("cut.pt", "cannot be read"), ("x.txt", "no file of features")):
-        with pytest.raises(UserError, match=f"{name} .*{words}" if words[0] != "h" else words):
-            read_bag(tmp_path / name)
-
+# ----- 3. Features of the U-Net -----
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Features of 40 slides of 20 patients, as other tools write them: planted bags; and their labels."""
-    out = tmp_path_factory.mktemp("features")
-    (out / "pt").mkdir()
-    items, _ = planted(40, shift=5)
-    rows = ["case_id,slide_id,label"]
-    for k, (read, y) in enumerate(items):
-        torch.save(read(), out / "pt" / f"s{k:02d}.pt")
-        rows.append(f"p{k // 2 % 20},s{k:02d},{'tumour' if y else 'benign'}")
-    write_csv(out / "labels.csv", *rows)
-    return out
-
-
-def test_bags(folder, tmp_path):
-    """Deviations over all patches of the named slides alone; memory is given back beyond the budget."""
-    b = Bags(folder / "pt")
-    assert b.K == 8 and b.names == [f"s{k:02d}" for k in range(40)] and views(folder / "pt") == [""]
-    x = torch.cat([b["s03"], b["s11"]])
-    mean, deviation = b.scaler(["s03", "s11"])
-    torch.testing.assert_close(mean, x.mean(0))
-    torch.testing.assert_close(deviation, x.std(0, correction=0))
-    few = Bags(folder / "pt", budget=1000)
-    assert len(b.kept) == 40 and len(few.kept) == 1 and torch.equal(few["s30"], b["s30"])
-    np.save(tmp_path / "a.npy", np.zeros((2, 3), np.float32))
-    np.save(tmp_path / "b.npy", np.zeros((2, 4), np.float32))
-    with pytest.raises(UserError, match="b.npy has features of width 4, .*a.npy of 3"):
-        Bags(tmp_path)
-    torch.save(torch.zeros(2, 3), tmp_path / "b.pt")
-    with pytest.raises(UserError, match="b.npy and .*b.pt are features of one slide"):
-        Bags(tmp_path)
-    with pytest.raises(UserError, match="holds no features"):
-        Bags(tmp_path / "none")
-
-
-def test_labels(tmp_path, capsys):
-    path = write_csv(tmp_path / "l.csv", "slide_id,label,case_id", "a,10,x", "b,2,x", "c,2,")
-    labels = Labels(path, ["a", "b", "c"])
-    assert labels.classes == ["2", "10"] and labels.y.tolist() == [1, 0, 0] and labels.patients == ["x", "x", "c"]
-    for names, words in ((["a", "b", "c", "d"], "1 slides have features but no label .*: d;"),
-                         (["a", "b"], "1 slides have a label but no features .*: c;")):
-        with pytest.raises(UserError, match=words):
-            Labels(path, names)
-    assert Labels(path, ["d", "a", "b"], partial=True).names == ["a", "b"]
-    assert "no label: d" in capsys.readouterr().out
-    for rows, words in ((["slide_id,class", "a,1"], "no column label"), (["slide_id,label"], "or no row"),
-                        (["slide_id,label", "a,1", "a,2"], "slide a has two different rows"),
-                        (["slide_id,label", "a,"], "slide a has no label"),
-                        (["slide_id,label", "a,1", "b,1"], "1 class")):
-        with pytest.raises(UserError, match=words):
-            Labels(write_csv(tmp_path / "m.csv", *rows), ["a", "b"], partial=True)
-    with pytest.raises(UserError, match="nowhere.csv cannot be read as CSV"):
-        Labels(tmp_path / "nowhere.csv", ["a"])
-
-
-def cohort(tmp_path, n=90, per=3, share=0.3):
-    """n slides, `per` of each patient, of two classes drawn slide by slide."""
-    rng = np.random.default_rng(0)
-    rows = [f"p{k // per},s{k},{int(rng.random() < share)}" for k in range(n)]
-    return Labels(write_csv(tmp_path / "c.csv", "case_id,slide_id,label", *rows), [f"s{k}" for k in range(n)])
-
-
-def test_folds_are_stratified_and_keep_patients_together(tmp_path):
-    labels = cohort(tmp_path)
-    splits = make_splits(labels, 5, 1.0, 0.2, seed=0)
-    assert sorted(k for _, _, test in splits for k in test) == list(range(90))             # every slide is tested once
-    for train, val, test in splits:
-        assert sorted(train + val + test) == list(range(90))
-        owner = [{labels.patients[k] for k in part} for part in (train, val, test)]
-        assert not (owner[0] & owner[1] or owner[0] & owner[2] or owner[1] & owner[2])
-        assert 15 <= len(test) <= 21 and 12 <= len(val) <= 17
-        assert abs(labels.y[test].double().mean() - labels.y.double().mean()) < 0.06
-    assert splits == make_splits(labels, 5, 1.0, 0.2, 0) != make_splits(labels, 5, 1.0, 0.2, 1)
-    few = make_splits(labels, 5, 0.5, 0.2, 0)
-    for (train, val, test), (a, b, c) in zip(few, splits):
-        assert test == c and set(train + val) < set(a + b) and 30 <= len(train + val) <= 42
-
-
-def test_unusable_splits_are_named(tmp_path, folder):
-    labels = cohort(tmp_path, 12, 3, 0.5)
-    with pytest.raises(UserError, match=r"class [01] has \d slides of \d patients, fewer than --folds=5"):
-        make_splits(labels, 5, 1.0, 0.2, 0)
-    labels = Labels(folder / "labels.csv", [f"s{k:02d}" for k in range(40)])
-    with pytest.raises(UserError, match="fold 0: (train|val) has .* none of class"):
-        make_splits(labels, 4, 0.1, 0.2, 0)
-    good = write_csv(tmp_path / "splits_0.csv", ",train,val,test", "0,s00,s04,s08", "1,s01,s05,s09", "2,s02,,")
-    assert read_splits(good, labels) == read_splits(tmp_path, labels) == [([0, 1, 2], [4, 5], [8, 9])]
-    for row, words in ((",s10,,s10", "patient p5 is in train and in test"), (",s10,s11,", "patient p5 is in train and"),
-                       (",s77,,", "names 1 slides without features or label: s77")):
-        with pytest.raises(UserError, match=words):
-            read_splits(write_csv(tmp_path / "bad.csv", ",train,val,test", "0,s00,s04,s08", "1,s01,s05,s09", row),
-                        labels)
-    with pytest.raises(UserError, match="holds no splits_0.csv"):
-        read_splits(folder, labels)
-
-
-# ----- 3. Scores and tables -----
-
-def test_weighted_auc_is_the_auc_of_repeated_slides():
-    """Weights count slides: as many copies of them. Ties, folds, three classes. Catches: 1 - AUC, folds pooled."""
-    rng = np.random.default_rng(0)
-    scores = torch.tensor(rng.integers(0, 5, (40, 2)) / 4.0)
-    y, fold = torch.tensor(rng.integers(0, 2, 40)), torch.arange(40) % 3 - 1               # -1: not scored
-    weights = torch.tensor(rng.integers(0, 3, (4, 40))).double()
-    weights[0] = 1
-    got = mil.weighted_auc(scores, y, fold, weights)
-    for b in range(4):
-        want = []
-        for k in (0, 1):
-            rows = [i for i in range(40) if fold[i] == k for _ in range(int(weights[b, i]))]
-            want.append(auc(scores[rows, 1], y[rows]))
-        assert float(got[b]) == pytest.approx(sum(want) / 2, abs=1e-12)
-    three, y = torch.rand(30, 3).double(), torch.arange(30) % 3
-    want = sum(auc(three[:, c], (y == c).long()) for c in range(3)) / 3
-    assert float(mil.weighted_auc(three, y, torch.zeros(30).long(), torch.ones(1, 30).double())) == pytest.approx(want)
-
-
-def test_patients_are_drawn_whole():
-    w = mil.patient_draws(["a", "b", "a", "c"], 200, 0)
-    assert w.shape == (201, 4) and (w[0] == 1).all() and torch.equal(w[:, 0], w[:, 2])
-    assert (w[1:, [0, 1, 3]].sum(1) == 3).all() and abs(float(w[1:].mean()) - 1) < 0.1
-
-
-def cv(folder, out, *more):
-    argv = ["cv", f"--features={folder / 'pt'}", f"--labels={folder / 'labels.csv'}", f"--out={out}", "--width=16",
-            "--folds=2", "--epochs=12", "--lr=3e-3", "--workers=1", "--bootstrap=50", *more]
-    mil.main(argv)
-    return json.loads((out / "cv.json").read_text())["rows"]
-
-
-def test_cv_command(folder, tmp_path, capsys):
-    """The table; heads find what was planted; nothing is trained twice; test slides are scored by heads that did not
-    see them."""
-    rows = cv(folder, tmp_path, "--heads=abmil,mean", "--seeds=2")
-    said = capsys.readouterr().out
-    assert "40 slides of 20 patients, classes benign (20), tumour (20)" in said and "mean of 2 x 2 folds, 100%" in said
-    assert [(r["head"], r["fraction"]) for r in rows] == [("abmil", 1.0), ("mean", 1.0)]
-    assert rows[0]["auc"] > 0.8 and rows[0]["interval"][0] <= rows[0]["auc"] <= rows[0]["interval"][1]
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) == 4
-    t, meta = load_tensors(tmp_path / "pt_abmil_1.0_0.safetensors")
-    labels = Labels(folder / "labels.csv", meta["slides"])
-    splits = make_splits(labels, 2, 1.0, 0.2, 0)
-    for k, (train, _, test) in enumerate(splits):
-        assert (t["fold"][test] == k).all()
-        scaler = Bags(folder / "pt").scaler([meta["slides"][i] for i in train])
-        assert torch.equal(t[f"scaler.{k}"], torch.stack(scaler))          # of the training slides alone
-        head = mil.ABMIL(8, 2, 16).eval()
-        head.load_state_dict({n[7:]: v for n, v in t.items() if n.startswith(f"head.{k}.")})
-        x = (Bags(folder / "pt")[meta["slides"][test[0]]] - scaler[0]) / scaler[1]
-        torch.testing.assert_close(head(x)[0].softmax(0), t["scores"][test[0]])
-    stamps = [f.stat().st_mtime_ns for f in files]
-    assert cv(folder, tmp_path, "--heads=abmil,mean", "--seeds=2") == rows
-    assert [f.stat().st_mtime_ns for f in files] == stamps
-    cv(folder, tmp_path, "--heads=abmil,mean", "--seeds=2", "--epochs=1")  # other settings: trained again
-    assert [f.stat().st_mtime_ns for f in files] != stamps
-
-
-def test_shuffled_labels_are_not_learned(tmp_path):
-    """Leakage: mean AUC over 10 shuffles within 0.5 ± 0.06, every head. Catches: test slides in training."""
-    (tmp_path / "pt").mkdir()
-    for k in range(120):
-        np.save(tmp_path / "pt" / f"s{k:03d}.npy", torch.randn(4, 24, generator=generator(k)).numpy())
-    write_csv(tmp_path / "labels.csv", "slide_id,label", *(f"s{k:03d},{k % 2}" for k in range(120)))
-    rows = cv(tmp_path, tmp_path / "out", "--heads=" + ",".join(ALL), "--seeds=10", "--shuffle", "--epochs=1")
-    assert len(rows) == len(ALL)
-    for row in rows:
-        assert abs(row["auc"] - 0.5) < 0.06, row
-
-
-def test_cv_messages(folder, tmp_path):
-    for more, words in ((["--heads=abmill"], "heads are abmil"), (["--folds=1"], "folds at least 2"),
-                        (["--fraction=1.5"], "are shares"), (["--folds=30"], "fewer than --folds=30"),
-                        (["--labels="], "say what to learn from"),
-                        (["--splits=x.csv", "--fraction=0.5"], "not with --splits"),
-                        (["--lr=1e30"], "no longer finite")):
-        with pytest.raises(UserError, match=words):
-            cv(folder, tmp_path, *more)
-    shutil.copytree(folder / "pt", tmp_path / "more")
-    (tmp_path / "more" / "s00.pt").unlink()
-    with pytest.raises(UserError, match=r"hold different slides \(s00\)"):
-        cv(folder, tmp_path, f"--features={folder / 'pt'},{tmp_path / 'more'}")
-    for argv, words in (([], "no command"), (["train"], "'train'"), (["map"], "holds no features")):
-        with pytest.raises(UserError, match=words):
-            mil.main(argv)
-
-
-# ----- 4. Extraction, maps, the task, the experiments -----
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """Eight slides of the task, and a run folder whose networks were never trained, but whose layers all act."""
-    out = tmp_path_factory.mktemp("task")
-    data.main(["toy", "--task", f"--out={out / 'task'}", "--slides=8", "--scales=3", "--workers=1"])
+def source(toy):
+    """Features by a model whose networks were never trained, but whose layers all act."""
     torch.manual_seed(0)
     vae, unet = VQVAE(VAEConfig(8, groups=4, codes=16)), UNet(UNetConfig(8, (1, 2), 1, (2,), 16, groups=4))
     for p in unet.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)
-    info = {"encoder": "stats", "std": [0.5] * 96, "patch": 64, "data": str(out / "task")}
-    ZoomLDM(vae, Summarizer(SummarizerConfig(96, 16, 1, 16, 3)), unet, 0.5, info=info).save(out / "run")
-    return out
+    model = ZoomLDM(vae, Summarizer(SummarizerConfig(96, 16, 1, 16, 3)), unet, 0.5).eval()
+    return mil.Activations(model, Pyramids(toy), setup("cpu", False))
 
 
-@pytest.fixture(scope="module")
-def three(task):
-    """The run, and the first three of the slides."""
-    shutil.copytree(task / "task", task / "three" / "task")
-    shutil.copytree(task / "run", task / "three" / "run")
-    index = json.loads((task / "task" / "index.json").read_text())
-    (task / "three" / "task" / "index.json").write_text(json.dumps(index | {"slides": index["slides"][:3]}))
-    return task / "three"
-
-
-def extract(task, out, *more):
-    mil.main(["extract", str(task / "run"), f"--data={task / 'task'}", f"--out={out}", "--device=cpu", "--amp=False",
-              *more])
-    return sorted(out.glob("*.safetensors"))
-
-
-def test_toy_task(task):
-    """Labels follow the structures, apart from the noise; both kinds occur in every slide; patients share a stain."""
-    assert (task / "task" / "labels.csv").read_text().splitlines()[:2] == [
-        "case_id,slide_id,label", f"patient_0000,train_0000,{toy_task.structures(0, 512)[2]}"]
-    drawn = [toy_task.structures(k, 512) for k in range(400)]
-    for duct, large, _, true in drawn:
-        assert true == (duct & large).any() and 0 < duct.sum() < 4 and 0 < large.sum() < 4
-    true = np.array([d[3] for d in drawn])
-    assert 0.02 < np.mean([d[2] != d[3] for d in drawn]) < 0.09 and 0.42 < true.mean() < 0.58
-    for part in (0, 1):  # neither the number of ducts nor that of large nuclei suffices
-        assert 0.6 < auc([d[part].sum() for d in drawn], true) < 0.78
-    image, region, nuclei = toy_task.task_slide(2)
-    assert image.shape == (512, 512, 3) and region.shape == (128, 128) and set(np.unique(region)) == {0, 1, 2}
-    assert all(np.array_equal(a, b) for a, b in zip((image, region, nuclei), toy_task.task_slide(2)))
-    large = toy_task.structures(2, 512)[1].reshape(2, 2)
-    x, y = nuclei[:, :2].T.astype(int)
-    inside, grade = region[y // 4, x // 4] == 2, large[y // 256, x // 256]
-    assert nuclei[inside & grade, 2].mean() > 1.25 * nuclei[inside & ~grade, 2].mean()
-    with pytest.raises(UserError, match="multiple of 256"):
-        data.main(["toy", "--task", "--size=640"])
-
-
-def test_extraction_is_one_pass_of_the_unet(three, tmp_path, capsys):
+def test_features_are_one_pass_of_the_unet(source):
     """Encode, noise by (seed, slide, scale, place), condition on the patch's own embeddings, mean over space; a fine
     patch is joined with the coarse one it lies in. Catches: another t, a shared noise, a parent too far right."""
-    files = extract(three, tmp_path / "a", "--scales=0,2", "--batch=30")
-    assert "block 3, t = 100" in capsys.readouterr().out and len(files) == 3
-    model, p = ZoomLDM.from_run(three / "run"), Pyramids(three / "task", std=[0.5] * 96)
-    t, meta = load_tensors(files[1])
-    assert t["features"].shape == (64, 16) and meta["widths"] == [8, 8] and t["coords"].dtype == torch.int32
-    coarse, _ = load_tensors(extract(three, tmp_path / "c", "--scales=2", "--batch=3")[1])
-    ij2 = {tuple(v): n for n, v in enumerate(p.tensor(1, "ij2").tolist())}
+    model, pyramids = source.model, source.pyramids
+    x, coords, widths = mil.slide_features(source, 1, (0, 2), 7)
+    name = pyramids.slides[1]["name"].encode()
+    assert source.block == 3 and widths == [8, 8] and coords.dtype == torch.int32
+    assert x.shape == (len(coords), 16) and len(x) <= pyramids.slides[1]["counts"][0]
+    places = {s: {tuple(v): n for n, v in enumerate(pyramids.tensor(1, f"ij{s}").tolist())} for s in (0, 2)}
     with torch.no_grad():
-        for n in (0, 13, 63):
-            item = p.item(1, 0, n, ("x",))
-            i, j = item["ij"].tolist()
-            assert t["coords"][n].tolist() == [64 * j, 64 * i]
-            eps = torch.randn(3, 16, 16, generator=generator(0, crc32(b"train_0001"), 0, i, j))
-            z_t = model.schedule.q_sample(model.encode(item["x"][None]), torch.tensor([100]), eps[None])
-            c = model.summarizer(item["tokens"][None], item["mask"][None], torch.tensor([0]))
-            want = model.unet.features(z_t, torch.tensor([100]), c, 3).mean((2, 3))[0]
-            torch.testing.assert_close(t["features"][n, :8], want, atol=1e-4, rtol=1e-4)
-            parent = coarse["features"][ij2[i // 4, j // 4]]
-            torch.testing.assert_close(t["features"][n, 8:], parent, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(t["features"][0], t["features"][1])
-    other, _ = load_tensors(extract(three, tmp_path / "d", "--block=middle", "--t=50")[1])
-    assert other["features"].shape == (64, 16) and not torch.equal(other["features"], t["features"])
-    stamp = files[0].stat().st_mtime_ns
-    files[2].unlink()
-    again = extract(three, tmp_path / "a", "--scales=0,2", "--batch=30")
-    assert again == files and files[0].stat().st_mtime_ns == stamp
-    assert views(tmp_path / "a") == ["0", "2", "0+2"] and Bags(tmp_path / "a", "2").K == 8
-    assert len(Bags(tmp_path / "a", "2")["train_0001"]) == 4               # one row per coarse patch
-    with pytest.raises(UserError, match="train_0000.safetensors was made .*with other settings"):
-        extract(three, tmp_path / "a", "--scales=0,2", "--t=50")
+        for row in (0, 6, len(x) - 1):
+            j, i = (coords[row] // 64).tolist()
+            for s, part in ((0, x[row, :8]), (2, x[row, 8:])):
+                item = pyramids.item(1, s, places[s][i >> s, j >> s], ("x",))
+                eps = torch.randn(3, 16, 16, generator=generator(0, crc32(name), s, i >> s, j >> s))
+                z_t = model.schedule.q_sample(model.encode(item["x"][None]), torch.tensor([100]), eps[None])
+                c = model.summarizer(item["tokens"][None], item["mask"][None], torch.tensor([s]))
+                want = model.unet.features(z_t, torch.tensor([100]), c, 3).mean((2, 3))[0]
+                torch.testing.assert_close(part, want, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(x[0], x[1])
+    other = mil.Activations(model, pyramids, source.ranks, 50, "middle")
+    assert not torch.equal(mil.slide_features(other, 1, (0, 2), 7)[0], x)
+    for bad in (dict(block="4"), dict(t=1000)):
+        with pytest.raises(UserError, match="blocks are middle, 0, 1, 2, 3; t is from 0 to 999"):
+            mil.Activations(model, pyramids, source.ranks, **bad)
 
 
-def test_other_kinds_of_features(three, tmp_path):
-    p = Pyramids(three / "task", std=[0.5] * 96)
-    t, _ = load_tensors(extract(three, tmp_path / "d", "--kind=descriptor", "--scales=1")[2])
-    x = torch.stack([p.read(2, 1, n)["x"] for n in range(16)])
-    torch.testing.assert_close(t["features"], load_encoder("stats", [0.5] * 96)((x + 1) / 2))
-    sets = [load_tensors(extract(three, tmp_path / k, f"--kind={k}", "--scales=2", "--steps=1")[2])[0]["features"]
-            for k in ("untrained", "unet", "drawn")]
-    assert [s.shape for s in sets] == [(4, 8), (4, 8), (4, 96)] and not torch.allclose(sets[0], sets[1])
-    for more, words in ((["--kind=x"], "kinds are unet"), (["--scales=2,0"], "finest first"),
-                        (["--block=4"], "blocks of"), (["--scales=9"], "give some of 0 to 2"),
-                        (["--t=1000"], "t is from 0 to 999")):
+def test_a_patch_without_a_parent_is_left_out(source):
+    """catches: patches joined with the last one, at -1."""
+    pyramids = source.pyramids
+    slide = pyramids.slides[0] | {"counts": [3, 1, 1]}
+    ij = {"ij0": torch.tensor([[0, 1], [1, 2], [1, 3]]), "ij1": torch.tensor([[0, 1]])}
+    few = SimpleNamespace(slides=[slide], tensor=lambda k, name: ij[name])
+    numbers, places = mil.families(few, 0, (0, 1))
+    assert numbers.tolist() == [[0, -1], [1, 0], [2, 0]] and places.tolist() == ij["ij0"].tolist()
+    few.slides[0]["counts"] = [3, 0, 1]
+    assert mil.slide_features(SimpleNamespace(pyramids=few), 0, (0, 1), 4) is None
+
+
+def test_commands_are_named():
+    for argv, words in (([], "no command"), (["train"], "'train'")):
         with pytest.raises(UserError, match=words):
-            extract(three, tmp_path / "e", *more)
-    with pytest.raises(UserError, match="say which run"):
-        mil.main(["extract"])
-
-
-def test_attention_map(task, tmp_path, capsys):
-    """The slide and beside it the same with the attention drawn over the patches it belongs to."""
-    extract(task, tmp_path / "f", "--kind=descriptor", "--scales=0,2")
-    labels = write_csv(tmp_path / "l.csv", "slide_id,label", *(f"train_{k:04d},{k % 2}" for k in range(8)))
-    argv = ["map", f"--features={tmp_path / 'f'}", f"--labels={labels}", "--folds=2", "--val=0.5", "--epochs=1",
-            "--heads=dsmil", "--workers=1"]
-    mil.main([*argv, "--slide=train_0003", f"--data={task / 'task'}"])
-    said = capsys.readouterr().out
-    picture = np.asarray(Image.open(tmp_path / "f_cv" / "map_train_0003_f_0+2_dsmil.png")).astype(int)
-    assert picture.shape == (512, 1024, 3) and "label 1, P(0) = 0." in said
-    slide = toy_task.task_slide(3)[0].astype(int)
-    assert np.array_equal(picture[:, :512], slide)
-    change = np.abs(picture[:, 512:] - slide).reshape(8, 64, 8, 64, 3).mean((1, 3, 4))
-    assert change.max() > 20 > change.min()
-    for more, words in ((["--slide=x"], "features are of train_0000"), (["--slide=train_0001"], "what to draw on"),
-                        (["--slide=train_0001", "--image=x.png"], "needs --downsample")):
-        with pytest.raises(UserError, match=words):
-            mil.main([*argv, *more])
-
-
-def test_claims(task, tmp_path, capsys):
-    """The experiments run and say what holds, at the smallest size."""
-    labels = write_csv(tmp_path / "l.csv", "slide_id,label", *(f"train_{k:04d},{k % 2}" for k in range(8)))
-    small = [str(task / "run"), f"--data={task / 'task'}", f"--labels={labels}", f"--out={tmp_path / 'o'}",
-             "--cv.folds=2", "--cv.val=0.5", "--cv.epochs=1", "--cv.seeds=1", "--cv.workers=1", "--cv.width=8",
-             "--cv.heads=abmil,dsmil", "--cv.fraction=1", "--cv.bootstrap=20", "--extract.scales=1,2",
-             "--extract.steps=1", "--extract.device=cpu"]
-    mil_table.main(small)
-    said = capsys.readouterr().out
-    assert "unet 1+2 " in said and "untrained 2 " in said and said.count("diffusion features beat") == 4
-    assert said.count("two scales beat one") == 4
-    mil_table.main([*small, "--part=sweep", "--ts=50", "--blocks=middle"])
-    said = capsys.readouterr().out
-    assert "t50_default 1+2" in said and "t100_middle 1+2" in said
-    mil_table.main([*small, "--part=probe"])
-    rows = {tuple(r.split()[:2]): r.split()[2:] for r in capsys.readouterr().out.splitlines()[1:]}
-    assert rows.keys() >= {("descriptor", "1"), ("unet", "2"), ("t50_default", "1")} and all(
-        0 <= float(v) <= 1 for r in rows.values() for v in r[1:])
-    assert float(rows["descriptor", "2"][1]) > 0.9  # ducts are seen from afar
-    with pytest.raises(UserError, match="take more slides"):               # 10 % of eight slides
-        mil_table.main([*small, "--part=slides"])
-    with pytest.raises(UserError, match="part one of table, sweep"):
-        mil_table.main([*small, "--part=x"])
-    with pytest.raises(UserError, match="no labels at nowhere"):
-        mil_table.main([*small, "--labels=nowhere"])
-
-
-def test_stain_shift_changes_colour_not_structure():
-    x = torch.rand(2, 3, 8, 8) * 2 - 1
-    y = mil_table.stain_shift(x)
-    assert y.abs().max() <= 1 and (y - x).abs().mean() > 0.05
-    for c in range(3):
-        assert torch.equal(x[:, c].flatten().argsort(), y[:, c].flatten().argsort())
-
-
-def test_patch_classifier_learns():
-    x = torch.rand(60, 3, 16, 16) * 0.2
-    x[30:, 0] += 0.8
-    net = mil_table.classifier(x, torch.arange(60) // 30, 2, 0, epochs=20)
-    with torch.no_grad():
-        assert ((net(x).argmax(1) == torch.arange(60) // 30).double().mean()) > 0.95
+            mil.main(argv)

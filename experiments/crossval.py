@@ -1,0 +1,311 @@
+"""A table of AUCs: each kind of features by each head, cross-validated, with intervals over patients (Z §4.5).
+
+    python mil.py cv --features=DIR[,DIR...] --labels=FILE
+
+Scores and trained heads are kept, and nothing is trained twice. An interval says how much the choice of the test
+patients matters, not that of the training patients.
+
+in:  folders of features (mil.py extract, CLAM, TRIDENT), a CSV of labels   out: tables, OUT/cv.json, OUT/*.safetensors
+"""
+import json
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import mil
+from common import UserError, at_least, cli, configure, generator, load_tensors, open_tensors, save_tensors, write_text
+from experiments.folds import Labels, few, make_splits, read_splits
+from slides.bags import files_of, open_bags, views
+
+
+@dataclass
+class Config:
+    features: str = ""         # folder of features, or several with commas between
+    labels: str = ""           # CSV with slide_id, label and, if patients have several slides, case_id
+    splits: str = ""           # CLAM's splits, a CSV or a folder of them; "" = folds made here
+    out: str = ""              # folder for scores and trained heads, which are not trained again; default FEATURES_cv
+    heads: str = "abmil,dsmil,clam"  # of HEADS
+    views: str = "all"         # features of several scales: all views of them, or some of 0,2,0+2
+    width: int = 128           # hidden width; published: 512, DSMIL 128
+    folds: int = 5
+    seeds: int = 1             # repetitions, with other folds
+    fraction: tuple = (1.0,)   # shares of the training slides that are used
+    val: float = 0.2           # share of them that early stopping looks at
+    epochs: int = 40           # at most; published: 200 (CLAM), 50 (DSMIL)
+    patience: int = 10         # epochs without a better validation loss, after which training stops (CLAM: 20)
+    lr: float = 5e-4           # of Adam; published: 2e-4 (CLAM), 1e-4 (DSMIL)
+    dropout: float = 0.25
+    seed: int = 0
+    shuffle: bool = False      # shuffle the labels: every AUC should lie near 0.5
+    bootstrap: int = 1000      # draws of patients for the intervals
+    workers: int = 2           # processes
+    # map
+    slide: str = ""            # whose attention to draw
+    data: str = ""             # pyramids of data.py, whose picture it is drawn on
+    image: str = ""            # or the slide itself: any file that slides.reader reads
+
+
+# settings that change no single job
+FREE = ("features", "out", "heads", "views", "seeds", "fraction", "bootstrap", "workers", "slide", "data", "image")
+
+
+# ----- 1. Floors to compare heads with -----
+
+class MeanPool(nn.Module):
+    """The mean of all embedded patches, then a linear layer; attention is even."""
+    adam = mil.ABMIL.adam
+
+    def __init__(self, K, C, width=512, dropout=0.25):
+        super().__init__()
+        self.K, self.C = K, C
+        self.embed = nn.Sequential(nn.Linear(K, width), nn.ReLU(inplace=True), nn.Dropout(dropout))
+        self.out = nn.Linear(width, C)
+
+    def forward(self, bag):
+        h = self.embed(mil.checked(bag, self.K))                           # (N,width)
+        return self.out(h.mean(0)), torch.full_like(h[:, 0], 1 / len(h))
+
+    def loss(self, bag, y):
+        return F.cross_entropy(self(bag)[0], y)
+
+
+class MaxPool(MeanPool):
+    """The maximum over patches of each embedded channel; attention is the share of channels a patch is the maximum of.
+    (The maximum of the patches' logits trains badly: a patch that starts low is never looked at.)"""
+
+    def forward(self, bag):
+        h, at = self.embed(mil.checked(bag, self.K)).max(0)                # (width,), (width,)
+        return self.out(h), torch.bincount(at, minlength=len(bag)) / len(h)
+
+
+HEADS = mil.HEADS | {"mean": MeanPool, "max": MaxPool}
+
+
+# ----- 2. One cross-validation: a head on one view of one folder -----
+
+@dataclass
+class Job:
+    """raises, of its methods: UserError for labels and splits that do not do."""
+    cfg: Config
+    folder: str
+    view: str
+    head: str
+    fraction: float = 1.0
+    repeat: int = 0
+
+    def name(self):
+        return f"{Path(self.folder).name} {self.view}".strip()
+
+    def path(self):
+        name = f"{self.name()}_{self.head}_{self.fraction}_{self.repeat}.safetensors"
+        return out_of(self.cfg) / name.replace(" ", "_")
+
+    def labels(self):
+        """The labels of the slides; shuffled, if cfg says so, differently in each repetition."""
+        labels = Labels(self.cfg.labels, [f.stem for f in files_of(self.folder)])
+        if self.cfg.shuffle:
+            rng = generator(self.cfg.seed, self.repeat, 9)
+            labels.y = labels.y[torch.randperm(len(labels.y), generator=rng)]
+        return labels
+
+    def splits(self, labels):
+        cfg = self.cfg
+        if cfg.splits:
+            return read_splits(cfg.splits, labels)
+        return make_splits(labels, cfg.folds, self.fraction, cfg.val, cfg.seed + 10 * self.repeat)
+
+    def meta(self, labels, splits):
+        """What the scores depend on, as plain types."""
+        files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files_of(self.folder)]
+        mark = crc32(repr([files, labels.y.tolist(), labels.patients, splits]).encode())
+        same = {key: value for key, value in asdict(self.cfg).items() if key not in FREE}
+        return {"settings": same, "folder": str(self.folder), "view": self.view, "head": self.head,
+                "fraction": self.fraction, "repeat": self.repeat, "slides": labels.names, "classes": labels.classes,
+                "mark": mark}
+
+
+def out_of(cfg):
+    first = cfg.features.split(",")[0].strip().rstrip("/")
+    return Path(cfg.out or f"{first}_cv")
+
+
+def run_job(job):
+    """Write scores (n,C) of every slide by the head that did not see it, fold (n,), y (n,), and, for the first
+    repetition, the heads. out: the file; one that is there and was made by the same job is kept."""
+    path, labels = job.path(), job.labels()
+    splits = job.splits(labels)
+    meta = job.meta(labels, splits)
+    if path.exists():
+        with open_tensors(path) as f:
+            if json.loads((f.metadata() or {}).get("json", "{}")) == json.loads(json.dumps(meta)):
+                return path
+    torch.set_num_threads(1)
+    bags = open_bags(job.folder, job.view)
+    scores, fold, heads = mil.cross_validate(HEADS[job.head], [bags], bags, labels, splits, job.cfg, job.repeat)
+    tensors = {"scores": scores, "fold": fold, "y": labels.y}
+    for k, (head, scaler) in enumerate(heads if job.repeat == 0 else ()):
+        tensors |= {f"head.{k}.{key}": value for key, value in head.state_dict().items()}
+        tensors[f"scaler.{k}"] = torch.stack(scaler)                       # (2,K)
+    save_tensors(path, tensors, meta)
+    return path
+
+
+# ----- 3. What the scores are worth -----
+
+def weighted_auc(scores, y, fold, weights):
+    """AUC where slide i counts weights[:,i] times: mean over folds, and over classes if there are more than two.
+
+    in:  scores (n,C); y, fold (n,), fold -1 = not scored; weights (B,n). out: (B,). Equal weights: metrics.auc.
+    """
+    C, found = scores.shape[1], []
+    for k in range(int(fold.max()) + 1):
+        for c in range(C) if C > 2 else (1,):
+            one = torch.nonzero((fold == k) & (y == c))[:, 0]              # slides of class c
+            rest = torch.nonzero((fold == k) & (y != c))[:, 0]
+            a, b = scores[one, c][:, None], scores[rest, c]
+            wins = (a > b).double() + (a == b).double() / 2                # (one,rest), a tie is half a win
+            w, v = weights[:, one], weights[:, rest]                       # (B,one), (B,rest)
+            won, pairs = (w @ wins * v).sum(1), w.sum(1) * v.sum(1)
+            found.append(won / pairs)                                      # NaN where a draw lacks a class
+    return torch.stack(found).nanmean(0)
+
+
+def patient_draws(patients, n, seed):
+    """How often each slide counts if patients are drawn with replacement. in: a patient per slide. out: (1+n,slides),
+    the first row all ones."""
+    _, patient = np.unique(patients, return_inverse=True)                  # (slides,) numbers
+    P, rows = patient.max() + 1, [np.ones(len(patient))]
+    for draw in np.random.default_rng([seed, 5]).integers(0, P, (n, P)):
+        rows.append(np.bincount(draw, minlength=P)[patient])
+    return torch.from_numpy(np.stack(rows))
+
+
+def limits(draws):
+    """in: (1+n,), a value and bootstrap draws of it. out: [low, high], between which 95 % of the draws lie."""
+    return torch.nanquantile(draws[1:], torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+
+
+def interval(draws):
+    """in: as `limits`. out: "0.812 [0.75,0.87]"."""
+    low, high = limits(draws)
+    return f"{float(draws[0]):.3f} [{low:.2f},{high:.2f}]"
+
+
+# ----- 4. Tables -----
+
+def folders_of(cfg):
+    """The folders of features. raises: UserError for settings that do not do, or folders of different slides."""
+    folders = [f.strip() for f in cfg.features.split(",") if f.strip()]
+    if not folders or not cfg.labels:
+        raise UserError("say what to learn from: python mil.py cv --features=DIR --labels=FILE")
+    odd = [h for h in heads_of(cfg) if h not in HEADS]
+    if odd:
+        raise UserError(f"--heads={cfg.heads}: heads are {', '.join(HEADS)}, {odd[0]!r} is none")
+    at_least(cfg, folds=2, seeds=1, epochs=1, patience=1, width=2, workers=1, bootstrap=1)
+    if not 0 < cfg.val < 1 or not all(0 < f <= 1 for f in cfg.fraction):
+        raise UserError(f"--val={cfg.val} --fraction={cfg.fraction}: these are shares, from 0 to 1")
+    if cfg.splits and cfg.fraction != (1.0,):
+        raise UserError("--fraction goes with folds made here, not with --splits: cut the train column of the CSV")
+    slides = [f.stem for f in files_of(folders[0])]
+    for folder in folders[1:]:
+        odd = sorted({f.stem for f in files_of(folder)} ^ set(slides))
+        if odd:
+            raise UserError(f"{folder} and {folders[0]} hold different slides ({few(odd)}): extract both from the "
+                            f"same ones")
+    return folders
+
+
+def heads_of(cfg):
+    return [h.strip() for h in cfg.heads.split(",")]
+
+
+def jobs_of(cfg):
+    """Every cross-validation that cfg asks for, checked before anything is trained. out: list of Job."""
+    wanted, jobs = cfg.views.split(","), []
+    pairs = [(folder, view) for folder in folders_of(cfg) for view in views(folder)]
+    chosen = [(f, v) for f, v in pairs if cfg.views == "all" or v in wanted or not v]
+    if not chosen:
+        raise UserError(f"--views={cfg.views}: the features have {', '.join(v for _, v in pairs)}")
+    for folder, view in chosen:
+        for fraction in cfg.fraction:
+            for repeat in range(cfg.seeds):
+                jobs += [Job(cfg, folder, view, head, fraction, repeat) for head in heads_of(cfg)]
+    for job in jobs:
+        if (job.folder, job.view, job.head) == (*chosen[0], jobs[0].head):
+            job.splits(job.labels())
+    return jobs
+
+
+def measured(cfg, jobs, files, patients):
+    """Mean over repetitions. out: {(features, head, fraction): draws (1+n,) of the AUC}; the same of the accuracy."""
+    weights = patient_draws(patients, cfg.bootstrap, cfg.seed)
+    aucs, right = {}, {}
+    for job, path in zip(jobs, files):
+        t, key = load_tensors(path)[0], (job.name(), job.head, job.fraction)
+        seen, hit = t["fold"] >= 0, t["scores"].argmax(1) == t["y"]
+        aucs.setdefault(key, []).append(weighted_auc(t["scores"].double(), t["y"], t["fold"], weights))
+        right.setdefault(key, []).append(float(hit[seen].double().mean()))
+    aucs = {key: torch.stack(found).mean(0) for key, found in aucs.items()}
+    return aucs, {key: sum(found) / len(found) for key, found in right.items()}
+
+
+def show(cfg, fraction, folds, draws, right, pairs):
+    """Print one table, and below it how much features differ. pairs: which ones to compare; None: all."""
+    heads, names = heads_of(cfg), list(dict.fromkeys(name for name, _, _ in draws))
+    width, shuffled = max(map(len, names)) + 2, ", LABELS SHUFFLED" if cfg.shuffle else ""
+    print(f"\nAUC [95 % interval over patients] and accuracy, mean of {cfg.seeds} x {folds} folds, {fraction:.0%} of "
+          f"the training slides{shuffled}")
+    print(" " * width + "".join(f"{head:>27}" for head in heads))
+    for name in names:
+        cells = [f"{interval(draws[name, h, fraction]):>21} {right[name, h, fraction]:.3f}" for h in heads]
+        print(f"{name:{width}}" + "".join(cells))
+    if pairs is None:
+        pairs = [(b, a) for i, a in enumerate(names) for b in names[i + 1:]]
+    for a, b in pairs:
+        if a in names and b in names:
+            gaps = [draws[a, h, fraction] - draws[b, h, fraction] for h in heads]
+            cells = [f"  {h} {interval(gap)}" for h, gap in zip(heads, gaps)]
+            print(f"{a} - {b}:" + "".join(cells) + f"  mean {interval(torch.stack(gaps).mean(0))}")
+
+
+def tables(cfg, pairs=None):
+    """Train what cfg asks for and print tables. out: {(features, head, fraction): draws (1+n,) of the AUC}.
+
+    pairs: names of features whose difference to print; default: all. raises: UserError for unusable features, labels
+    or settings.
+    """
+    jobs = jobs_of(cfg)
+    labels, out = Labels(cfg.labels, [f.stem for f in files_of(jobs[0].folder)]), out_of(cfg)
+    counts = torch.bincount(labels.y).tolist()
+    classes = ", ".join(f"{c} ({n})" for c, n in zip(labels.classes, counts))
+    print(f"{len(labels.names)} slides of {len(set(labels.patients))} patients, classes {classes}; {len(jobs)} "
+          f"cross-validations -> {out}")
+    if cfg.workers == 1:
+        files = [run_job(job) for job in tqdm(jobs)]
+    else:
+        with ProcessPoolExecutor(cfg.workers, get_context("spawn")) as workers:  # torch's threads survive no fork
+            files = list(tqdm(workers.map(run_job, jobs), total=len(jobs)))
+    draws, right = measured(cfg, jobs, files, labels.patients)
+    for fraction in cfg.fraction:
+        folds = int(load_tensors(files[0])[0]["fold"].max()) + 1
+        show(cfg, fraction, folds, draws, right, pairs)
+    rows = [{"features": f, "head": h, "fraction": share, "auc": float(d[0]), "accuracy": right[f, h, share],
+             "interval": limits(d)} for (f, h, share), d in draws.items()]
+    write_text(out / "cv.json", json.dumps({"settings": asdict(cfg), "rows": rows}, indent=1))
+    return draws
+
+
+def main(argv):
+    tables(configure(Config, argv, doc=__doc__))
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,159 @@
+"""Features of all slides of a data folder, one file a slide: what mil.py learns from (Z §4.5; L §7).
+
+    python mil.py extract RUN --data=DIR --scales=0,2 --out=DIR
+
+Beside the papers' features there are three to compare them with: the same of a random U-Net, the encoder's view of the
+patch itself, and its view of a patch drawn from the condition.
+
+in:  a run, pyramids   out: OUT/SLIDE.safetensors: features (N,K), coords (N,2), x and y of corners at full size
+"""
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common import UserError, at_least, cli, configure, fingerprint, one_of, save_tensors, setup
+from data import Pyramids, finished
+from diffusion import ZoomLDM, ddim_sample
+from mil import Activations, slide_features
+from slides.encoders import load_encoder
+from unet import UNet
+
+
+@dataclass
+class Config:
+    run: str = ""             # run folder
+    data: str = ""            # pyramids; default: those the run was trained on
+    out: str = ""             # folder to write; default RUN/features
+    scales: tuple = (0,)      # of the features, finest first
+    kind: str = "unet"        # unet; untrained, the same with a random U-Net; descriptor, the encoder on the patch
+    #                           itself; drawn, the same on a patch drawn from the condition
+    t: int = 100              # time index that patches are noised to (Z 100, L 50)
+    block: str = ""           # middle (L), or an index into the published output_blocks; default 3 (Z), or the last
+    weights: str | None = None  # of the encoder, for kinds descriptor and drawn
+    seed: int = 0             # of the noise
+    guidance: float = 2.0     # of kind drawn
+    steps: int = 10           # of kind drawn
+    batch: int = 64           # patches per network call
+    device: str = "auto"
+    threads: int = 0
+    amp: bool = True          # bf16 where the device has it
+
+
+FREE = ("run", "data", "out", "batch", "device", "threads")  # these change no number
+
+
+class Descriptor:
+    """The encoder's view of the patch itself."""
+    block = None
+
+    def __init__(self, model, pyramids, ranks, weights=None):
+        self.pyramids, self.ranks = pyramids, ranks
+        self.encoder = load_encoder(pyramids.encoder, pyramids.std, weights, ranks.device)
+
+    def of(self, slide, batch):
+        return self.encoder((batch["x"] + 1) / 2).float()                  # (b,E)
+
+
+class Drawn(Activations):
+    """The encoder's view of a patch drawn from the condition; the patch itself is not seen."""
+
+    def __init__(self, model, pyramids, ranks, weights=None, guidance=2.0, steps=10, seed=0):
+        super().__init__(model, pyramids, ranks, seed=seed)
+        self.block, self.guidance, self.steps = None, guidance, steps
+        self.descriptor = Descriptor(model, pyramids, ranks, weights)
+
+    def of(self, slide, batch):
+        z_T = self.noise(slide, batch)
+        with self.ranks.autocast():
+            c = self.model.summarizer(batch["tokens"], batch["mask"], batch["s"]).float()
+            guided = self.model.guided(c, self.guidance)
+            z = ddim_sample(guided, z_T, self.model.schedule, self.steps, end="clean")
+            x = self.model.decode(z).float().clamp(-1, 1)                  # (b,3,P,P)
+        return self.descriptor.of(slide, {"x": x})
+
+
+def open_pyramids(cfg, model):
+    """The pyramids to take features from. raises: UserError if the run was not trained on the like of them."""
+    info = model.info if model else {}
+    found = Pyramids(cfg.data or info.get("data", ""), std=info.get("std"))
+    top = found.scales
+    if model:
+        known = model.summarizer.cfg
+        top = min(top, known.scales)
+        here = (found.patch, found.encoder, found.embed_dim)
+        there = (info.get("patch"), info.get("encoder"), known.embed_dim)
+        if here != there:
+            raise UserError(f"{found.folder} has patches, encoder and width {here}, the run was trained on {there}: "
+                            f"build it with these")
+    if not cfg.scales or list(cfg.scales) != sorted(set(cfg.scales) & set(range(top))):
+        raise UserError(f"--scales={cfg.scales}: give some of 0 to {top - 1}, finest first")
+    return found
+
+
+def source_of(cfg, model, pyramids, ranks):
+    """What makes the features: an object with pyramids, ranks, block and `of`."""
+    if cfg.kind == "descriptor":
+        return Descriptor(model, pyramids, ranks, cfg.weights)
+    if cfg.kind == "drawn":
+        return Drawn(model, pyramids, ranks, cfg.weights, cfg.guidance, cfg.steps, cfg.seed)
+    if cfg.kind == "untrained":
+        torch.manual_seed(cfg.seed)
+        model.unet = UNet(model.unet.cfg).to(ranks.device).eval().requires_grad_(False)
+    return Activations(model, pyramids, ranks, cfg.t, cfg.block, cfg.seed)
+
+
+def described(cfg, source, model):
+    """The settings that the numbers depend on, as plain types."""
+    settings = {key: value for key, value in asdict(cfg).items() if key not in FREE}
+    settings["block"] = source.block
+    settings["model"] = None if cfg.kind == "descriptor" else fingerprint(model)
+    if cfg.kind == "drawn":
+        settings["noise"] = "of each patch"  # once it was that of a batch, and features hung on --batch
+    return settings
+
+
+def extract(cfg):
+    """Write the features of every slide, one slide in memory at a time. Slides that are done are passed over; ranks
+    share the others. raises: UserError for bad settings, or files that were made with other ones."""
+    one_of(cfg, kind=("unet", "untrained", "descriptor", "drawn"))
+    at_least(cfg, batch=1, steps=1, seed=0)
+    if not cfg.run and (cfg.kind != "descriptor" or not cfg.data):
+        raise UserError("say which run: python mil.py extract RUN --data=DIR (only --kind=descriptor --data=DIR --out="
+                        "DIR needs none)")
+    ranks = setup(cfg.device, cfg.amp, cfg.threads)
+    model = ZoomLDM.from_run(cfg.run).to(ranks.device) if cfg.run else None
+    pyramids = open_pyramids(cfg, model)
+    source = source_of(cfg, model, pyramids, ranks)
+    settings, out = described(cfg, source, model), Path(cfg.out or Path(cfg.run) / "features")
+    if ranks.rank == 0:
+        how = "" if source.block is None else f", block {source.block}, t = {cfg.t}"
+        print(f"{cfg.kind} features of {len(pyramids.slides)} slides at scales {cfg.scales}{how} -> {out}")
+    lost = 0
+    for k in tqdm(range(ranks.rank, len(pyramids.slides), ranks.world), disable=ranks.rank > 0):
+        slide = pyramids.slides[k]
+        path, file = out / f"{slide['name']}.safetensors", (pyramids.folder / slide["file"]).stat()
+        meta = {"settings": settings, "source": [file.st_size, file.st_mtime_ns], "patch": pyramids.patch,
+                "size": slide["size"], "scales": cfg.scales}
+        if finished(path, 0, json.loads(json.dumps(meta))) is not None:
+            continue
+        found = slide_features(source, k, cfg.scales, cfg.batch)
+        lost += slide["counts"][cfg.scales[0]] - (len(found[0]) if found else 0)
+        if found is None:
+            print(f"{slide['name']} has no patch and gets no file")
+            continue
+        features, coords, widths = found
+        save_tensors(path, {"features": features, "coords": coords}, meta | {"widths": widths})
+    if lost:
+        print(f"{lost} patches of scale {cfg.scales[0]} lie in no patch of {cfg.scales[1:]} and are left out")
+    ranks.barrier()
+
+
+def main(argv):
+    extract(configure(Config, argv, words=("run",), doc=__doc__))
+
+
+if __name__ == "__main__":
+    cli(main)

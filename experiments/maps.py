@@ -1,0 +1,117 @@
+"""Where a head looks: a slide, and beside it the attention of the head that had the slide in its test fold.
+
+    python mil.py map --features=DIR --labels=FILE --slide=NAME --data=DIR         on the pyramids of data.py
+    python mil.py map --features=DIR --labels=FILE --slide=NAME --image=FILE       on the slide itself
+
+in:  as crossval.py, features with coordinates   out: OUT/map_SLIDE_FEATURES_HEAD.png
+"""
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from common import UserError, cli, configure, load_tensors, save_png
+from data import Pyramids
+from experiments.crossval import HEADS, Config, Job, out_of, run_job
+from slides.bags import files_of, read_bag, views
+
+LARGEST = 1024  # pixels of a picture's longer side, about
+
+
+def from_pyramids(folder, name):
+    """A picture of a slide put together from its patches. out: (h,w,3) uint8, pixels of the slide per pixel."""
+    pyramids = Pyramids(folder)
+    names = [slide["name"] for slide in pyramids.slides]
+    if name not in names:
+        raise UserError(f"{folder} has no slide {name!r}: give the pyramids it was extracted from")
+    k, P, s = names.index(name), pyramids.patch, 0
+    h, w = pyramids.slides[k]["size"]
+    while max(h, w) >> s > LARGEST and s < pyramids.scales - 1:
+        s += 1
+    picture = np.full((h >> s, w >> s, 3), 255, np.uint8)
+    for n in range(pyramids.slides[k]["counts"][s]):
+        i, j = pyramids.tensor(k, f"ij{s}")[n].tolist()
+        picture[i * P:(i + 1) * P, j * P:(j + 1) * P] = pyramids.tensor(k, f"x{s}")[n]
+    return picture, 2 ** s
+
+
+def from_slide(path):
+    """The same from the slide's own file."""
+    from slides.reader import open_slide
+    slide = open_slide(path, mpp=1.0)  # so that a resolution is a factor
+    factor = 1
+    while max(slide.size) > LARGEST * factor:
+        factor *= 2
+    _, _, (w, h) = slide.grid(factor)
+    picture = slide.read(0, 0, w, h, factor)
+    return picture, slide.size[0] / w
+
+
+def heat_of(attention, coords, side, shape, factor):
+    """A picture (h,w) of attention (N,), 1 = the highest. coords (N,2), side: of the patches, in the slide's pixels."""
+    heat = np.zeros(shape)
+    for (x, y), value in zip(coords.tolist(), (attention / attention.max()).tolist()):
+        rows = slice(int(y / factor), int((y + side) / factor))
+        heat[rows, int(x / factor):int((x + side) / factor)] = value
+    return heat
+
+
+def overlay(picture, heat):
+    """The picture and beside it the same under the heat, yellow to red: (h,2w,3) uint8."""
+    hot = np.stack([np.full_like(heat, 255), 220 * (1 - heat), 0 * heat], -1)
+    over = picture * (1 - 0.6 * heat[..., None]) + hot * 0.6 * heat[..., None]
+    return np.concatenate([picture, over.astype(np.uint8)], 1)
+
+
+def side_of(coords, meta):
+    """Side of a patch in the slide's pixels: what our files say, else the smallest step between patches."""
+    if "patch" in meta:
+        return meta["patch"] << meta["scales"][0]
+    steps = torch.cat([v.unique().diff() for v in coords.T])
+    return int(steps.min()) if len(steps) else 256
+
+
+def judge(job, t, at, x):
+    """The head that did not see slide number `at`, on its features x (N,K). out: probabilities (C,), attention (N,)."""
+    fold = int(t["fold"][at])
+    mean, deviation = t[f"scaler.{fold}"]
+    head = HEADS[job.head](x.shape[1], t["scores"].shape[1], job.cfg.width, job.cfg.dropout).eval()
+    start = f"head.{fold}."
+    head.load_state_dict({key.removeprefix(start): v for key, v in t.items() if key.startswith(start)})
+    with torch.no_grad():
+        logits, a = head((x - mean) / deviation)
+    return logits.softmax(0), a[:, int(logits.argmax())] if a.ndim == 2 else a
+
+
+def draw_map(cfg):
+    """Write the picture of one slide by the first head. raises: UserError for what cannot be drawn."""
+    folder, head = cfg.features.split(",")[0].strip(), cfg.heads.split(",")[0].strip()
+    if head not in HEADS:
+        raise UserError(f"--heads={cfg.heads}: heads are {', '.join(HEADS)}")
+    cfg = replace(cfg, heads=head, fraction=cfg.fraction[:1])
+    job = Job(cfg, folder, views(folder)[-1], head, cfg.fraction[0])
+    t, meta = load_tensors(run_job(job))
+    if cfg.slide not in meta["slides"]:
+        raise UserError(f"--slide={cfg.slide}: the features are of {', '.join(meta['slides'][:8])}, ...")
+    at, classes = meta["slides"].index(cfg.slide), meta["classes"]
+    x, coords, told = read_bag(next(f for f in files_of(folder) if f.stem == cfg.slide))
+    if coords is None or t["fold"][at] < 0:
+        raise UserError(f"{cfg.slide} has no coordinates, or is in no test fold: give .h5 or .safetensors features")
+    if not cfg.data and not cfg.image:
+        raise UserError("say what to draw on: --data=DIR, the pyramids, or --image=FILE, the slide")
+    picture, factor = from_slide(cfg.image) if cfg.image else from_pyramids(cfg.data, cfg.slide)
+    probabilities, a = judge(job, t, at, x)
+    heat = heat_of(a, coords, side_of(coords, told), picture.shape[:2], factor)
+    out = out_of(cfg) / f"map_{cfg.slide}_{job.name()}_{head}.png".replace(" ", "_")
+    save_png(out, overlay(picture, heat))
+    guesses = ", ".join(f"P({c}) = {p:.2f}" for c, p in zip(classes, probabilities.tolist()))
+    print(f"{out}: label {classes[int(t['y'][at])]}, {guesses}; the most attended patch weighs "
+          f"{float(a.max()) * len(a):.1f} times the mean one")
+
+
+def main(argv):
+    draw_map(configure(Config, argv, doc=__doc__))
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,95 @@
+"""slides/bags.py: features as other tools write them, a slide at a time."""
+import builtins
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT  # noqa: F401 - puts the repository on the path
+
+from common import UserError, save_tensors
+from slides.bags import Bags, read_bag, views
+
+
+def test_readers(tmp_path, monkeypatch):
+    """What tools write, to the bit. Catches: coordinates of another length, (1,N,K) not squeezed."""
+    x, ij = torch.randn(5, 3), torch.arange(10).reshape(5, 2)
+    save_tensors(tmp_path / "a.safetensors", {"features": x, "coords": ij.int()}, {"patch": 64})
+    torch.save(x, tmp_path / "b.pt")
+    np.save(tmp_path / "c.npy", x.half().numpy())
+    torch.save({"features": x[None], "coords": ij}, tmp_path / "d.pt")
+    got, coords, meta = read_bag(tmp_path / "a.safetensors")
+    assert torch.equal(got, x) and torch.equal(coords, ij) and meta == {"patch": 64}
+    assert torch.equal(read_bag(tmp_path / "b.pt")[0], x) and read_bag(tmp_path / "b.pt")[1] is None
+    assert torch.equal(read_bag(tmp_path / "c.npy")[0], x.half().float())
+    got, coords, _ = read_bag(tmp_path / "d.pt")
+    assert torch.equal(got, x) and torch.equal(coords, ij)
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", lambda name, *a: real("no_h5py" if name == "h5py" else name, *a))
+    (tmp_path / "e.h5").write_bytes(b"")
+    with pytest.raises(UserError, match=r"e.h5 needs the extra: pip install -e '.\[h5\]'"):
+        read_bag(tmp_path / "e.h5")
+
+
+def test_h5_reader(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="the extra h5 is not installed")
+    x, ij = torch.randn(1, 5, 3), torch.arange(10).reshape(5, 2)
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        f["features"], f["coords"] = x.numpy(), ij.numpy()
+    got, coords, _ = read_bag(tmp_path / "a.h5")
+    assert torch.equal(got, x[0]) and torch.equal(coords, ij)
+
+
+def test_unusable_files_are_named(tmp_path):
+    nan = torch.randn(4, 3)
+    nan[1, 2] = float("nan")
+    np.save(tmp_path / "nan.npy", nan.numpy())
+    np.save(tmp_path / "flat.npy", np.zeros(7, np.float32))
+    np.save(tmp_path / "none.npy", np.zeros((0, 3), np.float32))
+    np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
+    torch.save({"a": nan, "b": nan}, tmp_path / "two.pt")
+    torch.save(UserError, tmp_path / "code.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "two.pt").read_bytes()[:200])
+    (tmp_path / "x.txt").write_text("")
+    for name, words in (("nan.npy", "NaN or infinity in 1 of 4 rows"), ("none.npy", "empty bag"),
+                        ("flat.npy", r"holds \(7,\), expected features"), ("object.npy", "cannot be read"),
+                        ("two.pt", "no tensor.*among a, b"), ("code.pt", "cannot be read"),
+                        ("cut.pt", "cannot be read"), ("x.txt", "no file of features")):
+        with pytest.raises(UserError, match=f"{name} .*{words}" if words[0] != "h" else words):
+            read_bag(tmp_path / name)
+
+
+def test_bags(tmp_path):
+    """Deviations over all patches of the named slides alone; memory is given back beyond the budget."""
+    (tmp_path / "pt").mkdir()
+    for k in range(6):
+        torch.save(torch.randn(20 + k, 8), tmp_path / "pt" / f"s{k}.pt")
+    b = Bags(tmp_path / "pt")
+    assert b.K == 8 and b.names == [f"s{k}" for k in range(6)] and views(tmp_path / "pt") == [""]
+    x = torch.cat([b["s3"], b["s1"]])
+    mean, deviation = b.scaler(["s3", "s1"])
+    torch.testing.assert_close(mean, x.mean(0))
+    torch.testing.assert_close(deviation, x.std(0, correction=0))
+    x = torch.cat([b["s3"], b["s3"]])
+    torch.testing.assert_close(b.scaler(["s3"], b)[1], x.std(0, correction=0))
+    few = Bags(tmp_path / "pt", budget=1000)
+    assert len(b.kept) == 6 and len(few.kept) == 1 and torch.equal(few["s4"], b["s4"])
+    np.save(tmp_path / "a.npy", np.zeros((2, 3), np.float32))
+    np.save(tmp_path / "b.npy", np.zeros((2, 4), np.float32))
+    with pytest.raises(UserError, match="b.npy has features of width 4, .*a.npy of 3"):
+        Bags(tmp_path)
+    torch.save(torch.zeros(2, 3), tmp_path / "b.pt")
+    with pytest.raises(UserError, match="b.npy and .*b.pt are features of one slide"):
+        Bags(tmp_path)
+    with pytest.raises(UserError, match="holds no features"):
+        Bags(tmp_path / "none")
+
+
+def test_views_of_several_scales(tmp_path):
+    """A coarse view has one row per coarse patch, in the order they come. catches: the columns of the other scale."""
+    coords = torch.tensor([[0, 0], [64, 0], [128, 0], [64, 64], [192, 64]])                # the parents: 0, 0, 1, 0, 1
+    x = torch.arange(25).float().reshape(5, 5)
+    meta = {"scales": [0, 1], "widths": [3, 2], "patch": 64}
+    save_tensors(tmp_path / "a.safetensors", {"features": x, "coords": coords}, meta)
+    assert views(tmp_path) == ["0", "1", "0+1"]
+    assert torch.equal(Bags(tmp_path, "0")["a"], x[:, :3]) and torch.equal(Bags(tmp_path, "0+1")["a"], x)
+    assert torch.equal(Bags(tmp_path, "1")["a"], x[[0, 2], 3:])
