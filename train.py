@@ -59,7 +59,7 @@ from data import PatchDataset, Pyramids, fixed_batch, open_data, read_index
 from diffusion import Schedule, ZoomLDM, diffusion_loss
 from summarizer import SummarizerConfig, build
 from unet import UNet, UNetConfig
-from zoom_vae import VQVAE, PatchGAN, VAEConfig, perplexity, rebase, revive_codes, vae_loss
+from zoom_vae import VQVAE, VAEConfig, perplexity, rebase, revive_codes, vae_loss
 
 
 def layout_fidelity(fake, real, grid):
@@ -541,7 +541,10 @@ class VAEStage(nn.Module):
         """anchor (N,3,P,P): fixed patches whose latents decide where codes are placed; start: a VAE to go on from."""
         super().__init__()
         self.vae, self.cfg, self.anchor, self.scales = VQVAE(cfg.vae), cfg, anchor, cfg.summarizer.scales
-        self.disc = PatchGAN() if cfg.disc_weight else None
+        self.disc = None
+        if cfg.disc_weight:
+            from experiments.workshop import PatchGAN
+            self.disc = PatchGAN(weight=cfg.disc_weight)
         self.register_buffer("usage", torch.zeros(cfg.vae.codes))
         self.used = torch.zeros(cfg.vae.codes, device=anchor.device)  # by this rank in this step
         self.unquantized = 0 if start else cfg.vae_steps // 4         # steps before there are codes
@@ -565,7 +568,7 @@ class VAEStage(nn.Module):
         n = torch.arange(len(i), device=i.device)[:, None, None]
         x = batch["x"].movedim(1, -1)[n, i[:, :, None], j[:, None]].movedim(-1, 1).contiguous()   # (B,3,crop,crop)
         loss, x_rec, indices, parts = vae_loss(self.vae, x, self.step >= self.unquantized, self.disc,
-                                               self.cfg.disc_weight, self.perceptual[0])
+                                               self.perceptual[0])
         with torch.no_grad():
             if indices is not None:
                 self.used += torch.bincount(indices.flatten(), minlength=len(self.used))

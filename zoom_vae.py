@@ -1,8 +1,8 @@
 """VQ-VAE, the first stage: a 4-fold smaller, 3-channel latent image that diffusion works on (Z §4.1.1, VQ-f4).
 
-Encoder and decoder are convolutional with one attention block in their middle, so any height and width that are
-multiples of 4 work. The latent that diffusion sees is *not* quantised; decoding first snaps every pixel of it to the
-nearest codebook vector.
+Encoder and decoder are convolutions with one attention block in the middle: any height and width that are
+multiples of 4 work. The latent that diffusion sees is *not* quantised. Decoding first snaps each pixel of it to
+the nearest codebook vector.
 
 in:  x (B,3,H,W) in [-1,1]   out: z (B,3,H/4,W/4), and back
 run: python zoom_vae.py      trained by: python train.py      read next: summarizer.py
@@ -10,9 +10,9 @@ run: python zoom_vae.py      trained by: python train.py      read next: summari
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch.func import functional_call
+from torch import nn
+from torch.nn import Conv2d, GroupNorm, Identity, Module, ModuleList, Sequential
+from torch.nn.functional import embedding, interpolate, mse_loss, pad, scaled_dot_product_attention, silu
 
 from common import UserError, cli, summary
 
@@ -24,121 +24,130 @@ class VAEConfig:
     res_blocks: int = 2       # residual blocks per encoder level (the decoder has one more)
     codes: int = 8192         # codebook vectors
     channels: int = 3         # of the latent and of a code
-    groups: int = 32          # of GroupNorm; with few channels per group it acts like instance norm and loses colour
+    groups: int = 32          # of GroupNorm; few channels a group make it an instance norm, which loses colour
 
 
 # ----- 1. Layers -----
 
-def layout(x, side):
-    """The memory format to convolve images of `side` pixels in. On a CPU the few channels of high resolution go twice
-    as fast with channels last (float32: 228 for 120 GFLOP/s at 128 channels and 256 pixels), the rest as fast."""
-    return torch.channels_last if x.device.type == "cpu" and side >= 128 else torch.contiguous_format
-
-
-class VAEResBlock(nn.Module):
+class VAEResBlock(Module):
     def __init__(self, cin, cout, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
-        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
-        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
-        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.norm1 = GroupNorm(groups, cin, eps=1e-6)
+        self.conv1 = Conv2d(cin, cout, 3, padding=1)
+        self.norm2 = GroupNorm(groups, cout, eps=1e-6)
+        self.conv2 = Conv2d(cout, cout, 3, padding=1)
+        self.skip = Conv2d(cin, cout, 1) if cin != cout else Identity()
 
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x):                                             # (B,cin,h,w)
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h)))
+        return self.skip(x) + h                                       # (B,cout,h,w)
 
 
-class VAEAttention(nn.Module):
+class VAEAttention(Module):
     """Single-head self-attention over all positions."""
 
     def __init__(self, c, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.q, self.k, self.v, self.out = (nn.Conv2d(c, c, 1) for _ in range(4))
+        self.norm = GroupNorm(groups, c, eps=1e-6)
+        self.q = Conv2d(c, c, 1)
+        self.k = Conv2d(c, c, 1)
+        self.v = Conv2d(c, c, 1)
+        self.out = Conv2d(c, c, 1)
 
-    def forward(self, x):
-        h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B,1,HW,C) each
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)                       # (B,C,HW)
-        return x + self.out(h.reshape(x.shape))
+    def forward(self, x):                                             # (B,C,h,w)
+        n = self.norm(x)
+        qkv = torch.stack([self.q(n), self.k(n), self.v(n)])          # (3,B,C,h,w)
+        q, k, v = qkv.flatten(3).mT[:, :, None]                       # (B,1,hw,C) each
+        h = scaled_dot_product_attention(q, k, v)[:, 0]               # (B,hw,C)
+        return x + self.out(h.mT.reshape(x.shape))
 
 
-class Down(nn.Module):
-    """Halve the resolution. official: zeros are padded on the right and bottom only."""
+class Resample(Module):
+    """Double the resolution, or halve it. official: to halve, zeros are padded on the right and bottom only."""
 
-    def __init__(self, c):
+    def __init__(self, c, double):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
+        self.double = double
+        self.conv = Conv2d(c, c, 3, padding=1) if double else Conv2d(c, c, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        if self.double:
+            return self.conv(interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(pad(x, (0, 1, 0, 1)))
 
 
-class Up(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def level_blocks(cin, cout, n, groups):
+    """n residual blocks in a row, the first from cin to cout channels."""
+    rest = (VAEResBlock(cout, cout, groups) for _ in range(n - 1))
+    return Sequential(VAEResBlock(cin, cout, groups), *rest)
 
 
 def middle(c, groups):
-    return nn.Sequential(VAEResBlock(c, c, groups), VAEAttention(c, groups), VAEResBlock(c, c, groups))
+    return Sequential(VAEResBlock(c, c, groups), VAEAttention(c, groups), VAEResBlock(c, c, groups))
 
 
-class Encoder(nn.Module):
+def layout(x, side):
+    """The memory format to convolve images of `side` pixels in. On a CPU, the few channels of high resolution go
+    twice as fast with channels last (228 for 120 GFLOP/s at 128 channels and 256 pixels)."""
+    return torch.channels_last if x.is_cpu and side >= 128 else torch.contiguous_format
+
+
+class Encoder(Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        widths = [cfg.width * m for m in cfg.mult]
-        self.conv_in = nn.Conv2d(3, cfg.width, 3, padding=1)
-        self.levels, c = nn.ModuleList(), cfg.width
-        for i, w in enumerate(widths):
-            level = nn.Module()
-            level.blocks = nn.Sequential(*(VAEResBlock(w if b else c, w, cfg.groups) for b in range(cfg.res_blocks)))
-            level.down = Down(w) if i < len(widths) - 1 else nn.Identity()
+        c, groups = cfg.width, cfg.groups
+        last = len(cfg.mult) - 1
+        self.conv_in = Conv2d(3, c, 3, padding=1)
+        self.levels = ModuleList()
+        for i, m in enumerate(cfg.mult):
+            w = cfg.width * m
+            level = Module()
+            level.blocks = level_blocks(c, w, cfg.res_blocks, groups)
+            level.down = Resample(w, double=False) if i < last else Identity()
             self.levels.append(level)
             c = w
-        self.mid = middle(c, cfg.groups)
-        self.norm_out = nn.GroupNorm(cfg.groups, c, eps=1e-6)
-        self.conv_out = nn.Conv2d(c, cfg.channels, 3, padding=1)
+        self.mid = middle(c, groups)
+        self.norm_out = GroupNorm(groups, c, eps=1e-6)
+        self.conv_out = Conv2d(c, cfg.channels, 3, padding=1)
 
-    def forward(self, x):                                    # (B,3,H,W)
+    def forward(self, x):                                             # (B,3,H,W)
         h = self.conv_in(x.contiguous(memory_format=layout(x, x.shape[-1])))
         for level in self.levels:
             h = level.down(level.blocks(h))
-        h = self.mid(h)                                      # (B,4w,H/4,W/4)
-        return self.conv_out(F.silu(self.norm_out(h))).contiguous()    # (B,3,H/4,W/4)
+        h = self.mid(h)                                               # (B,4w,H/4,W/4)
+        return self.conv_out(silu(self.norm_out(h))).contiguous()     # (B,3,H/4,W/4)
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        widths = [cfg.width * m for m in cfg.mult]
-        c = widths[-1]
-        self.conv_in = nn.Conv2d(cfg.channels, c, 3, padding=1)
-        self.mid = middle(c, cfg.groups)
-        self.levels = nn.ModuleList(nn.Module() for _ in widths)   # index 0 = highest resolution, as published
-        for i, w in reversed(list(enumerate(widths))):
-            self.levels[i].blocks = nn.Sequential(*(VAEResBlock(w if b else c, w, cfg.groups)
-                                                    for b in range(cfg.res_blocks + 1)))
-            self.levels[i].up = Up(w) if i else nn.Identity()
+        mult, groups = cfg.mult, cfg.groups
+        c = cfg.width * mult[-1]
+        self.conv_in = Conv2d(cfg.channels, c, 3, padding=1)
+        self.mid = middle(c, groups)
+        self.levels = ModuleList(Module() for _ in mult)              # index 0 = highest resolution, as published
+        for i in reversed(range(len(mult))):
+            w = cfg.width * mult[i]
+            level = self.levels[i]
+            level.blocks = level_blocks(c, w, cfg.res_blocks + 1, groups)
+            level.up = Resample(w, double=True) if i else Identity()
             c = w
-        self.norm_out = nn.GroupNorm(cfg.groups, c, eps=1e-6)
-        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
+        self.norm_out = GroupNorm(groups, c, eps=1e-6)
+        self.conv_out = Conv2d(c, 3, 3, padding=1)
 
-    def forward(self, z):                                    # (B,3,H/4,W/4)
-        side = z.shape[-1] << len(self.levels) - 1           # of the image
-        h = self.mid(self.conv_in(z.contiguous(memory_format=layout(z, side))))
-        for level in reversed(self.levels):                  # lowest resolution first
+    def forward(self, z):                                             # (B,3,H/4,W/4)
+        side = z.shape[-1] * 2 ** (len(self.levels) - 1)              # of the image
+        h = self.conv_in(z.contiguous(memory_format=layout(z, side)))
+        h = self.mid(h)
+        for level in reversed(self.levels):                           # lowest resolution first
             h = level.up(level.blocks(h))
-        return self.conv_out(F.silu(self.norm_out(h))).contiguous()    # (B,3,H,W), no tanh
+        return self.conv_out(silu(self.norm_out(h))).contiguous()     # (B,3,H,W), no tanh
 
 
 # ----- 2. The model -----
 
-class VQVAE(nn.Module):
+class VQVAE(Module):
     """VQ-f4 autoencoder. source: Z §4.1.1; reference: the published first stage (`vq-f4`, with mid attention)."""
 
     def __init__(self, cfg: VAEConfig):
@@ -146,40 +155,52 @@ class VQVAE(nn.Module):
         if cfg.width % cfg.groups:
             raise UserError(f"vae.width={cfg.width} is not a multiple of vae.groups={cfg.groups}")
         self.cfg = cfg
-        self.factor = 2 ** (len(cfg.mult) - 1)
-        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
-        self.to_latent = nn.Conv2d(cfg.channels, cfg.channels, 1)
-        self.from_latent = nn.Conv2d(cfg.channels, cfg.channels, 1)
-        self.codebook = nn.Embedding(cfg.codes, cfg.channels)
-        nn.init.uniform_(self.codebook.weight, -1 / cfg.codes, 1 / cfg.codes)
+        self.factor = 2 ** (len(cfg.mult) - 1)                        # image side / latent side
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        c, codes = cfg.channels, cfg.codes
+        self.to_latent = Conv2d(c, c, 1)
+        self.from_latent = Conv2d(c, c, 1)
+        self.codebook = nn.Embedding(codes, c)
+        nn.init.uniform_(self.codebook.weight, -1 / codes, 1 / codes)
 
     def encode(self, x):
         """in: x (B,3,H,W) in [-1,1], H and W multiples of 4. out: z (B,3,H/4,W/4), un-quantised and unscaled.
         raises: ValueError for other sizes."""
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise UserError(f"got an image batch of shape {tuple(x.shape)}, the VAE takes (B,3,H,W) with H and W "
-                            f"multiples of {self.factor}: crop or pad it")
+        shape, k = tuple(x.shape), self.factor
+        if len(shape) != 4 or shape[1] != 3 or shape[2] % k or shape[3] % k:
+            raise UserError(f"got images {shape}, expected (B,3,H,W), H and W multiples of {k}: crop or pad them")
         return self.to_latent(self.encoder(x))
 
     def quantize(self, z):
         """Snap every latent pixel to its nearest code (squared Euclidean distance, first minimum).
 
-        out: z_q, equal to the code in value while gradients pass straight to z; indices (B,h,w) int64; the codebook
-        loss. official: the legacy weighting, 1 on the commitment of z to its code and 0.25 on the code's own move.
+        out: z_q, equal to the code in value while gradients pass straight to z; indices (B,h,w) int64; the
+        codebook loss. official: the legacy weights, 1 on z moving to its code, 0.25 on the code moving to z.
         """
-        codes = self.codebook.weight
-        flat = z.to(codes.dtype).movedim(1, -1)                                            # (B,h,w,3)
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # bf16 distances pick a tenth wrongly
-            indices = torch.cat([(codes.square().sum(1) - 2 * part @ codes.T).argmin(1)    # |z|^2 changes no minimum
-                                 for part in flat.flatten(0, 2).split(1 << 14)])           # rows x K floats at a time
-            indices = indices.view(flat.shape[:-1])                                        # (B,h,w)
-        z_q = F.embedding(indices, codes).movedim(-1, 1)                                   # (B,3,h,w)
-        loss = F.mse_loss(z_q.detach(), z.to(z_q.dtype)) + 0.25 * F.mse_loss(z_q, z.detach().to(z_q.dtype))
+        codes = self.codebook.weight                                  # (K,3)
+        z = z.to(codes.dtype)
+        pixels = z.movedim(1, -1)                                     # (B,h,w,3)
+        # bf16 distances would pick a tenth of the codes wrongly
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            power = codes.square().sum(1)                             # (K,); |z|^2 changes no minimum
+            nearest = []
+            for part in pixels.flatten(0, 2).split(1 << 14):          # so many x K floats at a time
+                distance = power - 2 * part @ codes.T                 # (n,K)
+                nearest.append(distance.argmin(1))
+        indices = torch.cat(nearest).view(pixels.shape[:-1])          # (B,h,w)
+        z_q = embedding(indices, codes).movedim(-1, 1)                # (B,3,h,w)
+        loss = mse_loss(z_q.detach(), z) + 0.25 * mse_loss(z_q, z.detach())
         return z + (z_q - z).detach(), indices, loss
 
     def decode(self, z, quantize=True):
         """in: z (B,3,h,w) unscaled. out: x (B,3,4h,4w), roughly in [-1,1] (not clamped)."""
-        return self.decoder(self.from_latent(self.quantize(z)[0] if quantize else z))
+        if quantize:
+            z = self.quantize(z)[0]
+        return self.decoder(self.from_latent(z))
+
+    def forward(self, x, quantize=True):
+        return self.decode(self.encode(x), quantize)
 
     @classmethod
     def from_official(cls, state, prefix=""):
@@ -189,83 +210,63 @@ class VQVAE(nn.Module):
         return keys.load_vae(state, prefix)
 
 
-# ----- 3. Training: L1 + codebook (+ perceptual + adversarial), CompVis' recipe for vq-f4 -----
+# ----- 3. Training: L1 and the codebook, CompVis' recipe for vq-f4 -----
 
-class PatchGAN(nn.Module):
-    """Patch discriminator: 4x4 convolutions; out: one logit per patch. reference: taming's NLayerDiscriminator."""
+def vae_loss(vae, x, quantize=True, disc=None, perceptual=None):
+    """Training loss of the autoencoder. out: the loss, x_rec, the code indices (B,h,w) or None, {name: part}.
 
-    def __init__(self, width=64):
-        super().__init__()
-        def conv(cin, cout, stride):
-            return [nn.Conv2d(cin, cout, 4, stride, 1, bias=False), nn.BatchNorm2d(cout), nn.LeakyReLU(0.2)]
-        self.net = nn.Sequential(nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2), *conv(width, 2 * width, 2),
-                                 *conv(2 * width, 4 * width, 2), *conv(4 * width, 8 * width, 1),
-                                 nn.Conv2d(8 * width, 1, 4, 1, 1))
-        for m in self.net:
-            if isinstance(m, nn.Conv2d):
-                nn.init.normal_(m.weight, 0.0, 0.02)
-            elif isinstance(m, nn.BatchNorm2d):
-                nn.init.normal_(m.weight, 1.0, 0.02)
-
-    def forward(self, x):
-        return self.net(x)
-
-    def loss(self, x, x_rec):
-        """Hinge loss of the discriminator on real and reconstructed images, both detached."""
-        return 0.5 * (F.relu(1 - self(x.detach())).mean() + F.relu(1 + self(x_rec.detach())).mean())
-
-
-def vae_loss(vae, x, quantize=True, disc=None, disc_weight=0.75, perceptual=None):
-    """Training loss of the autoencoder.
-
-    in:  x (B,3,H,W) in [-1,1]; quantize False leaves the codebook out, for the first steps, until there are latents to
-    place the codes on; disc, a PatchGAN or None; perceptual, a callable (x, x_rec) -> (B,1,1,1) or None.
-    out: the loss, x_rec, the code indices (B,h,w) or None, {name: float tensor} for the log.
-    The adversarial term is weighted so that its gradient at the last layer is disc_weight times that of the rest.
+    in:  x (B,3,H,W) in [-1,1]; quantize False leaves the codebook out, as long as no codes are placed yet;
+    disc: an experiments.workshop.PatchGAN; perceptual: (x, x_rec) -> (B,1,1,1).
     """
     z = vae.encode(x)
-    # `0 *` keeps the idle codebook in the graph, which DDP insists on
-    z_q, indices, codebook = vae.quantize(z) if quantize else (z, None, 0 * vae.codebook.weight.sum())
-    x_rec = vae.decode(z_q, quantize=False).float()
-    rec = (x - x_rec).abs()
+    if quantize:
+        z, indices, codebook = vae.quantize(z)
+    else:
+        indices = None
+        codebook = 0 * vae.codebook.weight.sum()                      # DDP wants every weight in the graph
+    x_rec = vae.decode(z, quantize=False).float()
+    error = (x - x_rec).abs()                                         # (B,3,H,W)
     if perceptual is not None:
-        rec = rec + perceptual(x, x_rec)
-    nll = rec.mean()
-    loss, parts = nll + codebook, {"rec": nll.detach(), "codebook": codebook.detach()}
+        error = error + perceptual(x, x_rec)
+    rec = error.mean()
+    loss = rec + codebook
+    parts = {"rec": rec.detach(), "codebook": codebook.detach()}
     if disc is not None:
-        # the generator's term must not train the discriminator: its weights enter detached
-        fool = -functional_call(disc, {k: v.detach() for k, v in disc.named_parameters()}, x_rec).mean()
-        last = vae.decoder.conv_out.weight
-        g_nll, g_fool = (torch.autograd.grad(v, last, retain_graph=True)[0].norm() for v in (nll, fool))
-        weight = disc_weight * (g_nll / (g_fool + 1e-4)).clamp(0, 1e4).detach()
-        d_loss = disc.loss(x, x_rec)
-        loss = loss + weight * fool + d_loss                     # two disjoint sets of weights, one backward pass
-        parts |= {"adv": fool.detach(), "disc": d_loss.detach()}
+        more, named = disc.terms(vae, x, x_rec, rec)
+        loss, parts = loss + more, parts | named
     return loss, x_rec, indices, parts
 
 
 @torch.no_grad()
 def rebase(vae, z, whiten=False):
-    """Move the origin of the latent space to the mean of z (B,C,h,w); whiten: also give it unit covariance there.
+    """Move the origin of the latent space to the mean of z (B,C,h,w); whiten: unit covariance there, too.
 
-    The change is absorbed by the two 1x1 convolutions and the codebook, so reconstructions stay what they were (with
-    `whiten` only as long as nothing is quantised). Left alone, an autoencoder trained for minutes puts nearly all
-    variance into one direction, far from zero: the codes then index one number, and diffusion sees almost constants.
+    The 1x1 convolutions and the codebook take the change back: reconstructions stay, with `whiten` as long as
+    nothing is quantised. Left alone, minutes of training put nearly all variance into one direction, far from
+    zero. Codes then index one number, and diffusion sees almost constants.
     """
-    pixels = z.cpu().double().movedim(1, -1).flatten(0, 2)                        # (Bhw,C); not all devices have f64
-    mean, there = pixels.mean(0), torch.eye(z.shape[1], dtype=torch.float64)
-    back = there
-    if whiten:  # the symmetric root: eigenvectors alone would turn with the rounding where two powers are equal
+    pixels = f64(z).movedim(1, -1).flatten(0, 2)                      # (Bhw,C)
+    mean = pixels.mean(0)
+    there = back = torch.eye(len(mean), dtype=torch.float64)          # (C,C), inverse to each other
+    if whiten:
         power, axes = torch.linalg.eigh(torch.cov(pixels.T))
         root = power.clamp_min(0.01 * float(power.max()) + 1e-12).sqrt()
-        there, back = axes / root @ axes.T, axes * root @ axes.T                  # (C,C), inverse to each other
-    w_in, b_in, w_out, b_out, codes = (p.cpu().double() for p in (
-        vae.to_latent.weight[:, :, 0, 0], vae.to_latent.bias, vae.from_latent.weight[:, :, 0, 0], vae.from_latent.bias,
-        vae.codebook.weight))
-    for p, value in ((vae.to_latent.weight, there @ w_in), (vae.to_latent.bias, there @ (b_in - mean)),
-                     (vae.from_latent.weight, w_out @ back), (vae.from_latent.bias, b_out + w_out @ mean),
-                     (vae.codebook.weight, (codes - mean) @ there.T)):
-        p.copy_(value.view(p.shape))
+        # the symmetric root: eigenvectors alone would turn with the rounding where two powers are equal
+        there = axes / root @ axes.T
+        back = axes * root @ axes.T
+    w_in, b_in = vae.to_latent.parameters()                           # (C,C,1,1), (C,)
+    w_out, b_out = vae.from_latent.parameters()
+    codes = vae.codebook.weight                                       # (K,C)
+    b_out.copy_(f64(b_out) + f64(w_out).flatten(1) @ mean)
+    b_in.copy_(there @ (f64(b_in) - mean))
+    w_in.copy_((there @ f64(w_in).flatten(1)).view_as(w_in))
+    w_out.copy_((f64(w_out).flatten(1) @ back).view_as(w_out))
+    codes.copy_((f64(codes) - mean) @ there.T)
+
+
+def f64(x):
+    """In double precision, on the CPU: not all devices have it."""
+    return x.cpu().double()
 
 
 @torch.no_grad()
@@ -275,26 +276,24 @@ def revive_codes(vae, z, usage, gen):
     Without this a small codebook collapses onto the few codes that won early. out: the number of codes moved.
     """
     dead = (usage == 0).nonzero()[:, 0]
-    pixels = z.detach().float().movedim(1, -1).flatten(0, 2)                      # (Bhw,3)
-    pick = torch.randint(len(pixels), (len(usage),), generator=gen).to(z.device)    # a code's pick hangs on no other's
+    pixels = z.detach().float().movedim(1, -1).flatten(0, 2)          # (Bhw,3)
+    # a pixel is drawn for every code, so that where one goes does not depend on the others
+    pick = torch.randint(len(pixels), (len(usage),), generator=gen).to(z.device)
     vae.codebook.weight[dead] = pixels[pick[dead]]
     return len(dead)
 
 
 def perplexity(usage):
     """exp(entropy) of the code histogram (K,): the number of codes in effective use, 1..K."""
-    p = usage.cpu().double() / usage.sum().clamp_min(1).cpu()
-    return float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()))
+    p = f64(usage)
+    p = p / p.sum().clamp_min(1)
+    entropy = -(p * p.clamp_min(1e-12).log()).sum()
+    return float(entropy.exp())
 
 
 def main(argv):
     with torch.device("meta"):
-        vae = VQVAE(VAEConfig())
-        vae.forward = lambda x: vae.decoder(vae.from_latent(vae.to_latent(vae.encoder(x))))
-        summary(vae, torch.randn(1, 3, 256, 256))
-    vae = VQVAE(VAEConfig(32, (1, 2, 4), 1, 64))
-    z = vae.encode(torch.rand(1, 3, 64, 64) * 2 - 1)
-    print(f"\ntiny forward on the CPU: x (1, 3, 64, 64) -> z {tuple(z.shape)} -> x {tuple(vae.decode(z).shape)}")
+        summary(VQVAE(VAEConfig()), torch.randn(1, 3, 256, 256), False)
 
 
 if __name__ == "__main__":
