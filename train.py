@@ -493,7 +493,6 @@ class Config:
     clip: float = 1.0           # gradient norm; 0 = none (published)
     drop: float = 0.1           # share of samples whose whole condition is zeroed (published)
     ema: float = 0.995          # published 0.9999
-    shares: tuple = ()          # share of each scale in a batch; () = uniform over scales (published)
     only_scale: int = -1        # train on one scale alone (the papers' single-scale baseline)
 
     log_every: int = 25
@@ -767,7 +766,7 @@ def main(argv):
         raise UserError(f"latents of {side} x {side} cannot be halved {len(cfg.unet.mult) - 1} times: build the data "
                         f"with another --patch, or take fewer levels, --unet.mult")
     split = "test" if pyramids.names("test") else "train"
-    dataset = partial(PatchDataset, split="train", seed=cfg.seed, want=("z",), shares=cfg.shares or None,
+    dataset = partial(PatchDataset, split="train", seed=cfg.seed, want=("z",),
                       only_scale=None if cfg.only_scale < 0 else cfg.only_scale)
     dataset(pyramids)  # both refuse here what does not fit, not after the VAE is trained
     with torch.device("meta"):

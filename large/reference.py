@@ -13,9 +13,9 @@ import torch
 
 import cdm
 from common import UserError, cli, load_tensors
-from data import Pyramids, embed
+from data import Pyramids
 from sample_joint import Grid
-from slides.encoders import load_encoder
+from slides.encoders import embed, load_encoder
 from slides.reader import open_slide
 
 

@@ -32,8 +32,8 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure, save_png, write_text
-from data import begin, described, embed, finish, finished, write_slide
-from slides.encoders import load_encoder
+from data import begin, finish, finished, write_slide
+from slides.encoders import Stats, embed, load_encoder
 from slides.official import read_features
 from slides.reader import MAX_PIXELS
 from slides.strips import ahead, image_jobs, opened, plan, start
@@ -50,7 +50,7 @@ class Config:
     out: str = ""                 # folder to write
     mpp: float | None = None      # micrometres per base pixel: 0.5 = 20x, 1e6 = 1 m. Finer images are reduced to it; if
     #                               one does not say its own, it is taken to have it. None = pixels as they are
-    encoder: str = "stats"        # see slides/encoders.py
+    encoder: str = Stats.name     # see slides/encoders.py
     weights: str | None = None    # its weights, if it has any
     features: str = ""            # embeddings of that encoder made by CLAM or TRIDENT: NAME.h5, or a folder of them
     patch: int = 256              # pixels of a patch, a multiple of 16
@@ -240,7 +240,7 @@ class Run:
         cfg, done = self.cfg, self.built + self.there
         print(f"{len(self.built)} images built, {len(self.there)} there before, {len(self.failed)} failed")
         print(f"{'scale':>12}{'patches':>12}{'images':>12}")
-        counts = [described(output(cfg, job), cfg.scales)[0] for job in done]
+        counts = [finished(output(cfg, job), cfg.scales)[0] for job in done]
         for s in range(cfg.scales if done else 0):
             print(f"{s:>12}{sum(n[s] for n in counts):>12}{sum(n[s] > 0 for n in counts):>12}")
         print("left out: " + (", ".join(f"{n} {why}" for why, n in sorted(self.left.items())) or "none"))
@@ -316,7 +316,7 @@ def listing(cfg, jobs):
     for job in jobs:
         file = output(cfg, job)
         if file.exists():
-            counts, meta = described(file, cfg.scales)
+            counts, meta = finished(file, cfg.scales)
             lines.append(dict(name=job.name, file=file.name, split=job.split, size=meta["size"], counts=counts))
         else:
             missing += not failure(cfg, job).exists()
@@ -331,7 +331,7 @@ def check(cfg):
                         f"patch is a multiple of 16, holdout in [0, 1), tissue, nodata in [0, 1]")
     if not cfg.images or not cfg.out:
         raise UserError("say what to read and where to write: python data.py build --images=DIR_OR_FILE --out=DIR")
-    if cfg.features and (cfg.encoder == "stats" or cfg.weights or cfg.tissue or cfg.cut):
+    if cfg.features and (cfg.encoder == Stats.name or cfg.weights or cfg.tissue or cfg.cut):
         raise UserError(f"--features={cfg.features}: say which encoder made them, --encoder=uni, and give no "
                         f"--weights, no --tissue and no --cut: tiles without embedding are left out, and images whole")
 
@@ -365,7 +365,7 @@ def build(argv):
     for key in ("features", "cut"):                                            # older than these, a set lacks them
         if not source[key]:
             del source[key]
-    index = begin(cfg.out, cfg.patch, cfg.encoder, source, partial(deviations, cfg, jobs))
+    index = begin(cfg.out, cfg.patch, cfg.encoder, source, asdict(Config()), partial(deviations, cfg, jobs))
     run = Run(cfg, jobs, index)
     todo = run.planned(mine)
     if todo:

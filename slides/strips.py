@@ -20,8 +20,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from common import UserError, cli
-from data import embed
-from slides.encoders import load_encoder
+from slides.encoders import embed, load_encoder
 from slides.reader import CACHE, MAX_PIXELS, VENDORS, open_slide
 
 TASK = 2**22        # pixels that a worker reads at a time, if that is a whole strip at least

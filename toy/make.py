@@ -1,4 +1,8 @@
-"""TODO"""
+"""Draw the toy set, `python data.py toy`: synthetic slides of four tissues, or with --task of a task with labels.
+
+in:  settings   out: a folder as data.py describes it; every slide's file has region and nuclei as well
+run: python data.py toy     read next: data.py
+"""
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -9,13 +13,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import UserError, configure
-from data import begin, embed, finish, finished, tile_rows, write_slide
-from slides.encoders import load_encoder
-from toy.task import DEFAULTS, task_slide, write_labels
+from common import UserError, at_least, cli, configure
+from data import begin, finish, finished, tile_rows, write_slide
+from toy.descriptor import Stats, embed
+from toy.task import task_slide, write_labels
 from toy.tissue import toy_slide
 
-# ----- 1. python data.py toy -----
 
 @dataclass
 class ToyConfig:
@@ -23,63 +26,107 @@ class ToyConfig:
     slides: int = 256      # training slides
     test: int = 64         # held-out slides
     size: int = 1024       # pixels a side, a multiple of 64 and of patch
-    patch: int = 64        # pixels of a patch
+    patch: int = 64        # pixels of a patch, a multiple of 16
     scales: int = 5        # at most; those larger than the slide are dropped
     keep0: int = 24        # patches kept per training slide at scale 0, 0 = all: enough for a toy, and quick to encode
     keep1: int = 24        # the same at scale 1; coarser scales and held-out slides keep everything
     seed: int = 0
+    encoder: str = Stats.name  # of base tiles: see slides/encoders.py
     workers: int = 2       # processes
-    task: bool = False     # slides with labels for mil.py, see toy_task.py, which has other defaults
+    task: bool = False     # slides with labels for mil.py, see toy/task.py, which has other defaults
+
+
+TASK = ["--out=data/task", "--slides=240", "--test=0", "--size=512", "--scales=4", "--keep0=0", "--keep1=0"]
+FREE = ("out", "workers", "task")  # settings that do not decide what is written
+
+
+def load(name, std=None):
+    """An encoder by name; only those of slides/encoders.py need that room."""
+    if name == Stats.name:
+        return Stats(std)
+    from slides.encoders import load_encoder
+    return load_encoder(name, std)
 
 
 def draw(cfg, k):
     """Toy slide k; held-out ones have seeds of their own, whatever the number of training slides."""
-    seed = cfg.seed * 100_000 + (50_000 + k - cfg.slides if k >= cfg.slides else k)
-    return (task_slide if cfg.task else toy_slide)(seed, cfg.size)
+    seed = cfg.seed * 100_000 + k
+    if k >= cfg.slides:
+        seed += 50_000 - cfg.slides
+    return task_slide(seed, cfg.size) if cfg.task else toy_slide(seed, cfg.size)
 
 
-def toy_file(cfg, index, k):
+def make_slide(cfg, index, k):
     """Write toy slide k, training slides first, unless an earlier run did; returns its line of the index."""
     torch.set_num_threads(1)
-    test, side = k >= cfg.slides, cfg.size // cfg.patch
-    name = f"{'test' if test else 'train'}_{k - cfg.slides if test else k:04d}"
-    path, meta = Path(cfg.out) / f"{name}.safetensors", {"source": index["source"]}
-    counts = finished(path, cfg.scales, meta)
-    if counts is None:
-        image, region, nuclei = draw(cfg, k)
-        rng = np.random.default_rng([cfg.seed, k])
-        kept = {s: set(rng.permutation((side >> s)**2)[:n].tolist()) for s, n in enumerate((cfg.keep0, cfg.keep1))
-                if n and not test}
-        embed_row = partial(embed, load_encoder("stats", index["std"]))
-        counts = write_slide(path, np.split(image, side), embed_row, cfg.patch, cfg.scales, meta,
-                             lambda s, i, j, _: s not in kept or i * (side >> s) + j in kept[s],
-                             extra={"region": region, "nuclei": nuclei})
-    return {"name": name, "file": path.name, "split": "test" if test else "train", "size": [cfg.size] * 2,
-            "counts": counts}
+    split, number = ("train", k) if k < cfg.slides else ("test", k - cfg.slides)
+    name = f"{split}_{number:04d}"
+    path = Path(cfg.out) / f"{name}.safetensors"
+    meta = {"source": index["source"]}
+    found = finished(path, cfg.scales, meta)
+    counts = found[0] if found else write_toy(cfg, index, k, path, meta)
+    return {"name": name, "file": path.name, "split": split, "size": [cfg.size] * 2, "counts": counts}
 
 
-def toy(argv):
-    """Draw the toy set."""
-    cfg = configure(ToyConfig, DEFAULTS * any(a in ("--task", "--task=True") for a in argv) + argv, doc=__doc__)
-    if cfg.patch < 16 or cfg.patch % 16 or cfg.size < 64 or cfg.size % 64 or cfg.size % cfg.patch or min(
-            cfg.slides, cfg.scales, cfg.workers) < 1 or cfg.test < 0 or not 0 <= cfg.seed < 10_000 or cfg.task and (
-            cfg.size % 256 or cfg.size < 512 or cfg.test):
-        raise UserError(f"got --size={cfg.size} --patch={cfg.patch} --slides={cfg.slides} --test={cfg.test}: size is a "
-                        f"multiple of 64 and of patch, patch one of 16, slides, scales and workers are at least 1; "
-                        f"with --task size is a multiple of 256 from 512 on, test 0")
+def write_toy(cfg, index, k, path, meta):
+    image, region, nuclei = draw(cfg, k)
+    rng, side = np.random.default_rng([cfg.seed, k]), cfg.size // cfg.patch
+    kept = {}  # scale -> the patches that stay, as numbers row by row; other scales keep all
+    for s, n in enumerate((cfg.keep0, cfg.keep1)):
+        if n and k < cfg.slides:
+            kept[s] = set(rng.permutation((side >> s) ** 2)[:n].tolist())
+
+    def keep(s, i, j, tile):
+        return s not in kept or i * (side >> s) + j in kept[s]
+    embed_row = partial(embed, load(index["encoder"], index["std"]))
+    extra = {"region": region, "nuclei": nuclei}
+    return write_slide(path, np.split(image, side), embed_row, cfg.patch, cfg.scales, meta, keep, extra)
+
+
+def deviations(cfg):
+    """Deviation of each embedded number over a quarter of the tiles of 16 slides, for staining differs between them."""
+    encoder = load(cfg.encoder)
+    if not encoder.scaled:
+        return [1.0] * encoder.embed_dim
+    batches = []
+    for k in range(min(16, cfg.slides)):
+        strips = np.split(draw(cfg, k)[0], cfg.size // cfg.patch)
+        for _, _, tiles in tile_rows(strips, cfg.patch, 1):
+            batches.append(torch.from_numpy(tiles[::4].copy()).movedim(-1, 1) / 255)
+    return encoder.fit(batches).tolist()
+
+
+def check(cfg):
+    """raises: UserError for sizes that do not fit together."""
+    at_least(cfg, slides=1, test=0, size=64, patch=16, scales=1, workers=1, seed=0)
+    if cfg.patch % 16 or cfg.size % 64 or cfg.size % cfg.patch or cfg.seed >= 10_000:
+        raise UserError(f"got --size={cfg.size} --patch={cfg.patch} --seed={cfg.seed}: size is a multiple of 64 and of "
+                        f"patch, patch one of 16, seed below 10000")
+    if cfg.task and (cfg.size < 512 or cfg.size % 256 or cfg.test):
+        raise UserError(f"got --size={cfg.size} --test={cfg.test}: with --task size is a multiple of 256 from 512 on, "
+                        f"test 0")
+
+
+def make(argv):
+    """Draw the toy set. raises: UserError for bad settings, or a folder that holds something else."""
+    task = "--task" in argv or "--task=True" in argv
+    cfg = configure(ToyConfig, TASK + argv if task else argv, doc=__doc__)
+    check(cfg)
     print(f"drawing {cfg.slides} + {cfg.test} slides of {cfg.size} x {cfg.size} into {cfg.out}")
-
-    def fit_std():  # a quarter of the tiles of 16 slides, for staining differs between slides
-        rows = (np.split(draw(cfg, k)[0], cfg.size // cfg.patch) for k in range(min(16, cfg.slides)))
-        tiles = (torch.from_numpy(t[::4].copy()) for strips in rows for _, _, t in tile_rows(strips, cfg.patch, 1))
-        return load_encoder("stats").fit(t.movedim(-1, 1) / 255 for t in tiles).tolist()
-    source = {"command": "task" if cfg.task else "toy"} | {k: v for k, v in asdict(cfg).items() if k not in (
-        "out", "workers", "task")}
-    index = begin(cfg.out, cfg.patch, "stats", source, fit_std)
-    if cfg.task:
+    source = {"command": "task" if task else "toy"}
+    source |= {key: value for key, value in asdict(cfg).items() if key not in FREE}
+    if cfg.encoder == Stats.name:
+        del source["encoder"]  # as in folders from before there was a choice
+    index = begin(cfg.out, cfg.patch, cfg.encoder, source, asdict(ToyConfig()), partial(deviations, cfg))
+    if task:
         write_labels(Path(cfg.out) / "labels.csv", cfg.seed * 100_000, cfg.slides, cfg.size)
-    work, ks = partial(toy_file, cfg, index), range(cfg.slides + cfg.test)
+    numbers = range(cfg.slides + cfg.test)
+    work = partial(make_slide, cfg, index)
     if cfg.workers == 1:
-        return finish(cfg.out, index, [work(k) for k in tqdm(ks)])
+        return finish(cfg.out, index, [work(k) for k in tqdm(numbers)])
     with ProcessPoolExecutor(cfg.workers, get_context("spawn")) as workers:  # torch's threads survive no fork
-        finish(cfg.out, index, list(tqdm(workers.map(work, ks), total=len(ks))))
+        finish(cfg.out, index, list(tqdm(workers.map(work, numbers), total=len(numbers))))
+
+
+if __name__ == "__main__":
+    cli(make)

@@ -5,27 +5,33 @@ its nuclei; two dyes then absorb light. Coarse scales show how the regions lie, 
 what a multi-scale model is for. Where the regions and nuclei are is kept, so that claims can be checked.
 
 in:  a seed   out: image (size,size,3) uint8, region (size/4,size/4) uint8, nuclei (n,3)
-run: python toy.py out/toy_slide.png     read next: data.py
+run: python -m toy.tissue out/toy_slide.png     read next: toy/make.py
 """
-from pathlib import Path
-
 import numpy as np
-from PIL import Image
+from numpy import clip, hypot, maximum, minimum
 
-from common import UserError, atomic, cli
+from common import cli, save_png
 
 TISSUES = ("background", "stroma", "tumour", "fat")
 
 
-# ----- 1. Random fields and marks -----
+# ----- 1. Random fields -----
+
+def noise(rng, n):
+    """White noise (n,n) float32."""
+    return rng.standard_normal((n, n), dtype=np.float32)
+
 
 def spline(control, factor):
     """Up-sample by a uniform cubic B-spline: (n+3,m+3) control values -> (n*factor,m*factor), smooth everywhere."""
-    u = ((np.arange(factor, dtype=np.float32) + 0.5) / factor)[:, None]
-    w = np.concatenate([(1 - u)**3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3], 1) / 6  # (f,4)
+    u = (np.arange(factor, dtype=np.float32) + 0.5) / factor
+    weights = ((1 - u)**3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3)  # 6 x those of 4 neighbours
     for _ in range(2):  # the rows, then by transposing the columns
         n = len(control) - 3
-        control = sum(control[k:k + n, None] * w[:, k, None] for k in range(4)).reshape(n * factor, -1).T
+        fine = 0
+        for k, w in enumerate(weights):
+            fine = fine + control[k:k + n, None] * (w / 6)[:, None]            # (n,factor,m)
+        control = fine.reshape(n * factor, -1).T
     return np.ascontiguousarray(control)
 
 
@@ -37,7 +43,7 @@ def enlarge(a, factor):
 def field(rng, size, cell):
     """Smooth random field (size,size), deviation about 1, its bumps about `cell` pixels apart."""
     n = -(-size // cell) + 3
-    return spline(rng.standard_normal((n, n), dtype=np.float32) * 2.1, cell)[:size, :size]
+    return spline(noise(rng, n) * 2.1, cell)[:size, :size]
 
 
 def distance(f, share):
@@ -47,18 +53,28 @@ def distance(f, share):
     """
     f = f - np.quantile(f, 1 - share).astype(np.float32)
     gy, gx = np.gradient(f)
-    return enlarge(np.clip(4 * f / (np.hypot(gx, gy) + 0.02 * f.std()), -60, 60), 4)
+    steep = hypot(gx, gy) + 0.02 * f.std()
+    return enlarge(clip(4 * f / steep, -60, 60), 4)
+
+
+def inside(distance):
+    """How much of a pixel lies inside (0 to 1), by its signed distance: an edge two pixels wide."""
+    return clip(distance / 2 + 0.5, 0, 1)
 
 
 def strands(rng, angle):
     """Noise (n,n) smeared along the flow `angle` (n,n), ever further: fibres that follow it."""
     n = len(angle)
-    f = rng.standard_normal((n, n), dtype=np.float32)
+    f = noise(rng, n)
     y, x = np.mgrid[:n, :n].astype(np.float32)
+    dy, dx = np.sin(angle), np.cos(angle)
     for step in (1, 2, 4, 8, 12):
-        dy, dx = step * np.sin(angle), step * np.cos(angle)
-        f = f + sum(f[np.clip(np.rint(y + k * dy), 0, n - 1).astype(np.int32),
-                      np.clip(np.rint(x + k * dx), 0, n - 1).astype(np.int32)] for k in (-1, 1))
+        moved = 0
+        for k in (-step, step):
+            row = np.rint(y + k * dy).astype(np.int32).clip(0, n - 1)
+            column = np.rint(x + k * dx).astype(np.int32).clip(0, n - 1)
+            moved = moved + f[row, column]
+        f = f + moved
         f /= f.std()
     return f
 
@@ -66,58 +82,116 @@ def strands(rng, angle):
 def walls(rng, n, cell):
     """Distance (n,n) to the nearest bent wall between Voronoi cells about `cell` pixels wide: fat cells."""
     k = int(np.ceil(n / cell)) + 2
-    py, px = ((np.mgrid[:k, :k] - 1 + rng.uniform(0.1, 0.9, (2, k, k))) * cell).astype(np.float32)  # one seed a square
+    seeds = np.mgrid[:k, :k] - 1 + rng.uniform(0.1, 0.9, (2, k, k))            # one in each square of a grid
+    py, px = (seeds * cell).astype(np.float32)
     y, x = np.mgrid[:n, :n].astype(np.float32)
-    y, x = y + 3 * field(rng, n, 16), x + 3 * field(rng, n, 16)
-    cy, cx = (np.clip(v // cell + 1, 1, k - 2).astype(np.int32) for v in (y, x))
-    first, second = np.full((2, n, n), 1e9, np.float32)
-    for i in (-1, 0, 1):
-        for j in (-1, 0, 1):
-            d = np.hypot(y - py[cy + i, cx + j], x - px[cy + i, cx + j])
-            first, second = np.minimum(first, d), np.minimum(second, np.maximum(first, d))
+    y += 3 * field(rng, n, 16)
+    x += 3 * field(rng, n, 16)
+    cy = clip(y // cell + 1, 1, k - 2).astype(np.int32)                     # the square that a pixel lies in
+    cx = clip(x // cell + 1, 1, k - 2).astype(np.int32)
+    first, second = np.full((2, n, n), 1e9, np.float32)                        # distances to the two nearest seeds
+    for i, j in np.ndindex(3, 3):
+        at = cy + i - 1, cx + j - 1
+        d = hypot(y - py[at], x - px[at])
+        second = minimum(second, maximum(first, d))
+        first = minimum(first, d)
     return second - first
+
+
+# ----- 2. Texture, nuclei, dyes -----
+
+def ground(rng, angle):
+    """Stroma everywhere: fibres that follow `angle` (n,n), which is at half resolution.
+
+    out: textures strand, mottle, grain and thick, and the two dyes eosin and haem, each (2n,2n).
+    """
+    n = len(angle)
+    strand = enlarge(strands(rng, angle), 2)
+    mottle = enlarge(noise(rng, n), 2)
+    grain = field(rng, 2 * n, 8)
+    thick = field(rng, 2 * n, 64)
+    eosin = 0.46 + 0.10 * strand + 0.06 * thick + 0.03 * mottle
+    return strand, mottle, grain, thick, eosin, 0.07 + 0.02 * grain
+
+
+def epithelium(eosin, haem, where, grain, mottle):
+    """Blend violet cytoplasm into both dyes, in place; where (size,size) is its share of each pixel."""
+    eosin += where * (0.42 + 0.05 * grain + 0.04 * mottle - eosin)
+    haem += where * (0.24 + 0.05 * grain + 0.03 * mottle - haem)
 
 
 def scatter(rng, angle, chance, spacing, radius, spread, ratio, depth, along=False):
     """Nuclei (n,6) = x, y, half axes, angle, depth: a jittered hexagonal grid, thinned to `chance` (size,size)."""
     size = len(angle)
     y, x = np.mgrid[0:size:spacing * 0.87, 0:size:spacing]
-    x = x + spacing / 2 * (np.arange(len(x)) % 2)[:, None]
-    p = np.stack([x, y], -1).reshape(-1, 2) + rng.uniform(-0.36, 0.36, (x.size, 2)) * spacing
+    x[1::2] += spacing / 2
+    p = np.stack([x, y], -1).reshape(-1, 2)                                    # (n,2)
+    p = p + rng.uniform(-0.36, 0.36, p.shape) * spacing
     p = p[((p >= 0) & (p < size)).all(1)]
-    p = p[rng.random(len(p)) < chance[tuple(p.T[::-1].astype(int))]]
-    n = len(p)
+    column, row = p.astype(int).T
+    stay = rng.random(len(p)) < chance[row, column]
+    x, y = p[stay].T
+    n = len(x)
     r = radius * np.exp(spread * rng.standard_normal(n))
-    k = np.sqrt(np.maximum(ratio * np.exp(0.15 * rng.standard_normal(n)), 1))
-    turn = angle[tuple(p.T[::-1].astype(int))] + 0.25 * rng.standard_normal(n) if along else rng.uniform(0, np.pi, n)
-    return np.stack([*p.T, np.minimum(r * k, 13), r / k, turn, depth * rng.uniform(0.75, 1.2, n)], 1).astype(np.float32)
+    k = np.sqrt(maximum(ratio * np.exp(0.15 * rng.standard_normal(n)), 1))
+    if along:
+        turn = angle[row[stay], column[stay]] + 0.25 * rng.standard_normal(n)
+    else:
+        turn = rng.uniform(0, np.pi, n)
+    depth = depth * rng.uniform(0.75, 1.2, n)
+    return np.stack([x, y, minimum(r * k, 13), r / k, turn, depth], 1).astype(np.float32)
 
 
 def stamp(nuclei, size, reach=14):
     """Draw soft ellipses with a darker rim on a canvas (size,size); where two overlap the deeper one wins."""
     x, y, a, b, angle, depth = nuclei.T[:, :, None, None]                      # (n,1,1) each
     grid = np.arange(-reach, reach + 1)
-    ix, iy = np.floor(x).astype(int) + grid, np.floor(y).astype(int) + grid[:, None]
-    u, v, c, s = ix + np.float32(0.5) - x, iy + np.float32(0.5) - y, np.cos(angle), np.sin(angle)
-    r = np.hypot((u * c + v * s) / a, (v * c - u * s) / b)                     # (n,29,29), 1 on the rim
-    ink = np.clip((1 - r) * b / 1.6 + 0.5, 0, 1) * depth * (0.8 + 0.3 * np.minimum(r, 1)**3)
-    keep = (ink > 0.02) & (ix >= 0) & (ix < size) & (iy >= 0) & (iy < size)
+    column = np.floor(x).astype(int) + grid                                    # (n,1,29)
+    row = np.floor(y).astype(int) + grid[:, None]                              # (n,29,1)
+    u = column + np.float32(0.5) - x
+    v = row + np.float32(0.5) - y
+    cos, sin = np.cos(angle), np.sin(angle)
+    r = hypot((u * cos + v * sin) / a, (v * cos - u * sin) / b)             # (n,29,29), 1 on the rim
+    ink = clip((1 - r) * b / 1.6 + 0.5, 0, 1) * depth * (0.8 + 0.3 * minimum(r, 1)**3)
+    keep = (ink > 0.02) & (column >= 0) & (column < size) & (row >= 0) & (row < size)
     canvas = np.zeros(size * size, np.float32)
-    np.maximum.at(canvas, (iy * size + ix)[keep], ink[keep].astype(np.float32))
+    np.maximum.at(canvas, (row * size + column)[keep], ink[keep].astype(np.float32))
     return canvas.reshape(size, size)
 
 
 def stain(rng, haem, eosin, mottle):
     """Two dyes (h,w) absorb light (Beer-Lambert), more or less of each from slide to slide. out: (h,w,3) uint8."""
-    haem, eosin = haem * rng.uniform(0.85, 1.15), eosin * rng.uniform(0.8, 1.2)
-    dye = np.array([[0.66, 0.70, 0.28], [0.10, 0.85, 0.34]]) + rng.uniform(-0.045, 0.045, (2, 3))
-    white, image = 243 + rng.uniform(-3, 3), np.empty((*haem.shape, 3), np.uint8)
-    for c, (h, e) in enumerate(dye.T.astype(np.float32)):
-        image[..., c] = np.rint(np.float32(white) * np.exp(-h * haem - e * eosin) + 1.2 * mottle)
-    return image
+    haem = haem * rng.uniform(0.85, 1.15)
+    eosin = eosin * rng.uniform(0.8, 1.2)
+    colours = np.array([[0.66, 0.70, 0.28], [0.10, 0.85, 0.34]])               # what red, green, blue lose to each dye
+    colours = (colours + rng.uniform(-0.045, 0.045, (2, 3))).astype(np.float32)
+    white = np.float32(243 + rng.uniform(-3, 3))
+    bands = [np.rint(white * np.exp(-h * haem - e * eosin) + 1.2 * mottle) for h, e in colours.T]
+    return np.stack(bands, -1).astype(np.uint8)
 
 
-# ----- 2. The slide -----
+def develop(rng, eosin, haem, nuclei, tissue, mottle, grain, dyes=None):
+    """Put nuclei (n,6) on top and shine light through.
+
+    in:  tissue (size,size), its share of each pixel; dyes, random numbers for `stain`, by default rng.
+    out: image (size,size,3) uint8; nuclei (n,3) = x, y, mean radius.
+    """
+    size = len(eosin)
+    ink = stamp(nuclei, size)
+    haem += 1.05 * ink * (1 + 0.10 * mottle + 0.08 * grain)
+    eosin *= 1 - 0.35 * minimum(ink, 1)
+    tint = tissue * (1 + 0.08 * field(rng, size, 256))
+    image = stain(dyes or rng, haem * tint, eosin * tint, mottle)
+    x, y, a, b, *_ = nuclei.T
+    return image, np.stack([x, y, np.sqrt(a * b)], 1)
+
+
+# ----- 3. The slide -----
+
+def bumps(rng, n, large, small):
+    """A field (n,n) of large bumps with small ones on them."""
+    return field(rng, n, large) + 0.35 * field(rng, n, small)
+
 
 def toy_slide(seed, size=1024):
     """Draw one synthetic slide.
@@ -125,58 +199,51 @@ def toy_slide(seed, size=1024):
     in:  seed >= 0; size, a multiple of 64. out: image (size,size,3) uint8; region (size/4,size/4) uint8, indices of
     TISSUES; nuclei (n,3) float32: x, y, mean radius in pixels. The same seed and size give the same slide.
     """
-    rng, q = np.random.default_rng([seed, size]), size // 4
-    # regions: level lines of smooth fields at quarter resolution; a rim of stroma stays around tumour and fat
-    hill = field(rng, q, 52) + 0.35 * field(rng, q, 18)
-    tissue = distance(field(rng, q, 72) + 0.35 * field(rng, q, 24), rng.uniform(0.6, 0.97))
-    tumour = np.minimum(distance(hill, rng.uniform(0.15, 0.55)), tissue - 9)
-    fat = np.minimum(distance(field(rng, q, 64) + 0.35 * field(rng, q, 20), rng.uniform(0.05, 0.4)), tissue - 7)
-    fat = np.minimum(fat, -tumour - 10)
-    in_tissue, in_tumour, in_fat = (np.clip(d / 2 + 0.5, 0, 1) for d in (tissue, tumour, fat))  # anti-aliased masks
+    rng = np.random.default_rng([seed, size])
+    q = size // 4
+    # regions, as signed distances: a rim of stroma stays around tumour and fat
+    hill = bumps(rng, q, 52, 18)
+    tissue = distance(bumps(rng, q, 72, 24), rng.uniform(0.6, 0.97))
+    tumour = minimum(distance(hill, rng.uniform(0.15, 0.55)), tissue - 9)
+    fat = minimum(distance(bumps(rng, q, 64, 20), rng.uniform(0.05, 0.4)), tissue - 7)
+    fat = minimum(fat, -tumour - 10)
+    in_tissue, in_tumour, in_fat = inside(tissue), inside(tumour), inside(fat)
     # stroma: wavy strands that wrap around the tumour, with pale clefts
     gy, gx = np.gradient(hill + 0.8 * field(rng, q, 40))
-    steep = np.hypot(gx, gy) + 1e-3
-    angle = np.arctan2(enlarge(gx / steep, 2), enlarge(-gy / steep, 2))
+    steep = hypot(gx, gy) + 1e-3
+    angle = np.arctan2(enlarge(gx / steep, 2), enlarge(-gy / steep, 2))        # (size/2,size/2)
     angle += 0.5 * field(rng, size // 2, 32) + 0.25 * field(rng, size // 2, 12)
-    strand, angle = enlarge(strands(rng, angle), 2), angle.repeat(2, 0).repeat(2, 1)
-    mottle = enlarge(rng.standard_normal((size // 2, size // 2), dtype=np.float32), 2)
-    grain, thick = field(rng, size, 8), field(rng, size, 64)
-    eosin = 0.46 + 0.10 * strand + 0.06 * thick + 0.03 * mottle
-    eosin = np.maximum(eosin * (1 - 0.6 * np.clip(0.25 * thick - strand - 1.1, 0, 1)), 0.05)
-    haem = 0.07 + 0.02 * grain
-    # tumour: violet cytoplasm; fat: empty cells behind thin membranes
-    eosin += in_tumour * (0.42 + 0.05 * grain + 0.04 * mottle - eosin)
-    haem += in_tumour * (0.24 + 0.05 * grain + 0.03 * mottle - haem)
+    strand, mottle, grain, thick, eosin, haem = ground(rng, angle)
+    clefts = clip(0.25 * thick - strand - 1.1, 0, 1)
+    eosin = maximum(eosin * (1 - 0.6 * clefts), 0.05)
+    epithelium(eosin, haem, in_tumour, grain, mottle)
+    # fat: empty cells behind thin membranes
     membrane = np.exp(-(enlarge(walls(rng, size // 2, rng.integers(22, 32)), 2) / 1.7)**2)
     eosin += in_fat * (0.02 + 0.42 * membrane - eosin)
     haem += in_fat * (0.01 + 0.10 * membrane - haem)
     # nuclei: tumour, spindles along the fibres, clusters of lymphocytes, a few on fat membranes
-    plain, big = (tissue > 4) & (tumour < -3) & (fat < -2), rng.uniform(4.6, 6.4)
-    crowd = np.clip(0.28 * field(rng, size, 96) + rng.uniform(0.45, 0.95), 0.12, 1)
+    angle = angle.repeat(2, 0).repeat(2, 1)
+    plain = (tissue > 4) & (tumour < -3) & (fat < -2)
+    big = rng.uniform(4.6, 6.4)
+    crowd = clip(0.28 * field(rng, size, 96) + rng.uniform(0.45, 0.95), 0.12, 1)
+    fibres = clip(0.4 + 0.25 * thick, 0.08, 1)
     nuclei = np.concatenate([
         scatter(rng, angle, (tumour > 3) * crowd, 2.45 * big, big, 0.17, 1.25, 0.85),
-        scatter(rng, angle, plain * np.clip(0.4 + 0.25 * thick, 0.08, 1), 22, 3.8, 0.15, 4.0, 0.85, along=True),
+        scatter(rng, angle, plain * fibres, 22, 3.8, 0.15, 4.0, 0.85, along=True),
         scatter(rng, angle, (plain & (field(rng, size, 110) > 1.7)) * 0.8, 10.5, 3.4, 0.08, 1.05, 1.1),
         scatter(rng, angle, ((fat > 2) & (membrane > 0.8)) * 0.1, 9, 2.8, 0.12, 2.2, 0.9)])
-    ink = stamp(nuclei, size)
-    haem += 1.05 * ink * (1 + 0.10 * mottle + 0.08 * grain)
-    eosin *= 1 - 0.35 * np.minimum(ink, 1)
-    tint = in_tissue * (1 + 0.08 * field(rng, size, 256))
-    image = stain(rng, haem * tint, eosin * tint, mottle)
-    region = np.select([in_tissue < 0.5, in_tumour > 0.5, in_fat > 0.5], [0, 2, 3], 1)[2::4, 2::4].astype(np.uint8)
-    return image, region, np.stack([*nuclei.T[:2], np.sqrt(nuclei[:, 2] * nuclei[:, 3])], 1)
+    image, nuclei = develop(rng, eosin, haem, nuclei, in_tissue, mottle, grain)
+    region = np.select([in_tissue < 0.5, in_tumour > 0.5, in_fat > 0.5], [0, 2, 3], 1)
+    return image, region[2::4, 2::4].astype(np.uint8), nuclei
 
 
 def main(argv):
-    path = Path(argv[0] if argv else "out/toy_slide.png")
-    if len(argv) > 1 or path.suffix != ".png":
-        raise UserError(f"got {' '.join(argv)!r}: write python toy.py FILE.png")
+    path = argv[0] if argv else "out/toy_slide.png"
     image, region, nuclei = toy_slide(0)
-    with atomic(path) as tmp:
-        Image.fromarray(image).save(tmp, "PNG")
-    areas = ", ".join(f"{t} {(region == k).mean():.0%}" for k, t in enumerate(TISSUES))
+    save_png(path, image)
+    areas = ", ".join(f"{name} {(region == k).mean():.0%}" for k, name in enumerate(TISSUES))
     print(f"{path}: {areas}; {len(nuclei)} nuclei")
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__)

@@ -234,7 +234,7 @@ def test_evaluation_table(run, tmp_path, capsys):
     (["smoke", "--unet.positions=8"], "the same number"),
     (["smoke", "--summarizer=cnm"], "--summarizer=cnm: known are transformer, cnn"),
     (["smoke", "--summarizer=cnn", "--summarizer.side=48", "DATA"], "side=48"),
-    (["smoke", "--only_scale=9", "DATA"], "scale shares"),
+    (["smoke", "--only_scale=9", "DATA"], "only_scale=9 does not fit"),
     (["smoke", "--unet.heads=3", "DATA"], "unet.heads"),
     (["smoke", "--unet.mult=1,1,1,1,1,1", "DATA"], "cannot be halved"),
     (["smoke", "--device=tpu"], "--device=tpu"),

@@ -1,0 +1,187 @@
+"""toy/: the drawing, the command, the descriptor, and that it tells the toy tissues and nuclei densities apart."""
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from common import UserError
+from data import Pyramids
+from slides import encoders
+from summarizer import standardize
+from toy import descriptor, tissue
+from toy.descriptor import PARTS, Stats
+from toy.tissue import TISSUES, toy_slide
+
+SMALL = ["--slides=2", "--test=1", "--size=128", "--patch=16", "--workers=1"]
+
+
+def base_tiles(image, side):
+    """The base tiles (n,3,side,side) in [0,1] of a slide, row by row."""
+    n = len(image) // side
+    cut = image.reshape(n, side, n, side, 3).swapaxes(1, 2).reshape(n * n, side, side, 3)
+    return torch.from_numpy(cut.copy()).movedim(-1, 1) / 255
+
+
+# ----- 1. Drawing -----
+
+def test_toy_slide_is_a_function_of_its_seed():
+    image, region, nuclei = toy_slide(3, 256)
+    assert image.shape == (256, 256, 3) and image.dtype == np.uint8
+    assert region.shape == (64, 64) and region.dtype == np.uint8 and region.max() < len(TISSUES)
+    assert nuclei.ndim == 2 and nuclei.shape[1] == 3 and nuclei.dtype == np.float32
+    assert ((nuclei[:, :2] >= 0) & (nuclei[:, :2] < 256)).all() and (nuclei[:, 2] > 1).all()
+    for a, b in zip((image, region, nuclei), toy_slide(3, 256)):
+        assert np.array_equal(a, b)
+    assert not np.array_equal(image, toy_slide(4, 256)[0])
+
+
+def test_toy_slide_has_all_tissues_and_nuclei_where_they_say():
+    share = np.mean([np.bincount(toy_slide(k, 512)[1].ravel(), minlength=4) / 128**2 for k in range(6)], 0)
+    assert (share > 0.05).all(), share
+    image, region, nuclei = toy_slide(0, 512)
+    x, y, _ = nuclei.astype(int).T
+    tumour, whole = region[y // 4, x // 4] == 2, region.repeat(4, 0).repeat(4, 1)
+    assert tumour.mean() > 0.3
+    assert image[y, x, 0][tumour].mean() < image[..., 0][whole == 2].mean() - 20  # nuclei are dark
+    assert image[whole == 0].mean() > 230  # background is bright
+
+
+def test_preview(tmp_path, capsys):
+    tissue.main([str(tmp_path / "a.png")])
+    assert Image.open(tmp_path / "a.png").size == (1024, 1024) and "nuclei" in capsys.readouterr().out
+
+
+# ----- 2. The command -----
+
+def test_deviations_come_from_training_tiles(tmp_path):
+    data.main(["toy", f"--out={tmp_path}", *SMALL])
+    std = json.loads((tmp_path / "index.json").read_text())["std"]
+    tiles = [toy_slide(k, 128)[0].reshape(8, 16, 8, 16, 3).swapaxes(1, 2)[:, ::4].reshape(-1, 16, 16, 3)
+             for k in range(2)]
+    want = Stats.fit(torch.from_numpy(t.copy()).movedim(-1, 1) / 255 for t in tiles)
+    torch.testing.assert_close(torch.tensor(std), want, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_draw_the_same(tmp_path):
+    for workers in (1, 2):
+        data.main(["toy", f"--out={tmp_path / str(workers)}", *SMALL, f"--workers={workers}"])
+    for file in (tmp_path / "1").iterdir():
+        assert (tmp_path / "2" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_an_encoder_of_your_own(tmp_path, monkeypatch):
+    """A class in slides/encoders.py is all it takes."""
+    class Mean(torch.nn.Module):
+        name, embed_dim, scaled = "mean", 3, False
+
+        def forward(self, image):
+            return image.mean((2, 3))
+    monkeypatch.setitem(encoders.FREE, "mean", Mean)
+    monkeypatch.setattr(encoders, "ENCODERS", (*encoders.ENCODERS, "mean"))
+    data.main(["toy", f"--out={tmp_path}", *SMALL, "--encoder=mean"])
+    p = Pyramids(tmp_path)
+    assert (p.encoder, p.embed_dim, p.std) == ("mean", 3, [1.0] * 3)
+    want = base_tiles(toy_slide(1, 128)[0], 16).mean((2, 3)).view(8, 8, 3)
+    torch.testing.assert_close(p.tensor(1, "e").float(), want, atol=1e-3, rtol=0)
+
+
+def test_the_toy_needs_no_other_room(root, tmp_path):
+    """catches: slides imported for the encoder `stats`."""
+    for name in ("common.py", "summarizer.py", "data.py"):
+        shutil.copy(root / name, tmp_path)
+    shutil.copytree(root / "toy", tmp_path / "toy")
+    done = subprocess.run([sys.executable, "data.py", "toy", *SMALL], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "data" / "toy" / "index.json").exists(), done.stderr
+
+
+# ----- 3. The descriptor -----
+
+def tiles(n=4, side=64, seed=0):
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def part(e, name):
+    at = sum(list(PARTS.values())[:list(PARTS).index(name)])
+    return e[:, at:at + PARTS[name]]
+
+
+@pytest.mark.parametrize("side", [16, 80, 256])
+def test_any_multiple_of_16(side):
+    x = tiles(3, side).requires_grad_()
+    e = Stats()(x)
+    assert e.shape == (3, Stats.embed_dim) and e.dtype == torch.float32 and torch.isfinite(e).all()
+    assert torch.equal(e, Stats()(x))
+    torch.testing.assert_close(e[1:2], Stats()(x[1:2]))  # a tile does not depend on its batch
+    e.square().sum().backward()
+    assert torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0  # inversion needs it
+
+
+def test_divides_by_the_training_deviation_without_centring():
+    x, std = tiles(), torch.linspace(0.5, 2, Stats.embed_dim)
+    torch.testing.assert_close(Stats(std.tolist())(x), Stats()(x) / std)
+    fitted = Stats.fit([tiles(4, seed=1), tiles(4, seed=2)])
+    raw = Stats()(torch.cat([tiles(4, seed=1), tiles(4, seed=2)]))
+    torch.testing.assert_close(fitted, raw.std(0, correction=0).clamp_min(0.01))
+    plain = Stats.fit([torch.ones(4, 3, 16, 16)])
+    assert (plain == 0.01).all()  # never zero, nothing explodes
+
+
+def test_numbers_mean_what_they_are_called():
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    up, across = (0.5 + 0.3 * torch.sin(v / 3).expand(1, 3, 64, 64) for v in (x, y))
+    a, b = Stats()(up), Stats()(across)
+    assert (part(a, "edge orientation")[0, 0::2] > 0).all() and (part(b, "edge orientation")[0, 0::2] < 0).all()
+    energy, turned = (part(e, "edge energy").view(3, 2, 2) for e in (a, b))  # octave, quadrant
+    torch.testing.assert_close(energy, turned.mT, atol=1e-5, rtol=1e-4)
+    red = torch.zeros(1, 3, 64, 64)
+    red[:, 0, :16] = 1  # the top quarter is red
+    e = Stats()(red)
+    torch.testing.assert_close(part(e, "colour mean")[0], torch.tensor([0.25, 0, 0]))
+    layout = part(e, "colour layout").view(2, 4, 4)
+    assert (layout[0, 0] == 1).all() and layout.sum() == 4
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 1, 64, 64), (1, 3, 64, 60)])
+def test_wrong_tiles(shape):
+    with pytest.raises(UserError, match="multiples of 16"):
+        Stats()(torch.zeros(shape))
+
+
+def test_table_of_the_numbers(capsys):
+    descriptor.main([])
+    assert f"-> e (4, {Stats.embed_dim})" in capsys.readouterr().out
+
+
+def labelled(seeds):
+    """Descriptors (n,96), area shares (n,4) and nuclei counts (n,) of all tiles of some slides."""
+    e, share, count = [], [], []
+    for seed in seeds:
+        image, region, nuclei = toy_slide(seed)
+        e.append(Stats()(base_tiles(image, 64)))
+        region = torch.from_numpy(region.reshape(16, 16, 16, 16).swapaxes(1, 2).reshape(256, 256).copy())
+        share.append(torch.stack([(region == k).float().mean(1) for k in range(len(TISSUES))], 1))
+        cell = (nuclei[:, 1] // 64).astype(int) * 16 + (nuclei[:, 0] // 64).astype(int)
+        count.append(torch.from_numpy(np.bincount(cell, minlength=256)).float())
+    return torch.cat(e), torch.cat(share), torch.cat(count)
+
+
+def test_one_nearest_neighbour_tells_tissue_and_density():
+    """On the whole toy set (128 training, 24 test slides): tissue 99.9 %, terciles 82 %. Fewer neighbours here."""
+    (e, share, count), (e2, share2, count2) = labelled(range(5000, 5006)), labelled(range(6000, 6002))
+    std = e.std(0).clamp_min(0.01)
+    e, e2 = (standardize((v / std)[:, :, None, None])[:, :, 0, 0] for v in (e, e2))
+
+    def agree(label, label2, use, use2):
+        near = torch.cdist(e2[use2], e[use]).argmin(1)
+        return (label[use][near] == label2[use2]).float().mean().item()
+    tissues = agree(share.argmax(1), share2.argmax(1), share.amax(1) >= 0.9, share2.amax(1) >= 0.9)
+    cuts = torch.quantile(count[count > 0], torch.tensor([1 / 3, 2 / 3]))
+    density = agree(torch.bucketize(count, cuts), torch.bucketize(count2, cuts), count > 0, count2 > 0)
+    print(f"1-NN: tissue {tissues:.3f}, nuclei-density terciles {density:.3f}")
+    assert tissues >= 0.95 and density >= 0.72
