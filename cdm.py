@@ -42,7 +42,7 @@ from common import (
 )
 from data import PatchDataset, open_data
 from diffusion import Schedule, ZoomLDM, ddim_sample, diffusion_loss
-from train import check_loop, fingerprint, run_stage
+from train import LoopConfig, OptimConfig, check_loop, fingerprint, run_stage
 from unet import time_embedding
 
 KINDS = {"cdm": ("cosine", "adaln", 4.0), "edm": ("linear", "tokens", 1.0),  # schedule, DiT.cond, and how far times
@@ -407,7 +407,6 @@ class Config:
     seed: int = 0
     device: str = "auto"
     threads: int = 0
-    workers: int = 0
     amp: bool = True           # bf16 autocast where the device has bf16 arithmetic
     dit: DiTConfig = field(default_factory=DiTConfig)  # tokens, channels, scales and vector come from run and data
     side: int = 8              # grid: k, tiles a side of the regions it learns
@@ -419,19 +418,8 @@ class Config:
     #                            0 = 4 for the cdm, 16 for the grid, 1 for the edm
     steps: int = 1500
     batch: int = 32            # global batch, divided over ranks
-    micro: int = 0             # per forward pass and rank; 0 = batch / ranks
-    lr: float = 1e-3
-    warmup: int = 100
-    decay: str = "cosine"      # or constant (published)
-    betas: tuple = (0.9, 0.99)
-    weight_decay: float = 0.0
-    clip: float = 1.0          # 0 = none (published)
-    ema: float = 0.995
-    log_every: int = 50
-    sample_every: int = 500
-    save_every: int = 250
-    max_skips: int = 0         # steps in a row whose loss or gradient is not finite that are passed over
-    profile: int = 0           # steps to profile
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, weight_decay=0.0))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(log_every=50))
     sheet: int = 8             # patches per scale on the contact sheets drawn on the way; 0 = no sheets
     made_for: str = ""         # set by train: the Summarizer, or encoder and deviations, that it learns the tokens of
 
@@ -630,7 +618,8 @@ def train(cfg):
         if cfg.model != "grid" and cfg.sheet:
             show(final, model, pyramids, SampleConfig(steps=20, n=cfg.sheet), ranks, range(pyramids.scales),
                  sheet=Path(cfg.run) / "samples" / f"{cfg.model}_{step:06d}.png")
-    done, ema = run_stage(f"{cfg.model}_", cfg, ranks, stage, dataset, cfg.steps, cfg.batch, cfg.lr, cfg.ema, export)
+    done, ema = run_stage(f"{cfg.model}_", cfg, ranks, stage, dataset, cfg.steps, cfg.batch, cfg.optim.lr,
+                          cfg.optim.ema, export)
     if ranks.rank == 0:
         if not exported:  # stopped after the last step: what is there is older
             export(done, ema)
@@ -684,7 +673,7 @@ def main(argv):
     if not cfg.run or cfg.model not in KINDS or command == "sample" and cfg.model == "grid":
         raise UserError(f"python cdm.py {command} {cfg.run} --model={cfg.model}: give a run folder, and a model of "
                         f"{', '.join(KINDS)} (grid is sampled by sample_joint.py)")
-    for name, least, most in (("steps", 1, None), ("batch", 1, None), ("side", 1, None), ("micro", 0, None),
+    for name, least, most in (("steps", 1, None), ("batch", 1, None), ("side", 1, None),
                               ("seed", 0, None), ("gap", 0, None), ("drop", 0, 1), ("shift", 0, None),
                               ("sheet", 0, None)):
         value = getattr(cfg, name, least)

@@ -193,10 +193,16 @@ def open_tensors(path, framework="pt"):
         raise UserError(f"{path} is not a complete safetensors file ({err}); copy or make it again") from err
 
 
+def load_meta(path):
+    """What `save_tensors` wrote beside the tensors, {} for a foreign file. raises: as open_tensors."""
+    with open_tensors(path) as f:
+        return json.loads((f.metadata() or {}).get("json", "{}"))
+
+
 def load_tensors(path):
     """in: a safetensors file. out: ({name: tensor}, meta). raises: as open_tensors."""
     with open_tensors(path) as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("json", "{}"))
+        return {k: f.get_tensor(k) for k in f.keys()}, load_meta(path)
 
 
 def crc32(tensors, start=0):
@@ -375,8 +381,7 @@ def check_settings(path, cfg, only=""):
     `only`) than cfg. One that did not exist then counts as its default. All ranks read the file, so all stop."""
     if not path.exists():
         return
-    with open_tensors(path) as f:
-        meta = json.loads((f.metadata() or {}).get("json", "{}"))
+    meta = load_meta(path)
     if not meta.get("settings"):
         raise UserError(f"{path} does not say what settings it belongs to, so it is none of ours: move it away")
     now, default = (GONE | _flat(json.loads(json.dumps(asdict(c)))) for c in (cfg, type(cfg)()))
@@ -405,6 +410,12 @@ class Ranks:
         """Wait for the other ranks, if there are any."""
         if self.world > 1:
             dist.barrier()
+
+    def sum(self, x):
+        """Sum a tensor over all ranks, in place. out: the tensor."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
 
 
 def setup(device="auto", amp=True, threads=0):

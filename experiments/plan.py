@@ -37,7 +37,7 @@ from experiments.cost import (
 )
 from summarizer import SLOTS, Summarizer, SummarizerConfig
 from train import Config as TrainConfig
-from train import LDMStage, ema_pairs, read_lines, update_ema
+from train import LDMStage, read_lines, update_ema
 from unet import UNet, UNetConfig
 
 
@@ -87,10 +87,10 @@ def training_step(unet, summarizer, side, batch, ranks, compiled=False):
     """A function that takes one whole training step on random samples: forward, backward, gradients of all ranks
     averaged, AdamW, EMA. in: configs, latents of `side`, samples per rank."""
     cfg = TrainConfig(unet=unet, summarizer=summarizer, batch=batch, compile=compiled)
-    net = LDMStage(cfg, 1.0, side).to(ranks.device).train()
+    net = LDMStage(cfg, side).to(ranks.device).train()
     wrapped = DistributedDataParallel(net) if ranks.world > 1 else net
     opt = torch.optim.AdamW(net.parameters(), fused=True)
-    pairs = ema_pairs({k: v.clone() for k, v in net.state_dict().items()}, net)
+    ema = {k: v.clone() for k, v in net.state_dict().items()}
     item = net.noise(0) | {"z": torch.randn(batch, unet.channels, side, side), "s": torch.ones(batch).long(),
                            "tokens": torch.randn(batch, SLOTS, summarizer.embed_dim),
                            "mask": torch.ones(batch, SLOTS, dtype=torch.bool)}
@@ -102,7 +102,7 @@ def training_step(unet, summarizer, side, batch, ranks, compiled=False):
         loss.backward()
         opt.step()
         opt.zero_grad(set_to_none=True)
-        update_ema(pairs, 0.999)
+        update_ema(ema, net, 0.999)
     return step
 
 

@@ -32,11 +32,9 @@ TINY = ["smoke", "--vae_steps=8", "--steps=6", "--batch=4", "--vae_batch=4", "--
 
 def quick(args):
     """train.main, but sheets of two patches a scale and two steps, where nothing hangs on what they show."""
-    from functools import partial
-
     import train
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "sample_sheet", partial(train.sample_sheet, n=2, show=2, steps=2))
+        patch.setattr(train, "SHEET", {"n": 2, "show": 2, "steps": 2})
         train.main(args)
 
 

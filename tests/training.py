@@ -77,8 +77,9 @@ def tiny(out, at=None, pause=0.0, bad=(), norm=True, **more):
     """Train Stage in this process, or go on with it. at: {step: function called when it begins}; norm: with statistics
     over a batch, through which one bad sample spoils the loss of all."""
     Path(out).mkdir(exist_ok=True)
-    cfg = train.Config(out=str(out), device="cpu", amp=False, threads=1, save_every=5, log_every=5, sample_every=1000,
-                       warmup=0, **more)
+    loop = train.LoopConfig(save_every=5, log_every=5, sample_every=1000, **more)
+    cfg = train.Config(out=str(out), device="cpu", amp=False, threads=1, loop=loop)
+    cfg.optim.warmup = 0
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
     torch.manual_seed(0)
     run_stage("", cfg, ranks, Stage(out, at, pause, norm), Numbers(bad), STEPS, BATCH, 0.01, 0.9)

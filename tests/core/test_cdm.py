@@ -416,8 +416,8 @@ def test_bad_input(args, says, home, toy):
 
 
 @pytest.mark.parametrize("arg", ["log_every=0", "save_every=0", "sample_every=0", "workers=-1", "betas=0.9", "lr=-1.0",
-                                 "profile=-1", "decay=foo", "drop=3.0", "ema=2.0", "max_skips=-1",
-                                 "warmup=-5", "sheet=-1", "betas=(0.9,1.5)", "threads=-1"])
+                                 "micro=-1", "decay=foo", "drop=3.0", "ema=2.0", "warmup=-5",
+                                 "sheet=-1", "betas=(0.9,1.5)", "threads=-1"])
 def test_settings_that_cannot_work(arg):
     """Refused before anything is read. catches: a traceback, or a training that goes another way than was asked."""
     with pytest.raises(UserError, match=f"--{arg.partition('=')[0]}="):

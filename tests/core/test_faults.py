@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-import training
 from training import BATCH, STEPS, by_launcher, close, codes, damage, same, seen, start, step_of, tiny, wait_for
 
 import cdm
@@ -31,12 +30,11 @@ def log(out):
 
 
 def test_nothing_happens(whole):
-    """It learns, sees every sample once, in order, and its log says what the hardware did."""
+    """It learns, sees every sample once, in order, and its log says how fast."""
     rows = log(whole)
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"] and [r["step"] for r in rows] == list(range(5, STEPS + 1, 5))
     assert seen(whole) == {s: list(range(s * BATCH, (s + 1) * BATCH)) for s in range(STEPS)}
-    for row in rows:
-        assert 0 <= row["peak_share"] and 0 <= row["wait_share"] <= 1 and row["gb"] > 0.05 and row["img_s"] > 0
+    assert all(row["img_s"] > 0 for row in rows)
     assert sorted(p.name for p in whole.glob("state*")) == ["state.1.safetensors", "state.safetensors"]
     assert (step_of(whole / "state.safetensors"), step_of(whole / "state.1.safetensors")) == (STEPS, STEPS - 5)
 
@@ -52,9 +50,7 @@ def test_sigkill(whole, tmp_path):
         assert codes(process) == [-signal.SIGKILL]
     tiny(tmp_path)
     assert same(whole / "state.safetensors", path) and seen(tmp_path) == seen(whole)
-    drop = {"img_s", "peak_share", "wait_share", "gb"}
-    assert [{k: v for k, v in r.items() if k not in drop} for r in log(tmp_path)] == [
-        {k: v for k, v in r.items() if k not in drop} for r in log(whole)]
+    assert [r | {"img_s": 0} for r in log(tmp_path)] == [r | {"img_s": 0} for r in log(whole)]
 
 
 def test_sigterm_to_all_processes_of_a_job(whole, tmp_path):
@@ -216,61 +212,9 @@ def test_gradient_that_is_not_finite(tmp_path, monkeypatch):
             params[0].grad[0, 0] = float("inf")
         return real(params, most)
     monkeypatch.setattr(loop.torch.nn.utils, "clip_grad_norm_", broken)
-    with pytest.raises(UserError, match=r"gradient is no longer finite at step 7, on samples 24-27 of"):
+    with pytest.raises(UserError, match=r"gradient is no longer finite at step 7, on samples 24, 25, 26, 27 of"):
         tiny(tmp_path)
     assert step_of(tmp_path / "state.safetensors") == 5
-
-
-def test_steps_that_are_skipped(whole, tmp_path, capsys):
-    """Two in a row may pass, three may not. A skipped step leaves weights, moments and statistics as they were."""
-    kept = {}
-
-    def look(step):
-        def at():
-            kept[step] = {k: v.clone() for k, v in stage.state_dict().items()}
-        return at
-    real = training.Stage
-
-    def keeps(*args):
-        nonlocal stage
-        stage = real(*args)
-        return stage
-    stage = None
-    training.Stage = keeps
-    try:
-        tiny(tmp_path, {s: look(s) for s in (9, 11, 12)}, bad=(36, 43), max_skips=2)  # steps 9 and 10, from 0
-    finally:
-        training.Stage = real
-    for k, v in kept[9].items():
-        assert torch.equal(v, kept[11][k]) or k.endswith("tracked"), k
-    assert not torch.equal(kept[11]["last.weight"], kept[12]["last.weight"])
-    said, rows = capsys.readouterr().out, log(tmp_path)
-    assert "at step 10, on samples 36-39 of the data set: skipped" in said and "at step 11, on samples 40-43" in said
-    assert [r.get("skipped") for r in rows] == [None, 1, 2, 2, 2, 2, 2, 2] and rows[-1]["loss"] < 0.6 * rows[0]["loss"]
-    for k, v in load_tensors(tmp_path / "state.safetensors")[0].items():
-        assert v.isfinite().all(), k
-        assert not k.endswith(".step") or v == STEPS - 2
-    with pytest.raises(UserError, match="at step 12, on samples 44-47 of"):
-        tiny(tmp_path / "three", bad=(36, 43, 44), max_skips=2)
-
-
-@pytest.mark.parametrize("stage, says", [("ldm", "--vae_weights="), ("cdm", r"moving cdm_state\*.safetensors away$")])
-def test_advice_is_of_options_that_there_are(stage, says, tmp_path):
-    """python cdm.py train has neither --out nor --vae_lr, and its batch is --batch."""
-    net, alone = torch.nn.Linear(1, 1), setup("cpu")
-    watch = loop.Watch(net, tmp_path, stage, 2, 0, alone)
-    watch.begin()
-    watch.judge(0, torch.tensor(float("inf")), [])
-    with pytest.raises(UserError, match=says):
-        watch.read(0)
-    cfg = cdm.Config(micro=2)
-    cfg.out = tmp_path
-    with pytest.raises(UserError, match="change --batch or --micro"):
-        loop.run_stage("cdm_", cfg, alone, net, None, 1, 3, 0.1)
-    path = tmp_path / "cdm_state.safetensors"
-    save_tensors(path, {}, {"settings": {"lr": 2.0}})
-    with pytest.raises(UserError, match=r"\(lr\).* move cdm_state\*.safetensors away to start afresh"):
-        state.check_settings(path, cfg)
 
 
 def test_a_foreign_file_in_place_of_ours(tmp_path):
@@ -281,12 +225,12 @@ def test_a_foreign_file_in_place_of_ours(tmp_path):
         state.check_settings(tmp_path / "vae.safetensors", Config(), "vae")
 
 
-def test_profile(tmp_path):
-    tiny(tmp_path, profile=2)
-    text = (tmp_path / "profile.txt").read_text()
-    assert "Self CPU" in text and "aten::addmm" in text
-    assert step_of(tmp_path / "state.safetensors") == STEPS
-
-
-def test_spans():
-    assert loop.spans([3, 7, 8, 9, 12]) == "3, 7-9, 12" and loop.spans(range(4, 8)) == "4-7"
+def test_a_batch_that_does_not_divide_names_the_option(tmp_path):
+    """python cdm.py train has --batch alone."""
+    cfg = cdm.Config()
+    cfg.out, cfg.loop.micro = tmp_path, 2
+    with pytest.raises(UserError, match="change --batch or --micro"):
+        loop.run_stage("cdm_", cfg, setup("cpu"), torch.nn.Linear(1, 1), None, 1, 3, 0.1)
+    save_tensors(path := tmp_path / "cdm_state.safetensors", {}, {"settings": {"lr": 2.0}})
+    with pytest.raises(UserError, match=r"\(lr\).* move cdm_state\*.safetensors away to start afresh"):
+        state.check_settings(path, cfg)

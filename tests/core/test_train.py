@@ -19,6 +19,7 @@ import train as runlog
 from common import Ranks, UserError, load_tensors, save_tensors
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM
+from experiments import plot
 from experiments.workshop import CNNSummarizer
 from slides.keys import start_unet, unet_name
 from unet import UNet, UNetConfig
@@ -37,7 +38,7 @@ def test_run_folder(run):
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     assert all(len(r["by_scale"]) == 3 and len(r["by_t"]) == 4 for r in rows)
     for row in (*rows, *log(run, "vae")):
-        assert 0 < row["peak_share"] and 0 <= row["wait_share"] <= 1 and row["gb"] > 0.05 and row["grad"] > 0, row
+        assert row["img_s"] > 0 and row["grad"] > 0, row
     model = ZoomLDM.from_run(run)
     assert model.latent_scale == pytest.approx(load_tensors(run / "vae.safetensors")[1]["latent_scale"])
     assert model.info["encoder"] == "stats" and model.summarizer.cfg.scales == 3
@@ -116,15 +117,15 @@ def test_settings_that_did_not_exist_yet_had_their_default(run, tmp_path):
     state.check_settings(path, cfg)  # no file: nothing to compare
     save_tensors(path, {}, {"settings": stored})
     state.check_settings(path, cfg)
-    for inside, name in ((stored["summarizer"], "kind"), (stored["unet"], "heads"), (stored, "clip")):
+    for inside, name in ((stored["summarizer"], "kind"), (stored["unet"], "heads"), (stored["optim"], "clip")):
         del inside[name]
         save_tensors(path, {}, {"settings": stored})
         state.check_settings(path, cfg)
     for key, value in (("summarizer.kind", "cnn"), ("clip", 2.0), ("unet.width", 8)):
         other = train.configure(train.Config, [*TINY, f"--data={run}", f"--{key}={value}"], train.PRESETS, ("preset",))
-        with pytest.raises(UserError, match=rf"other settings \({key}\)"):
+        with pytest.raises(UserError, match=rf"other settings \(.*{key}\)"):
             state.check_settings(path, other)
-    other.unet.width, other.unet.checkpoint, other.max_skips = cfg.unet.width, True, 3
+    other.unet.width, other.unet.checkpoint, other.loop.micro = cfg.unet.width, True, 3
     state.check_settings(path, other)  # these change nothing
     del stored["unet"]["width"]  # now 16, by default 192
     save_tensors(path, {}, {"settings": stored})
@@ -163,9 +164,9 @@ def test_each_stage_overfits_one_batch():
     coarse = torch.randn(4, 3, 4, 4, generator=g).clamp(-1, 1)
     x = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")
     vae, ranks = train.VAEStage(cfg, x), Ranks(0, 1, torch.device("cpu"), None)
-    ldm = train.LDMStage(cfg, 1.0, 8)
+    ldm = train.LDMStage(cfg, 8)
     cfg.summarizer.kind = "cnn"
-    cnn = train.LDMStage(cfg, 1.0, 8)
+    cnn = train.LDMStage(cfg, 8)
     z, s = torch.randn(8, 3, 8, 8, generator=g), torch.zeros(8, dtype=torch.long)
     tokens, mask = torch.randn(8, 64, 12, generator=g), torch.ones(8, 64, dtype=torch.bool)
     conditions = {"z": z, "tokens": tokens, "mask": mask, "s": s}
@@ -179,7 +180,7 @@ def test_each_stage_overfits_one_batch():
             opt.step()
             opt.zero_grad()
             net.after_step(step + 1, ranks)
-            losses.append(float(values["rec" if net is vae else "loss"].mean()))
+            losses.append(float(values["loss"].mean()))
         assert sum(losses[-5:]) / 5 < want * sum(losses[:3]) / 3, (type(net).__name__, losses[:3], losses[-3:])
 
 
@@ -224,7 +225,6 @@ def test_evaluation_table(run, tmp_path, capsys):
     (["smoke", "--stepz=3"], "--stepz"),
     (["smoke", "--steps=many"], "expected int"),
     (["gpu24", "--data=/nowhere"], "no index.json"),
-    (["smoke", "--plot=/nowhere"], "no log"),
     (["smoke", "--batch=0"], "at least 1"),
     (["smoke", "--seed=-1"], "at least 0"),
     (["smoke", "--pred=z"], "known are eps"),
@@ -232,7 +232,7 @@ def test_evaluation_table(run, tmp_path, capsys):
     (["smoke", "--betas=0.9"], "two numbers"),
     (["smoke", "--vae.mult=1,2"], "three levels"),
     (["smoke", "--unet.positions=8"], "the same number"),
-    (["smoke", "--summarizer=cnm"], "--summarizer=cnm: known are transformer, cnn"),
+    (["smoke", "--summarizer=cnm"], "--kind=cnm: known are transformer, cnn"),
     (["smoke", "--summarizer=cnn", "--summarizer.side=48", "DATA"], "side=48"),
     (["smoke", "--only_scale=9", "DATA"], "only_scale=9 does not fit"),
     (["smoke", "--unet.heads=3", "DATA"], "unet.heads"),
@@ -263,7 +263,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(toy, run, tmp_pa
     def explodes(step, *args):
         return float("inf") if step == 4 else real(step, *args)
     monkeypatch.setattr(loop, "lr_at", explodes)
-    with pytest.raises(UserError, match="loss is no longer finite at step 6, on samples 20-23 of"):
+    with pytest.raises(UserError, match="loss is no longer finite at step 6, on samples 20, 21, 22, 23 of"):
         quick([*TINY, f"--data={toy}", f"--out={tmp_path}", vae_of(run, tmp_path)])
     tensors, meta = load_tensors(tmp_path / "state.safetensors")
     assert meta["step"] == 3 and all(torch.isfinite(v).all() for v in tensors.values() if v.is_floating_point())
@@ -276,7 +276,7 @@ def test_no_steps_trains_the_vae_alone(toy, tmp_path):
 
 def test_plot_draws_the_log(run):
     pytest.importorskip("matplotlib")
-    train.main([f"--plot={run}"])
+    plot.main([str(run)])
     assert (run / "log.png").stat().st_size > 10_000
 
 
@@ -285,7 +285,7 @@ def test_vae_of_another_run(toy, run, tmp_path):
     assert same(run / "vae.safetensors", tmp_path / "vae.safetensors")
 
 
-PLAIN = ["--unet.positions=0", "--summarizer.positions=0", "--unet.groups=32", "--unet.width=32"]  # as published
+PLAIN = ["--pred=eps", "--unet.positions=0", "--summarizer.positions=0", "--unet.groups=32", "--unet.width=32"]
 
 
 def cin256():
@@ -350,7 +350,7 @@ def test_a_start_that_does_not_fit(toy, run, tmp_path):
     args = [*TINY, *PLAIN, f"--data={toy}", f"--out={tmp_path / 'a'}", f"--vae_weights={run}"]
     for more, says in (([f"--init_from={bad}"], "1 missing: model.diffusion_model.out.2.bias"),
                        ([f"--init_from={good}", "--unet.width=64"], "of another shape"),
-                       ([f"--init_from={good}", "--unet.groups=16"], "unet.groups=16, which weights do not show")):
+                       ([f"--init_from={good}", "--unet.groups=16"], "weights do not show heads and groups")):
         with pytest.raises(UserError, match=says):
             quick([*args, *more])
     assert not (tmp_path / "a").exists()
@@ -476,7 +476,7 @@ def test_every_preset_builds():
         cfg = train.configure(train.Config, [name], train.PRESETS, ("preset",))
         cfg.unet.context_dim = cfg.summarizer.width
         with torch.device("meta"):
-            net = train.LDMStage(cfg, 1.0, 64)
+            net = train.LDMStage(cfg, 64)
         n = sum(p.numel() for p in net.parameters())
         if name in ("brca", "naip"):
             assert n == 400_920_579 + (38_656_000 if name == "brca" else 38_653_952) and cfg.vae == VAEConfig()
@@ -539,13 +539,3 @@ def test_dead_codes_are_told(capsys):
     assert "step 150: only 6 of 64 codes were used" in said and said.count("codes were used") == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, whose waits can be forbidden")
-def test_no_wait_for_the_device_between_log_lines(tmp_path, monkeypatch):
-    """Any copy or read that makes the host wait raises, from the fourth step on. Catches: .item(), .tolist()."""
-    from training import BATCH, Numbers, Stage
-    modes = {3: lambda: torch.cuda.set_sync_debug_mode("error"), 30: lambda: torch.cuda.set_sync_debug_mode("default")}
-    cfg = train.Config(out=str(tmp_path), device="cuda", log_every=35, save_every=35, sample_every=35, max_skips=1)
-    stage = Stage(tmp_path, modes)
-    stage.quiet = True
-    loop.run_stage("", cfg, train.setup("cuda"), stage, Numbers(), 35, BATCH, 0.01, 0.9)
-    assert len(log(tmp_path)) == 1
