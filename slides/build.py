@@ -1,8 +1,8 @@
 """Slides, aerial tiles and photos -> pyramids on disk: `python data.py build`, from one picture to thousands of slides.
 
-Worker processes read and decode strips of base tiles and embed them, unless a GPU does; this process halves them into
-the coarser scales and writes one file per image, whole or not at all. The same command goes on where it stopped. An
-image that cannot be read is named and passed over; the exit code is 1 in the end. Memory: a few strips.
+Worker processes read strips of base tiles and embed them, unless a GPU does; this one halves them into the coarser
+scales and writes one file per image, whole or not at all. The same command goes on where it stopped. An image that
+cannot be read is named and passed over; the exit code is 1 in the end. Memory: a few strips.
 
 in:  images, a folder, a pattern or a CSV   out: what data.py describes; masks/*.png, where tissue was found
 run: python data.py build --images=SLIDES --out=data/mine --mpp=0.5 --tissue=0.2     20x patches that show tissue
@@ -12,20 +12,15 @@ read next: data.py
 import glob
 import os
 import random
+import re
 import sys
 import time
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import groupby
-from multiprocessing import get_context
 from pathlib import Path
-from time import perf_counter as clock
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -36,20 +31,19 @@ from data import begin, finish, finished, write_slide
 from slides.encoders import Stats, embed, load_encoder
 from slides.official import read_features
 from slides.reader import MAX_PIXELS
-from slides.strips import ahead, image_jobs, opened, plan, start
+from slides.strips import ahead, image_jobs, opened, plan, workers
 
 PARALLEL = 2**23  # pixels from which worker processes are worth the seconds they take to start
-KINDS = "reading", "decoding", "embedding", "writing"  # of work
+FREE = "out", "max_pixels", "device", "holdout", "workers", "shard"  # settings that change nothing in a file
 DARK = 3          # of 255; corners without data are black, but for what compression leaves
 
 
 @dataclass
 class Config:
-    images: str = ""              # an image, a folder and all below it, a pattern in quotes ("s/*.svs"), or a CSV
-    #                               with columns path, mpp (of its pixels), split (train or test)
+    images: str = ""              # an image, a folder and all below it, a pattern in quotes, or a CSV: path, mpp, split
     out: str = ""                 # folder to write
-    mpp: float | None = None      # micrometres per base pixel: 0.5 = 20x, 1e6 = 1 m. Finer images are reduced to it; if
-    #                               one does not say its own, it is taken to have it. None = pixels as they are
+    mpp: float | None = None      # micrometres per base pixel: 0.5 = 20x, 1e6 = 1 m. Finer images are reduced to it,
+    #                               those that do not say their own are taken to have it. None = pixels as they are
     encoder: str = Stats.name     # see slides/encoders.py
     weights: str | None = None    # its weights, if it has any
     features: str = ""            # embeddings of that encoder made by CLAM or TRIDENT: NAME.h5, or a folder of them
@@ -58,8 +52,7 @@ class Config:
     tissue: float = 0.0           # leave out patches with less than this share of tissue (try 0.2), 0 = keep all
     background: float = 0.0       # leave out patches whose grey levels deviate less than this (try 5), 0 = keep all
     nodata: float = 0.05          # leave out patches with more than this share of black, as corners of aerial tiles
-    cut: str = ""                 # 3x2: cut every image into 3 columns x 2 rows, each an image of its own, so that of
-    #                               one slide too a part is held out
+    cut: str = ""                 # 3x2: make 3 columns x 2 rows of every image: a part of one slide is held out
     holdout: float = 0.1          # fraction of the images held out, if there are at least 5, and no column split
     max_pixels: int = MAX_PIXELS  # refuse larger images of kinds that unpack as a whole
     workers: int = 0              # processes that read; 0 = one per core up to 8, none for a few small images
@@ -69,71 +62,53 @@ class Config:
 
 # ----- 1. One image -----
 
-def output(cfg, job):
-    return Path(cfg.out) / f"{job.name.replace('/', '__')}.safetensors"
-
-
-def failure(cfg, job):
-    """The file that says why an image failed: other shards need not wait for it."""
-    return output(cfg, job).with_suffix(".failed.txt")
+def output(cfg, job, ending=".safetensors"):
+    """The file of an image. What ends in .failed.txt says why there is none: other shards need not wait for it."""
+    return Path(cfg.out) / (job.name.replace("/", "__") + ending)
 
 
 class Picture:
     """What write_slide asks of one image: strips of pixels, their embeddings, which patches stay.
 
-    in:  group, (job, future) of its tasks; given, embeddings made elsewhere (Gh,Gw,E), and there (Gh,Gw), which tiles
-    have one; tissue, the share of each base tile. left counts patches left out by reason; bad, the damaged base tiles.
-    """
+    in:  group, (job, future) of its tasks; tissue, the share of each base tile (Gh,Gw); given, embeddings made
+    elsewhere (Gh,Gw,E), and there (Gh,Gw), which tiles have one. left counts patches left out by reason."""
 
     def __init__(self, run, job, group, tissue, given, there):
         self.run, self.cfg, self.job, self.group = run, run.cfg, job, group
-        self.tissue, self.there = tissue, there
-        self.rows = deque() if given is None else deque(given)                 # (Gw,E) each, of the rows to come
-        self.bad, self.left, self.elsewhere = {}, Counter(), 0.0               # seconds that are not spent writing
+        self.tissue, self.there, self.rows = tissue, there, deque(given)       # rows: embeddings to come, (Gw,E) each
+        self.bad, self.left = {}, Counter()
 
     def strips(self):
-        P, grid_width = self.cfg.patch, self.job.size[0] // self.cfg.patch
+        P = self.cfg.patch
         for _, future in self.group:
-            begun = clock()
             pixels, e, bad, seconds = future.result()
-            self.elsewhere += clock() - begun
             self.run.spent.update(seconds)
             self.bad.update(bad)
-            if e is not None:
-                self.rows.extend(torch.from_numpy(e).split(grid_width))
+            self.rows.extend([] if e is None else torch.from_numpy(e).split(self.job.size[0] // P))
             for k in range(0, len(pixels), P):
                 yield pixels[k:k + P]                                          # (P,W,3)
-                self.run.progress(self.job)
+                self.run.bar.update()
 
     def embed_row(self, tiles):
-        if self.rows:
-            return self.rows.popleft()
-        begun = clock()
-        e = embed(self.run.encoder, tiles, self.cfg.device)
-        self.elsewhere += clock() - begun
-        self.run.spent["embedding"] += clock() - begun
-        return e
+        return self.rows.popleft() if self.rows else embed(self.run.encoder, tiles, self.cfg.device)
 
     def keep(self, s, i, j, tile):
-        why = self.against(s, i, j, tile)
-        if why:
-            self.left[why] += 1
-        return not why
-
-    def against(self, s, i, j, tile):
-        """Why patch (i,j) of scale s is left out; "" if it stays."""
-        cfg, under = self.cfg, np.s_[i << s:(i + 1) << s, j << s:(j + 1) << s]  # the base tiles below it
-        step = max(1, len(tile) // 64)
-        dark = (tile[::step, ::step] <= DARK).all(-1)                          # a few pixels are enough to tell
+        cfg, under = self.cfg, np.s_[i << s:(i + 1) << s, j << s:(j + 1) << s]  # the base tiles below the patch
+        some = tile[::max(1, len(tile) // 64), ::max(1, len(tile) // 64)]      # enough pixels to tell black
         if any((a >> s, b >> s) == (i, j) for a, b in self.bad):
-            return "damaged"
-        if dark.mean() > cfg.nodata:
-            return "without data"
-        if self.tissue is not None and self.tissue[under].mean() < cfg.tissue:
-            return "without tissue"
-        if self.there is not None and not self.there[under].all():
-            return "not embedded"
-        return "plain" if cfg.background and tile.mean(-1).std() < cfg.background else ""
+            why = "damaged"
+        elif (some <= DARK).all(-1).mean() > cfg.nodata:
+            why = "without data"
+        elif self.tissue is not None and self.tissue[under].mean() < cfg.tissue:
+            why = "without tissue"
+        elif self.there is not None and not self.there[under].all():
+            why = "not embedded"
+        elif cfg.background and tile.mean(-1).std() < cfg.background:
+            why = "plain"
+        else:
+            return True
+        self.left[why] += 1
+        return False
 
 
 def embedded(cfg, job):
@@ -157,17 +132,15 @@ def build_one(run, job, group):
     cfg, out, (w, h) = run.cfg, output(run.cfg, job), job.size
     for stale in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):           # of a run that was killed
         stale.unlink(missing_ok=True)
-    failure(cfg, job).unlink(missing_ok=True)
-    tissue = given = there = None
+    output(cfg, job, ".failed.txt").unlink(missing_ok=True)
+    tissue = None
     if cfg.tissue:
         tissue, mask = next(group)[1].result()                                 # (Gh,Gw), (h,w)
         save_png(Path(cfg.out) / "masks" / f"{out.stem}.png", mask)
-    if cfg.features:
-        _, given, there = embedded(cfg, job)
-    picture, begun = Picture(run, job, group, tissue, given, there), clock()
+    _, given, there = embedded(cfg, job) if cfg.features else (job, (), None)
+    picture = Picture(run, job, group, tissue, given, there)
     meta = {"source": run.source, "bytes": job.path.stat().st_size, "size": [h, w]}
     counts = write_slide(out, picture.strips(), picture.embed_row, cfg.patch, cfg.scales, meta, picture.keep)
-    run.spent["writing"] += clock() - begun - picture.elsewhere
     run.left.update(picture.left)
     others = "".join(f", {n} {why}" for why, n in sorted(picture.left.items()) if why != "plain")
     tqdm.write(f"{job.name}: {w} x {h}, pixels {job.note}, kept {counts} patches; dropped {w % cfg.patch} columns, "
@@ -184,21 +157,17 @@ class Run:
     def __init__(self, cfg, jobs, index):
         self.cfg, self.jobs, self.source = cfg, jobs, index["source"]
         self.encoder = None if cfg.features else load_encoder(cfg.encoder, index["std"], cfg.weights, cfg.device)
-        self.on_cpu = None if cfg.features or cfg.device != "cpu" else (cfg.encoder, tuple(index["std"]), cfg.weights)
-        self.there, self.built, self.failed = [], [], {}                       # jobs, jobs, {name: why}
-        self.left, self.spent, self.rows = Counter(), Counter(), Counter()     # patches, seconds; strips by image
-        self.bar = None
+        in_workers = self.encoder and cfg.device == "cpu"
+        self.on_cpu = (cfg.encoder, tuple(index["std"]), cfg.weights) if in_workers else None
+        self.there, self.built, self.failed = 0, [], {}                        # images, jobs, {name: why}
+        self.left, self.spent, self.bar = Counter(), Counter(), None           # patches, seconds of processes
 
     def fail(self, job, err):
         self.failed[job.name] = str(err)
         if Path(self.cfg.out).is_dir():
-            write_text(failure(self.cfg, job), f"{err}\n")
+            write_text(output(self.cfg, job, ".failed.txt"), f"{err}\n")
         if len(self.jobs) == 1:
             raise err
-
-    def progress(self, job):
-        self.rows[job.name] += 1
-        self.bar.set_postfix_str(f"{job.name} {self.rows[job.name] / (job.size[1] // job.patch):.0%}")
 
     def planned(self, jobs):
         """The jobs that are still to do, with their sizes."""
@@ -206,7 +175,7 @@ class Run:
         for job in jobs:
             size = job.path.stat().st_size if job.path.is_file() else 0
             if finished(output(cfg, job), cfg.scales, {"source": self.source, "bytes": size}):
-                self.there.append(job)
+                self.there += 1
                 continue
             try:
                 job = plan(job, cfg.mpp, cfg.patch, cfg.max_pixels)
@@ -219,11 +188,12 @@ class Run:
         """Build the jobs, worker processes a few strips ahead."""
         dropped, many = set(), sum(job.size[0] * job.size[1] for job in todo) > PARALLEL
         n = self.cfg.workers or (min(8, os.cpu_count() or 1) if many else 0)
-        self.bar = tqdm(total=len(todo), unit="image", disable=None)
+        self.bar = tqdm(total=sum(job.size[1] // job.patch for job in todo), unit="strip", disable=None)
         with self.bar, workers(n) as submit:
-            begun = clock()
+            begun = time.perf_counter()
             stream = ahead(todo, dropped, self.on_cpu, self.cfg.tissue, submit, 2 * n)
             for job, group in groupby(stream, lambda x: x[0]):
+                self.bar.set_postfix_str(f"{job.name}, image {todo.index(job) + 1} of {len(todo)}")
                 try:
                     build_one(self, job, group)
                     self.built.append(job)
@@ -232,74 +202,44 @@ class Run:
                     for _ in group:  # noqa: B031 - what was submitted already
                         pass
                     self.fail(job, err)
-                self.bar.update()
-            self.spent["all"] = clock() - begun
+            self.seconds = time.perf_counter() - begun
 
     def report(self):
-        """The table in the end: patches per scale and those left out, failures, and where the time went."""
-        cfg, done = self.cfg, self.built + self.there
-        print(f"{len(self.built)} images built, {len(self.there)} there before, {len(self.failed)} failed")
-        print(f"{'scale':>12}{'patches':>12}{'images':>12}")
-        counts = [finished(output(cfg, job), cfg.scales)[0] for job in done]
-        for s in range(cfg.scales if done else 0):
-            print(f"{s:>12}{sum(n[s] for n in counts):>12}{sum(n[s] > 0 for n in counts):>12}")
+        """The summary in the end: patches left out, failures, and where the time went; `finish` tells what is there."""
+        print(f"{len(self.built)} images built, {self.there} there before, {len(self.failed)} failed")
         print("left out: " + (", ".join(f"{n} {why}" for why, n in sorted(self.left.items())) or "none"))
-        tiles = sum((job.size[0] // cfg.patch) * (job.size[1] // cfg.patch) for job in self.built)
+        P = self.cfg.patch
+        tiles = sum((job.size[0] // P) * (job.size[1] // P) for job in self.built)
         if tiles:
-            seconds = self.spent.pop("all")
-            work = max(1e-9, sum(self.spent.values()))
-            shares = ", ".join(f"{kind} {self.spent[kind] / work:.0%}" for kind in KINDS)
-            megabytes = tiles * 3 * cfg.patch**2 / 1e6
-            print(f"{tiles} base tiles in {seconds:.1f} s: {tiles / seconds:.0f} a second, {megabytes / seconds:.0f} "
-                  f"MB of pixels a second; {shares} of the work")
+            speed, work = tiles / self.seconds, max(1e-9, sum(self.spent.values()))
+            shares = ", ".join(f"{kind} {seconds / work:.0%}" for kind, seconds in self.spent.items())
+            print(f"{tiles} base tiles in {self.seconds:.1f} s: {speed:.0f} a second, {speed * 3 * P**2 / 1e6:.0f} MB "
+                  f"of pixels a second; {shares} of the workers' time")
         for name, why in self.failed.items():
             print(f"failed: {why}" if name in why else f"failed: {name}: {why}")
 
 
-@contextmanager
-def workers(n):
-    """Yield submit(task) -> future of n processes; of none, a task is done here, when its result is asked for."""
-    threads = torch.get_num_threads()
-    try:
-        if n:
-            with ProcessPoolExecutor(n, get_context("spawn"), start, (os.getpid(),)) as pool:  # torch survives no fork
-                list(pool.map(time.sleep, [0.01] * n))                         # started, before the clock is
-                yield pool.submit
-        else:
-            torch.set_num_threads(1)                                           # as workers have: the same bytes
-            yield lazily
-    except BrokenProcessPool as err:
-        raise UserError("a worker process was killed, as when memory runs out: run the same command with fewer "
-                        "--workers, it goes on where it stopped") from err
-    finally:
-        torch.set_num_threads(threads)
-
-
-def lazily(task):
-    return SimpleNamespace(result=task)
-
-
 def sample_tiles(cfg, jobs):
     """2,048 training tiles, as (n,3,P,P), from up to 16 images that can be read: to measure deviations on."""
-    rng, chosen, errors, P = random.Random(0), [], [], cfg.patch
+    rng, used, P, error = random.Random(0), 0, cfg.patch, f"--images={cfg.images}: all are held out, none to train on"
     train = [job for job in jobs if job.split == "train"]
     for job in rng.sample(train, len(train)):
         try:
             job = plan(job, cfg.mpp, P, cfg.max_pixels)
-            opened(job).read(0, 0, P, P, cfg.mpp)                              # unpacks it, if it must
-            chosen.append(job)
+            slide, gw, gh = opened(job), job.size[0] // P, job.size[1] // P
+            slide.read(0, 0, P, P, cfg.mpp)                                    # unpacks it, if it must
         except UserError as err:
-            errors.append(err)
-        if len(chosen) == 16:
-            break
-    if not chosen:
-        raise errors[0] if errors else UserError(f"--images={cfg.images}: all images are held out, none to train on")
-    for job in chosen:
-        slide, gw, n = opened(job), job.size[0] // P, job.size[1] // P
-        at = rng.sample(range(gw * n), min(gw * n, 2048 // len(chosen)))
+            error = err
+            continue
+        at = rng.sample(range(gw * gh), min(gw * gh, 2048 // min(16, len(train))))
         for first in range(0, len(at), 16):
             tiles = [slide.read(k % gw * P, k // gw * P, P, P, cfg.mpp) for k in at[first:first + 16]]
             yield torch.from_numpy(np.stack(tiles)).movedim(-1, 1) / 255       # (n,3,P,P)
+        used += 1
+        if used == 16:
+            return
+    if not used:
+        raise UserError(str(error))
 
 
 def deviations(cfg, jobs):
@@ -315,16 +255,16 @@ def listing(cfg, jobs):
     lines, missing = [], 0
     for job in jobs:
         file = output(cfg, job)
-        if file.exists():
-            counts, meta = finished(file, cfg.scales)
-            lines.append(dict(name=job.name, file=file.name, split=job.split, size=meta["size"], counts=counts))
+        done = finished(file, cfg.scales)                                      # patches per scale, meta data
+        if done:
+            lines.append(dict(name=job.name, file=file.name, split=job.split, size=done[1]["size"], counts=done[0]))
         else:
-            missing += not failure(cfg, job).exists()
+            missing += not output(cfg, job, ".failed.txt").exists()
     return lines, missing
 
 
 def check(cfg):
-    """Hold the settings against what they may be. raises: UserError."""
+    """out: i and n of --shard; (columns, rows) of --cut. raises: UserError if a setting is not what it may be."""
     at_least(cfg, patch=16, scales=1, max_pixels=1, workers=0, background=0)
     if cfg.patch % 16 or not (0 <= cfg.holdout < 1 and 0 <= cfg.tissue <= 1 and 0 <= cfg.nodata <= 1):
         raise UserError(f"got --patch={cfg.patch} --holdout={cfg.holdout} --tissue={cfg.tissue} --nodata={cfg.nodata}: "
@@ -334,37 +274,26 @@ def check(cfg):
     if cfg.features and (cfg.encoder == Stats.name or cfg.weights or cfg.tissue or cfg.cut):
         raise UserError(f"--features={cfg.features}: say which encoder made them, --encoder=uni, and give no "
                         f"--weights, no --tissue and no --cut: tiles without embedding are left out, and images whole")
-
-
-def pair(text, sign, says):
-    """in: "3x2", "x". out: (3, 2). raises: UserError, as `says` tells, if it is no such pair of numbers."""
-    a, _, b = text.partition(sign)
-    if not (a.isdigit() and b.isdigit() and int(b)):
-        raise UserError(says)
-    return int(a), int(b)
+    shard = cfg.shard or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+    i, n = re.fullmatch(r"(\d+)/(\d+)|.*", shard).groups(-1)
+    if not 0 <= int(i) < int(n):
+        raise UserError(f"--shard={cfg.shard}: write i/n, as 0/4 to 3/4 for four parts")
+    cut = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", cfg.cut or "1x1")
+    if not cut:
+        raise UserError(f"--cut={cfg.cut}: write columns x rows, as 3x2")
+    return int(i), int(n), (int(cut[1]), int(cut[2]))
 
 
 def build(argv):
     """Cut images into pyramids. raises: UserError; SystemExit(1) in the end if some of several images failed."""
     cfg = configure(Config, argv, doc=__doc__)
-    check(cfg)
-    rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    says = f"--shard={cfg.shard}: write i/n, as 0/4 to 3/4 for four parts"
-    shard, shards = pair(cfg.shard or f"{rank}/{ranks}", "/", says)
-    columns, lines = pair(cfg.cut or "1x1", "x", f"--cut={cfg.cut}: write columns x rows, as 3x2")
-    if shard >= shards or not columns:
-        raise UserError(says if columns else f"--cut={cfg.cut}: write columns x rows, as 3x2")
+    shard, shards, cut = check(cfg)
     if cfg.device == "cuda":
         cfg.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    jobs = image_jobs(cfg.images, cfg.out, cfg.holdout, (columns, lines))
+    jobs = image_jobs(cfg.images, cfg.out, cfg.holdout, cut)
     mine = jobs[shard::shards]
     print(f"reading {len(mine)} images from {cfg.images}, writing to {cfg.out}")
-    source = {"command": "build"} | asdict(cfg)
-    for key in ("out", "max_pixels", "device", "holdout", "workers", "shard"):  # they change nothing in a file
-        del source[key]
-    for key in ("features", "cut"):                                            # older than these, a set lacks them
-        if not source[key]:
-            del source[key]
+    source = {"command": "build"} | {key: value for key, value in asdict(cfg).items() if key not in FREE}
     index = begin(cfg.out, cfg.patch, cfg.encoder, source, asdict(Config()), partial(deviations, cfg, jobs))
     run = Run(cfg, jobs, index)
     todo = run.planned(mine)
@@ -376,7 +305,7 @@ def build(argv):
         print(f"{missing} images are left to other shards: the last to end lists all in index.json")
     elif lines:
         finish(cfg.out, index, lines)
-    if ranks != "1":                                                           # torchrun ends all ranks when one fails
+    if os.environ.get("WORLD_SIZE", "1") != "1":                               # torchrun ends all ranks when one fails
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -8,10 +8,8 @@ in:  a file   out: Slide, with .size .mpp .levels and .read(x, y, w, h, mpp) -> 
 run: python -m slides.reader FILE [--mpp=0.5] [--out=view.png]     what is in it, and a small view
 read next: slides/build.py
 """
-import time
-from collections import OrderedDict
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import ceil
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from slides.tiff import (MODES, Level, decode, directories, halved_chroma, level
                          steps, text, tiled)
 
 MAX_PIXELS = 178_956_970  # of an image that must be decoded as a whole: 0.7 GB in Pillow
-CACHE = 2**25             # bytes of decoded tiles that a slide keeps; openslide keeps as many
+CACHE = 2**25             # bytes of decoded tiles kept, of each level; openslide keeps as many
 NEAR = 1.05               # resolutions this close count as the same: scanners differ by more, and resampling would blur
 BLOCK = 1024              # pixels of the finer level, in x and y, that are reduced at a time
 VENDORS = {".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}  # left to openslide
@@ -49,21 +47,23 @@ class Slide:
     Attributes: path; size (w,h) of level 0; mpp, micrometres per pixel of level 0, None if unknown; said, whether the
     file or the user told it; levels, of tiff.Level; scanned, whether a slide scanner made it; damaged, None or a list
     to which tiles that cannot be decoded are added as (box (x0,y0,x1,y1) in level-0 pixels, why), while white stands
-    for them; room, bytes of decoded tiles to keep; waited, seconds spent reading bytes.
-    """
+    for them."""
 
     def __init__(self, path, levels, mpp=None, scanned=False, file=None, damaged=None):
         self.path, self.levels, self.size = path, levels, levels[0].size
         self.mpp, self.said, self.scanned = mpp, mpp is not None, scanned
         self.file, self.damaged = file, damaged
-        self.room, self.waited = CACHE, 0.0
-        self._tiles, self._bytes = OrderedDict(), 0                            # least recently used first
-        for n, level in enumerate(levels):
-            level.region = level.region or partial(self._region, n)
+        self.keep_tiles(CACHE)
+
+    def keep_tiles(self, room):
+        """Keep as many decoded tiles of each level as fit into `room` bytes, those used last."""
+        for level in self.levels if self.file else ():
+            most = max(1, room // (3 * level.tile[0] * level.tile[1]))
+            level.region = partial(self._region, level, lru_cache(most)(partial(self._tile, level)))
 
     def close(self):
-        self._tiles.clear()
         if self.file:
+            self.keep_tiles(0)
             self.file.close()
 
     def grid(self, mpp=None):
@@ -113,50 +113,33 @@ class Slide:
                 paste(out, block, left - x, top - y)
         return out
 
-    def _region(self, n, x, y, w, h):
-        """Put a region of level n together from its tiles."""
-        tw, th = self.levels[n].tile
+    def _region(self, level, tile_of, x, y, w, h):
+        """Put a region of a level together from its tiles."""
+        tw, th = level.tile
         out = np.empty((h, w, 3), np.uint8)
         for row in range(y // th, ceil((y + h) / th)):
             for column in range(x // tw, ceil((x + w) / tw)):
-                paste(out, self._tile(n, column, row), column * tw - x, row * th - y)
+                paste(out, tile_of(column, row), column * tw - x, row * th - y)
         return out
 
-    def _tile(self, n, column, row):
-        """One tile of level n, (th,tw,3) uint8, decoded unless it is kept from before."""
-        key = n, column, row
-        if key in self._tiles:
-            self._tiles.move_to_end(key)
-            return self._tiles[key]
-        level, (tw, th) = self.levels[n], self.levels[n].tile
+    def _tile(self, level, column, row):
+        """Decode a tile, (th,tw,3) uint8; white if it is empty, as scanners leave out what they did not scan."""
+        (tw, th), (sx, sy) = level.tile, level.step
+        k = row * ceil(level.size[0] / tw) + column
+        length, white = int(level.lengths[k]), np.full((th, tw, 3), 255, np.uint8)
         try:
-            tile = self._decoded(level, row * ceil(level.size[0] / tw) + column)
+            if length > 16 * tw * th + 2**16:
+                raise ValueError(f"{length} bytes for {tw} x {th} pixels")
+            self.file.seek(int(level.offsets[k]))
+            return decode(self.file.read(length), level) if length else white
         except Exception as err:  # Pillow's decoders raise nearly anything on damaged bytes
+            n = self.levels.index(level)
             why = f"tile {column}, {row} of level {n} cannot be decoded ({type(err).__name__}: {err})"
             if self.damaged is None:
                 raise UserError(f"{self.path}: {why}: the file is damaged, copy it again") from err
-            corners = (column * tw, row * th, (column + 1) * tw, (row + 1) * th)
-            self.damaged.append((tuple(int(n * step) for n, step in zip(corners, 2 * level.step)), why))
-            tile = np.full((th, tw, 3), 255, np.uint8)
-        self._tiles[key] = tile
-        self._bytes += tile.nbytes
-        while self._bytes > self.room and len(self._tiles) > 1:
-            _, oldest = self._tiles.popitem(last=False)
-            self._bytes -= oldest.nbytes
-        return tile
-
-    def _decoded(self, level, k):
-        """Tile k of a level; white if it is empty, as scanners leave out what they did not scan."""
-        (tw, th), length = level.tile, int(level.lengths[k])
-        if length > 16 * tw * th + 2**16:
-            raise ValueError(f"{length} bytes for {tw} x {th} pixels")
-        if not length:
-            return np.full((th, tw, 3), 255, np.uint8)
-        begun = time.perf_counter()
-        self.file.seek(int(level.offsets[k]))
-        data = self.file.read(length)
-        self.waited += time.perf_counter() - begun
-        return decode(data, level)
+            box = column * tw * sx, row * th * sy, (column + 1) * tw * sx, (row + 1) * th * sy
+            self.damaged.append((tuple(int(n) for n in box), why))
+            return white
 
 
 def paste(out, block, x, y):

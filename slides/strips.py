@@ -1,19 +1,26 @@
 """Images for `data.py build`: which there are, strips of base tiles read and embedded in worker processes, tissue.
 
 in:  a folder, a pattern, a CSV   out: jobs; per job strips of pixels (n*P,W,3) uint8 with their embeddings (n*Gw,E)
-run: python -m slides.strips IMAGE     which tiles of it show tissue     read next: slides/build.py
+run: python data.py build     read next: slides/build.py
 """
 import csv
 import glob
 import os
+import re
 import threading
 import time
 from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from hashlib import sha256
+from itertools import product
 from math import ceil
+from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,6 +32,7 @@ from slides.reader import CACHE, MAX_PIXELS, VENDORS, open_slide
 
 TASK = 2**22        # pixels that a worker reads at a time, if that is a whole strip at least
 AHEAD = 2**28       # bytes of strips that may wait
+NUMBER = r"((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)?"  # or nothing
 LOW, HIGH = 10, 40  # bounds of the saturation that parts tissue from glass
 
 
@@ -36,8 +44,7 @@ class Job:
     own: float | None = None    # its mpp, where the CSV says it
     split: str = "train"
     part: tuple = (0, 0, 1, 1)  # column and row, of how many columns and rows that the image is cut into
-    # from `plan` on:
-    mpp: float | None = None    # resolution asked for
+    mpp: float | None = None    # from here on as `plan` finds it: the resolution asked for
     patch: int = 0
     max_pixels: int = MAX_PIXELS
     origin: tuple = (0, 0)      # (x,y) where in the image it begins, and its size (w,h), at that resolution
@@ -52,10 +59,11 @@ def below(root, out):
     """All files below a folder but those of `out`; links are followed, and a loop of links ends."""
     seen, found = {os.path.realpath(out)}, []
     for folder, folders, files in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in seen:
+        real = os.path.realpath(folder)
+        if real in seen:
             folders.clear()
         else:
-            seen.add(os.path.realpath(folder))
+            seen.add(real)
             found += [Path(folder) / f for f in files]
     return found
 
@@ -67,14 +75,11 @@ def from_csv(path):
     found = {}
     for n, row in enumerate(table, 2):
         row = {(k or "").strip(): v.strip() for k, v in row.items() if isinstance(v, str)}
-        try:
-            mpp = float(row["mpp"]) if row.get("mpp") else None
-            if not row["path"] or row.get("split", "") not in ("", "train", "test"):
-                raise ValueError
-        except (KeyError, ValueError) as err:
+        name, mpp, split = (row.get(key, "") for key in ("path", "mpp", "split"))
+        if not name or split not in ("", "train", "test") or not re.fullmatch(NUMBER, mpp):
             raise UserError(f"{path}, line {n}: give a column path, and if need be mpp (a number or nothing) and split "
-                            f"(train, test or nothing)") from err
-        found[path.parent / row["path"]] = mpp, row.get("split", "")
+                            f"(train, test or nothing)")
+        found[path.parent / name] = float(mpp) if mpp else None, split
     return found
 
 
@@ -105,24 +110,20 @@ def image_jobs(images, out, holdout, cut=(1, 1)):
 
     Those held out are the same ones whatever else is there. raises: UserError as `listed`, or for equal names.
     """
-    root, rows = Path(images), listed(images, out)
-    base = root if root.is_dir() else os.path.commonpath([p.absolute().parent for p in rows])
-    jobs = []
+    rows, jobs = listed(images, out), []
+    base = images if Path(images).is_dir() else os.path.commonpath([p.absolute().parent for p in rows])
     for path, (mpp, split) in rows.items():
         name = Path(os.path.relpath(path, base)).as_posix()
-        for j in range(cut[0]):
-            for i in range(cut[1]):
-                part_name = name if cut == (1, 1) else f"{name}@{i}-{j}"
-                jobs.append(Job(part_name, path, mpp, split, (j, i, *cut)))
+        for j, i in product(range(cut[0]), range(cut[1])):
+            jobs.append(Job(name if cut == (1, 1) else f"{name}@{i}-{j}", path, mpp, split, (j, i, *cut)))
     if len({job.name.replace("/", "__") for job in jobs}) < len(jobs):
-        raise UserError(f"--images={root} gives two images the same name: rename one")
-    jobs.sort(key=lambda job: job.name)
-    if any(job.split for job in jobs):
-        held = {job.name for job in jobs if job.split == "test"}
-    else:
+        raise UserError(f"--images={images} gives two images the same name: rename one")
+    held = {job.name for job in jobs if job.split == "test"}
+    if not any(job.split for job in jobs):
         n = max(1, round(holdout * len(jobs))) if holdout and len(jobs) >= 5 else 0
-        held = set(sorted((job.name for job in jobs), key=lambda name: sha256(name.encode()).digest())[:n])
-    return [replace(job, split="test" if job.name in held else "train") for job in jobs]
+        held = sorted([job.name for job in jobs], key=lambda name: sha256(name.encode()).digest())[:n]
+    jobs = [replace(job, split="test" if job.name in held else "train") for job in jobs]
+    return sorted(jobs, key=lambda job: job.name)
 
 
 # ----- 2. Reading, in worker processes -----
@@ -137,7 +138,7 @@ def opened(job):
                             f"40x scan, 0.5 for 20x)")
         slide.mpp, slide.said = job.mpp or 1.0, False                          # the one asked for, or any unit
     level = slide.grid(job.mpp)[0]
-    slide.room = max(CACHE, 6 * level.size[0] * level.tile[1])                 # two rows of tiles serve the next strip
+    slide.keep_tiles(max(CACHE, 6 * level.size[0] * level.tile[1]))            # two rows of tiles serve the next strip
     return slide
 
 
@@ -151,10 +152,9 @@ def plan(job, mpp, patch, max_pixels=MAX_PIXELS):
     if min(w, h) < patch:
         what = job.path if columns == rows == 1 else f"a part of {job.path}"
         raise UserError(f"{what} is {w} x {h} pixels, smaller than a tile: take --patch below {patch}")
-    if slide.said:
-        note = f"{mpp or slide.mpp:.4g} micrometres each"
-    else:
-        note = f"taken to be {mpp:.4g} micrometres each, which it does not say" if mpp else "of unknown size"
+    note = f"{mpp or slide.mpp:.4g} micrometres each"
+    if not slide.said:
+        note = f"taken to be {note}, which it does not say" if mpp else "of unknown size"
     task = TASK if slide.levels[0].tags else 4 * TASK                          # all workers unpack a whole image
     return replace(job, origin=(x, y), size=(w, h), rows=max(1, task // (w * patch)), note=note)
 
@@ -179,32 +179,27 @@ def read_strips(job, encoder, first, rows):
     """Strips first .. first + rows of base tiles.
 
     in:  encoder, (name, std, weights) to embed with here, on the CPU, or None. out: pixels (rows*P,W,3) uint8; e
-    (rows*Gw,E) float32 or None; bad, {(i,j): why} of base tiles that are damaged; seconds of reading, decoding,
-    embedding.
+    (rows*Gw,E) float32 or None; {(i,j): why} of damaged base tiles; seconds of reading and of embedding.
     """
     P, (w, _), (x, y) = job.patch, job.size, job.origin
-    slide, begun = opened(job), time.perf_counter()
-    waited = slide.waited
+    slide, begun, e = opened(job), time.perf_counter(), None
     pixels = np.concatenate([slide.read(x, y + (first + k) * P, w, P, job.mpp) for k in range(rows)])
-    reading, read = slide.waited - waited, time.perf_counter()
-    e = None
+    read = time.perf_counter()
     if encoder:
         tiles = pixels[:, :w // P * P].reshape(rows, P, w // P, P, 3).swapaxes(1, 2)  # (rows,Gw,P,P,3)
         e = torch.cat([embed(cpu_encoder(*encoder), row) for row in tiles]).numpy()
-    seconds = {"reading": reading, "decoding": read - begun - reading, "embedding": time.perf_counter() - read}
+    seconds = {"reading": read - begun, "embedding": time.perf_counter() - read}
     return pixels, e, bad_tiles(job, slide, first, first + rows), seconds
 
 
 def bad_tiles(job, slide, first, last):
     """{(i,j): why} of the base tiles of rows first to last over damaged tiles of the file."""
-    P, (x, y), (width, height) = job.patch, job.origin, slide.grid(job.mpp)[2]
-    fx, fy = slide.size[0] / width, slide.size[1] / height                     # level-0 pixels per base pixel
-    bad = {}
-    for (x0, y0, x1, y1), why in slide.damaged:
-        left, right = (x0 / fx - x) / P, (x1 / fx - x) / P
-        top, bottom = (y0 / fy - y) / P, (y1 / fy - y) / P
-        for i in range(max(first, int(top)), min(last, ceil(bottom))):
-            for j in range(max(0, int(left)), min(job.size[0] // P, ceil(right))):
+    bad, whole = {}, slide.grid(job.mpp)[2]
+    for box, why in slide.damaged:
+        x, y = ([(at * n / m - o) / job.patch for at in ends]                  # from, to; in base tiles
+                for ends, n, m, o in zip((box[::2], box[1::2]), whole, slide.size, job.origin))
+        for i in range(max(first, int(y[0])), min(last, ceil(y[1]))):
+            for j in range(max(0, int(x[0])), min(job.size[0] // job.patch, ceil(x[1]))):
                 bad[i, j] = why
     return bad
 
@@ -250,15 +245,13 @@ def tissue_of(job):
 def ahead(jobs, dropped, encoder, tissue, submit, window):
     """Submit the tasks of all jobs in order, `window` ahead of need: yields (job, future).
 
-    First of each job comes tissue_of, if wanted, then its strips. Jobs named in `dropped`, a set that may grow
-    meanwhile, are left.
+    First of each job comes tissue_of, if wanted, then its strips. Jobs named in `dropped`, a growing set, are left.
     """
     waiting = deque()
     for job in jobs:
         gh = job.size[1] // job.patch
         tasks = [partial(tissue_of, job)] if tissue else []
-        for k in range(0, gh, job.rows):
-            tasks.append(partial(read_strips, job, encoder, k, min(job.rows, gh - k)))
+        tasks += [partial(read_strips, job, encoder, k, min(job.rows, gh - k)) for k in range(0, gh, job.rows)]
         for task in tasks:
             if job.name in dropped:
                 break
@@ -268,13 +261,26 @@ def ahead(jobs, dropped, encoder, tissue, submit, window):
     yield from waiting
 
 
-def main(argv):
-    for path in argv:
-        job = plan(Job(path, Path(path)), None, 256)
-        print(f"{path}: {job.size[0]} x {job.size[1]} pixels, {job.note}; tenths of tissue in tiles of 256:")
-        for row in tissue_of(job)[0]:
-            print("".join(f"{min(9, int(10 * x))}" for x in row))
+@contextmanager
+def workers(n):
+    """Yield submit(task) -> future of n processes; of none, a task is done here, when its result is asked for."""
+    def later(task):
+        return SimpleNamespace(result=task)
+    threads = torch.get_num_threads()
+    try:
+        if n:
+            with ProcessPoolExecutor(n, get_context("spawn"), start, (os.getpid(),)) as pool:  # torch survives no fork
+                list(pool.map(time.sleep, [0.01] * n))                         # started, before the clock is
+                yield pool.submit
+        else:
+            torch.set_num_threads(1)                                           # as workers have: the same bytes
+            yield later
+    except BrokenProcessPool as err:
+        raise UserError("a worker process was killed, as when memory runs out: run the same command with fewer "
+                        "--workers, it goes on where it stopped") from err
+    finally:
+        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":
-    cli(main, __doc__)
+    cli(lambda argv: print(__doc__), __doc__)

@@ -1,7 +1,7 @@
 """The tiles of a TIFF, parsed by hand with strict bounds: directories, pyramid levels, resolution, one tile decoded.
 
-A damaged or hostile file ends in an exception: nothing is read beyond the file's end, nothing large is allocated on the
-word of a tag, no loop is followed. Pillow decodes the bytes of a tile: JPEG, JPEG-2000, or what libtiff undoes.
+A hostile file ends in an exception: nothing is read beyond the file's end, nothing large is allocated on the word of a
+tag, no loop is followed. Pillow decodes the bytes of a tile: JPEG, JPEG-2000, or what libtiff undoes.
 
 in:  an open TIFF, BigTIFF, SVS or GeoTIFF   out: levels; tiles (th,tw,3) uint8
 run: python -m slides.tiff FILE     every directory of it     read next: slides/reader.py
@@ -35,6 +35,7 @@ WRAPPED = (1, 5, 8, 32773, 32946, 50000)  # plain, LZW, deflate, packbits, defla
 COLOURS = {JPEG: (1, 2, 6), JP2K_YCBCR: (2, 6)} | dict.fromkeys(JP2K, (1, 2, 6)) | dict.fromkeys(WRAPPED, (0, 1, 2))
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # what Pillow turns into RGB faithfully
 MAX_TILE, MAX_TAG, MAX_DIRECTORIES, MAX_ENTRIES = 2**24, 2**22, 500, 2000  # pixels of a tile; bytes of a value
+NONE = None, 0, 0  # a table of tiles that is missing
 
 
 # ----- 1. Directories -----
@@ -51,23 +52,21 @@ def numbers(f, at, count, kind):
 def read_directory(f, at, order, count, word):
     """Parse a directory, whose count of entries and offsets are of these numpy types. out: {name: array} of the tags in
     TAGS, the tables of tiles as (type, count, position); where the next directory stands, 0 for nowhere."""
-    n = int(numbers(f, at, 1, count)[0])
+    n, tags = int(numbers(f, at, 1, count)[0]), {}
     if n > MAX_ENTRIES:
         raise ValueError(f"a directory of {n} entries")
     entry = np.dtype([("tag", order + "u2"), ("kind", order + "u2"), ("count", word), ("value", word)])
     at += count.itemsize
-    tags = {}
     for tag, kind, many, value in numbers(f, at, n, entry).tolist():
         at += entry.itemsize
         if tag not in NAMES or kind not in KINDS:
             continue
         many *= 2 if kind == RATIONAL else 1
         name, kind = NAMES[tag], np.dtype(order + KINDS[kind])
-        size = many * kind.itemsize
-        place = value if size > word.itemsize else at - word.itemsize          # short values stand in the entry itself
-        table = name in ("offsets", "lengths")
+        size, table = many * kind.itemsize, name in ("offsets", "lengths")
         if size > MAX_TAG and not table:
             raise ValueError(f"{many} values of tag {tag}")
+        place = value if size > word.itemsize else at - word.itemsize          # short values stand in the entry itself
         tags[name] = (kind, many, place) if table else numbers(f, place, many, kind)
     return tags, int(numbers(f, at, 1, word)[0])
 
@@ -77,34 +76,31 @@ def directories(f):
 
     out: [{name: array}], with "page", the place in the main chain or None; [] if it is no TIFF. raises: ValueError.
     """
-    begins = f.read(4)
+    begins, found, seen = f.read(4), [], set()
     if begins not in TIFF:
         return []
     order, big = TIFF[begins], b"+" in begins
     count, word = np.dtype(order + ("u8" if big else "u2")), np.dtype(order + ("u8" if big else "u4"))
     waiting = [(int(numbers(f, word.itemsize, 1, word)[0]), 0)]                # where they begin, and their pages
-    found, seen = [], set()
     while waiting:
         at, page = waiting.pop(0)
         if at in seen or len(seen) >= MAX_DIRECTORIES:
             raise ValueError("its directories form a loop")
         seen.add(at)
         tags, following = read_directory(f, at, order, count, word)
-        tags["page"] = page
-        found.append(tags)
+        found.append(tags | {"page": page})
         waiting += [(int(sub), None) for sub in tags.get("sub_directories", ())]
         if following and page is not None:
             waiting.append((following, page + 1))
     return found
 
 
-def number(tags, tag, default=0):
-    values = tags.get(tag, ())
-    return int(values[0]) if len(values) else default
+def number(tags, name, default=0):
+    return int(tags[name][0]) if len(tags.get(name, ())) else default
 
 
-def text(tags, tag):
-    return tags[tag].tobytes().decode("latin-1").strip("\0 ") if tag in tags else ""
+def text(tags, name):
+    return tags[name].tobytes().decode("latin-1").strip("\0 ") if name in tags else ""
 
 
 def size_of(tags):
@@ -114,10 +110,10 @@ def size_of(tags):
 def tiled(tags):
     """Whether `decode` knows the tiles of this directory: 8 bits, bands side by side, compression and colours."""
     how, bands = number(tags, "compression", 1), number(tags, "bands", 1)
-    bytes_only = set(tags.get("bits", np.ones(1)).tolist()) == {8} and number(tags, "sample_format", 1) == 1
+    in_bytes = set(tags.get("bits", np.ones(1)).tolist()) == {8} and number(tags, "sample_format", 1) == 1
     side_by_side = number(tags, "planar", 1) == 1 and bands in ((1, 3) if how == JPEG else (1, 3, 4))
-    known_colours = number(tags, "colours", -1) in COLOURS.get(how, ())
-    return "tile_width" in tags and "tile_height" in tags and bytes_only and side_by_side and known_colours
+    in_tiles = "tile_width" in tags and "tile_height" in tags
+    return in_tiles and in_bytes and side_by_side and number(tags, "colours", -1) in COLOURS.get(how, ())
 
 
 # ----- 2. Levels -----
@@ -140,11 +136,9 @@ def steps(whole, size):
     An integer, where the size is what that leaves, rounded up or down: pyramids drop or repeat an odd last pixel, so
     the ratio of the sizes (4443 / 1110 = 4.003) would place every pixel wrong, the last ones by most.
     """
-    (W, H), (w, h) = whole, size
-    d = max(1, round(W / w))
-    if W // d <= w <= ceil(W / d) and H // d <= h <= ceil(H / d):
-        return d, d
-    return W / w, H / h
+    d = max(1, round(whole[0] / size[0]))
+    exact = all(n // d <= m <= ceil(n / d) for n, m in zip(whole, size))
+    return (d, d) if exact else (whole[0] / size[0], whole[1] / size[1])
 
 
 def levels_of(f, found):
@@ -165,14 +159,12 @@ def levels_of(f, found):
         if levels and (other_aspect or size[0] >= levels[-1].size[0]):
             continue
         n, tables = ceil(size[0] / tile[0]) * ceil(size[1] / tile[1]), []
-        for name in ("offsets", "lengths"):
-            kind, count, at = tags.get(name, (np.dtype("u4"), 0, 0))
+        for kind, count, at in (tags.get("offsets", NONE), tags.get("lengths", NONE)):
             if count != n:
                 raise ValueError(f"level {len(levels)} has {n} tiles, its table {count}")
             tables.append(numbers(f, at, n, kind).astype(np.uint64))
         offsets, lengths = tables
-        room = end - np.minimum(offsets, end)                                  # no sum that could overflow
-        beyond = ((lengths > 0) & ((offsets > end) | (lengths > room))).sum()
+        beyond = ((lengths > 0) & ((offsets > end) | (lengths > end - np.minimum(offsets, end)))).sum()
         if beyond:
             raise ValueError(f"{beyond} of {n} tiles of level {len(levels)} lie beyond its {end} bytes")
         levels.append(Level(size, step, None, tags, tile, offsets, lengths))
@@ -185,16 +177,12 @@ def resolution(tags):
     A magnification alone counts as 10 / mpp. Resolution tags of 20 to 2000 micrometres are those of screens and paper
     (72 dpi is 353), which programs write unasked: not believed.
     """
-    words = text(tags, "description")
     for pattern in (r"\bMPP *= *(\d*\.?\d+)", r"PhysicalSizeX=\"(\d*\.?\d+)\"", r"\bAppMag *= *(\d*\.?\d+)"):
-        said = re.search(pattern, words)
-        value = float(said[1]) if said else 0
-        if 1e-2 <= value <= 1e3:
-            return 10 / value if "Mag" in pattern else value
-    geo, keys = tags.get("geo_keys", np.zeros(0)).tolist(), {}
-    for k in range(4, len(geo) - 3, 4):
-        keys[geo[k]] = geo[k + 3]
-    scale = float(tags.get("geo_scale", (0,))[0])
+        said = re.search(pattern, text(tags, "description"))
+        if said and 1e-2 <= float(said[1]) <= 1e3:
+            return 10 / float(said[1]) if "Mag" in pattern else float(said[1])
+    geo = tags.get("geo_keys", np.zeros(0)).tolist()
+    keys, scale = dict(zip(geo[4::4], geo[7::4])), float(tags.get("geo_scale", (0,))[0])
     if keys.get(1024) == 1 and keys.get(3076) == 9001 and 1e-6 <= scale <= 1e3:
         return scale * 1e6                                                     # a map whose unit is the metre
     unit = {2: 25400, 3: 10000}.get(number(tags, "dots_unit", 2), 0)             # micrometres of an inch, a centimetre
@@ -249,12 +237,10 @@ def whole_jpeg(data, tables, rgb):
     for part in (tables, data):
         at = 2                                                                 # behind the start of image
         while at + 4 <= len(part) and part[at] == 0xFF and part[at + 1] != 0xD9:
-            marker = part[at + 1]
-            if marker == 0xDA:                                                 # the scan, to the end of the tile
+            if part[at + 1] == 0xDA:                                           # the scan, to the end of the tile
                 return out + part[at:]
             end = at + 2 + int.from_bytes(part[at + 2:at + 4], "big")
-            if marker not in (0xE0, 0xEE):
-                out += part[at:end]
+            out += b"" if part[at + 1] in (0xE0, 0xEE) else part[at:end]
             at = end
     raise ValueError("no JPEG scan in it")
 
@@ -306,8 +292,7 @@ def main(argv):
         with readable(path), open(path, "rb") as f:
             found = directories(f)
             for tags in found:
-                how = number(tags, "compression", 1)
-                print(f"page {tags['page']}: {size_of(tags)}, compression {how}, tiles {tiled(tags)}")
+                print("page", tags["page"], size_of(tags), "compression", number(tags, "compression", 1), tiled(tags))
             print("levels:", [level.size for level in levels_of(f, found)], "mpp:", resolution(found[0]))
 
 

@@ -4,7 +4,7 @@ Images come in strips from top to bottom: one row of tiles of each level is all 
 image. Each level halves the one before; an odd last row or column is repeated, so that no pixel is dropped.
 
 in:  strips (h,W,3) uint8 of any heights   out: image.tif, or a folder whose index.html opens without a network
-run: python -m slides.writers     a small pyramid, out/slide_demo.tif     read next: slides/reader.py
+run: python sample_joint.py RUN --out=large.tif, or large.dzi     read next: slides/reader.py
 """
 import io
 import os
@@ -45,8 +45,7 @@ def level_sizes(size, tile, quality, smallest):
                         f"1, tile a multiple of 16 up to 4096, quality 1 to 100")
     sizes = [(int(size[0]), int(size[1]))]
     while max(sizes[-1]) > smallest:
-        h, w = sizes[-1]
-        sizes.append((ceil(h / 2), ceil(w / 2)))
+        sizes.append((ceil(sizes[-1][0] / 2), ceil(sizes[-1][1] / 2)))
     return sizes
 
 
@@ -143,12 +142,10 @@ def header(sizes, tile, places, mpp, big):
     """How a TIFF begins: its header, then a directory per level. First in the file, for Pillow loses any above 4 GB."""
     out = b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0" if big else b"II*\0\x08\0\0\0"
     for level, (h, w) in enumerate(sizes):
-        numbers = dict(subfile=int(level > 0), width=w, height=h, tile_width=tile, tile_height=tile)
-        codes = dict(bands=3, compression=7, colours=6, planar=1)              # JPEG, YCbCr
-        tags = {name: (LONG, [n]) for name, n in numbers.items()}
-        tags |= {name: (SHORT, [n]) for name, n in codes.items()}
-        tags |= dict(bits=(SHORT, [8, 8, 8]), chroma=(SHORT, [1, 1]))          # chroma whole
-        tags |= dict(offsets=(LONG8 if big else LONG, places[level][0]), lengths=(LONG, places[level][1]))
+        tags = dict(subfile=(LONG, [int(level > 0)]), width=(LONG, [w]), height=(LONG, [h]), bits=(SHORT, [8, 8, 8]),
+                    bands=(SHORT, [3]), compression=(SHORT, [7]), colours=(SHORT, [6]), planar=(SHORT, [1]),
+                    chroma=(SHORT, [1, 1]), tile_width=(LONG, [tile]), tile_height=(LONG, [tile]),  # JPEG, whole YCbCr
+                    offsets=(LONG8 if big else LONG, places[level][0]), lengths=(LONG, places[level][1]))
         if mpp:
             dots = 1e4 / (mpp * 2**level)                                      # pixels per cm, as a fraction
             below = int(2**31 / max(1, dots))
@@ -207,13 +204,5 @@ def write_deepzoom(folder, strips, size, tile=256, quality=90, viewer=None, titl
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def main(argv):
-    y, x = np.mgrid[:700, :1000]
-    image = np.stack([x * 255 // 1000, y * 255 // 700, 255 - x * 255 // 1000], -1).astype(np.uint8)  # (700,1000,3)
-    write_tiff("out/slide_demo.tif", np.array_split(image, 9), (700, 1000), mpp=0.5)
-    for level, (h, w) in enumerate(level_sizes((700, 1000), 256, 90, 256)):
-        print(f"out/slide_demo.tif, level {level}: {w} x {h} pixels, {2**level / 2} micrometres each")
-
-
 if __name__ == "__main__":
-    cli(main, __doc__)
+    cli(lambda argv: print(__doc__), __doc__)

@@ -1,4 +1,4 @@
-"""slide.py: levels against numpy, files against Pillow (and openslide where it is), memory, and what is refused."""
+"""slides/writers.py: levels against numpy, files against Pillow and openslide, memory, and what is refused."""
 import errno
 import io
 import os
@@ -10,20 +10,14 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 from PIL import Image
+from torture_slide import picture
 
 from common import UserError
-from slides import writers as slide
+from slides import writers
 from slides.writers import VIEWER, jpeg, level_sizes, tile_rows, write_deepzoom, write_tiff
 
 # (H, W, tile): even, odd everywhere, one tile row, smaller than a tile, single rows and columns
 SIZES = [(128, 192, 32), (101, 75, 32), (161, 97, 16), (30, 200, 32), (7, 5, 16), (1, 90, 16), (65, 1, 16), (1, 1, 16)]
-
-
-def picture(h, w):
-    """Smooth, so that JPEG errs little; every channel its own pattern, so that a swap of channels or axes shows."""
-    y, x = np.mgrid[:h, :w]
-    waves = np.sin(x / 19), np.sin(y / 13), np.sin((x + 2 * y) / 40)
-    return np.stack([127 + 100 * f for f in waves], -1).astype(np.uint8)       # (h,w,3)
 
 
 def noise(h, w, seed=0):
@@ -40,7 +34,7 @@ def cut(image, *heights):
 
 
 def pyramid(image, smallest):
-    """All levels by another road than slide.py: whole images, integers, the edge repeated by index."""
+    """All levels by another road than the writers: whole images, integers, the edge repeated by index."""
     levels = [image]
     while max(levels[-1].shape[:2]) > smallest:
         x = levels[-1].astype(int)
@@ -88,19 +82,6 @@ def test_levels_are_those_of_the_whole_image(h, w, tile, heights):
         assert np.array_equal(np.concatenate(rows[level]), x), f"level {level}"
 
 
-def test_rows_come_as_soon_as_they_are_full():
-    """All levels as far as the strips read so far allow: that bounds what must wait in memory."""
-    h, w, tile, seen = 512, 64, 16, [0] * 6
-
-    def strips():
-        for k in range(0, h, 8):
-            assert seen == [k // (tile << level) for level in range(6)], f"after {k} rows"
-            yield np.zeros((8, w, 3), np.uint8)
-    for level, _, _ in tile_rows(strips(), level_sizes((h, w), tile, 90, tile), tile):
-        seen[level] += 1
-    assert seen == [32, 16, 8, 4, 2, 1]
-
-
 def test_memory_does_not_grow_with_the_image(tmp_path):
     w, tile = 640, 64
     row, peaks = 3 * w * tile, []
@@ -119,7 +100,7 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
 @pytest.mark.parametrize("h, w, tile", SIZES)
 def test_tiff_by_pillow(tmp_path, monkeypatch, h, w, tile, big):
     if big:
-        monkeypatch.setattr(slide, "CLASSIC", 0)
+        monkeypatch.setattr(writers, "CLASSIC", 0)
     image, path = picture(h, w), tmp_path / "new" / "x.tif"
     write_tiff(path, cut(image, 20, 3), (h, w), tile, 100, mpp=0.2527)
     assert path.read_bytes()[:4] == (b"II+\0" if big else b"II*\0") and files(tmp_path) == ["new/x.tif"]
@@ -134,12 +115,6 @@ def test_tiff_by_pillow(tmp_path, monkeypatch, h, w, tile, big):
             assert_alike(np.asarray(f.convert("RGB")), want, f"level {k}")
 
 
-def test_no_resolution_is_invented(tmp_path):
-    write_tiff(tmp_path / "x.tif", [picture(20, 20)], (20, 20))
-    with Image.open(tmp_path / "x.tif") as f:
-        assert not {282, 283, 296} & set(f.tag_v2)
-
-
 def test_tiles_are_whole_jpeg_files_of_full_chroma(tmp_path):
     """What openslide's own decoder gets. The part beyond the image repeats its edge: black there would ring inside."""
     image, path = picture(40, 50), tmp_path / "x.tif"
@@ -147,36 +122,31 @@ def test_tiles_are_whole_jpeg_files_of_full_chroma(tmp_path):
     padded = np.pad(image, ((0, 24), (0, 14), (0, 0)), "edge")                 # (64,64,3)
     with Image.open(path) as f:
         at, size = f.tag_v2[324], f.tag_v2[325]
+        assert not {282, 283, 296} & set(f.tag_v2)                             # no resolution is invented
     for k in range(4):
         tile = Image.open(io.BytesIO(path.read_bytes()[at[k]:at[k] + size[k]]))
         assert tile.format == "JPEG" and [part[1:3] for part in tile.layer] == [(1, 1)] * 3
         i, j = k // 2 * 32, k % 2 * 32
         assert_alike(np.asarray(tile), padded[i:i + 32, j:j + 32], f"tile {k}")
+    write_tiff(tmp_path / "y.tif", [image], (40, 50), 32, 30)
+    assert (tmp_path / "y.tif").stat().st_size < path.stat().st_size           # its quality counts
 
 
 def test_big_files_are_big_tiffs(tmp_path, monkeypatch):
     """The bound counts the padded tiles of all levels, and even noise stays below 4 GB with it."""
     side, worst = 64, (noise(64, 64) > 127).astype(np.uint8) * 255
-    assert len(jpeg(worst, 100)) / (3 * side**2 + 1000) * slide.CLASSIC < 2**32
+    assert len(jpeg(worst, 100)) / (3 * side**2 + 1000) * writers.CLASSIC < 2**32
     raw = (4 + 1) * (3 * side**2 + 1000)                                       # of 65 x 65 pixels: 2 x 2 tiles, then 1
     for bound, magic in ((raw, 42), (raw - 1, 43)):
-        monkeypatch.setattr(slide, "CLASSIC", bound)
+        monkeypatch.setattr(writers, "CLASSIC", bound)
         write_tiff(tmp_path / "x.tif", [picture(65, 65)], (65, 65), side)
         assert struct.unpack("<H", (tmp_path / "x.tif").read_bytes()[2:4]) == (magic,)
-
-
-def test_quality_counts(tmp_path):
-    sizes = []
-    for quality in (30, 90):
-        write_tiff(tmp_path / "x.tif", [picture(64, 64)], (64, 64), 64, quality)
-        sizes.append((tmp_path / "x.tif").stat().st_size)
-    assert sizes[0] < sizes[1]
 
 
 @pytest.mark.parametrize("big", [False, True], ids=["classic", "big"])
 def test_what_lenient_readers_do_not_notice(tmp_path, monkeypatch, big):
     """The directory comes first, its entries ascend, values start at even bytes, and a BigTIFF's offsets are 64 bit."""
-    monkeypatch.setattr(slide, "CLASSIC", 0 if big else slide.CLASSIC)
+    monkeypatch.setattr(writers, "CLASSIC", 0 if big else writers.CLASSIC)
     write_tiff(tmp_path / "x.tif", [picture(40, 50)], (40, 50), 16, mpp=0.5)
     data = (tmp_path / "x.tif").read_bytes()
     at, head, entry = (16, "<Q", "<HHQQ") if big else (8, "<H", "<HHII")
@@ -193,7 +163,7 @@ def test_what_lenient_readers_do_not_notice(tmp_path, monkeypatch, big):
 def test_tiff_by_openslide(tmp_path, monkeypatch, big):
     openslide = pytest.importorskip("openslide", reason="pip install openslide-python openslide-bin enables this")
     if big:
-        monkeypatch.setattr(slide, "CLASSIC", 0)
+        monkeypatch.setattr(writers, "CLASSIC", 0)
     for h, w, tile in SIZES:
         image, path = picture(h, w), str(tmp_path / "x.tif")
         write_tiff(path, cut(image, 50), (h, w), tile, 100, mpp=0.25)
@@ -361,18 +331,7 @@ def test_a_full_disk(tmp_path, write, monkeypatch):
         if len(done) == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return jpeg(pixels, quality)
-    monkeypatch.setattr(slide, "jpeg", full)
+    monkeypatch.setattr(writers, "jpeg", full)
     with pytest.raises(UserError, match="could not write .*x: .*No space left.*check free space"):
         write([noise(60, 50)], (60, 50), tile=16)
     assert len(done) == 3 and os.listdir(tmp_path) == ["downloads"]
-
-
-def test_demo(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    slide.main([])
-    said = re.findall(r"level (\d): (\d+) x (\d+) pixels", capsys.readouterr().out)
-    with Image.open(tmp_path / "out" / "slide_demo.tif") as f:
-        for k in range(f.n_frames):
-            f.seek(k)
-            assert said[k] == (str(k), str(f.width), str(f.height))
-    assert len(said) == f.n_frames == 3
