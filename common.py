@@ -297,7 +297,7 @@ def common_count(state, start):
 
 # what may differ when a run goes on: it changes where, how long and how loud it runs, not what it computes
 FREE = {"preset", "out", "device", "threads", "workers", "compile", "unet.checkpoint", "steps", "micro", "log_every",
-        "sample_every", "save_every", "run", "sheet", "made_for",
+        "sample_every", "save_every", "run", "sheet",
         "channels_last", "plot", "toy", "keep", "max_skips", "profile"}
 GONE = {"disc_weight": 0.0, "lpips": "", "shares": []}  # settings of earlier versions that did change it
 

@@ -1107,7 +1107,7 @@ def main(argv):
             raise UserError(f"--condition={cfg.condition} draws patches with DDIM alone: leave --eval, --sampler and "
                             f"--end away (what its conditions are worth: python cdm_table.py conditions RUN)")
         names = ("run", "scale", "n", "steps", "guidance", "seed", "out", "data", "device", "threads", "amp")
-        return cdm.sample(cdm.SampleConfig(model=cfg.condition, **{k: getattr(cfg, k) for k in names}))
+        return cdm.sample_conditioner(cdm.SampleConfig(model=cfg.condition, **{k: getattr(cfg, k) for k in names}))
     (large if cfg.size else evaluate if cfg.eval else show)(model, pyramids, cfg, ranks)
 
 

@@ -24,6 +24,7 @@ from sample_joint import Grid, Resize, draw
 from slides.encoders import load_encoder
 from summarizer import standardize
 from text import captions
+from text.grid import Regions
 from text.tissues import agreement, fractions, print_agreement, spearman, tissue_colours
 from toy.tissue import TISSUES
 
@@ -93,7 +94,7 @@ def conditions(cfg, model, pyramids, ranks):
     made, side, table = {}, pyramids.patch // model.vae.factor, []
     for kind in ("cdm", "edm"):
         if (Path(cfg.run) / f"{kind}.safetensors").exists() or kind == "cdm":
-            made[kind] = cdm.load(cfg.run, kind, model)
+            made[kind] = cdm.load_conditioner(cfg.run, kind, model)
     for s in range(pyramids.scales):
         if min(pyramids.count(split, s) for split in ("train", "test")) < 3:
             print(f"scale {s} left out: too few patches to measure a distance to")
@@ -136,7 +137,7 @@ def memory(cfg, model, pyramids, ranks):
     """Distance of each CDM sample at the coarsest scale to its nearest training image, against that of held-out real
     images (Z S9.1). Copies would lie nearer."""
     s, side = pyramids.scales - 1, pyramids.patch // model.vae.factor
-    made = cdm.load(cfg.run, "cdm", model)
+    made = cdm.load_conditioner(cfg.run, "cdm", model)
     drawn = draw(model, made.tokens([s] * cfg.n, 0), side, ranks, 2.0, cfg.steps, 0)
     train, real = fixed_batch(pyramids, "train", s, 1 << 20)["x"], fixed_batch(pyramids, "test", s, cfg.n)["x"]
     out = {}
@@ -183,10 +184,10 @@ def coherence(cfg, model, pyramids, ranks, proxy, grids, seed=0):
 
 def grids(cfg, model, pyramids, ranks):
     """Invented grids against real ones, and large images drawn from both."""
-    made, k = cdm.load(cfg.run, "grid", model), cfg.size // pyramids.patch
+    made, k = cdm.load_conditioner(cfg.run, "grid", model), cfg.size // pyramids.patch
     proxy = proxies.load(cfg.run, model, pyramids, ranks) if "proxy" in cfg.guide else None
     def some(split, n, seed):
-        slides = cdm.Regions(pyramids, k, seed, split)
+        slides = Regions(pyramids, k, seed, split)
         return torch.stack([slides[i]["tokens"].mT.unflatten(1, (k, k)) for i in range(n)])  # (n,E,k,k)
     sets = {f"drawn, seed {seed}": torch.stack([made.grid(k, k, seed=1000 * seed + i)
                                                 for i in range(cfg.grids // cfg.seeds)]) for seed in range(cfg.seeds)}
@@ -212,7 +213,7 @@ def grids(cfg, model, pyramids, ranks):
 def text(cfg, model, pyramids, ranks):
     """Draw images for each held-out caption, one a seed, and hold the tissues' shares read off them against those of
     the region the caption describes (L Fig. 4). Correlations are those of each seed's images, averaged."""
-    made, k = cdm.load(cfg.run, "grid", model), cfg.size // pyramids.patch
+    made, k = cdm.load_conditioner(cfg.run, "grid", model), cfg.size // pyramids.patch
     described = captions.read_captions(cfg.captions or str(pyramids.folder / "heldout.tsv"), pyramids, "test")[:cfg.n]
     if any(not c.truth for c in described):
         raise UserError(f"--captions={cfg.captions} must state what share each of {', '.join(TISSUES)} has: the file "

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-import cdm
+from cdm import load_conditioner
 from common import UserError, cli, load_tensors
 from data import Pyramids
 from sample_joint import Grid
@@ -41,8 +41,9 @@ def load_grid(cfg, model, pyramids, need):
             raise UserError(f"{name} has {rows} x {columns} base tiles, the image needs {h} x {w} from {cfg.at} on: "
                             f"take a smaller --size, another --at, or a larger --reference")
     if cfg.condition == "grid":
-        made = cdm.load(cfg.run, "grid", model)
-        v = cdm.vector_of(made, cfg.caption, cfg.vector)
+        from text.grid import vector_of
+        made = load_conditioner(cfg.run, "grid", model)
+        v = vector_of(made, cfg.caption, cfg.vector)
         e = made.grid(h, w, v, cfg.emphasis, cfg.seed, spread=cfg.spread).movedim(0, -1)
         name, (i, j) = "the invented grid", (0, 0)
     elif cfg.reference.endswith(".safetensors"):

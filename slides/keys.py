@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from cdm import Conditioner, DiT, DiTConfig
 from common import UserError, check_official, cli, load_official, load_state_dict
 from diffusion import ZoomLDM
 from summarizer import Summarizer, SummarizerConfig
@@ -241,6 +242,54 @@ def load_whole(source):
 def averaged_name(unet, name):
     """Our name of a U-Net's parameter -> the key of its average: the name within `model.`, all dots removed."""
     return f"diffusion_model.{unet_name(unet, name)}".replace(".", "")
+
+
+# ----- 6. The CDM -----
+
+DIT_NAMES = {"embed": "x_embedder", "pos": "pos_embed", "time1": "t_embedder.mlp.0", "time2": "t_embedder.mlp.2",
+             "scale": "y_embedder.embedding_table", "modulation": "final_layer.adaLN_modulation.1",
+             "head": "final_layer.linear"}
+DIT_BLOCK_NAMES = {"qkv": "attn.qkv", "out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
+                   "modulation": "adaLN_modulation.1"}
+
+
+def dit_name(name):
+    """Our parameter name -> the published one."""
+    if name.startswith("blocks."):
+        _, i, layer, tail = name.split(".")                             # blocks.3.qkv.weight
+        return f"blocks.{i}.{DIT_BLOCK_NAMES[layer]}.{tail}"
+    head, dot, tail = name.partition(".")
+    return DIT_NAMES[head] + dot + tail
+
+
+def load_dit(state, prefix="", heads=None):
+    """DiT.from_official. Of a whole checkpoint the "ema" weights count, which the published sampling uses."""
+    if not prefix and isinstance(state.get("ema"), dict):
+        state = state["ema"]
+    depth = count_of(state, prefix + "blocks.")
+    if not depth:
+        raise UserError(f"no published DiT under prefix {prefix!r}: missing {prefix}blocks.0.*")
+    width = size_of(state, prefix + "x_embedder.weight", 0, size_of(state, prefix + "x_embedder.bias", 0, 768))
+    outputs = size_of(state, prefix + "final_layer.linear.bias", 0,
+                      size_of(state, prefix + "final_layer.linear.weight", 0, 1024))
+    variance = outputs != size_of(state, prefix + "x_embedder.weight", 1, outputs // 2)
+    sizes = DiTConfig(tokens=size_of(state, prefix + "pos_embed", 1, 65), width=width, depth=depth,
+                      channels=outputs // 2 if variance else outputs, heads=heads or max(width // 64, 1),
+                      mlp=size_of(state, prefix + "blocks.0.mlp.fc1.weight", 0, 4 * width), variance=variance,
+                      scales=size_of(state, prefix + "y_embedder.embedding_table.weight", 0, 8))
+    net = build(DiT, sizes)
+    load_official(net, state, prefix, dit_name)
+    return net.eval()
+
+
+def load_cdm(source, model=None, heads=None):
+    """The published CDM from its file or state dict, to draw tokens with. raises: ValueError if keys do not fit, or its
+    tokens are not as wide as those of `model`."""
+    state = source if isinstance(source, dict) else load_state_dict(source)
+    made = Conditioner(DiT.from_official(state, heads=heads))
+    if model is not None:
+        made.check_fit(model, "the published file")
+    return made.eval().requires_grad_(False)
 
 
 def main(argv):

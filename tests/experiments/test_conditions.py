@@ -6,21 +6,22 @@ import torch
 
 import cdm
 from common import UserError
-from experiments import conditions as cdm_table
+from data import Pyramids
+from experiments import conditions
 from text import captions
 
 
 def test_correlation_of_neighbours():
     """Repeated cells correlate fully, independent ones not at all. catches: an axis left out, a mean left in."""
     rows = torch.randn(200, 6, 1, 5).expand(-1, -1, 4, -1) + 7
-    assert cdm_table.correlation(rows) == pytest.approx(0.5, abs=0.05)          # down: equal; across: independent
-    assert cdm_table.correlation(rows[..., :1].expand(-1, -1, -1, 5)) == pytest.approx(1)
-    assert cdm_table.correlation(torch.randn(200, 6, 4, 5) + 7) == pytest.approx(0, abs=0.05)
+    assert conditions.correlation(rows) == pytest.approx(0.5, abs=0.05)          # down: equal; across: independent
+    assert conditions.correlation(rows[..., :1].expand(-1, -1, -1, 5)) == pytest.approx(1)
+    assert conditions.correlation(torch.randn(200, 6, 4, 5) + 7) == pytest.approx(0, abs=0.05)
 
 
 def test_mean_error():
-    assert cdm_table.mean_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))        # deviation sqrt 2, of two
-    assert cdm_table.mean_error([4.0])[0] == 4.0
+    assert conditions.mean_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))        # deviation sqrt 2, of two
+    assert conditions.mean_error([4.0])[0] == 4.0
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +44,11 @@ def home(run, toy, tmp_path_factory):
 
 
 def found(home, command, *args):
-    cdm_table.main([command, str(home), "--n=3", "--seeds=2", "--steps=2", "--device=cpu", *args])
+    conditions.main([command, str(home), "--n=3", "--seeds=2", "--steps=2", "--device=cpu", *args])
     return json.loads((home / "bench" / f"cdm_{command}.json").read_text())["found"]
 
 
-def test_conditions(home):
+def test_kinds_of_condition(home):
     """catches: a kind of condition that is left out, or drawn from another's tokens."""
     rows = found(home, "conditions")
     assert [r["scale"] for r in rows] == [0, 1]                              # two held-out patches at scale 2
@@ -59,7 +60,7 @@ def test_conditions(home):
 def test_memory_of_copies(home, monkeypatch):
     """Training images drawn again lie at distance 0. catches: distances to the wrong split."""
     assert found(home, "memory")["pixels"]["drawn"] > 0
-    monkeypatch.setattr(cdm_table, "draw", lambda *a: cdm_table.fixed_batch(cdm_table.cdm.Pyramids(
+    monkeypatch.setattr(conditions, "draw", lambda *a: conditions.fixed_batch(Pyramids(
         cdm.ZoomLDM.from_run(home).info["data"]), "train", 2, 3)["x"])
     again = found(home, "memory")
     assert all(again[space]["drawn"] == pytest.approx(0, abs=1e-5) for space in again)
@@ -82,21 +83,6 @@ def test_grids_and_text(home):
     assert len(row["texts"]) == 2 and sum(map(sum, row["confusion"])) == 4        # two seeds
 
 
-def test_vector_of_a_caption(home, tmp_path):
-    """catches: a caption encoded by another encoder than the one the model was trained with."""
-    made = cdm.load(home, "grid", cdm.ZoomLDM.from_run(home))
-    assert cdm.vector_of(made) is None
-    with pytest.raises(UserError, match="'letters'"):
-        cdm.vector_of(made, "mostly fat")
-    for v, ok in ((torch.ones(3), True), (torch.ones(1, 3), True), (torch.ones(4), False)):
-        captions.save_tensors(tmp_path / "v.safetensors", {"v": v})
-        if ok:
-            assert cdm.vector_of(made, file=tmp_path / "v.safetensors").shape == (3,)
-        else:
-            with pytest.raises(UserError, match=r"takes \(3,\)"):
-                cdm.vector_of(made, file=tmp_path / "v.safetensors")
-
-
 def test_unknown_command(home):
     with pytest.raises(UserError, match="conditions"):
-        cdm_table.main(["draw", str(home)])
+        conditions.main(["draw", str(home)])

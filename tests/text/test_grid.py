@@ -1,0 +1,215 @@
+"""The grid model: places, guidance, what a caption's vector says, stitching, regions, training, and what is refused."""
+import argparse
+
+import pytest
+import torch
+from cdm_runs import check_resume, go, new_home, stub
+from rule import assert_close
+
+import cdm
+from common import UserError, load_tensors, save_tensors
+from data import Pyramids
+from diffusion import ZoomLDM
+from text import captions, grid
+from text.grid import GridDiT, GridModel, GridSizes, Regions, plane_table, vector_of
+
+
+def small(side=4, channels=2, vector=3):
+    return GridModel(GridDiT(GridSizes(side * side, channels, 32, 1, 4, 64, 0, vector=vector)))
+
+
+# ----- 1. The network -----
+
+def test_everything_told_is_heard():
+    """Time, vector and its absence all change the answer. catches: an input that is dropped."""
+    net = GridDiT(GridSizes(9, 4, 32, 2, 4, 64, 0, vector=6))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x, t, v, known = torch.randn(2, 9, 4), torch.tensor([5, 5]), torch.randn(2, 6), torch.tensor([True, True])
+    base = net(x, t, (v, known))
+    assert base.shape == x.shape
+    for other in (net(x, t + 300, (v, known)), net(x, t, (v + 1, known)), net(x, t, (v, ~known))):
+        assert (other - base).abs().max() > 1e-3
+    assert torch.equal(net(x, t, (v, ~known)), net(x, t, (v * 9, ~known))), "an unknown vector must not be heard"
+    with pytest.raises(UserError, match=r"takes \(B,6\)"):
+        net(x, t, (v[:, :3], known))
+    with pytest.raises(UserError, match="fill a square"):
+        GridDiT(GridSizes(8, 4, 32, 2, 4, 64, 0))
+
+
+def test_places_on_a_plane():
+    """Rows and columns told apart. catches: a transposed table."""
+    table = plane_table(3, 8)[0].unflatten(0, (3, 3))                                        # (3,3,8)
+    assert torch.equal(table[1, 0, :4], table[1, 2, :4]) and torch.equal(table[0, 1, 4:], table[2, 1, 4:])
+    assert not torch.equal(table[0, 1], table[1, 0])
+
+
+# ----- 2. Drawing -----
+
+def test_grid_is_stitched_and_unscaled():
+    """A network that always sees the same block: each window must come back at its place, scaled back.
+    catches: rows and columns swapped; the mean forgotten; windows in the wrong order."""
+    made = small(4, 3, 0)
+    made.mean.fill_(5.0)
+    made.std.fill_(2.0)
+    block = torch.arange(16.0).view(4, 4)[None].expand(3, 4, 4) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    stub(made, lambda x, t, told: block.flatten(1).T.expand(len(x), -1, -1))
+    assert_close(made.grid(4, 4, steps=5), block * 2 + 5, 1e-5)
+    assert_close(made.grid(3, 2, steps=5), (block * 2 + 5)[:, :3, :2], 1e-5)
+    large = made.grid(4, 6, steps=5)
+    assert_close(large[:, :, :2], (block * 2 + 5)[:, :, :2], 1e-5)       # only the first window
+    assert_close(large[:, :, 4:], (block * 2 + 5)[:, :, 2:], 1e-5)       # only the last
+
+
+def test_grid_guidance():
+    """x0_null + g (x0_v - x0_null). catches: the published w = g - 1; branches swapped."""
+    made = stub(small(2), lambda x, t, told: torch.where(told[1][:, None, None], 3.0, 1.0).expand_as(x))
+    for g, want in ((1.0, 3.0), (2.0, 5.0), (0.0, 1.0)):
+        assert_close(made.grid(2, 2, torch.ones(3), g, steps=4), torch.full((2, 2, 2), want), 1e-5)
+    assert_close(made.grid(2, 2, None, 9.0, steps=4), torch.ones(2, 2, 2), 1e-5)
+    with pytest.raises(UserError, match=r"takes \(3,\)"):
+        made.grid(2, 2, torch.ones(4))
+    with pytest.raises(UserError, match="takes none"):
+        small(2, 2, 0).grid(2, 2, torch.ones(4))
+
+
+def test_grid_spread():
+    """What noise all tiles share is left out with a caption, and kept without: a grid's mean is v's, or not.
+    catches: the mean over channels, or of each tile; spread turned round."""
+    made = stub(small(), lambda x, t, told: x + 3)
+    a, b = (made.grid(4, 4, torch.ones(3), seed=seed, steps=2) for seed in (0, 1))
+    kept = made.grid(4, 4, torch.ones(3), steps=2, spread=1.0)
+    assert_close(a.mean((1, 2)), b.mean((1, 2)), 1e-4)
+    assert (a - b).abs().max() > 0.5 and (kept.mean((1, 2)) - a.mean((1, 2))).abs().max() > 0.05
+    assert_close(kept, made.grid(4, 4, steps=2), 1e-4)                      # all of it, as without a caption
+
+
+def test_grid_holds_what_is_said():
+    """The mean of the grid is what the vector says, scaled back; with half the spread it is half way. catches: the mean
+    of each window; a vector that is not standardised; tiles that are all alike."""
+    made = stub(small(), lambda x, t, told: x.roll(1, 1) / 2)
+    made.says.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]))
+    made.std.copy_(torch.tensor([3.0, 5.0]))
+    made.v_mean.fill_(1.0)
+    v, want = torch.tensor([2.0, 3.0, 1.0]), torch.tensor([3.0, 20.0])      # v less 1 says 1, 4
+    for size in (4, 6):                                                     # one window, and nine that overlap
+        e = made.grid(size, size, v, steps=5)
+        assert_close(e.mean((1, 2)), want, 1e-4)
+        assert e.std((1, 2)).min() > 0.01
+    left = [float((made.grid(4, 4, v, steps=2, spread=f).mean((1, 2)) - want).norm()) for f in (0.0, 0.5, 1.0)]
+    assert left[0] < 1e-3 < left[1] < 0.8 * left[2], left
+
+
+# ----- 3. Data -----
+
+def test_regions_are_places_of_the_slides(toy):
+    """catches: rows and columns swapped; test slides; a draw that depends on its history."""
+    pyramids = Pyramids(toy)
+    regions = Regions(pyramids, 2, 7)
+    blocks = {tuple(pyramids.tensor(i, "e")[r:r + 2, c:c + 2].float().flatten().tolist())
+              for i, (_, _, h, w) in regions.slides for r in range(h - 1) for c in range(w - 1)}
+    for n in (5, 0, 11, 5):
+        item = regions[n]
+        assert tuple(item["tokens"].flatten().tolist()) in blocks and not item["known"]
+    assert torch.equal(regions[5]["tokens"], Regions(pyramids, 2, 7)[5]["tokens"])
+    assert any((regions[n]["tokens"] != Regions(pyramids, 2, 8)[n]["tokens"]).any() for n in range(4))
+    with pytest.raises(UserError, match="9 x 9"):
+        Regions(pyramids, 9, 0)
+
+
+def test_regress(toy):
+    """A vector that holds a region's mean embedding says it. catches: captions and regions paired wrongly; rows and
+    columns swapped; another scaling than the tokens'."""
+    pyramids = Pyramids(toy)
+    places = [(i, (r, c, 2, 1)) for i, (_, _, h, w) in Regions(pyramids, 2, 0).slides
+              for r in range(h - 1) for c in range(w)]
+    mean = torch.stack([pyramids.tensor(i, "e")[r:r + h, c:c + w].float().mean((0, 1)) for i, (r, c, h, w) in places])
+    made = argparse.Namespace(mean=mean.mean(0), std=mean.std(0) + 0.1)
+    aim = (mean - made.mean) / made.std
+    torch.manual_seed(0)
+    mix = torch.linalg.qr(torch.randn(aim.shape[1], aim.shape[1]))[0]
+    says = grid.regress(aim @ mix, [captions.Caption("", "", (), 0, *at) for at in places], pyramids, made, 1e-9)
+    assert_close(aim @ mix @ says, aim, 0.02)
+
+
+# ----- 4. Training -----
+
+@pytest.fixture(scope="module")
+def home(run, toy, tmp_path_factory):
+    """A tiny run with a grid model that knows captions, by made-up vectors."""
+    folder = new_home(run, tmp_path_factory.mktemp("grid") / "run")
+    captions.main(["toy", str(toy), f"--out={folder}", "--n=2", "--heldout=3", "--tiles=4"])
+    texts = [c.text for c in captions.read_lines(folder / "captions.tsv")]
+    v = torch.stack([torch.tensor([len(t) / 50, t.count("a") / 5, t.count("t") / 5]) for t in texts])
+    captions.save_vectors(folder / "captions.safetensors", texts, v, "letters")
+    go(folder, "grid", *told(folder))
+    return folder
+
+
+def told(folder):
+    return f"--captions={folder}/captions.tsv", f"--vectors={folder}/captions.safetensors"
+
+
+def test_train_resume_load(home, tmp_path):
+    """catches: noise that depends on the process; EMA not restored; a shift that is not kept."""
+    check_resume("grid", home, tmp_path, *told(home), "--gap=0.1", "--shift=5")
+    model = ZoomLDM.from_run(home)
+    made = cdm.load_conditioner(tmp_path / "once", "grid", model)
+    assert made.shift == 5.0 and cdm.load_conditioner(home, "grid", model).shift == 16.0
+    assert made.grid(4, 4, torch.ones(3), steps=3).shape == (model.summarizer.cfg.embed_dim, 4, 4)
+    assert made.std.min() > 0 and made.mean.abs().max() > 0 and made.says.any() and made.v_mean.any()
+
+
+def test_files_from_before(home, tmp_path):
+    """catches: a file refused for what it can lack, and a fault that goes unnoticed."""
+    state, meta = load_tensors(home / "grid.safetensors")
+    meta["dit"] |= {"cond": "adaln", "plane": True}
+    del state["says"]
+    save_tensors(new_home(home, tmp_path) / "grid.safetensors", state, meta)
+    made = cdm.load_conditioner(tmp_path, "grid", ZoomLDM.from_run(home))
+    assert not made.says.any() and torch.equal(made.mean, state["mean"])
+    save_tensors(tmp_path / "grid.safetensors", {k: v for k, v in state.items() if k != "mean"}, meta)
+    with pytest.raises(UserError, match="does not hold a grid of ours"):
+        cdm.load_conditioner(tmp_path, "grid", ZoomLDM.from_run(home))
+
+
+def test_vector_of_a_caption(home, tmp_path):
+    """catches: a caption encoded by another encoder than the one the model was trained with."""
+    made = cdm.load_conditioner(home, "grid", ZoomLDM.from_run(home))
+    assert vector_of(made) is None
+    with pytest.raises(UserError, match="'letters'"):
+        vector_of(made, "mostly fat")
+    path = tmp_path / "v.safetensors"
+    for v in (torch.ones(3), torch.ones(1, 3)):
+        save_tensors(path, {"v": v})
+        assert vector_of(made, file=path).shape == (3,)
+    save_tensors(path, {"v": torch.ones(4)})
+    with pytest.raises(UserError, match=r"takes \(3,\)"):
+        vector_of(made, file=path)
+    del made.info["text"]
+    with pytest.raises(UserError, match="without captions"):
+        vector_of(made, "mostly fat")
+
+
+# ----- 5. What is refused -----
+
+def test_grid_of_another_encoder(home):
+    model = ZoomLDM.from_run(home)
+    model.info["encoder"] = "uni"
+    with pytest.raises(UserError, match="embeddings of 'stats'"):
+        cdm.load_conditioner(home, "grid", model)
+
+
+@pytest.mark.parametrize("arg, says", [
+    ("--side=64", "lower --side"), ("--captions=x.tsv", "give both"), ("--side=0", "--side=0"), ("--gap=-1", "--gap="),
+    ("--drop=3.0", "--drop=3.0"), ("--drop=-1", "--drop=")])
+def test_bad_input(arg, says, home, tmp_path):
+    with pytest.raises(UserError, match=says):
+        go(new_home(home, tmp_path), "grid", arg)
+
+
+def test_its_settings_have_help(capsys):
+    """catches: settings that only some know."""
+    with pytest.raises(SystemExit) as stop:
+        cdm.main(["train", "--model=grid", "--help"])
+    assert stop.value.code == 0 and "captions: str" in capsys.readouterr().out
