@@ -251,7 +251,7 @@ def test_bad_input(args, says, home):
 
 @pytest.mark.parametrize("arg", ["steps=0", "batch=0", "micro=-1", "seed=-1", "shift=-1.0", "log_every=0",
                                  "save_every=0", "sample_every=0", "workers=-1", "betas=0.9", "lr=-1.0", "decay=foo",
-                                 "ema=2.0", "keep=0", "warmup=-5", "sheet=-1", "betas=(0.9,1.5)", "threads=-1"])
+                                 "ema=2.0", "warmup=-5", "sheet=-1", "betas=(0.9,1.5)", "threads=-1"])
 def test_settings_that_cannot_work(arg):
     """Refused before anything is read. catches: a traceback, or a training that goes another way than was asked."""
     with pytest.raises(UserError, match=f"--{arg.partition('=')[0]}="):
