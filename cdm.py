@@ -4,7 +4,7 @@
     python cdm.py sample out/toy --scale=3         # patches at one scale, or all, with no image behind them
     torchrun --standalone --nproc_per_node=2 cdm.py train RUN published        # DiT-B, as published
     python cdm.py train out/toy --model=grid       # embeddings for large images, from captions too: text/grid.py
-    python cdm.py train out/toy --model=edm        # as the workshop version has it: experiments/workshop.py
+    python cdm.py train out/toy --model=edm        # as the workshop version has it: experiments/edm.py
 
 in:  scales s (n,) and noise (n,65,D)   out: tokens c (n,65,D); RUN/cdm.safetensors, RUN/cdm/*.png
 read next: sample_joint.py
@@ -291,7 +291,7 @@ def kind_of(name):
         from text.grid import GridModel
         return GridModel
     if name == "edm":
-        from experiments.workshop import EDM
+        from experiments.edm import EDM
         return EDM
     if name != "cdm":
         raise UserError(f"--model={name}: known are cdm, edm, grid")

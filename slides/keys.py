@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 
-from cdm import Conditioner, DiT, DiTConfig
 from common import UserError, check_official, cli, load_official, load_state_dict
 from diffusion import ZoomLDM
 from summarizer import Summarizer, SummarizerConfig
@@ -264,6 +263,7 @@ def dit_name(name):
 
 def load_dit(state, prefix="", heads=None):
     """DiT.from_official. Of a whole checkpoint the "ema" weights count, which the published sampling uses."""
+    from cdm import DiT, DiTConfig  # here, for it brings the training along
     if not prefix and isinstance(state.get("ema"), dict):
         state = state["ema"]
     depth = count_of(state, prefix + "blocks.")
@@ -285,6 +285,7 @@ def load_dit(state, prefix="", heads=None):
 def load_cdm(source, model=None, heads=None):
     """The published CDM from its file or state dict, to draw tokens with. raises: ValueError if keys do not fit, or its
     tokens are not as wide as those of `model`."""
+    from cdm import Conditioner, DiT
     state = source if isinstance(source, dict) else load_state_dict(source)
     made = Conditioner(DiT.from_official(state, heads=heads))
     if model is not None:

@@ -4,7 +4,7 @@ from cdm_runs import check_resume, go, new_home
 
 from cdm import DiTConfig, load_conditioner
 from diffusion import ZoomLDM
-from experiments.workshop import EDM, TokenDiT
+from experiments.edm import EDM, TokenDiT
 
 
 def test_everything_told_is_heard():
