@@ -46,7 +46,7 @@ def embeddings(pyramids, slide, block):
     """The embeddings (rows,columns,E) float32 of a block (row, column, rows, columns) of base tiles of a slide."""
     row, column, rows, columns = block
     e = pyramids.tensor(slide, "e")[row:row + rows, column:column + columns].float()
-    return e if pyramids.rescale is None else e * pyramids.rescale
+    return e * pyramids.rescale
 
 
 class Regions(Dataset):
