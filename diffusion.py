@@ -73,10 +73,8 @@ def to_eps(out, z_t, ab, pred):
 
 
 def diffusion_loss(fn, z0, t, eps, schedule, pred="eps"):
-    """Squared error of the prediction fn(z_t, t), one mean a sample, not weighted. source: Z §3.1.
-
-    in:  z0, eps (B,...); t (B,). out: (B,) loss to minimise; (B,) the same error on eps, whatever is predicted.
-    """
+    """Squared error of fn(z_t, t), one mean a sample, not weighted (Z §3.1). in: z0, eps (B,...); t (B,).
+    out: (B,) loss to minimise; (B,) the same error on eps, whatever is predicted."""
     ab = schedule.at(t, z0)                                                 # (B,1,..,1)
     v = ab ** 0.5 * eps - (1 - ab) ** 0.5 * z0
     target = {"eps": eps, "x0": z0, "v": v}[pred]
@@ -101,10 +99,8 @@ def with_guidance(null, cond, guidance):
 
 
 def guided(fn, c, guidance=1.0, prepare=None):
-    """A prediction with guidance, both branches in one batch. out: f(z_t, t).
-
-    in:  fn(z_t, t, c) -> prediction; c (B,L,D); prepare: called once with all tokens; fn gets what it returns.
-    """
+    """fn(z_t, t, c) with guidance, both branches in one batch. in: c (B,L,D). out: f(z_t, t). prepare: called once
+    with all tokens; fn gets what it returns."""
     # guidance 1 needs no null branch: one pass of c alone
     tokens = c if guidance == 1.0 else torch.cat([null_condition(c), c])    # (2B,L,D)
     if prepare is not None:
@@ -156,13 +152,11 @@ def ddim_sample(fn, z_T, schedule, steps=50, eta=0.0, *, pred="eps", timesteps=N
     timesteps: ascending indices (default ddim_timesteps); end: "published" or "clean" (go to alpha_bar = 1);
     noise: one tensor a step for eta > 0 (default: drawn); callback(i, t, z, z0_hat) after every step.
     """
-    chosen = ddim_timesteps(schedule.T, steps) if timesteps is None else timesteps
-    timesteps = [int(t) for t in chosen]
+    timesteps = ddim_timesteps(schedule.T, steps) if timesteps is None else [int(t) for t in timesteps]
     ab, ab_prev = noise_levels(schedule, timesteps, end)
     z = z_T
     for n, i in enumerate(reversed(range(len(timesteps)))):
-        t = torch.full((len(z),), timesteps[i], device=z.device)            # (B,) int64
-        out = fn(z, t)
+        out = fn(z, torch.full((len(z),), timesteps[i], device=z.device))   # t (B,) int64
         z0_hat = to_x0(out, z, ab[i], pred)
         eps_hat = to_eps(out, z, ab[i], pred)
         sigma = eta * ((1 - ab_prev[i]) / (1 - ab[i]) * (1 - ab[i] / ab_prev[i])) ** 0.5
@@ -198,9 +192,9 @@ def plms_sample(eps_fn, z_T, schedule, steps=50, callback=None):
 # ----- 4. The whole model -----
 
 class ZoomLDM(nn.Module):
-    """VAE, Summarizer and U-Net, and what it takes to run them: latent scale, schedule, kind of prediction.
+    """VAE, Summarizer, U-Net, and what it takes to run them. info: what the data were, in plain types.
 
-    `encode` and `decode` work on *scaled* latents (deviation about 1). `info`: what the data were, plain types.
+    The latents of `encode`, `decode` and the samplers are scaled to a deviation of about 1.
     """
 
     def __init__(self, vae, summarizer, unet, latent_scale=1.0, pred="eps", schedule="scaled_linear",

@@ -38,16 +38,14 @@ class SummarizerConfig:
 def standardize(e):
     """Pool a grid to at most 8x8, then give each embedding mean 0 and deviation 1 over its channels (Z S8.1).
 
-    in:  e (...,E,G,G), any float type; G up to 8, or a multiple of 8. out: (...,E,min(G,8),min(G,8)) float32,
-    differentiable. raises: ValueError for a grid that does not pool evenly.
+    in:  e (...,E,G,G), G up to 8, or a multiple of 8. out: (...,E,min(G,8),min(G,8)) float32. raises: ValueError.
     """
     e = e.float()
     side = e.shape[-1]
     if e.ndim < 3 or e.shape[-2] != side or side > 8 and side % 8:
         raise UserError(f"got embeddings {tuple(e.shape)}, expected (...,E,G,G), G <= 8 or a multiple of 8")
     if side > 8:
-        k = side // 8
-        blocks = e.unflatten(-1, (8, k)).unflatten(-3, (8, k))
+        blocks = e.unflatten(-1, (8, side // 8)).unflatten(-3, (8, side // 8))
         e = blocks.mean((-3, -1))                                    # (...,E,8,8)
     # official: per place, over channels, unbiased deviation; deviates: in float32, not float16
     mean = e.mean(-3, keepdim=True)                                  # (...,1,G,G)
@@ -58,8 +56,7 @@ def standardize(e):
 def pack_grid(e):
     """Place the embeddings of one patch into the 64 slots, row by row, centred in the flattened order.
 
-    in:  e (E,G,G) with G in 1, 2, 4, 8, standardised. out: tokens (64,E), zero where empty; mask (64,) bool,
-    True = real token. raises: ValueError for another grid.
+    in:  e (E,G,G), standardised. out: tokens (64,E), zero where empty; mask (64,), True = real. raises: ValueError.
     """
     if e.ndim != 3 or e.shape[1] != e.shape[2] or e.shape[1] not in (1, 2, 4, 8):
         raise UserError(f"got embeddings {tuple(e.shape)}, expected (E,G,G) with G = 1, 2, 4 or 8: pool larger "
@@ -87,9 +84,8 @@ def grid_of(tokens, mask, cfg):
 def place_code(h, w, dim, device=None):
     """Sines and cosines of where each cell of an h x w grid over [0,1]^2 lies: (h*w,dim), at dim/4 octaves.
 
-    deviates: the published network must find out which token lies under which pixel. With this code on tokens and
-    on the U-Net's queries a pixel first attends to the token under it: small models follow the layout after
-    minutes instead of hours. Off by default; published weights never use it.
+    deviates: published networks must find out which token lies under which pixel. With this code on tokens and on
+    the U-Net's queries a pixel first attends to the token under it: small models follow the layout after minutes.
     """
     freq = math.pi * 2.0 ** torch.arange(dim // 4, device=device)    # (dim/4,)
     axes = []
@@ -98,11 +94,10 @@ def place_code(h, w, dim, device=None):
         angle = centre[:, None] * freq                               # (n,dim/4)
         axes.append(torch.cat([angle.sin(), angle.cos()], 1))        # (n,dim/2)
     y, x = axes
-    y, x = y.repeat_interleave(w, 0), x.repeat(h, 1)                 # (h*w,dim/2)
-    return torch.cat([y, x], 1)                                      # (h*w,dim)
+    return torch.cat([y.repeat_interleave(w, 0), x.repeat(h, 1)], 1)                         # (h*w,dim)
 
 
-def place_table(dim):
+def slot_codes(dim):
     """The place codes of the 64 slots for grids of side 1, 2, 4, 8: (4,64,dim), zero where a slot is empty."""
     grids = [place_code(side, side, dim).T.unflatten(1, (side, side)) for side in (1, 2, 4, 8)]
     return torch.stack([pack_grid(grid)[0] for grid in grids])
@@ -131,10 +126,8 @@ class SummarizerBlock(Module):
 
 
 class Summarizer(Module):
-    """The transformer of the CVPR version. source: Z §3.1, S8.1; reference: official EmbeddingViT2_5.
-
-    in:  tokens (B,64,E) and mask (B,64) from `pack_grid`, s (B,) int64. out: c (B,65,D).
-    """
+    """The transformer of the CVPR version. in: tokens (B,64,E), mask (B,64), s (B,) int64. out: c (B,65,D).
+    source: Z §3.1, S8.1; reference: official EmbeddingViT2_5."""
 
     def __init__(self, cfg: SummarizerConfig):
         super().__init__()
@@ -153,7 +146,7 @@ class Summarizer(Module):
         self.proj = Linear(width, width)                             # official: it and the next are not in Z
         self.norm_out = LayerNorm(width, eps=1e-5)
         if cfg.positions:
-            self.register_buffer("place", place_table(cfg.positions), persistent=False)
+            self.register_buffer("place", slot_codes(cfg.positions), persistent=False)
             self.start_aligned()
 
     @torch.no_grad()
@@ -189,21 +182,18 @@ class Summarizer(Module):
 
 def build(cfg):
     """The network that cfg.kind names. raises: UserError for an unknown one."""
-    if cfg.kind == "transformer":
-        return Summarizer(cfg)
-    if cfg.kind != "cnn":
+    if cfg.kind == "cnn":
+        from experiments import workshop  # the workshop version's
+        return workshop.CNNSummarizer(cfg)
+    if cfg.kind != "transformer":
         raise UserError(f"--summarizer={cfg.kind}: known are transformer, cnn")
-    from experiments import workshop  # the workshop version's
-    return workshop.CNNSummarizer(cfg)
+    return Summarizer(cfg)
 
 
 def main(argv):
-    tokens, mask = pack_grid(standardize(torch.randn(1024, 4, 4)))
-    inputs = tokens[None], mask[None], torch.tensor([2])             # a batch of one
     with torch.device("meta"):
-        summary(build(SummarizerConfig()), *(x.to("meta") for x in inputs))
-    c = build(SummarizerConfig(1024, 64, 2, 128))(*inputs)
-    print(f"\na small one on the CPU: 4x4 embeddings -> c {tuple(c.shape)}")
+        tokens, mask = pack_grid(standardize(torch.randn(1024, 4, 4)))
+        summary(Summarizer(SummarizerConfig()), tokens[None], mask[None], torch.zeros(1).long())
 
 
 if __name__ == "__main__":

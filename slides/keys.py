@@ -36,8 +36,8 @@ def count_of(state, start):
 
 
 def size_of(state, key, dim, default, multiple=1):
-    """The size of one tensor along `dim`. One that is missing, or cannot be, gives `default`: it is named afterwards,
-    when the keys are checked."""
+    """The size of one tensor along `dim`, of a bias where one tells. A tensor that is missing, or cannot be, gives
+    `default`: it is named afterwards, when the keys are checked."""
     shape = state[key].shape if key in state else ()
     size = shape[dim] if len(shape) > dim else 0
     return size if size and size % multiple == 0 else default
@@ -71,12 +71,12 @@ def load_vae(state, prefix=""):
     blocks = count_of(state, levels + "0.block.")
     if not blocks:
         raise UserError(f"no published VQ-VAE under prefix {prefix!r}: missing {levels}0.block.0.*")
-    width = size_of(state, prefix + "encoder.conv_in.weight", 0, 128, multiple=32)
+    width = size_of(state, prefix + "encoder.conv_in.bias", 0, 128, multiple=32)
     mult = []
     for i in range(count_of(state, levels)):
-        mult.append(size_of(state, f"{levels}{i}.block.0.conv1.weight", 0, width, multiple=width) // width)
+        mult.append(size_of(state, f"{levels}{i}.block.0.conv1.bias", 0, width, multiple=width) // width)
     codes = size_of(state, prefix + "quantize.embedding.weight", 0, 8192)
-    channels = size_of(state, prefix + "quant_conv.weight", 0, 3)
+    channels = size_of(state, prefix + "quant_conv.bias", 0, 3)
     vae = build(VQVAE, VAEConfig(width, tuple(mult), blocks, codes, channels))
     load_official(vae, state, prefix, vae_name, ignore=("loss.",))
     return vae.eval()
@@ -115,9 +115,9 @@ def load_summarizer(state, prefix=""):
     depth = count_of(named, prefix + LAYER)
     if not depth:
         raise UserError(f"no published Summarizer under prefix {prefix!r}: missing {prefix}{LAYER}0.*")
-    width = size_of(named, prefix + "dim_reduce.weight", 0, 512, multiple=8)
+    width = size_of(named, prefix + "final_proj.bias", 0, 512, multiple=8)
     embed = size_of(named, prefix + "dim_reduce.weight", 1, 1024)
-    mlp = size_of(named, f"{prefix}{LAYER}0.mlp.0.weight", 0, 2048)
+    mlp = size_of(named, f"{prefix}{LAYER}0.mlp.0.bias", 0, 2048)
     scales = size_of(named, prefix + "mag_embedding.weight", 0, 8)
     net = build(Summarizer, SummarizerConfig(embed, width, depth, mlp, scales))
     load_official(net, named, prefix, summarizer_name)
@@ -132,9 +132,10 @@ INNER_NAMES = {  # what is not listed, norm, proj_in and proj_out of a transform
     "res": {"norm1": "in_layers.0", "conv1": "in_layers.2", "emb": "emb_layers.1", "norm2": "out_layers.0",
             "conv2": "out_layers.3", "skip": "skip_connection"},
     "attn": {"norm1": DEEP + "norm1", "norm2": DEEP + "norm2", "norm3": DEEP + "norm3",
-             "self_attn.q": DEEP + "attn1.to_q", "self_attn.k": DEEP + "attn1.to_k", "self_attn.v": DEEP + "attn1.to_v",
-             "self_attn.out": DEEP + "attn1.to_out.0", "cross.out": DEEP + "attn2.to_out.0",
-             "cross.q": DEEP + "attn2.to_q", "cross.k": DEEP + "attn2.to_k", "cross.v": DEEP + "attn2.to_v",
+             "self_attn.q": DEEP + "attn1.to_q", "self_attn.k": DEEP + "attn1.to_k",
+             "self_attn.v": DEEP + "attn1.to_v", "self_attn.out": DEEP + "attn1.to_out.0",
+             "cross.q": DEEP + "attn2.to_q", "cross.k": DEEP + "attn2.to_k",
+             "cross.v": DEEP + "attn2.to_v", "cross.out": DEEP + "attn2.to_out.0",
              "ff1": DEEP + "ff.net.0.proj", "ff2": DEEP + "ff.net.2"}}
 
 
@@ -171,14 +172,14 @@ def empty_unet(state, prefix=""):
             levels[-1].append(f"{start}{i}.")
     if not all(levels):
         raise UserError(f"no published U-Net under prefix {prefix!r}: missing {start}1.*")
-    width = size_of(state, start + "0.0.weight", 0, 192, multiple=32)
+    width = size_of(state, start + "0.0.bias", 0, 192, multiple=32)
     mult, attention = [], []
     for level, blocks in enumerate(levels):
-        mult.append(size_of(state, blocks[0] + "0.in_layers.2.weight", 0, width, multiple=width) // width)
+        mult.append(size_of(state, blocks[0] + "0.in_layers.2.bias", 0, width, multiple=width) // width)
         if has(state, blocks[0] + "1."):
             attention.append(2 ** level)
     context = size_of(state, prefix + "middle_block.1." + DEEP + "attn2.to_k.weight", 1, 512)
-    channels = size_of(state, prefix + "out.2.weight", 0, 3)
+    channels = size_of(state, prefix + "out.2.bias", 0, 3)
     return build(UNet, UNetConfig(width, tuple(mult), len(levels[0]), tuple(attention), context, channels))
 
 

@@ -87,18 +87,6 @@ def test_q_sample():
     assert LDM.q_sample(z0.float(), t, eps.float()).dtype == torch.float32
 
 
-def test_q_sample_statistics():
-    """Mean sqrt(ab) z0, variance 1 - ab, and unit data stay unit. catches: sqrt(1 - ab) -> 1 - ab."""
-    n, z0 = 200_000, rand(1, 1)
-    for k in (0, 300, 999):
-        ab, t = float(LDM.alpha_bar[k]), torch.full((n,), k)
-        z = LDM.q_sample(z0.expand(n, 1), t, rand(n, 1, seed=k))
-        assert abs(float(z.mean()) - ab ** 0.5 * float(z0)) < 5 * ((1 - ab) / n) ** 0.5
-        assert float(z.var()) == pytest.approx(1 - ab, rel=5 * (2 / n) ** 0.5)
-        unit = LDM.q_sample(rand(n, 1, seed=1), t, rand(n, 1, seed=2))
-        assert float(unit.var()) == pytest.approx(1, rel=0.02)
-
-
 def prediction(pred, z0, eps, ab):
     return {"eps": eps, "x0": z0, "v": ab ** 0.5 * eps - (1 - ab) ** 0.5 * z0}[pred]
 
@@ -268,7 +256,7 @@ def expected_end(z_T, mu, schedule, start, end):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pred", ["eps", "x0", "v"])
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 37, 200, 1000])
+@pytest.mark.parametrize("n", [1, 2, 37, 1000])
 def test_point_mass(kind, pred, n):
     """Every z0_hat is mu, and so is the output. catches: alpha_bar[t-1] for alpha_bar[t] (off by .015 at 5 steps, 1.6
     at 1000, while the *output* stays exact); an end at alpha_bar[0] (off by .0387); a stop one step early."""
@@ -283,7 +271,7 @@ def test_point_mass(kind, pred, n):
     assert_close(z, expected_end(z_T, mu, schedule, steps[-1], "published"), 1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 10, 50, 100, 250, 500])
+@pytest.mark.parametrize("steps", [1, 2, 10, 50, 500])
 def test_point_mass_default_steps(steps):
     mu, z_T, seen = rand(1, 3, 4, 4), rand(1, 3, 4, 4, seed=1), []
     z = ddim_sample(towards(mu, LDM), z_T, LDM, steps, end="clean",
@@ -462,6 +450,30 @@ def test_model_sample(model, net):
     assert p.shape == a.shape and p.isfinite().all()
     with pytest.raises(ValueError, match="ddim, plms"):
         model.sample(c, (16, 8), sampler="euler")
+
+
+def test_from_run_keeps_everything(model, tmp_path):
+    """catches: a latent scale, prediction or note that is not written; a scale that only one direction knows."""
+    two = ZoomLDM(model.vae, model.summarizer, model.unet, latent_scale=0.37, pred="x0", schedule="cosine",
+                  info={"encoder": "stats", "std": [1.0, 2.5]})
+    two.save(tmp_path)
+    three = ZoomLDM.from_run(str(tmp_path))
+    assert three.config() == two.config() and three.latent_scale == 0.37 and not three.training
+    ours = three.state_dict()
+    assert ours.keys() == two.state_dict().keys() and all(torch.equal(v, ours[k]) for k, v in two.state_dict().items())
+    x = torch.rand(1, 3, 16, 16)
+    assert_close(three.encode(x), model.encode(x) * 0.37 / 2, 1e-6)
+    z = torch.randn(1, 3, 16, 16)
+    assert_close(three.decode(z, quantize=False), model.decode(z / 0.37 * 2, quantize=False), 1e-6)
+
+
+def test_draw_is_sample_decoded(model):
+    """Patches in batches are those drawn at once. catches: noise that starts again with each batch."""
+    c = golden("unet_small")[0]["in/context"].repeat(2, 1, 1)[:3]
+    x = model.draw(c, 8, steps=2, seed=1, batch=2)
+    want = model.decode(model.sample(c, (8, 8), steps=2, seed=1)).clamp(-1, 1)
+    assert x.shape == want.shape and x.max() <= 1
+    assert_close(x, want, 1e-4)
 
 
 def test_model_needs_matching_widths(net):
