@@ -81,8 +81,7 @@ def diffusion_loss(fn, z0, t, eps, schedule, pred="eps"):
     out = fn(schedule.q_sample(z0, t, eps), t).float()
     loss = (out - target).square().flatten(1).mean(1)                       # (B,)
     ab = ab.flatten()
-    on_eps = {"eps": 1.0, "x0": ab / (1 - ab), "v": ab}[pred]
-    return loss, (loss * on_eps).detach()
+    return loss, (loss * {"eps": 1.0, "x0": ab / (1 - ab), "v": ab}[pred]).detach()
 
 
 # ----- 2. Guidance: written here, nowhere else -----
@@ -148,9 +147,9 @@ def ddim_sample(fn, z_T, schedule, steps=50, eta=0.0, *, pred="eps", timesteps=N
                 noise=None, callback=None):
     """Run DDIM from z_T to z_0. source: DDIM Eq. 12, 16.
 
-    in:  fn(z_t, t (B,)) -> prediction of kind `pred`, already guided; eta 0 = deterministic, 1 = DDPM-like;
-    timesteps: ascending indices (default ddim_timesteps); end: "published" or "clean" (go to alpha_bar = 1);
-    noise: one tensor a step for eta > 0 (default: drawn); callback(i, t, z, z0_hat) after every step.
+    in:  fn(z_t, t (B,)) -> prediction of kind `pred`; eta 0 = deterministic, 1 = DDPM-like; timesteps: ascending
+    (default ddim_timesteps); end: "published", or "clean", alpha_bar = 1; noise: one tensor a step, for eta > 0
+    (default: drawn); callback(i, t, z, z0_hat) after every step.
     """
     timesteps = ddim_timesteps(schedule.T, steps) if timesteps is None else [int(t) for t in timesteps]
     ab, ab_prev = noise_levels(schedule, timesteps, end)
@@ -197,8 +196,7 @@ class ZoomLDM(nn.Module):
     The latents of `encode`, `decode` and the samplers are scaled to a deviation of about 1.
     """
 
-    def __init__(self, vae, summarizer, unet, latent_scale=1.0, pred="eps", schedule="scaled_linear",
-                 info=None):
+    def __init__(self, vae, summarizer, unet, latent_scale=1.0, pred="eps", schedule="scaled_linear", info=None):
         super().__init__()
         if unet.cfg.context_dim != summarizer.cfg.width:
             raise UserError(f"unet.context_dim={unet.cfg.context_dim}: it must be summarizer.width")
@@ -258,8 +256,7 @@ class ZoomLDM(nn.Module):
         vae = VQVAE(restore(VAEConfig, config["vae"]))
         summarizer = build(restore(SummarizerConfig, config["summarizer"]))
         unet = UNet(restore(UNetConfig, config["unet"]))
-        rest = {k: config[k] for k in ("latent_scale", "pred", "schedule", "info")}
-        return cls(vae, summarizer, unet, **rest)
+        return cls(vae, summarizer, unet, config["latent_scale"], config["pred"], config["schedule"], config["info"])
 
     def save(self, folder):
         """Write folder/ema.safetensors: all weights, the configuration in its header."""
@@ -276,8 +273,7 @@ class ZoomLDM(nn.Module):
             model = cls.from_config(config)
             model.load_state_dict(state)
         except (KeyError, TypeError, RuntimeError) as err:
-            reason = str(err).splitlines()[0]
-            raise UserError(f"{path} holds no model of ours ({reason}): see ZoomLDM.from_official") from err
+            raise UserError(f"{path} holds no model of ours ({str(err).splitlines()[0]}): try from_official") from err
         return model.eval().requires_grad_(False)
 
     @classmethod
