@@ -166,7 +166,7 @@ class VAEStage(nn.Module):
         for image, (i, j) in zip(batch["x"], batch["corner"].tolist()):
             crops.append(image[:, i:i + self.crop, j:j + self.crop])    # (3,crop,crop)
         x = torch.stack(crops)                                          # (B,3,crop,crop)
-        loss, x_rec, indices, _ = vae_loss(self.vae, x, self.step >= self.unquantized)
+        loss, x_rec, indices = vae_loss(self.vae, x, self.step >= self.unquantized)
         if indices is not None:
             self.used += torch.bincount(indices.flatten(), minlength=len(self.used))
         mse = (x_rec.detach().clamp(-1, 1) - x).square().flatten(1).mean(1).clamp_min(1e-10)

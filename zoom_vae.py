@@ -1,4 +1,4 @@
-"""VQ-VAE, the first stage: a 4-fold smaller, 3-channel latent image that diffusion works on (Z §4.1.1, VQ-f4).
+"""VQ-VAE, the first stage: a 4-fold smaller latent image that diffusion works on (Z §4.1.1, VQ-f4).
 
 Encoder and decoder are convolutions with one attention block in the middle: any height and width that are
 multiples of 4 work. The latent that diffusion sees is *not* quantised. Decoding first snaps each pixel of it to
@@ -10,9 +10,9 @@ run: python zoom_vae.py      trained by: python train.py      read next: summari
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn import Conv2d, GroupNorm, Identity, Module, ModuleList, Sequential
+from torch.nn import Conv2d, Embedding, GroupNorm, Identity, Module, ModuleList, Sequential
 from torch.nn.functional import embedding, interpolate, mse_loss, pad, scaled_dot_product_attention, silu
+from torch.nn.init import uniform_
 
 from common import UserError, cli, summary
 
@@ -24,7 +24,7 @@ class VAEConfig:
     res_blocks: int = 2       # residual blocks per encoder level (the decoder has one more)
     codes: int = 8192         # codebook vectors
     channels: int = 3         # of the latent and of a code
-    groups: int = 32          # of GroupNorm; few channels a group make it an instance norm, which loses colour
+    groups: int = 32          # of GroupNorm; few channels a group make it instance norm, which loses colour
 
 
 # ----- 1. Layers -----
@@ -87,9 +87,14 @@ def middle(c, groups):
     return Sequential(VAEResBlock(c, c, groups), VAEAttention(c, groups), VAEResBlock(c, c, groups))
 
 
+def pixels_of(z):
+    """in: (B,C,h,w). out: (B*h*w,C)."""
+    return z.movedim(1, -1).flatten(0, 2)
+
+
 def layout(x, side):
-    """The memory format to convolve images of `side` pixels in. On a CPU, the few channels of high resolution go
-    twice as fast with channels last (228 for 120 GFLOP/s at 128 channels and 256 pixels)."""
+    """The memory format to convolve images of `side` pixels in. On a CPU, the few channels of high resolution
+    go twice as fast with channels last (228 for 120 GFLOP/s at 128 channels and 256 pixels)."""
     return torch.channels_last if x.is_cpu and side >= 128 else torch.contiguous_format
 
 
@@ -126,7 +131,7 @@ class Decoder(Module):
         c = cfg.width * mult[-1]
         self.conv_in = Conv2d(cfg.channels, c, 3, padding=1)
         self.mid = middle(c, groups)
-        self.levels = ModuleList(Module() for _ in mult)              # index 0 = highest resolution, as published
+        self.levels = ModuleList(Module() for _ in mult)              # 0 = highest resolution, as published
         for i in reversed(range(len(mult))):
             w = cfg.width * mult[i]
             level = self.levels[i]
@@ -137,8 +142,7 @@ class Decoder(Module):
         self.conv_out = Conv2d(c, 3, 3, padding=1)
 
     def forward(self, z):                                             # (B,3,H/4,W/4)
-        side = z.shape[-1] * 2 ** (len(self.levels) - 1)              # of the image
-        h = self.conv_in(z.contiguous(memory_format=layout(z, side)))
+        h = self.conv_in(z.contiguous(memory_format=layout(z, 4 * z.shape[-1])))
         h = self.mid(h)
         for level in reversed(self.levels):                           # lowest resolution first
             h = level.up(level.blocks(h))
@@ -148,7 +152,7 @@ class Decoder(Module):
 # ----- 2. The model -----
 
 class VQVAE(Module):
-    """VQ-f4 autoencoder. source: Z §4.1.1; reference: the published first stage (`vq-f4`, with mid attention)."""
+    """VQ-f4 autoencoder. source: Z §4.1.1; reference: the published first stage, `vq-f4` with mid attention."""
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
@@ -161,34 +165,32 @@ class VQVAE(Module):
         c, codes = cfg.channels, cfg.codes
         self.to_latent = Conv2d(c, c, 1)
         self.from_latent = Conv2d(c, c, 1)
-        self.codebook = nn.Embedding(codes, c)
-        nn.init.uniform_(self.codebook.weight, -1 / codes, 1 / codes)
+        self.codebook = Embedding(codes, c)
+        uniform_(self.codebook.weight, -1 / codes, 1 / codes)
 
     def encode(self, x):
-        """in: x (B,3,H,W) in [-1,1], H and W multiples of 4. out: z (B,3,H/4,W/4), un-quantised and unscaled.
-        raises: ValueError for other sizes."""
+        """in: x (B,3,H,W) in [-1,1], H and W multiples of 4, else ValueError. out: z (B,3,H/4,W/4), unscaled."""
         shape, k = tuple(x.shape), self.factor
         if len(shape) != 4 or shape[1] != 3 or shape[2] % k or shape[3] % k:
-            raise UserError(f"got images {shape}, expected (B,3,H,W), H and W multiples of {k}: crop or pad them")
+            raise UserError(f"got images {shape}, expected (B,3,H,W), sides multiples of {k}: crop or pad them")
         return self.to_latent(self.encoder(x))
 
     def quantize(self, z):
         """Snap every latent pixel to its nearest code (squared Euclidean distance, first minimum).
 
-        out: z_q, equal to the code in value while gradients pass straight to z; indices (B,h,w) int64; the
-        codebook loss. official: the legacy weights, 1 on z moving to its code, 0.25 on the code moving to z.
+        out: z_q, the code in value, while gradients pass straight to z; indices (B,h,w) int64; the loss, 1 for z
+        to move to its code, 0.25 for the code to move to z (official: legacy weights).
         """
         codes = self.codebook.weight                                  # (K,3)
         z = z.to(codes.dtype)
-        pixels = z.movedim(1, -1)                                     # (B,h,w,3)
         # bf16 distances would pick a tenth of the codes wrongly
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             power = codes.square().sum(1)                             # (K,); |z|^2 changes no minimum
             nearest = []
-            for part in pixels.flatten(0, 2).split(1 << 14):          # so many x K floats at a time
+            for part in pixels_of(z).split(1 << 14):                  # a table of so many x K floats at a time
                 distance = power - 2 * part @ codes.T                 # (n,K)
                 nearest.append(distance.argmin(1))
-        indices = torch.cat(nearest).view(pixels.shape[:-1])          # (B,h,w)
+        indices = torch.cat(nearest).view_as(z[:, 0])                 # (B,h,w)
         z_q = embedding(indices, codes).movedim(-1, 1)                # (B,3,h,w)
         loss = mse_loss(z_q.detach(), z) + 0.25 * mse_loss(z_q, z.detach())
         return z + (z_q - z).detach(), indices, loss
@@ -199,9 +201,6 @@ class VQVAE(Module):
             z = self.quantize(z)[0]
         return self.decoder(self.from_latent(z))
 
-    def forward(self, x, quantize=True):
-        return self.decode(self.encode(x), quantize)
-
     @classmethod
     def from_official(cls, state, prefix=""):
         """Build from a published state dict (prefix "first_stage_model." in a whole checkpoint); in eval mode.
@@ -210,42 +209,29 @@ class VQVAE(Module):
         return keys.load_vae(state, prefix)
 
 
-# ----- 3. Training: L1 and the codebook, CompVis' recipe for vq-f4 -----
+# ----- 3. Training: L1 and the codebook -----
 
-def vae_loss(vae, x, quantize=True, disc=None, perceptual=None):
-    """Training loss of the autoencoder. out: the loss, x_rec, the code indices (B,h,w) or None, {name: part}.
+def vae_loss(vae, x, quantize=True):
+    """Training loss for x (B,3,H,W) in [-1,1]. out: loss, x_rec, code indices (B,h,w), None without codes.
 
-    in:  x (B,3,H,W) in [-1,1]; quantize False leaves the codebook out, as long as no codes are placed yet;
-    disc: an experiments.workshop.PatchGAN; perceptual: (x, x_rec) -> (B,1,1,1).
+    quantize False: as long as no codes are placed. deviates: vq-f4 was trained with LPIPS and a PatchGAN, too.
     """
     z = vae.encode(x)
+    indices, codebook = None, 0 * vae.codebook.weight.sum()           # DDP wants every weight in the graph
     if quantize:
         z, indices, codebook = vae.quantize(z)
-    else:
-        indices = None
-        codebook = 0 * vae.codebook.weight.sum()                      # DDP wants every weight in the graph
     x_rec = vae.decode(z, quantize=False).float()
-    error = (x - x_rec).abs()                                         # (B,3,H,W)
-    if perceptual is not None:
-        error = error + perceptual(x, x_rec)
-    rec = error.mean()
-    loss = rec + codebook
-    parts = {"rec": rec.detach(), "codebook": codebook.detach()}
-    if disc is not None:
-        more, named = disc.terms(vae, x, x_rec, rec)
-        loss, parts = loss + more, parts | named
-    return loss, x_rec, indices, parts
+    return (x - x_rec).abs().mean() + codebook, x_rec, indices
 
 
 @torch.no_grad()
 def rebase(vae, z, whiten=False):
     """Move the origin of the latent space to the mean of z (B,C,h,w); whiten: unit covariance there, too.
 
-    The 1x1 convolutions and the codebook take the change back: reconstructions stay, with `whiten` as long as
-    nothing is quantised. Left alone, minutes of training put nearly all variance into one direction, far from
-    zero. Codes then index one number, and diffusion sees almost constants.
+    The 1x1 convolutions and the codebook take the change back: reconstructions stay (quantised ones not, after
+    whitening). Left alone, minutes of training put nearly all variance into one direction, far from zero.
     """
-    pixels = f64(z).movedim(1, -1).flatten(0, 2)                      # (Bhw,C)
+    pixels = f64(pixels_of(z))                                        # (Bhw,C)
     mean = pixels.mean(0)
     there = back = torch.eye(len(mean), dtype=torch.float64)          # (C,C), inverse to each other
     if whiten:
@@ -256,11 +242,12 @@ def rebase(vae, z, whiten=False):
         back = axes * root @ axes.T
     w_in, b_in = vae.to_latent.parameters()                           # (C,C,1,1), (C,)
     w_out, b_out = vae.from_latent.parameters()
+    w_in, w_out = w_in.flatten(1), w_out.flatten(1)                   # (C,C), views
     codes = vae.codebook.weight                                       # (K,C)
-    b_out.copy_(f64(b_out) + f64(w_out).flatten(1) @ mean)
+    b_out.copy_(f64(b_out) + f64(w_out) @ mean)
     b_in.copy_(there @ (f64(b_in) - mean))
-    w_in.copy_((there @ f64(w_in).flatten(1)).view_as(w_in))
-    w_out.copy_((f64(w_out).flatten(1) @ back).view_as(w_out))
+    w_in.copy_(there @ f64(w_in))
+    w_out.copy_(f64(w_out) @ back)
     codes.copy_((f64(codes) - mean) @ there.T)
 
 
@@ -271,29 +258,28 @@ def f64(x):
 
 @torch.no_grad()
 def revive_codes(vae, z, usage, gen):
-    """Move every code that `usage` (K,) counts as unused onto a random latent pixel of z (B,3,h,w).
-
-    Without this a small codebook collapses onto the few codes that won early. out: the number of codes moved.
-    """
-    dead = (usage == 0).nonzero()[:, 0]
-    pixels = z.detach().float().movedim(1, -1).flatten(0, 2)          # (Bhw,3)
+    """Move every code that `usage` (K,) counts as unused onto a random latent pixel of z (B,3,h,w). out: how many.
+    Without this a small codebook collapses onto the few codes that won early."""
+    dead = usage == 0                                                 # (K,)
+    pixels = pixels_of(z).float()                                     # (Bhw,3)
     # a pixel is drawn for every code, so that where one goes does not depend on the others
-    pick = torch.randint(len(pixels), (len(usage),), generator=gen).to(z.device)
+    pick = torch.randint(len(pixels), usage.shape, generator=gen).to(z.device)
     vae.codebook.weight[dead] = pixels[pick[dead]]
-    return len(dead)
+    return int(dead.sum())
 
 
 def perplexity(usage):
     """exp(entropy) of the code histogram (K,): the number of codes in effective use, 1..K."""
-    p = f64(usage)
-    p = p / p.sum().clamp_min(1)
-    entropy = -(p * p.clamp_min(1e-12).log()).sum()
+    count = f64(usage)
+    entropy = torch.special.entr(count / count.sum().clamp_min(1)).sum()
     return float(entropy.exp())
 
 
 def main(argv):
     with torch.device("meta"):
-        summary(VQVAE(VAEConfig()), torch.randn(1, 3, 256, 256), False)
+        vae = VQVAE(VAEConfig())
+        vae.forward = lambda x: vae.decode(vae.encode(x), quantize=False)
+        summary(vae, torch.randn(1, 3, 256, 256))
 
 
 if __name__ == "__main__":

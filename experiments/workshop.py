@@ -1,5 +1,4 @@
-"""What the published weights do without: the Summarizer of the workshop version (W), a convolutional network; and the
-discriminator that vq-f4 was trained against.
+"""The Summarizer of the workshop version (W): a convolutional network. The CVPR version has a transformer instead.
 
 The CNN makes one token per cell of 8x8 and no scale token: c (B,64,D). Its batch norm works over all ranks.
 
@@ -8,9 +7,8 @@ run: python -m experiments.workshop     sizes; trained by: python train.py --sum
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.func import functional_call
-from torch.nn import BatchNorm2d, Conv2d, LayerNorm, LeakyReLU, Linear, Module, ModuleList, Sequential
-from torch.nn.functional import interpolate, max_pool2d, pad, relu, silu
+from torch.nn import BatchNorm2d, Conv2d, LayerNorm, Linear, Module, ModuleList
+from torch.nn.functional import interpolate, max_pool2d, pad, silu
 
 from common import UserError, cli, summary
 from summarizer import SLOTS, SummarizerConfig, grid_of, place_code
@@ -72,16 +70,17 @@ class CNNSummarizer(Module):
     """The network of the workshop version, called as `Summarizer`. out: c (B,64,D).
 
     source: W: grid up-sampled by nearest neighbour to 128x128, four residual blocks of convolution, batch norm and
-    max-pooling, FiLM from a learned embedding of the scale, 8x8 tokens. Left open there, chosen here: a Linear E -> D/2
-    first, which commutes with up-sampling; one 3x3 convolution a block, D/2, D/2, D, D wide; SiLU; a position, or the
-    U-Net could not tell tokens apart; the transformer's end. If `side` is smaller, the *first* log2(side/8) blocks
-    pool: cells are constant, so pooling early loses nothing and costs least, and the others see whole neighbours.
+    max-pooling, FiLM from a learned embedding of the scale, 8x8 tokens. Left open there, chosen here: a Linear
+    E -> D/2 first, which commutes with up-sampling; one 3x3 convolution a block, D/2, D/2, D, D wide; SiLU; a
+    position, or the U-Net could not tell tokens apart; the transformer's end. If `side` is smaller, the *first*
+    log2(side/8) blocks pool: cells are constant, so pooling early loses nothing and costs least.
     """
 
     def __init__(self, cfg: SummarizerConfig):
         super().__init__()
         if cfg.side not in (8, 16, 32, 64, 128) or cfg.positions % 4 or cfg.positions > cfg.width:
-            raise UserError(f"{cfg}: give a side of 8, 16, 32, 64 or 128, positions a multiple of 4, at most the width")
+            raise UserError(f"summarizer.side={cfg.side} positions={cfg.positions}: give a side of 8, 16, 32, 64 or "
+                            f"128, and positions a multiple of 4, at most the width")
         self.cfg = cfg
         width, half = cfg.width, cfg.width // 2
         self.embed = Linear(cfg.embed_dim, half)
@@ -113,52 +112,6 @@ class CNNSummarizer(Module):
         c = self.proj(self.norm(x.flatten(2).mT + self.pos))              # (B,64,D)
         place = place_code(8, 8, self.cfg.positions, x.device)            # (64,positions)
         return self.norm_out(c + pad(place, (0, self.cfg.width - self.cfg.positions)))
-
-
-# ----- 3. The discriminator of vq-f4 -----
-
-class PatchGAN(Module):
-    """Patch discriminator: 4x4 convolutions; out: one logit per patch. reference: taming's NLayerDiscriminator."""
-
-    def __init__(self, width=64, weight=0.75):
-        """weight: of the generator's term, see `terms`."""
-        super().__init__()
-        self.weight = weight
-        layers = [Conv2d(3, width, 4, 2, 1), LeakyReLU(0.2)]
-        for k, stride in ((1, 2), (2, 2), (4, 1)):
-            layers.append(Conv2d(k * width, 2 * k * width, 4, stride, 1, bias=False))
-            layers += [BatchNorm2d(2 * k * width), LeakyReLU(0.2)]
-        layers.append(Conv2d(8 * width, 1, 4, 1, 1))
-        self.net = Sequential(*layers)
-        for layer in layers:
-            if isinstance(layer, Conv2d):
-                nn.init.normal_(layer.weight, 0.0, 0.02)
-            elif isinstance(layer, BatchNorm2d):
-                nn.init.normal_(layer.weight, 1.0, 0.02)
-
-    def forward(self, x):
-        return self.net(x)
-
-    def loss(self, x, x_rec):
-        """Hinge loss of the discriminator on real and reconstructed images, both detached."""
-        real, fake = self(x.detach()), self(x_rec.detach())
-        return 0.5 * (relu(1 - real).mean() + relu(1 + fake).mean())
-
-    def terms(self, vae, x, x_rec, rec):
-        """What the adversarial game adds to the loss `rec` of an autoencoder. out: the sum of two terms, for two
-        disjoint sets of weights, so that one backward pass serves both; {name: float tensor} for the log.
-
-        The generator's gradient at the last layer is weighted to be self.weight times that of rec.
-        """
-        # the generator's term must not train the discriminator: its weights enter detached
-        fixed = {k: v.detach() for k, v in self.named_parameters()}
-        fool = -functional_call(self, fixed, x_rec).mean()
-        last = vae.decoder.conv_out.weight
-        g_rec, = torch.autograd.grad(rec, last, retain_graph=True)
-        g_fool, = torch.autograd.grad(fool, last, retain_graph=True)
-        balance = (g_rec.norm() / (g_fool.norm() + 1e-4)).clamp(0, 1e4).detach()
-        loss = self.loss(x, x_rec)
-        return self.weight * balance * fool + loss, {"adv": fool.detach(), "disc": loss.detach()}
 
 
 def main(argv):
