@@ -34,16 +34,18 @@ def region_map(pyramids, k, block):
 
 def regions(pyramids, split, n, tiles, seed):
     """n regions at random, over the slides in turn: yields (slide, block, its map (h,w), a random.Random)."""
-    slides = [k for k, x in enumerate(pyramids.slides)
-              if x["split"] == split and min(x["size"]) >= tiles * pyramids.patch]
+    slides = []
+    for k, slide in enumerate(pyramids.slides):
+        if slide["split"] == split and min(slide["size"]) >= tiles * pyramids.patch:
+            slides.append(k)
     if tiles < 1 or n and not slides:
         raise UserError(f"{pyramids.folder} has no {split!r} slide of {tiles} x {tiles} base tiles: take fewer "
                         f"--tiles, or make toy slides with some of that split")
     for i in range(n):
         k = slides[i % len(slides)]
+        high, wide = (side // pyramids.patch for side in pyramids.slides[k]["size"])
         rng = random.Random(f"{seed} {split} {i}")
-        row, col = (rng.randrange(side // pyramids.patch - tiles + 1) for side in pyramids.slides[k]["size"])
-        block = row, col, tiles, tiles
+        block = rng.randrange(high - tiles + 1), rng.randrange(wide - tiles + 1), tiles, tiles
         yield k, block, region_map(pyramids, k, block), rng
 
 
@@ -76,7 +78,9 @@ def tissue_colours(pyramids, n=1024):
     """Colours of TISSUES (4,3), measured on training patches, and the metric (3,3) to compare by: in it all directions
     vary alike within a tissue, so that a stain, which makes a slide redder or paler, counts little."""
     batch = fixed_batch(pyramids, "train", 0, n)
-    maps = [region_map(pyramids, k, (i, j, 1, 1)) for k, (i, j) in zip(batch["slide"].tolist(), batch["ij"].tolist())]
+    maps = []
+    for k, (i, j) in zip(batch["slide"].tolist(), batch["ij"].tolist()):
+        maps.append(region_map(pyramids, k, (i, j, 1, 1)))
     label = torch.from_numpy(np.stack(maps)).flatten().long()                               # (n,)
     pixels = smooth(batch["x"]).reshape(-1, 3)                                              # (n,3)
     if pyramids.patch < 32 or len(label.unique()) < len(TISSUES):
@@ -84,8 +88,8 @@ def tissue_colours(pyramids, n=1024):
                         f"{', '.join(TISSUES)}")
     mean = torch.stack([pixels[label == t].mean(0) for t in range(len(TISSUES))])           # (4,3)
     spread = pixels - mean[label]                                                           # (n,3)
-    covariance = spread.T @ spread / len(spread) + 1e-6 * torch.eye(3)
-    metric = torch.linalg.cholesky(torch.linalg.inv(covariance))
+    covariance = spread.T @ spread / len(spread)
+    metric = torch.linalg.cholesky(torch.linalg.inv(covariance + 1e-6 * torch.eye(3)))
     return mean @ metric, metric
 
 
@@ -116,15 +120,16 @@ def agreement(truth, found, seed=0):
     truth, found = (torch.as_tensor(x).double() for x in (truth, found))
     other = truth[torch.randperm(len(truth), generator=generator(seed))]
     cells = truth.argmax(1) * len(TISSUES) + found.argmax(1)
+    confusion = torch.bincount(cells, minlength=16).view(4, 4)
     return {"error": (truth - found).abs().mean(0), "spearman": spearman(truth, found),
-            "shuffled": spearman(other, found), "confusion": torch.bincount(cells, minlength=16).view(4, 4)}
+            "shuffled": spearman(other, found), "confusion": confusion}
 
 
 def print_agreement(table):
-    print(f"{'':>10} {'error':>9} {'Spearman':>9} {'shuffled':>9}  dominant: found {' '.join(TISSUES)}")
+    print(f"{'':>10} {'error':>9} {'Spearman':>9} {'shuffled':>9}   dominant: found as {', '.join(TISSUES)}")
     for t, name in enumerate(TISSUES):
-        print(f"{name:>10} {table['error'][t]:>9.3f} {table['spearman'][t]:>9.3f} {table['shuffled'][t]:>9.3f} {'':>17}",
-              *(f"{n:>{len(found)}}" for n, found in zip(table["confusion"][t].tolist(), TISSUES)))
+        error, rank, other = (float(table[key][t]) for key in ("error", "spearman", "shuffled"))
+        print(f"{name:>10} {error:>9.3f} {rank:>9.3f} {other:>9.3f}   {table['confusion'][t].tolist()}")
 
 
 # ----- 3. How exactly -----
