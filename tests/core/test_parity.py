@@ -3,6 +3,8 @@
 Full size is in tests/whole/test_full_size.py; key names and loading are in tests/slides/test_keys.py. Each docstring
 ends with small changes of the code that the test is meant to fail on ("catches: ..."; most were tried).
 """
+from importlib import import_module
+
 import pytest
 import rule
 import torch
@@ -156,3 +158,10 @@ def test_unusable_sizes():
             pack_grid(torch.zeros(shape))
     with pytest.raises(ValueError, match="65"):
         small("summarizer_small")(torch.zeros(1, 64, 65), torch.ones(1, 64, dtype=torch.bool), torch.zeros(1).long())
+
+
+@pytest.mark.parametrize("name, count", [("zoom_vae", "55,322,782"), ("summarizer", "38,656,000"),
+                                         ("unet", "400,920,579"), ("diffusion", "494,899,361")])
+def test_full_size_table(name, count, capsys):
+    import_module(name).main([])
+    assert count in capsys.readouterr().out

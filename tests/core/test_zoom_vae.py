@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from zoom_vae import VQVAE, VAEConfig, main, perplexity, rebase, revive_codes
+from zoom_vae import VQVAE, VAEConfig, perplexity, rebase, revive_codes, vae_loss
 
 SMALL = VAEConfig(8, (1, 2, 2), 1, 32, 3, 4)
 
@@ -78,6 +78,14 @@ def test_perplexity():
     assert perplexity(torch.eye(32)[0] * 9) == pytest.approx(1)
 
 
-def test_shape_table(capsys):
-    main([])
-    assert "55,322,782" in capsys.readouterr().out
+def test_loss(vae):
+    """L1 and the codebook's loss; without codes, the codebook stays in the graph. catches: a sign, a squared error."""
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    loss, x_rec, indices = vae_loss(vae, x)
+    assert torch.equal(x_rec, vae.decode(vae.encode(x))) and indices.shape == (2, 4, 4)
+    assert float(loss) == pytest.approx(float((x - x_rec).abs().mean() + vae.quantize(vae.encode(x))[2]))
+    vae.requires_grad_(True)
+    loss, x_rec, indices = vae_loss(vae, x, quantize=False)
+    loss.backward()
+    assert indices is None and float(loss.detach()) == pytest.approx(float((x - x_rec.detach()).abs().mean()))
+    assert not vae.codebook.weight.grad.any() and vae.decoder.conv_out.weight.grad.any()
