@@ -1,7 +1,7 @@
 """Pyramids of patches: how images lie on disk, and the items a model trains on (Z §3.1, S8.1).
 
-A patch at scale s is P x P pixels of the image halved s times: it covers 2^s x 2^s base tiles, and its condition
-is the grid of their embeddings. A folder holds index.json and one safetensors file per image, memory-mapped:
+A patch at scale s is P x P pixels of the image halved s times: it covers 2^s x 2^s base tiles, and the grid
+of their embeddings is its condition. A folder holds index.json and a safetensors file per image, memory-mapped:
     e     (Gh,Gw,E) f16  embedding of every base tile   x{s} (n,P,P,3) u8       pixels of the patches
     ij{s} (n,2) i32      row and column of each patch   z{s} (n,3,P/4,P/4) f16  latents: files of the same
     p{s}  (n,8,8,E) f16  their grids pooled, s >= 4          names in a run folder, which train.py writes
@@ -22,27 +22,27 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from common import UserError, atomic, cli, open_tensors, write_text
+from common import UserError, atomic, cli, open_tensors
 from summarizer import pack_grid, standardize
 
 GRID = 8    # Z S8.1: larger grids are pooled to 8x8
 POOLED = 4  # the first scale with a larger grid (16x16): from here on files hold pooled grids
-INDEX = ("format", "patch", "scales", "embed_dim", "encoder", "std", "source", "slides")  # what index.json tells
+INDEX = ("format", "patch", "scales", "embed_dim", "encoder", "std", "source", "slides")  # of index.json
 
 
 # ----- 1. Strips of base tiles -> one file per image -----
 
 def halve(x):
     """Halve the resolution. in: (h,w,3) uint8. out: (h//2,w//2,3) uint8, (a+b+c+d+2)//4 of each 2x2 block."""
-    height, width = x.shape[0] // 2 * 2, x.shape[1] // 2 * 2                   # an odd last row or column is left out
-    x = x[:height, :width].astype(np.uint16)
-    total = x[0::2, 0::2] + x[0::2, 1::2] + x[1::2, 0::2] + x[1::2, 1::2]      # (h/2,w/2,3)
+    height, width = x.shape[0] // 2 * 2, x.shape[1] // 2 * 2         # an odd last row or column is left out
+    x = x[:height, :width].astype(np.uint16)                         # 8 bits do not hold a sum
+    total = x[0::2, 0::2] + x[0::2, 1::2] + x[1::2, 0::2] + x[1::2, 1::2]  # (h/2,w/2,3)
     return ((total + 2) // 4).astype(np.uint8)
 
 
 def tile_rows(strips, patch, scales):
-    """Cut strips (P,W,3) into tiles of every scale, one strip of each in memory: yields (s, row, tiles (n,P,P,3))."""
-    row = [0] * scales
+    """Cut strips (P,W,3) into tiles of every scale, one strip of each in memory: yields s, row, (n,P,P,3)."""
+    row = [0] * scales       # the next one of each scale
     upper = [None] * scales  # a halved strip that waits for the one below it
     for strip in strips:
         for s in range(scales):
@@ -57,19 +57,19 @@ def tile_rows(strips, patch, scales):
 
 
 def grid_under(e, s, i, j):
-    """Embeddings under patch (i,j): e (Gh,Gw,E) -> (2^s,2^s,E); from s = 4 on their block means (8,8,E) f16."""
+    """Embeddings under patch (i,j): e (Gh,Gw,E) -> (2^s,2^s,E), from s = 4 on block means (8,8,E) f16."""
     grid = e[i << s:(i + 1) << s, j << s:(j + 1) << s]
     if s < POOLED:
         return grid
-    k = 2 ** s // GRID
+    k = 2 ** s // GRID  # side of a block; summed in float32
     return grid.float().unflatten(1, (GRID, k)).unflatten(0, (GRID, k)).mean((1, 3)).half()
 
 
 def write_slide(path, strips, embed_row, patch, scales, meta, keep=None, extra=None):
     """Write the file of one image, whole or not at all. out: the number of patches per scale.
 
-    in:  strips (P,W,3) uint8; embed_row: tiles (n,P,P,3) -> (n,E); keep(s,i,j,tile) says which patches stay, while
-         all embeddings do; meta, plain types; extra, more arrays by name. raises: UserError if it is not written.
+    in:  strips (P,W,3) uint8; embed_row: tiles (n,P,P,3) -> (n,E); keep(s,i,j,tile) says which patches stay,
+         while all embeddings do; meta, plain types; extra, more arrays by name. raises: UserError.
     """
     e, ij = [], [[] for _ in range(scales)]
     with atomic(path) as tmp:
@@ -102,100 +102,50 @@ def write_safetensors(path, tensors, streams, meta):
 
     in:  tensors {name: array}; streams {name: (shape, open file of bytes)}; meta, plain types.
     """
-    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # widest first: all of them are aligned
-    header, end = {"__metadata__": {"json": json.dumps(meta)}}, 0
-
-    def enter(name, kind, shape, size):
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (end, end + size)}
-        return end + size
+    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # wide types first: all are aligned
+    specs = []
     for name in names:
         x = tensors[name]
-        end = enter(name, f"{x.dtype.kind.upper()}{8 * x.itemsize}", x.shape, x.nbytes)  # F32, I32, F16, U8
+        kind = f"{x.dtype.kind.upper()}{8 * x.itemsize}"             # F32, I32, F16 or U8
+        specs.append((name, kind, x.shape, x.nbytes))
     for name, (shape, file) in streams.items():
-        end = enter(name, "U8", shape, file.tell())
+        specs.append((name, "U8", shape, file.tell()))
+    header = {"__metadata__": {"json": json.dumps(meta)}}
+    end = 0
+    for name, kind, shape, size in specs:
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (end, end + size)}
+        end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as out:  # length of the header, header, bytes of all tensors
-        out.write(len(text).to_bytes(8, "little") + text)
+    with open(path, "wb") as out:
+        out.write(len(text).to_bytes(8, "little"))                   # then header, then bytes
+        out.write(text)
         for name in names:
-            out.write(tensors[name].tobytes())
+            out.write(np.ascontiguousarray(tensors[name]))
         for _, file in streams.values():
             file.seek(0)
             shutil.copyfileobj(file, out, 2 ** 20)
 
 
-def finished(path, scales, meta=None):
-    """Read what a file of an earlier run holds. out: patches per scale, its meta data; None if there is no file.
-    raises: UserError if it was written with other meta data than `meta`."""
-    if not path.exists():
-        return None
-    with open_tensors(path) as f:
-        there = json.loads((f.metadata() or {}).get("json", "{}"))
-        names = set(f.keys())
-        counts = [f.get_slice(f"ij{s}").get_shape()[0] if f"ij{s}" in names else 0 for s in range(scales)]
-    if there | (meta or {}) != there:
-        raise UserError(f"{path} was made from another image or with other settings: remove it, or give another "
-                        f"--out")
-    return counts, there
-
-
-# ----- 2. The index of a folder -----
+# ----- 2. Reading -----
 
 def read_index(folder):
     """Read index.json. raises: UserError if it is missing or not ours."""
     path = Path(folder) / "index.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no index.json: make the data with `python data.py toy --out={folder}` or "
+        raise UserError(f"{folder} holds no index.json: make it with `python data.py toy --out={folder}` or "
                         f"`data.py build` (official samples can be learnt from and nothing else)")
     try:
         index = json.loads(path.read_text())
-    except ValueError:
+    except ValueError:  # no JSON
         index = None
     if not isinstance(index, dict) or {*INDEX} - index.keys() or index["format"] != 1:
         raise UserError(f"{path} is damaged, or no index of this program (format 1): make the data again")
     return index
 
 
-def begin(out, patch, encoder, source, defaults, fit_std):
-    """Open or start a set: returns its index, whose "source" all its files are written with.
-
-    in:  source, the settings that decide what is written; defaults of all settings, which count where a set does
-         not name one, so that a new setting spoils no older folder; fit_std() -> deviations of the embeddings.
-    raises: UserError if the set was made with other settings.
-    """
-    path = Path(out) / "index.json"
-    if not path.exists():
-        std = fit_std()
-        values = 1, patch, 0, len(std), encoder, std, source, []
-        write_text(path, json.dumps(dict(zip(INDEX, values))))
-    index = read_index(out)
-    there, now = defaults | index["source"], defaults | source
-    for key in sorted(there | now):
-        a, b = there.get(key), now.get(key)
-        if a != b:
-            raise UserError(f"{out} holds a set made with other settings ({key}={a} there, {b} now): give another "
-                            f"--out, or remove it")
-    return index
-
-
-def finish(out, index, slides):
-    """List the slides in index.json and say what is there. raises: UserError if no patch is left."""
-    counts = np.sum([slide["counts"] for slide in slides], 0).tolist()
-    if not any(counts):
-        raise UserError(f"no patch is left in {out}: lower --background, and remove that folder")
-    scales = max(s for s, n in enumerate(counts) if n) + 1
-    write_text(Path(out) / "index.json", json.dumps(index | {"scales": scales, "slides": slides}))
-    held = sum(slide["split"] == "test" for slide in slides)
-    print(f"{out}: {len(slides)} slides, {held} of them held out, patches per scale {counts}")
-    for s in range(scales, len(counts)):
-        side = index["patch"] << s
-        print(f"  scale {s} is dropped: no image holds a patch of {side} x {side} pixels")
-
-
-# ----- 3. Reading -----
-
 def open_data(folder, latents=None, std=None, latent_scale=1.0):
-    """Open what a model trains on: Pyramids, or official samples (slides.official), whose `official` is True."""
+    """Open what a model trains on: Pyramids, or slides.official.Samples, whose `official` is True."""
     if not (Path(folder) / "index.json").is_file():
         from slides.official import Samples, layout_of
         if layout_of(folder):
@@ -206,8 +156,8 @@ def open_data(folder, latents=None, std=None, latent_scale=1.0):
 class Pyramids:
     """A folder that data.py wrote: which slides there are, and single patches from memory-mapped files.
 
-    in:  latents, the folder with z{s}, None if they lie in the same files; std, the deviations a model was trained
-         with, where this set has its own; latent_scale: latents are multiplied by it here, and nowhere else.
+    in:  latents, the folder with z{s}, None if they lie in the same files; std, the deviations a model was
+         trained with, where this set has its own; latent_scale: latents are multiplied by it, here alone.
     Attributes: those, and patch, scales, embed_dim, encoder, weights, mpp, slides. raises: UserError.
     """
     official = False
@@ -215,13 +165,13 @@ class Pyramids:
     def __init__(self, folder, latents=None, std=None, latent_scale=1.0):
         index = read_index(folder)
         if not index["slides"]:
-            raise UserError(f"{folder} is unfinished: the command that makes it, run again, goes on where it stopped")
+            raise UserError(f"{folder} is unfinished: run the command that makes it again, it goes on")
         self.folder, self.latents = Path(folder), Path(latents or folder)
         self.latent_scale = latent_scale
         for key in ("patch", "scales", "embed_dim", "encoder", "slides"):
             setattr(self, key, index[key])
-        self.std = list(std or index["std"])
-        self.rescale = torch.tensor(index["std"]) / torch.tensor(self.std)  # (E,), 1 where they agree
+        self.std = list(std or index["std"])           # the encoder's numbers are divided by these
+        self.rescale = torch.tensor(index["std"]) / torch.tensor(self.std)  # (E,), 1 where both agree
         self.weights = index["source"].get("weights")  # the file of a published encoder, where it lay then
         self.mpp = index["source"].get("mpp")          # micrometres per pixel of base tiles; None: not known
 
@@ -233,15 +183,15 @@ class Pyramids:
         """Number of patches of scale s in a split."""
         return sum(slide["counts"][s] for slide in self.slides if slide["split"] == split)
 
-    @lru_cache(8192)  # noqa: B019 (fewer mappings than a system allows; none travels to other processes)
+    @lru_cache(8192)  # noqa: B019 (a system allows more mappings; none travels to other processes)
     def tensor(self, k, name):
         """Tensor `name` of slide k, memory-mapped. raises: UserError if it is missing or of another shape."""
         slide, P, E = self.slides[k], self.patch, self.embed_dim
-        kind = name.rstrip("0123456789")
+        kind = name.rstrip("0123456789")                             # e, x, z, p or ij
         n = 0 if kind == "e" else slide["counts"][int(name[len(kind):])]
         height, width = slide["size"]
-        wanted = {"e": (height // P, width // P, E), "p": (n, GRID, GRID, E), "ij": (n, 2), "x": (n, P, P, 3),
-                  "z": (n, 3, P // 4, P // 4)}[kind]
+        wanted = {"e": (height // P, width // P, E), "p": (n, GRID, GRID, E), "ij": (n, 2),
+                  "x": (n, P, P, 3), "z": (n, 3, P // 4, P // 4)}[kind]
         path = (self.latents if kind == "z" else self.folder) / slide["file"]
         with open_tensors(path) as f:
             found = f.get_tensor(name) if name in f.keys() else None
@@ -257,7 +207,8 @@ class Pyramids:
         slide = self.slides[k]
         counts = slide["counts"]
         if s not in range(len(counts)) or n not in range(counts[s]):
-            raise UserError(f"{self.folder / slide['file']} has no patch {n} at scale {s}: it holds {counts}")
+            path = self.folder / slide["file"]
+            raise UserError(f"{path} has no patch {n} at scale {s}: it holds {counts}")
         out = {"ij": self.tensor(k, f"ij{s}")[n].long()}
         if "x" in want:
             out["x"] = self.tensor(k, f"x{s}")[n].permute(2, 0, 1).float() / 127.5 - 1
@@ -267,7 +218,7 @@ class Pyramids:
             if s >= POOLED:
                 e = self.tensor(k, f"p{s}")[n]                       # (8,8,E)
             else:
-                e = grid_under(self.tensor(k, "e"), s, *out["ij"].tolist())
+                e = grid_under(self.tensor(k, "e"), s, *out["ij"].tolist())  # (G,G,E)
             out["e"] = (e.float() * self.rescale).permute(2, 0, 1)   # (E,G,G)
         return out
 
@@ -282,9 +233,9 @@ class Pyramids:
 class PatchDataset(Dataset):
     """Random patches: a scale uniformly among those that have any, then one of its patches over all slides.
 
-    Item k is a pure function of (seed, k), k >= 0, whatever process reads it: resuming is exact, ranks never overlap.
-    in: want, any of "x", "z", "e" ("e" only with only_scale, else its shape varies); length, what len() says, by
-    default the number of patches. raises: UserError if nothing fits.
+    Item k is a pure function of (seed, k), k >= 0, whatever process reads it: resuming is exact, and ranks do not
+    overlap. in: want, any of "x", "z", "e" ("e" only with only_scale, for its shape varies); length, what len()
+    says, by default the number of patches. raises: UserError if nothing fits.
     """
 
     def __init__(self, pyramids, split="train", seed=0, want=("z",), only_scale=None, length=None):
@@ -292,7 +243,7 @@ class PatchDataset(Dataset):
         self.slides = [k for k, slide in enumerate(pyramids.slides) if slide["split"] == split]
         scales = pyramids.scales
         counts = [pyramids.slides[k]["counts"][:scales] for k in self.slides]
-        self.before = np.cumsum([[0] * scales, *counts], 0)          # patches before each slide
+        self.before = np.cumsum([[0] * scales, *counts], 0)          # (slides+1,scales), patches before each
         total = self.before[-1].tolist()
         self.scales = [s for s in range(scales) if total[s] and only_scale in (None, s)]
         if not self.scales:
@@ -325,7 +276,7 @@ def fixed_batch(pyramids, split, s, n, want=("x",), seed=0):
             for turn, i in enumerate(rng.sample(range(count), min(n, count))):
                 order.append((turn, rng.random(), k, i))             # one patch of each slide in turn
     if not order:
-        raise UserError(f"{pyramids.folder} has no {split!r} patch at scale {s} of 0 to {pyramids.scales - 1}")
+        raise UserError(f"{pyramids.folder} has no {split!r} patch at scale {s}, of {pyramids.scales} scales")
     return default_collate([pyramids.item(k, s, i, want) for _, _, k, i in sorted(order)[:n]])
 
 
@@ -340,7 +291,7 @@ def main(argv):
     elif command in ("--help", "-h"):
         print(__doc__ + "\nsettings: python data.py toy --help, python data.py build --help")
     else:
-        raise UserError(f"got {command!r}: write python data.py toy, or data.py build --images=DIR --out=DIR")
+        raise UserError(f"got {command!r}: write data.py toy, or data.py build --images=DIR --out=DIR")
 
 
 if __name__ == "__main__":

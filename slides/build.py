@@ -27,11 +27,12 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure, save_png, write_text
-from data import begin, finish, finished, write_slide
+from data import write_slide
 from slides.encoders import Stats, embed, load_encoder
 from slides.official import read_features
 from slides.reader import MAX_PIXELS
 from slides.strips import ahead, image_jobs, opened, plan, workers
+from toy.folder import begin, finish, finished
 
 PARALLEL = 2**23  # pixels from which worker processes are worth the seconds they take to start
 FREE = "out", "max_pixels", "device", "holdout", "workers", "shard"  # settings that change nothing in a file

@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure
-from data import begin, finish, finished, tile_rows, write_slide
+from data import tile_rows, write_slide
 from toy.descriptor import Stats, embed
+from toy.folder import begin, finish, finished
 from toy.task import task_slide, write_labels
 from toy.tissue import toy_slide
 

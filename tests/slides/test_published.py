@@ -1,4 +1,4 @@
-"""published.py: the official folders give the items that pyramids give, train.py takes them; embeddings by others."""
+"""slides/official.py: official folders give the items that pyramids give, train.py takes them; embeddings by others."""
 import io
 
 import numpy as np
@@ -237,4 +237,4 @@ def test_command_line(tmp_path, capsys):
     published.main([str(tmp_path / "a.pt")])
     text = capsys.readouterr().out
     assert "naip: dinov2_reg embeddings of 16 numbers" in text and "3x: 3 samples" in text
-    assert "11 tiles of 32 pixels" in text and "3 x 4 that starts at (64, 96)" in text
+    assert "11 tiles of 32 pixels on a grid (3, 4, 16) that starts at (64, 96)" in text

@@ -1,0 +1,65 @@
+"""How a folder of pyramids is begun, continued and finished, by `data.py toy` and by `data.py build`.
+
+index.json is written first, with the settings; then a file per image, whole or not at all; in the end index.json again,
+with the list of files. A command that was stopped goes on with the files that lack.
+
+in:  settings   out: index.json     read next: toy/make.py
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from common import UserError, open_tensors, write_text
+from data import INDEX, read_index
+
+
+def begin(out, patch, encoder, source, defaults, fit_std):
+    """Open or start a set: returns its index, whose "source" all its files are written with.
+
+    in:  source, the settings that decide what is written; defaults of all settings, which count where a set does
+         not name one, so that a new setting spoils no older folder; fit_std() -> deviations of the embeddings.
+    raises: UserError if the set was made with other settings.
+    """
+    path = Path(out) / "index.json"
+    if not path.exists():
+        std = fit_std()
+        values = 1, patch, 0, len(std), encoder, std, source, []
+        write_text(path, json.dumps(dict(zip(INDEX, values))))
+    index = read_index(out)
+    there, now = defaults | index["source"], defaults | source
+    for key in sorted(there | now):
+        a, b = there.get(key), now.get(key)
+        if a != b:
+            raise UserError(f"{out} holds a set made with other settings ({key}={a} there, {b} now): give another "
+                            f"--out, or remove it")
+    return index
+
+
+def finished(path, scales, meta=None):
+    """Read what a file of an earlier run holds. out: patches per scale, its meta data; None if there is no file.
+    raises: UserError if it was written with other meta data than `meta`."""
+    if not path.exists():
+        return None
+    with open_tensors(path) as f:
+        there = json.loads((f.metadata() or {}).get("json", "{}"))
+        names = set(f.keys())
+        counts = [f.get_slice(f"ij{s}").get_shape()[0] if f"ij{s}" in names else 0 for s in range(scales)]
+    if there | (meta or {}) != there:
+        raise UserError(f"{path} was made from another image or with other settings: remove it, or give another "
+                        f"--out")
+    return counts, there
+
+
+def finish(out, index, slides):
+    """List the slides in index.json and say what is there. raises: UserError if no patch is left."""
+    counts = np.sum([slide["counts"] for slide in slides], 0).tolist()
+    if not any(counts):
+        raise UserError(f"no patch is left in {out}: lower --background, and remove that folder")
+    scales = max(s for s, n in enumerate(counts) if n) + 1
+    write_text(Path(out) / "index.json", json.dumps(index | {"scales": scales, "slides": slides}))
+    held = sum(slide["split"] == "test" for slide in slides)
+    print(f"{out}: {len(slides)} slides, {held} of them held out, patches per scale {counts}")
+    for s in range(scales, len(counts)):
+        side = index["patch"] << s
+        print(f"  scale {s} is dropped: no image holds a patch of {side} x {side} pixels")
