@@ -15,10 +15,11 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure, fingerprint, one_of, save_tensors, setup
-from data import Pyramids, finished
+from data import Pyramids
 from diffusion import ZoomLDM, ddim_sample
 from mil import Activations, slide_features
 from slides.encoders import load_encoder
+from toy.folder import finished
 from unet import UNet
 
 
