@@ -222,8 +222,8 @@ def by_openslide(path, mpp, damaged):
     try:
         import openslide
     except (ImportError, OSError) as err:
-        raise UserError(f"{path} is of a kind that only openslide reads, and that is not installed: pip install "
-                        f"'nanozoomldm[slides]', or pip install openslide-python openslide-bin") from err
+        raise UserError(f"{path} is of a kind that only openslide reads, and that is not installed: pip install -e "
+                        f"'.[slides]', or pip install openslide-python openslide-bin") from err
     with readable(path):
         handle = openslide.OpenSlide(str(path))
     sizes, said = handle.level_dimensions, handle.properties.get("openslide.mpp-x")

@@ -333,7 +333,7 @@ def test_what_needs_openslide(tmp_path, monkeypatch, kinds):
         return Module if name == "openslide" else real(name, *args, **options)
     monkeypatch.setattr(builtins, "__import__", load)
     for name in files:
-        with pytest.raises(UserError, match=rf"{name} .*only openslide reads.*pip install 'nanozoomldm\[slides\]'"):
+        with pytest.raises(UserError, match=rf"{name} .*only openslide reads.*pip install -e '.\[slides\]'"):
             open_slide(tmp_path / name)
     missing = False
     for name in files:
