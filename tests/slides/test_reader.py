@@ -1,9 +1,10 @@
 """tiff.py, reader.py: every compression, levels, resolutions and reductions by another road, and what is refused."""
-import builtins
 import os
 import re
 import struct
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,15 +170,12 @@ def test_a_page_in_strips_that_is_not_the_first(tmp_path):
 
 
 @pytest.mark.parametrize("how", [8, 5, 1])
-def test_near_infrared_is_left_out(tmp_path, how):
+def test_near_infrared_is_left_out_and_grey_is_three_times_grey(tmp_path, how):
     four = np.concatenate([IMAGE, noise(90, 120)[..., :1]], 2)
     assert np.array_equal(slide_of(tmp_path, page(four, TILE, how)).read(0, 0, 120, 90), IMAGE)
     Image.fromarray(four).save(tmp_path / "b.tif")
     assert np.array_equal(open_slide(tmp_path / "b.tif").read(0, 0, 120, 90), IMAGE)
-
-
-def test_grey(tmp_path):
-    found = slide_of(tmp_path, page(IMAGE[..., :1], TILE, 8)).read(0, 0, 120, 90)
+    found = slide_of(tmp_path, page(IMAGE[..., :1], TILE, how)).read(0, 0, 120, 90)
     assert np.array_equal(found, IMAGE[..., :1].repeat(3, 2))
 
 
@@ -207,19 +205,13 @@ def test_resolution(tmp_path, tags, mpp):
 
 # ----- 3. What goes wrong -----
 
-def test_empty_tiles_are_white(tmp_path):
-    tags, tiles = plain(IMAGE)
-    found = slide_of(tmp_path, (tags, [tiles[0], b"", *tiles[2:]])).read(0, 0, 120, 90)
-    assert (found[:48, 32:64] == 255).all()
-    found[:48, 32:64] = IMAGE[:48, 32:64]
-    assert np.array_equal(found, IMAGE)
-
-
 @pytest.mark.parametrize("how", [7, 33005, 8, 5, 1])
-def test_a_damaged_tile_is_named(tmp_path, how):
+def test_an_empty_tile_is_white_and_a_damaged_one_is_named(tmp_path, how):
     tags, tiles = page(IMAGE, TILE, how)
-    slide = slide_of(tmp_path, (tags, [*tiles[:5], tiles[5][:len(tiles[5]) // 3], *tiles[6:]]), name="bad.tif")
-    assert slide.read(0, 0, 120, 48).shape == (48, 120, 3)
+    some = [tiles[0], b"", *tiles[2:5], tiles[5][:len(tiles[5]) // 3], *tiles[6:]]
+    slide = slide_of(tmp_path, (tags, some), name="bad.tif")
+    top = slide.read(0, 0, 120, 48)
+    assert (top[:, 32:64] == 255).all() and np.abs(top.astype(int) - IMAGE[:48])[:, 64:].max() <= 5
     with pytest.raises(UserError, match=r"bad.tif: tile 1, 1 of level 0 cannot be decoded .*damaged"):
         slide.read(0, 0, 120, 90)
     damaged = []
@@ -313,29 +305,19 @@ def test_what_needs_openslide(tmp_path, monkeypatch, kinds):
         write(tmp_path / name, [each])
 
     class Handle:
-        def __init__(self, path):
-            self.level_dimensions, self.properties = ((120, 90), (60, 45)), {"openslide.mpp-x": "0.25"}
+        level_dimensions, properties = ((120, 90), (60, 45)), {"openslide.mpp-x": "0.25"}
 
         def read_region(self, at, level, size):
-            assert level == 0 or at[0] % 2 == at[1] % 2 == 0
-            x = np.zeros((90, 120, 4), np.uint8)
+            step, x = 1 + level, np.zeros((90, 120, 4), np.uint8)
+            assert at[0] % step == at[1] % step == 0
             x[:, 60:] = 200, 0, 0, 255                                         # the left half was not scanned
-            (x0, y0), step = (n // (1 + level) for n in at), 1 + level
-            return Image.fromarray(np.ascontiguousarray(x[::step, ::step][y0:, x0:][:size[1], :size[0]]))
-
-    class Module:
-        OpenSlide = Handle
-    real, missing = builtins.__import__, True
-
-    def load(name, *args, **options):
-        if name == "openslide" and missing:
-            raise ImportError("no openslide")
-        return Module if name == "openslide" else real(name, *args, **options)
-    monkeypatch.setattr(builtins, "__import__", load)
+            x = x[at[1]::step, at[0]::step][:size[1], :size[0]]
+            return Image.fromarray(np.ascontiguousarray(x))
+    monkeypatch.setitem(sys.modules, "openslide", None)                        # importing it fails
     for name in files:
         with pytest.raises(UserError, match=rf"{name} .*only openslide reads.*pip install -e '.\[slides\]'"):
             open_slide(tmp_path / name)
-    missing = False
+    monkeypatch.setitem(sys.modules, "openslide", SimpleNamespace(OpenSlide=lambda path: Handle()))
     for name in files:
         slide = open_slide(tmp_path / name)
         assert slide.mpp == 0.25 and [v.step for v in slide.levels] == [(1, 1), (2, 2)] and slide.scanned
@@ -353,10 +335,10 @@ def test_damaged_files_end_well(tmp_path):
 
 # ----- 4. Real slides -----
 
-@pytest.mark.parametrize("name, size, levels, mpp, allowed", [
-    ("cmu_1_small_region.svs", (2220, 2967), 1, 0.499, 1), ("tcga_cr_7395_ts1.svs", (4443, 3567), 2, None, 1),
-    ("tcga_cr_7395_pyramid_jpeg.tif", (4443, 3567), 6, 0.5, 1)])
-def test_by_openslide(name, size, levels, mpp, allowed):
+@pytest.mark.parametrize("name, size, levels, mpp", [
+    ("cmu_1_small_region.svs", (2220, 2967), 1, 0.499), ("tcga_cr_7395_ts1.svs", (4443, 3567), 2, None),
+    ("tcga_cr_7395_pyramid_jpeg.tif", (4443, 3567), 6, 0.5)])
+def test_by_openslide(name, size, levels, mpp):
     openslide = pytest.importorskip("openslide", reason="pip install openslide-python openslide-bin enables this")
     if not (DATA / name).exists():
         pytest.skip(f"{DATA / name} is not here")
@@ -367,7 +349,7 @@ def test_by_openslide(name, size, levels, mpp, allowed):
             x, y = int(rng.integers(0, size[0] - 256)), int(rng.integers(0, size[1] - 256))
             want = np.asarray(other.read_region((x, y), 0, (256, 256)))[..., :3]
             off = np.abs(slide.read(x, y, 256, 256).astype(int) - want).max()
-            assert off <= allowed, f"{name} at {x}, {y}: off by {off}"
+            assert off <= 1, f"{name} at {x}, {y}: off by {off}"
 
 
 def test_naip_by_pillow():
@@ -380,8 +362,6 @@ def test_naip_by_pillow():
 
 
 def test_commands(tmp_path, kinds, capsys):
-    reader.main([])
-    tiff.main([])
     reader.main([str(kinds[0]), f"--out={tmp_path / 'view.png'}", "--side=60"])
     said = capsys.readouterr().out
     assert "0.5 micrometres per pixel" in said and "level 1: 60 x 45, steps of 2, tiles of 32 x 48" in said
@@ -389,5 +369,5 @@ def test_commands(tmp_path, kinds, capsys):
     tiff.main([str(kinds[0])])
     assert re.search(r"levels: \[\(120, 90\), \(60, 45\)\] mpp: 0.5", capsys.readouterr().out)
     for path in (kinds[-1], tmp_path / "none"):
-        with pytest.raises(UserError, match="no TIFF|cannot be read"):
+        with pytest.raises(UserError, match="cannot be read"):
             tiff.main([str(path)])

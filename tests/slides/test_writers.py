@@ -99,8 +99,7 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
 @pytest.mark.parametrize("big", [False, True], ids=["classic", "big"])
 @pytest.mark.parametrize("h, w, tile", SIZES)
 def test_tiff_by_pillow(tmp_path, monkeypatch, h, w, tile, big):
-    if big:
-        monkeypatch.setattr(writers, "CLASSIC", 0)
+    monkeypatch.setattr(writers, "CLASSIC", 0 if big else writers.CLASSIC)
     image, path = picture(h, w), tmp_path / "new" / "x.tif"
     write_tiff(path, cut(image, 20, 3), (h, w), tile, 100, mpp=0.2527)
     assert path.read_bytes()[:4] == (b"II+\0" if big else b"II*\0") and files(tmp_path) == ["new/x.tif"]
@@ -159,11 +158,10 @@ def test_what_lenient_readers_do_not_notice(tmp_path, monkeypatch, big):
     assert {f[0]: f[1:3] for f in found}[324] == (16 if big else 4, 12)
 
 
-@pytest.mark.parametrize("big", [False, True], ids=["classic", "big"])
-def test_tiff_by_openslide(tmp_path, monkeypatch, big):
+@pytest.mark.parametrize("bound", [0, writers.CLASSIC], ids=["big", "classic"])
+def test_tiff_by_openslide(tmp_path, monkeypatch, bound):
     openslide = pytest.importorskip("openslide", reason="pip install openslide-python openslide-bin enables this")
-    if big:
-        monkeypatch.setattr(writers, "CLASSIC", 0)
+    monkeypatch.setattr(writers, "CLASSIC", bound)
     for h, w, tile in SIZES:
         image, path = picture(h, w), str(tmp_path / "x.tif")
         write_tiff(path, cut(image, 50), (h, w), tile, 100, mpp=0.25)
@@ -291,18 +289,15 @@ def test_bad_arguments(tmp_path, write, options, says):
     assert os.listdir(tmp_path) == ["downloads"]
 
 
-@pytest.mark.parametrize("mpp", [0, -0.5, float("nan"), float("inf")])
-def test_bad_resolution(tmp_path, mpp):
-    with pytest.raises(UserError, match="mpp=.*micrometres per pixel"):
-        write_tiff(tmp_path / "x.tif", [noise(30, 50)], (30, 50), mpp=mpp)
-
-
 def test_paths_that_cannot_be_written(tmp_path, write):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="could not write .*file/x: .*check free space and permissions"):
         write([noise(30, 50)], (30, 50), path=tmp_path / "file" / "x")
     with pytest.raises(UserError, match="path: .* is a folder: give the name of a file"):
         write_tiff(tmp_path, [noise(30, 50)], (30, 50))
+    for mpp in (0, -0.5, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="mpp=.*micrometres per pixel"):
+            write_tiff(tmp_path / "x.tif", [noise(30, 50)], (30, 50), mpp=mpp)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError("a bad slide"), ZeroDivisionError], ids=repr)
