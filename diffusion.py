@@ -40,8 +40,9 @@ class Schedule:
 
     def at(self, t, like):
         """alpha_bar at indices t (B,), -1 giving 1. out: (B,1,..,1), of the dtype and axes of `like`."""
-        table = torch.cat([self.alpha_bar, self.alpha_bar.new_ones(1)])     # index -1 is the last entry
-        ab = table.to(like.dtype).to(t.device)[t]                           # (B,)
+        ab = self.alpha_bar
+        ab = torch.cat([ab, ab.new_ones(1)])                                # index -1 is the last entry
+        ab = ab.to(like.dtype).to(t.device)[t]                              # (B,)
         return ab.view(-1, *[1] * (like.ndim - 1))
 
     def q_sample(self, z0, t, eps):
@@ -116,8 +117,8 @@ def guided(fn, c, guidance=1.0, prepare=None):
 # ----- 3. Sampling -----
 
 def ddim_timesteps(T, steps):
-    """Ascending indices as published: every (T // steps)-th, plus one (50 -> 1, 21, ..., 981). If steps does
-    not divide T there are more. raises: ValueError where the published sampler would leave the table."""
+    """Ascending indices as published: every (T // steps)-th, plus one (50 -> 1, 21, ..., 981); more than steps, if
+    it does not divide T. raises: ValueError where the published sampler would leave the table."""
     if not 1 <= steps <= T:
         raise UserError(f"steps={steps}: give 1 to {T}")
     tau = list(range(1, T + 1, T // steps))
@@ -191,10 +192,8 @@ def plms_sample(eps_fn, z_T, schedule, steps=50, callback=None):
 # ----- 4. The whole model -----
 
 class ZoomLDM(nn.Module):
-    """VAE, Summarizer, U-Net, and what it takes to run them. info: what the data were, in plain types.
-
-    The latents of `encode`, `decode` and the samplers are scaled to a deviation of about 1.
-    """
+    """VAE, Summarizer, U-Net, and what it takes to run them. The latents of `encode`, `decode` and the samplers are
+    scaled to a deviation of about 1. info: what the data were, in plain types."""
 
     def __init__(self, vae, summarizer, unet, latent_scale=1.0, pred="eps", schedule="scaled_linear", info=None):
         super().__init__()
@@ -231,9 +230,10 @@ class ZoomLDM(nn.Module):
         shape = (self.unet.cfg.channels, *size)
         noise = [torch.randn(shape, generator=generator(seed, first + i)) for i in range(len(c))]
         z_T = torch.stack(noise).to(c.device)                               # (B,3,*size)
+        fn = self.guided(c, guidance)
         if sampler == "plms":
-            return plms_sample(self.guided(c, guidance), z_T, self.schedule, steps)
-        return ddim_sample(self.guided(c, guidance), z_T, self.schedule, steps, end=end)
+            return plms_sample(fn, z_T, self.schedule, steps)
+        return ddim_sample(fn, z_T, self.schedule, steps, end=end)
 
     @torch.no_grad()
     def draw(self, c, side, guidance=2.0, steps=50, seed=0, batch=64, sampler="ddim", end="clean"):

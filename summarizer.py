@@ -45,8 +45,9 @@ def standardize(e):
     if e.ndim < 3 or e.shape[-2] != side or side > 8 and side % 8:
         raise UserError(f"got embeddings {tuple(e.shape)}, expected (...,E,G,G), G <= 8 or a multiple of 8")
     if side > 8:
-        blocks = e.unflatten(-1, (8, side // 8)).unflatten(-3, (8, side // 8))
-        e = blocks.mean((-3, -1))                                    # (...,E,8,8)
+        k = side // 8
+        e = e.unflatten(-1, (8, k)).unflatten(-3, (8, k))            # (...,E,8,k,8,k)
+        e = e.mean((-3, -1))                                         # (...,E,8,8)
     # official: per place, over channels, unbiased deviation; deviates: in float32, not float16
     mean = e.mean(-3, keepdim=True)                                  # (...,1,G,G)
     std = e.std(-3, keepdim=True)
@@ -105,9 +106,7 @@ def slot_codes(dim):
 
 # ----- 3. The transformer -----
 
-class SummarizerBlock(Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
-
+class SummarizerBlock(Module):  # x + attention(norm x), then x + mlp(norm x)
     def __init__(self, width, mlp):
         super().__init__()
         self.norm1 = LayerNorm(width, eps=1e-6)
@@ -121,8 +120,10 @@ class SummarizerBlock(Module):
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1))  # (B,65,3,8,D/8)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # (B,8,65,D/8) each
         h = scaled_dot_product_attention(q, k, v)
-        x = x + self.out(h.transpose(1, 2).flatten(2))               # (B,65,D)
-        return x + self.fc2(gelu(self.fc1(self.norm2(x))))
+        h = h.transpose(1, 2).flatten(2)                             # (B,65,D)
+        x = x + self.out(h)
+        h = gelu(self.fc1(self.norm2(x)))
+        return x + self.fc2(h)
 
 
 class Summarizer(Module):

@@ -75,7 +75,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of x (B,N,C) to M tokens, whose keys and values come from `kv` and may be kept."""
+    """Attention of x (B,N,C) to M tokens. `kv` computes their keys and values, which may be kept."""
 
     def __init__(self, c, source, heads):
         super().__init__()
@@ -86,8 +86,7 @@ class Attention(nn.Module):
         self.out = Linear(c, c)
 
     def split(self, x):
-        """in: (B,N,C). out: (B,heads,N,C/heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # (B,heads,N,C/heads)
 
     def kv(self, source):
         """in: (B,M,source). out: keys and values, (B,heads,M,C/heads) each."""
@@ -227,7 +226,7 @@ class UNet(nn.Module):
         return [stage.attn.cross.kv(c) for stage in stages if stage.attn is not None]
 
     def run(self, stage, h, emb, kvs):
-        """One stage. A transformer takes the next of the keys and values."""
+        # a transformer takes the next of the keys and values
         kv = next(kvs) if stage.attn is not None else None
         if self.cfg.checkpoint and torch.is_grad_enabled():
             return checkpoint(stage, h, emb, kv, use_reentrant=False)
@@ -281,7 +280,8 @@ def main(argv):
     with torch.device("meta"):
         summary(UNet(UNetConfig()), z_t.to("meta"), t.to("meta"), c.to("meta"))
     small = UNetConfig(32, (1, 2), 1, (2,), 512, groups=8)
-    print(f"\na small one on the CPU: z_t {tuple(z_t.shape)} -> eps_hat {tuple(UNet(small)(z_t, t, c).shape)}")
+    eps_hat = UNet(small)(z_t, t, c)
+    print(f"\na small one on the CPU: z_t {tuple(z_t.shape)} -> eps_hat {tuple(eps_hat.shape)}")
 
 
 if __name__ == "__main__":
