@@ -10,13 +10,12 @@ import inspect
 import json
 import os
 import sys
+import time
 import typing
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from datetime import timedelta
 from pathlib import Path
-from textwrap import shorten
 
 import numpy as np
 import torch
@@ -205,14 +204,6 @@ def load_tensors(path):
         return {k: f.get_tensor(k) for k in f.keys()}, load_meta(path)
 
 
-def crc32(tensors, start=0):
-    """A checksum of named tensors. Disks and networks flip bits without an error."""
-    for name, v in sorted(tensors.items()):
-        start = zlib.crc32(f"{name} {tuple(v.shape)} {v.dtype}".encode(), start)
-        start = zlib.crc32(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), start)
-    return start
-
-
 def fingerprint(module):
     """crc32 of all weights: tells whether latents or tokens on disk were made by this very network."""
     crc = 0
@@ -221,85 +212,15 @@ def fingerprint(module):
     return f"{crc:08x}"
 
 
-# ----- 3. Published checkpoints -----
+# ----- 3. Checkpoints: a run goes on exactly where it stopped -----
 
-# old checkpoints name these classes beside their tensors; they are read as empty classes that do nothing
-INERT = [type("Namespace", (), {"__module__": "argparse"}),
-         type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})]
-
-
-def load_state_dict(path):
-    """Read a foreign checkpoint (.safetensors, or .ckpt/.pt/.pth/.bin of tensors alone) as a flat state dict.
-
-    A wrapping "state_dict" (CompVis), "ema" (the published CDM's) or "teacher" (DINO) is taken off. raises: UserError.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_tensors(path)[0]
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: check the path")
-    try:
-        with torch.serialization.safe_globals(INERT):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as err:  # torch meets damaged bytes with IndexError, TypeError, struct.error and many more
-        raise UserError(f"{path} is damaged or holds more than tensors (which could run code, so it is refused): "
-                        f"download it again, or save its state_dict as .safetensors") from err
-    for wrap in ("state_dict", "ema", "teacher"):
-        if isinstance(state, dict) and isinstance(state.get(wrap), dict):
-            state = state[wrap]
-    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
-        raise UserError(f"{path} holds no state dict of tensors; give a checkpoint of the published layout")
-    return state
-
-
-def check_official(module, state, prefix, rename, ignore=()):
-    """Hold a published state dict against `module`. in: rename maps our parameter names to published ones, after
-    `prefix`; ignore, beginnings of keys that are bookkeeping. out: {our name: published key}. raises: ValueError that
-    lists missing, unexpected and mis-shaped keys."""
-    ours = module.state_dict()
-    names = {name: prefix + rename(name) for name in ours}
-    known = {*names.values()}
-    ignored = tuple(prefix + i for i in ignore)
-    extra = [k for k in state if k.startswith(prefix) and k not in known and not k.startswith(ignored)]
-    missing = [key for key in names.values() if key not in state]
-    shaped = [f"{key} is {tuple(state[key].shape)}, expected {tuple(ours[name].shape)}"
-              for name, key in names.items() if key in state and state[key].shape != ours[name].shape]
-    text = ""
-    for what, keys in ("missing", missing), ("unexpected", sorted(extra)), ("of another shape", shaped):
-        text += f"; {len(keys)} {what}: {shorten(', '.join(keys), 300)}" if keys else ""
-    if text:
-        raise UserError(f"this is not a published {type(module).__name__} checkpoint{text}")
-    return names
-
-
-def load_official(module, state, prefix, rename, ignore=()):
-    """Copy a published state dict into `module`, which may be on the meta device. in, raises: as check_official."""
-    names = check_official(module, state, prefix, rename, ignore)
-    if next(module.parameters()).is_meta:
-        module.to_empty(device=next(iter(state.values())).device)
-    module.load_state_dict({name: state[key] for name, key in names.items()})
-
-
-def common_size(state, dim, *names):
-    """The size along `dim` that most of these tensors of a state dict have, so that one that is missing or damaged does
-    not mislead; None if there is none."""
-    sizes = [state[n].shape[dim] for n in names if n in state and state[n].ndim > dim]
-    return max(sizes, key=sizes.count, default=None)
-
-
-def common_count(state, start):
-    """1 + the largest number that follows `start` in the keys; 0 if there is none."""
-    numbers = [k[len(start):].split(".")[0] for k in state if k.startswith(start)]
-    return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
-
-
-# ----- 4. Our own checkpoints: a run goes on exactly where it stopped -----
-
-# what may differ when a run goes on: it changes where, how long and how loud it runs, not what it computes
-FREE = {"preset", "out", "device", "threads", "workers", "compile", "unet.checkpoint", "steps", "micro", "log_every",
-        "sample_every", "save_every", "run", "sheet",
-        "channels_last", "plot", "toy", "keep", "max_skips", "profile"}
-GONE = {"disc_weight": 0.0, "lpips": "", "shares": []}  # settings of earlier versions that did change it
+def crc32(tensors, meta):
+    """Checksum of all that a checkpoint holds. Disks and networks flip bits without an error."""
+    crc = zlib.crc32(json.dumps(meta).encode())
+    for name, v in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tuple(v.shape)} {v.dtype}".encode(), crc)
+        crc = zlib.crc32(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def previous(path):
@@ -314,37 +235,31 @@ def save_state(path, cfg, step, net, ema, opt):
     for i, moments in opt.state_dict()["state"].items():
         tensors |= {f"opt.{i}.{k}": v for k, v in moments.items()}
     meta = {"step": step, "settings": asdict(cfg)}
-    meta["crc"] = crc32(tensors, zlib.crc32(json.dumps(meta).encode()))
-    save_tensors(path, tensors, meta, earlier=previous(path))
+    save_tensors(path, tensors, meta | {"crc": crc32(tensors, meta)}, earlier=previous(path))
+
+
+def read_state(path):
+    """in: a checkpoint. out: (tensors, meta). raises: UserError if it is not as it was written."""
+    try:
+        tensors, meta = load_tensors(path)
+        crc = meta.pop("crc", None)                         # the first versions wrote none
+        if crc not in (None, crc32(tensors, meta)) or "step" not in meta:
+            raise ValueError("its checksum does not fit")
+    except (ValueError, RuntimeError, SafetensorError) as err:
+        raise err if isinstance(err, UserError) else UserError(f"{path} is damaged: {err}") from err
+    return tensors, meta
 
 
 def newest_state(path, ranks=None):
-    """The newest checkpoint that is whole: `path`, or the one before it.
-
-    out: (file, tensors, meta), or None if there is no file. raises: UserError if all are damaged. ranks, if given: rank
-    0 puts a damaged one out of the way.
-    """
-    faults = []
-    for file in (path, previous(path)):
-        try:
-            tensors, meta = load_tensors(file)
-            crc = meta.pop("crc", None)                     # the first versions wrote none
-            if crc not in (None, crc32(tensors, zlib.crc32(json.dumps(meta).encode()))) or "step" not in meta:
-                raise ValueError("its checksum does not fit")
-            break
-        except (ValueError, RuntimeError, SafetensorError) as err:
-            faults.append(str(err) if isinstance(err, UserError) else f"{file} is damaged: {err}")
-    if len(faults) == 2:
-        if path.exists() or previous(path).exists():
-            raise UserError(f"no checkpoint is whole: {'; '.join(faults)}; remove them to start afresh")
+    """The newest checkpoint that is whole: `path`, or the one before it. out: (file, tensors, meta), None if there is
+    no file. raises: UserError if none is whole. ranks, if given: rank 0 puts a damaged one out of the way."""
+    if not path.exists() and not previous(path).exists():
         return None
-    if faults and ranks:
-        ranks.barrier()                                     # all have looked
-        if ranks.rank == 0:
-            print(f"{faults[0]}: falling back to {file}, step {meta['step']}")
-            if path.exists():
-                os.replace(path, f"{path}.damaged")
-    return file, tensors, meta
+    try:
+        return path, *read_state(path)
+    except UserError as err:
+        from large.resume import fall_back                  # the rare case
+        return fall_back(path, err, ranks)
 
 
 def resume(path, cfg, net, ema, opt, ranks):
@@ -366,34 +281,15 @@ def resume(path, cfg, net, ema, opt, ranks):
     return meta["step"]
 
 
-def _flat(settings, start=""):
-    """Nested settings as one dict of dotted names; those of the loop and its optimiser once stood in no group."""
-    out = {}
-    for key, value in settings.items():
-        name = start + key
-        inner = "" if name in ("optim", "loop") else name + "."
-        out |= _flat(value, inner) if isinstance(value, dict) else {name: value}
-    return out
-
-
 def check_settings(path, cfg, only=""):
     """raises: UserError if the file at `path`, should it exist, was made with other settings (whose names start with
     `only`) than cfg. One that did not exist then counts as its default. All ranks read the file, so all stop."""
-    if not path.exists():
-        return
-    meta = load_meta(path)
-    if not meta.get("settings"):
-        raise UserError(f"{path} does not say what settings it belongs to, so it is none of ours: move it away")
-    now, default = (GONE | _flat(json.loads(json.dumps(asdict(c)))) for c in (cfg, type(cfg)()))
-    then = default | _flat(meta["settings"])
-    changed = [k for k in now if k not in FREE and k.startswith(only) and now[k] != then[k]]
-    if changed:
-        afresh = "another --out" if "out" in now else f"move {path.name.split('.')[0]}*.safetensors away"
-        raise UserError(f"{path} belongs to a run with other settings ({', '.join(changed)}): give the same ones to "
-                        f"resume, or {afresh} to start afresh")
+    if path.exists():
+        from large.resume import compare_settings
+        compare_settings(path, cfg, only)
 
 
-# ----- 5. Devices and ranks -----
+# ----- 4. Devices and ranks -----
 
 @dataclass
 class Ranks:
@@ -416,6 +312,15 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(x)
         return x
+
+    def leave(self, why=""):
+        """End together; with a reason, the process, too, with exit code 0."""
+        self.barrier()
+        if self.world > 1:
+            dist.destroy_process_group()
+        if why:
+            print(f"\n{why}" if self.rank == 0 else "")
+            sys.exit(0)
 
 
 def setup(device="auto", amp=True, threads=0):
@@ -440,13 +345,8 @@ def setup(device="auto", amp=True, threads=0):
         torch.cuda.set_device(device)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     if world > 1 and not dist.is_initialized():
-        backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(hours=2)
-        store = None
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-            # torchrun on one node: its store outlives a restart of the ranks, which must not find the dead ones' places
-            store = next(dist.rendezvous("env://", timeout=wait))[0]
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world)
+        from large.torchrun import join
+        join(rank, world, device)
     return Ranks(rank, world, device, torch.bfloat16 if amp and fast else None)
 
 
@@ -458,24 +358,23 @@ def generator(*key):
     return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
 
 
-# ----- 6. Seeing: shape tables and contact sheets -----
+# ----- 5. Seeing: shape tables and contact sheets -----
 
 def summary(module, *inputs, depth=2):
     """Print name, output shape and parameters of each submodule. On the meta device full size costs no time."""
     shapes = {}
 
     def look(child, _, out):
-        shapes.setdefault(child, "x".join(map(str, (out[0] if isinstance(out, tuple | list) else out).shape)))
+        shapes[child] = "x".join(map(str, (out[0] if isinstance(out, tuple) else out).shape))
     for child in module.modules():
         child.register_forward_hook(look)
     module(*inputs)
     print(f"{type(module).__name__}\n{'module':<28}{'output':>20}{'parameters':>14}")
-    for name, child in module.named_modules():
+    for name, child in [*module.named_modules()][1:] + [("total", module)]:
         count = sum(p.numel() for p in child.parameters())
-        if name and count and name.count(".") < depth:
+        if count and name.count(".") < depth:
             label = "  " * name.count(".") + name.split(".")[-1]
             print(f"{label:<28}{shapes.get(child, '-'):>20}{count:>14,}")
-    print(f"{'total':<48}{sum(p.numel() for p in module.parameters()):>14,}")
 
 
 def to_uint8(x):
@@ -500,3 +399,49 @@ def save_grid(path, rows, labels=None):
         if labels:
             ImageDraw.Draw(sheet).text((4, i * h + h // 2 - 6), labels[i], fill="black")
     save_png(path, sheet)
+
+
+# ----- 6. The log of a training -----
+
+def read_lines(path):
+    """The records of a log; none if there is no such file. A line cut short by a kill is passed over."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def write_line(path, record, keep):
+    """Add a record to a log, after those that are to be kept: a run that was killed may have written too many."""
+    records = [r for r in read_lines(path) if keep(r)] + [record]
+    write_text(path, "".join(json.dumps(r) + "\n" for r in records))
+
+
+class Log:
+    """Averages over all ranks between two lines of log.jsonl: losses, by scale and by quarter of t; the speed."""
+
+    def __init__(self, path, stage, start, net, ranks):
+        self.path, self.stage, self.net, self.ranks = path, stage, net, ranks
+        self.rows, self.last, self.since = [], start, time.time()
+
+    def mean(self, value, bins, n):
+        """Means of value (N,) in n bins, over all ranks; None for an empty one."""
+        sums = torch.zeros(2, n, device=value.device)
+        sums.index_add_(1, bins, torch.stack([value, torch.ones_like(value)]))
+        return [round(total / count, 6) if count else None for total, count in self.ranks.sum(sums).T.tolist()]
+
+    def write(self, step, batch, grad, lr):
+        """Add a line of the averages since the last one. out: the loss."""
+        rows = {k: torch.cat([r[k] for r in self.rows]).float() for k in self.rows[0]}      # (N,) each
+        s, t = rows.pop("s").long(), rows.pop("t", None)
+        record = {"stage": self.stage, "step": step}
+        for name, value in rows.items():
+            record[name] = self.mean(value, torch.zeros_like(s), 1)[0]
+        error = next(rows[k] for k in ("eps", "psnr", "x0") if k in rows)   # what is comparable between samples
+        record["by_scale"] = self.mean(error, s, self.net.scales)
+        if t is not None:
+            record["by_t"] = self.mean(error, (t * 4 / self.net.schedule.T).long(), 4)
+        speed = (step - self.last) * batch / (time.time() - self.since)
+        record |= {"grad": round(float(grad), 4), "lr": lr, "img_s": round(speed, 1)} | self.net.report()
+        if self.ranks.rank == 0:
+            write_line(self.path, record, lambda r: r["stage"] != self.stage or r["step"] <= self.last)
+        self.rows, self.last, self.since = [], step, time.time()
+        return record["loss"]

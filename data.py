@@ -14,15 +14,19 @@ read next: train.py
 import json
 import random
 import shutil
+import signal
+import sys
 import tempfile
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
 
-from common import UserError, atomic, cli, open_tensors
+from common import UserError, atomic, cli, fingerprint, load_meta, open_tensors, save_tensors
 from summarizer import pack_grid, standardize
 
 GRID = 8    # Z S8.1: larger grids are pooled to 8x8
@@ -161,6 +165,7 @@ class Pyramids:
     Attributes: those, and patch, scales, embed_dim, encoder, weights, mpp, slides. raises: UserError.
     """
     official = False
+    images = True     # slides.official.Samples may lack them
 
     def __init__(self, folder, latents=None, std=None, latent_scale=1.0):
         index = read_index(folder)
@@ -278,6 +283,65 @@ def fixed_batch(pyramids, split, s, n, want=("x",), seed=0):
     if not order:
         raise UserError(f"{pyramids.folder} has no {split!r} patch at scale {s}, of {pyramids.scales} scales")
     return default_collate([pyramids.item(k, s, i, want) for _, _, k, i in sorted(order)[:n]])
+
+
+def own_places(option, batch, micro, ranks):
+    """Where the micro-batches of this rank begin in the global batch, and their size. raises: UserError."""
+    share = batch // ranks.world
+    micro = min(micro or share, share)
+    if batch % ranks.world or share % micro:
+        raise UserError(f"a global batch of {batch} does not divide into {ranks.world} ranks of micro-batches of "
+                        f"{micro}: change --{option} or --micro")
+    return range(ranks.rank * share, (ranks.rank + 1) * share, micro), micro
+
+
+@contextmanager
+def feed(dataset, steps, batch, micro, ranks, workers):
+    """Yield micro-batches of this rank, and a list that holds something once a SIGTERM came, which ends nothing here.
+
+    A sample is step * batch + its place, so that resuming is exact. Clusters send SIGTERM to all processes of a job:
+    those that load data do not hear it, and end with the training.
+    """
+    asked, share = [], batch // ranks.world
+    own = range(ranks.rank * share, (ranks.rank + 1) * share)
+    numbers = (step * batch + place for step in steps for place in own)
+    how = "fork" if workers and sys.platform == "linux" else None       # a server that starts them would hear it
+    loading = iter(DataLoader(dataset, micro, sampler=numbers, num_workers=workers, worker_init_fn=deafen,
+                              pin_memory=ranks.device.type == "cuda", multiprocessing_context=how))
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield loading, asked
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if workers:
+            loading._shutdown_workers()                                 # Python would send them a SIGTERM
+
+
+def deafen(worker):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@torch.no_grad()
+def encode_latents(folder, vae, pyramids, ranks):
+    """Write folder/NAME.safetensors, unscaled f16 latents of the training slides, which ranks share out."""
+    vae_mark = fingerprint(vae)
+    mine = [i for i, x in enumerate(pyramids.slides) if x["split"] == "train"][ranks.rank::ranks.world]
+    for i in tqdm(mine, desc=f"latents -> {folder}", disable=ranks.rank > 0):
+        slide = pyramids.slides[i]
+        path, source = folder / slide["file"], (pyramids.folder / slide["file"]).stat()
+        mark = f"{vae_mark} {source.st_size} {source.st_mtime_ns}"      # this VAE, these images
+        if path.exists() and load_meta(path).get("vae") == mark:
+            continue
+        tensors = {}
+        for s, count in enumerate(slide["counts"]):
+            z = []
+            for k in range(0, count, 128):
+                x = torch.stack([pyramids.read(i, s, n, ("x",))["x"] for n in range(k, min(k + 128, count))])
+                z.append(vae.encode(x.to(ranks.device)).half())
+            if z:
+                tensors[f"z{s}"] = torch.cat(z)                         # (count,3,P/4,P/4)
+        save_tensors(path, tensors, {"vae": mark})
+    ranks.barrier()
 
 
 def main(argv):

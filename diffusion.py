@@ -284,6 +284,22 @@ class ZoomLDM(nn.Module):
         return keys.load_whole(source)
 
 
+def layout_fidelity(fake, real, grid):
+    """Pearson correlation of patches (N,3,P,P) average-pooled to grid, min(2^s, 8); 1 compares mean colours.
+
+    Each channel's mean over its set is taken off, or the stain alone would correlate. 0 if a set is constant.
+    """
+    if fake.shape != real.shape or fake.ndim != 4 or min(fake.shape) < 1 or min(fake.shape[2:]) < grid:
+        raise UserError(f"got patches {tuple(fake.shape)} and {tuple(real.shape)}: give images (N,3,H,W) of one shape, "
+                        f"with sides of at least {grid}")
+    cells = []
+    for x in (fake, real):
+        x = nn.functional.adaptive_avg_pool2d(x.double(), grid)                     # (N,3,grid,grid)
+        cells.append((x - x.mean((0, 2, 3), keepdim=True)).flatten())
+    size = cells[0].norm() * cells[1].norm()
+    return float(cells[0] @ cells[1] / size) if size > 1e-12 else 0.0
+
+
 def main(argv):
     with torch.device("meta"):
         model = ZoomLDM(VQVAE(VAEConfig()), build(SummarizerConfig()), UNet(UNetConfig()))

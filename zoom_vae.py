@@ -13,8 +13,9 @@ import torch
 from torch.nn import Conv2d, Embedding, GroupNorm, Identity, Module, ModuleList, Sequential
 from torch.nn.functional import embedding, interpolate, mse_loss, pad, scaled_dot_product_attention, silu
 from torch.nn.init import uniform_
+from tqdm import tqdm
 
-from common import UserError, cli, summary
+from common import UserError, cli, generator, load_tensors, restore, summary
 
 
 @dataclass
@@ -208,6 +209,18 @@ class VQVAE(Module):
         from slides import keys  # the published names
         return keys.load_vae(state, prefix)
 
+    @classmethod
+    def from_run(cls, path):
+        """Read a run's vae.safetensors. out: (vae, latent scale). raises: UserError if it is missing or foreign."""
+        weights, meta = load_tensors(path)
+        try:
+            vae = cls(restore(VAEConfig, meta["config"]))
+            vae.load_state_dict(weights)
+            return vae, meta["latent_scale"]
+        except (KeyError, TypeError, RuntimeError) as err:
+            reason = str(err).splitlines()[0]
+            raise UserError(f"{path} holds no VAE of ours ({reason}): give a run folder, or a published file") from err
+
 
 # ----- 3. Training: L1 and the codebook -----
 
@@ -272,6 +285,62 @@ def perplexity(usage):
     count = f64(usage)
     share = count / count.sum().clamp_min(1)
     return float(torch.special.entr(share).sum().exp())
+
+
+class VAEStage(Module):
+    """The autoencoder and its loss on crops of images; counts which codes are used, to move the unused ones.
+
+    anchor (N,3,P,P): fixed patches, on whose latents codes are placed. start: a VAE to go on from.
+    """
+
+    def __init__(self, cfg, anchor, start=None):
+        super().__init__()
+        self.vae, self.cfg, self.anchor, self.scales = VQVAE(cfg.vae), cfg, anchor, cfg.summarizer.scales
+        self.register_buffer("usage", torch.zeros(cfg.vae.codes))
+        self.used = torch.zeros(cfg.vae.codes, device=anchor.device)    # by this rank in this step
+        self.unquantized = 0 if start else cfg.vae_steps // 4           # steps before there are codes
+        self.crop = min(cfg.vae_crop or anchor.shape[-1], anchor.shape[-1])
+        if start:
+            self.vae.load_state_dict(start.state_dict())
+
+    def noise(self, step):
+        """What is random in a step, of the whole global batch: here the corners of the crops."""
+        self.step, gen = step, generator(self.cfg.seed, 1, step)
+        places = (self.anchor.shape[-1] - self.crop) // self.vae.factor + 1
+        return {"corner": self.vae.factor * torch.randint(places, (self.cfg.vae_batch, 2), generator=gen)}
+
+    def forward(self, batch):
+        crops = []
+        for image, (i, j) in zip(batch["x"], batch["corner"].tolist()):
+            crops.append(image[:, i:i + self.crop, j:j + self.crop])    # (3,crop,crop)
+        x = torch.stack(crops)                                          # (B,3,crop,crop)
+        loss, x_rec, indices = vae_loss(self.vae, x, self.step >= self.unquantized)
+        if indices is not None:
+            self.used += torch.bincount(indices.flatten(), minlength=len(self.used))
+        mse = (x_rec.detach().clamp(-1, 1) - x).square().flatten(1).mean(1).clamp_min(1e-10)
+        psnr = 10 * torch.log10(4 / mse)                                # (B,)
+        return loss, {"loss": loss.detach().expand(len(x)), "psnr": psnr, "s": batch["s"]}
+
+    @torch.no_grad()
+    def after_step(self, step, ranks):
+        """Whiten latents until there are codes; place codes on latents of fixed patches, the unused ones every 50."""
+        ranks.sum(self.used)
+        self.usage += self.used
+        self.used.zero_()
+        first = self.unquantized
+        if step in (first // 8, first // 2, first):
+            rebase(self.vae, self.vae.encode(self.anchor), whiten=True)
+        if step >= first and (step - first) % 50 == 0 and step <= 0.8 * self.cfg.vae_steps:
+            used = int((self.usage > 0).sum())
+            if step > first and used < 0.1 * len(self.usage) and ranks.rank == 0:
+                tqdm.write(f"step {step}: only {used} of {len(self.usage)} codes were used in 50 steps; the others are "
+                           f"moved to latents. If that goes on, take fewer (--vae.codes) or a lower --vae_lr")
+            revive_codes(self.vae, self.vae.encode(self.anchor), self.usage, generator(self.cfg.seed, 3, step))
+            self.usage.zero_()
+
+    def report(self):
+        """What the log says beside the losses."""
+        return {"perplexity": round(perplexity(self.usage), 1) if self.usage.any() else None}
 
 
 def main(argv):

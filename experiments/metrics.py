@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import UserError, cli, generator, load_official, load_state_dict, to_uint8
-from train import layout_fidelity
+from common import UserError, cli, generator, to_uint8
+from slides.weights import load_official, load_state_dict
+from diffusion import layout_fidelity
 
 
 def need(ok, text):

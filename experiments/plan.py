@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from common import UserError, cli, configure, setup
+from common import UserError, cli, configure, read_lines, setup
 from data import PatchDataset, Pyramids
 from diffusion import ZoomLDM
 from experiments.cost import (
@@ -37,7 +37,7 @@ from experiments.cost import (
 )
 from summarizer import SLOTS, Summarizer, SummarizerConfig
 from train import Config as TrainConfig
-from train import LDMStage, read_lines, update_ema
+from train import LDMStage, update_ema
 from unet import UNet, UNetConfig
 
 

@@ -4,8 +4,7 @@ run: python -m experiments.plot RUN      writes RUN/log.png (extra: plot)
 """
 from pathlib import Path
 
-from common import UserError, atomic, cli
-from train import read_lines
+from common import UserError, atomic, cli, read_lines
 
 
 def plot(run):

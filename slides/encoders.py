@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, cli, common_count, common_size, load_official, load_state_dict
+from common import UserError, cli
+from slides.weights import common_count, common_size, load_official, load_state_dict
 from toy.descriptor import Stats, embed  # noqa: F401 (whoever embeds finds both here)
 
 # ----- 1. The published transformers: what their tensors do not tell -----

@@ -11,8 +11,9 @@ from functools import partial
 
 import torch
 
-from common import UserError, check_official, cli, load_official, load_state_dict
+from common import UserError, cli
 from diffusion import ZoomLDM
+from slides.weights import check_official, load_official, load_state_dict
 from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig

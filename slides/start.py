@@ -1,6 +1,6 @@
-"""Start a training from another run, or from the U-Net of a published model, as the papers did (cin256-v2.ckpt).
+"""Start a training from another run, or from a published VAE or U-Net, as the papers did (cin256-v2.ckpt).
 
-train.py opens this door for --init_from. What does not fit is refused before anything is trained.
+train.py opens this door for --init_from and --vae_weights. What does not fit is refused before anything is trained.
 
 run: python train.py PRESET --init_from=RUN_OR_FILE
 """
@@ -9,9 +9,16 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, cli, load_state_dict
-from slides.keys import start_unet
+from common import UserError, cli
+from slides.keys import VAE, has, load_vae, start_unet
+from slides.weights import load_state_dict
 from unet import UNet
+
+
+def published_vae(path):
+    """The VAE of a published file, which may be a whole latent diffusion checkpoint. raises: UserError."""
+    state = load_state_dict(path)
+    return load_vae(state, VAE if has(state, VAE) else "")
 
 
 def start_weights(cfg, ranks, pyramids, base, resumed):

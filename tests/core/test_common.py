@@ -20,8 +20,6 @@ from common import (
     cli,
     configure,
     generator,
-    load_official,
-    load_state_dict,
     load_tensors,
     open_tensors,
     save_grid,
@@ -31,6 +29,7 @@ from common import (
     to_uint8,
     write_text,
 )
+from slides.weights import load_official, load_state_dict
 
 # ----- 1. Command lines -----
 
@@ -359,4 +358,4 @@ def test_summary(capsys):
         net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     summary(net, torch.zeros(5, 4, device="meta"))
     out = capsys.readouterr().out
-    assert "5x8" in out and "5x2" in out and out.splitlines()[-1].split() == ["total", "58"]
+    assert "5x8" in out and "5x2" in out and out.splitlines()[-1].split() == ["total", "5x2", "58"]

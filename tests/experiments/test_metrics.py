@@ -28,7 +28,7 @@ from experiments.metrics import (
     standard,
     tissue_fractions,
 )
-from train import layout_fidelity
+from diffusion import layout_fidelity
 
 
 def normal(*shape, seed=0):

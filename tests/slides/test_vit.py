@@ -12,8 +12,9 @@ import rule
 import torch
 from rule import golden, manifest, state_dict
 
-from common import UserError, load_state_dict, save_tensors
+from common import UserError, save_tensors
 from slides.encoders import KINDS, ViT
+from slides.weights import load_state_dict
 
 each = pytest.mark.parametrize("name", KINDS)
 SIZE = [(name, size) for name, sizes in rule.ENCODERS.items() for size in sizes]

@@ -1,0 +1,75 @@
+"""Going on with a run: are its settings those it began with, and is its newest checkpoint whole?
+
+common.py opens this door where there is a file to look at.
+
+in:  a file of a run   out: nothing, or a sentence that says what to do
+run: python -m large.resume RUN       the settings of its newest checkpoint     read next: train.py
+"""
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from common import UserError, cli, load_meta, newest_state, previous, read_state
+
+# what may differ when a run goes on: it changes where, how long and how loud it runs, not what it computes
+FREE = {"preset", "out", "device", "threads", "workers", "compile", "unet.checkpoint", "steps", "micro", "log_every",
+        "sample_every", "save_every", "run", "sheet",
+        "channels_last", "plot", "toy", "keep", "max_skips", "profile"}
+GONE = {"disc_weight": 0.0, "lpips": "", "shares": []}  # settings of earlier versions that did change it
+
+
+def flat(settings, start=""):
+    """Nested settings as one dict of dotted names; those of the loop and its optimiser once stood in no group."""
+    out = {}
+    for key, value in settings.items():
+        name = start + key
+        inner = "" if name in ("optim", "loop") else name + "."
+        out |= flat(value, inner) if isinstance(value, dict) else {name: value}
+    return out
+
+
+def compare_settings(path, cfg, only=""):
+    """raises: UserError if the file at `path` was made with other settings (whose names start with `only`) than cfg."""
+    meta = load_meta(path)
+    if not meta.get("settings"):
+        raise UserError(f"{path} does not say what settings it belongs to, so it is none of ours: move it away")
+    now, default = (GONE | flat(json.loads(json.dumps(asdict(c)))) for c in (cfg, type(cfg)()))
+    then = default | flat(meta["settings"])
+    changed = [k for k in now if k not in FREE and k.startswith(only) and now[k] != then[k]]
+    if changed:
+        afresh = "another --out" if "out" in now else f"move {path.name.split('.')[0]}*.safetensors away"
+        raise UserError(f"{path} belongs to a run with other settings ({', '.join(changed)}): give the same ones to "
+                        f"resume, or {afresh} to start afresh")
+
+
+def fall_back(path, fault, ranks=None):
+    """The checkpoint before a damaged or lost one. out, ranks: as common.newest_state. raises: UserError if that is
+    not whole either."""
+    file = previous(path)
+    try:
+        tensors, meta = read_state(file)
+    except UserError as err:
+        raise UserError(f"no checkpoint is whole: {fault}; {err}; remove them to start afresh") from err
+    if ranks:
+        ranks.barrier()  # all have looked
+        if ranks.rank == 0:
+            print(f"{fault}: falling back to {file}, step {meta['step']}")
+            if path.exists():
+                os.replace(path, f"{path}.damaged")
+    return file, tensors, meta
+
+
+def main(argv):
+    if len(argv) != 1:
+        raise UserError(f"got {argv}: write python -m large.resume RUN")
+    found = newest_state(Path(argv[0], "state.safetensors"))
+    if found is None:
+        raise UserError(f"no checkpoint in {argv[0]}: give the folder of a training")
+    print(f"{found[0]}: step {found[2]['step']}")
+    for name, value in flat(found[2]["settings"]).items():
+        print(f"  {name}={value}")
+
+
+if __name__ == "__main__":
+    cli(main, __doc__)
