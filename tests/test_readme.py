@@ -20,8 +20,8 @@ RUNS = r"(?:python -m ([a-z]+(?:\.\w+)?)|(?:python|nproc_per_node=\d+)(?: --[\w.
 COMMANDS = sorted({(module or file[:-3].replace("/", "."), args.strip()) for module, file, args
                    in re.findall(RUNS, TEXT) if module not in ("venv", "pip", "pytest", "room.file")})
 MODULES = {name[:-3].replace("/", "."): name for name in FILES if not name.endswith("__init__.py")}
-CONFIGS = [node for tree in TREES.values() for node in ast.walk(tree)
-           if isinstance(node, ast.ClassDef) and node.name.endswith("Config")]
+CONFIGS = [node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+           and "dataclass" in map(ast.unparse, node.decorator_list)]
 OPTIONS = {n.target.id for c in CONFIGS for n in c.body if isinstance(n, ast.AnnAssign)} | {"help"}
 BUDGET = dict(readme_lines=250, readme_bytes=20_000, page_lines=250)
 
