@@ -7,7 +7,6 @@ cannot be read is named and passed over; the exit code is 1 in the end. Memory: 
 in:  images, a folder, a pattern or a CSV   out: what data.py describes; masks/*.png, where tissue was found
 run: python data.py build --images=SLIDES --out=data/mine --mpp=0.5 --tissue=0.2     20x patches that show tissue
      torchrun --nproc_per_node=4 data.py build ..., or --shard=0/4 to 3/4 on machines that share --out
-read next: data.py
 """
 import glob
 import os
@@ -82,8 +81,7 @@ class Picture:
     def strips(self):
         P = self.cfg.patch
         for _, future in self.group:
-            pixels, e, bad, seconds = future.result()
-            self.run.spent.update(seconds)
+            pixels, e, bad = future.result()
             self.bad.update(bad)
             self.rows.extend([] if e is None else torch.from_numpy(e).split(self.job.size[0] // P))
             for k in range(0, len(pixels), P):
@@ -161,7 +159,7 @@ class Run:
         in_workers = self.encoder and cfg.device == "cpu"
         self.on_cpu = (cfg.encoder, tuple(index["std"]), cfg.weights) if in_workers else None
         self.there, self.built, self.failed = 0, [], {}                        # images, jobs, {name: why}
-        self.left, self.spent, self.bar = Counter(), Counter(), None           # patches, seconds of processes
+        self.left, self.bar, self.seconds = Counter(), None, 0.0               # patches by why they are left out
 
     def fail(self, job, err):
         self.failed[job.name] = str(err)
@@ -206,16 +204,13 @@ class Run:
             self.seconds = time.perf_counter() - begun
 
     def report(self):
-        """The summary in the end: patches left out, failures, and where the time went; `finish` tells what is there."""
+        """The summary in the end: patches left out, failures, speed. What is there, `finish` tells."""
         print(f"{len(self.built)} images built, {self.there} there before, {len(self.failed)} failed")
         print("left out: " + (", ".join(f"{n} {why}" for why, n in sorted(self.left.items())) or "none"))
-        P = self.cfg.patch
-        tiles = sum((job.size[0] // P) * (job.size[1] // P) for job in self.built)
+        tiles = sum((job.size[0] // job.patch) * (job.size[1] // job.patch) for job in self.built)
         if tiles:
-            speed, work = tiles / self.seconds, max(1e-9, sum(self.spent.values()))
-            shares = ", ".join(f"{kind} {seconds / work:.0%}" for kind, seconds in self.spent.items())
-            print(f"{tiles} base tiles in {self.seconds:.1f} s: {speed:.0f} a second, {speed * 3 * P**2 / 1e6:.0f} MB "
-                  f"of pixels a second; {shares} of the workers' time")
+            speed, size = tiles / self.seconds, 3e-6 * self.cfg.patch**2
+            print(f"{tiles} base tiles in {self.seconds:.1f} s: {speed:.0f} a second, {speed * size:.0f} MB of pixels")
         for name, why in self.failed.items():
             print(f"failed: {why}" if name in why else f"failed: {name}: {why}")
 

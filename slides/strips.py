@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 from hashlib import sha256
 from itertools import product
 from math import ceil
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +30,7 @@ from common import UserError, cli
 from slides.encoders import embed, load_encoder
 from slides.reader import CACHE, MAX_PIXELS, VENDORS, open_slide
 
+cpu_encoder = lru_cache(1)(load_encoder)
 TASK = 2**22        # pixels that a worker reads at a time, if that is a whole strip at least
 AHEAD = 2**28       # bytes of strips that may wait
 NUMBER = r"((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)?"  # or nothing
@@ -159,37 +160,18 @@ def plan(job, mpp, patch, max_pixels=MAX_PIXELS):
     return replace(job, origin=(x, y), size=(w, h), rows=max(1, task // (w * patch)), note=note)
 
 
-def start(parent):
-    """Begin a worker: it ends with its parent, even one that was killed, and would else wait for work forever."""
-    torch.set_num_threads(1)
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@lru_cache(1)
-def cpu_encoder(name, std, weights):
-    return load_encoder(name, list(std), weights)
-
-
 def read_strips(job, encoder, first, rows):
     """Strips first .. first + rows of base tiles.
 
     in:  encoder, (name, std, weights) to embed with here, on the CPU, or None. out: pixels (rows*P,W,3) uint8; e
-    (rows*Gw,E) float32 or None; {(i,j): why} of damaged base tiles; seconds of reading and of embedding.
-    """
+    (rows*Gw,E) float32 or None; {(i,j): why} of damaged base tiles."""
     P, (w, _), (x, y) = job.patch, job.size, job.origin
-    slide, begun, e = opened(job), time.perf_counter(), None
+    slide, e = opened(job), None
     pixels = np.concatenate([slide.read(x, y + (first + k) * P, w, P, job.mpp) for k in range(rows)])
-    read = time.perf_counter()
     if encoder:
         tiles = pixels[:, :w // P * P].reshape(rows, P, w // P, P, 3).swapaxes(1, 2)  # (rows,Gw,P,P,3)
         e = torch.cat([embed(cpu_encoder(*encoder), row) for row in tiles]).numpy()
-    seconds = {"reading": read - begun, "embedding": time.perf_counter() - read}
-    return pixels, e, bad_tiles(job, slide, first, first + rows), seconds
+    return pixels, e, bad_tiles(job, slide, first, first + rows)
 
 
 def bad_tiles(job, slide, first, last):
@@ -242,6 +224,18 @@ def tissue_of(job):
 
 # ----- 4. A few tasks ahead -----
 
+def start():
+    """Begin a worker process."""
+    torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """Even one that was killed: a worker would else wait for work forever."""
+    parent_process().join()
+    os._exit(1)
+
+
 def ahead(jobs, dropped, encoder, tissue, submit, window):
     """Submit the tasks of all jobs in order, `window` ahead of need: yields (job, future).
 
@@ -266,10 +260,11 @@ def workers(n):
     """Yield submit(task) -> future of n processes; of none, a task is done here, when its result is asked for."""
     def later(task):
         return SimpleNamespace(result=task)
+
     threads = torch.get_num_threads()
     try:
         if n:
-            with ProcessPoolExecutor(n, get_context("spawn"), start, (os.getpid(),)) as pool:  # torch survives no fork
+            with ProcessPoolExecutor(n, get_context("spawn"), start) as pool:  # torch survives no fork
                 list(pool.map(time.sleep, [0.01] * n))                         # started, before the clock is
                 yield pool.submit
         else:
