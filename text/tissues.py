@@ -126,10 +126,11 @@ def agreement(truth, found, seed=0):
 
 
 def print_agreement(table):
-    print(f"{'':>10} {'error':>9} {'Spearman':>9} {'shuffled':>9}   dominant: found as {', '.join(TISSUES)}")
+    print(f"{'':>10} {'error':>9} {'Spearman':>9} {'shuffled':>9}  dominant: found {' '.join(TISSUES)}")
     for t, name in enumerate(TISSUES):
         error, rank, other = (float(table[key][t]) for key in ("error", "spearman", "shuffled"))
-        print(f"{name:>10} {error:>9.3f} {rank:>9.3f} {other:>9.3f}   {table['confusion'][t].tolist()}")
+        counts = [f"{n:>{len(word)}}" for n, word in zip(table["confusion"][t].tolist(), TISSUES)]
+        print(f"{name:>10} {error:>9.3f} {rank:>9.3f} {other:>9.3f} {'':>16}", *counts)
 
 
 # ----- 3. How exactly -----

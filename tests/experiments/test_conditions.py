@@ -1,8 +1,9 @@
-"""The tables on conditions from nothing: their measures in closed forms, and every command on a tiny run."""
+"""What conditions from nothing are worth: the measures in closed forms, and every command on a tiny run."""
 import json
 
 import pytest
 import torch
+from cdm_runs import go, new_home
 
 import cdm
 from common import UserError
@@ -27,19 +28,15 @@ def test_mean_error():
 @pytest.fixture(scope="module")
 def home(run, toy, tmp_path_factory):
     """A copy of the tiny run with all conditioning models, the grid's told by captions with made-up vectors."""
-    folder = tmp_path_factory.mktemp("cdm_table") / "run"
-    folder.mkdir()
-    (folder / "ema.safetensors").write_bytes((run / "ema.safetensors").read_bytes())
+    folder = new_home(run, tmp_path_factory.mktemp("conditions") / "run")
     captions.main(["toy", str(toy), f"--out={folder}", "--n=2", "--heldout=3", "--tiles=4"])
     for name in ("captions", "heldout"):
         texts = [c.text for c in captions.read_lines(folder / f"{name}.tsv")]
         v = torch.stack([torch.tensor([len(t) / 50, t.count("a") / 5, t.count("t") / 5]) for t in texts])
         captions.save_vectors(folder / f"{name}.safetensors", texts, v, "letters")
-    quick = ["smoke", "--steps=3", "--sheet=0", "--save_every=3", "--log_every=3", "--device=cpu"]
-    cdm.main(["train", str(folder), *quick])
-    cdm.main(["train", str(folder), *quick, "--model=edm"])
-    cdm.main(["train", str(folder), *quick, "--model=grid", f"--captions={folder}/captions.tsv",
-              f"--vectors={folder}/captions.safetensors"])
+    told = f"--captions={folder}/captions.tsv", f"--vectors={folder}/captions.safetensors"
+    for kind, more in (("cdm", ()), ("edm", ()), ("grid", told)):
+        go(folder, kind, "--steps=3", "--sheet=0", *more)
     return folder
 
 
@@ -60,8 +57,8 @@ def test_kinds_of_condition(home):
 def test_memory_of_copies(home, monkeypatch):
     """Training images drawn again lie at distance 0. catches: distances to the wrong split."""
     assert found(home, "memory")["pixels"]["drawn"] > 0
-    monkeypatch.setattr(conditions, "draw", lambda *a: conditions.fixed_batch(Pyramids(
-        cdm.ZoomLDM.from_run(home).info["data"]), "train", 2, 3)["x"])
+    data = Pyramids(cdm.ZoomLDM.from_run(home).info["data"])
+    monkeypatch.setattr(conditions, "drawn", lambda *a: conditions.fixed_batch(data, "train", 2, 3)["x"])
     again = found(home, "memory")
     assert all(again[space]["drawn"] == pytest.approx(0, abs=1e-5) for space in again)
 
@@ -76,8 +73,8 @@ def test_scales(home):
 
 def test_grids_and_text(home):
     """catches: shares and captions out of step."""
-    sizes = ["--size=256", "--context=2"]
-    row = found(home, "grids", *sizes, "--grids=12", "--n=1")
+    sizes = ["--size=128", "--context=1"]
+    row = found(home, "grids", *sizes, "--grids=6", "--n=1")
     assert row["psnr"]["real"][0] > 0 and row["psnr"]["invented"][0] > 0
     row = found(home, "text", *sizes, f"--captions={home}/heldout.tsv", "--n=2")
     assert len(row["texts"]) == 2 and sum(map(sum, row["confusion"])) == 4        # two seeds
