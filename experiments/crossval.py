@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import mil
-from common import UserError, at_least, cli, configure, generator, load_tensors, open_tensors, save_tensors, write_text
+from common import UserError, at_least, cli, configure, generator, load_meta, load_tensors, save_tensors, write_text
 from experiments.folds import Labels, few, make_splits, read_splits
 from slides.bags import files_of, open_bags, views
 
@@ -143,10 +143,8 @@ def run_job(job):
     path, labels = job.path(), job.labels()
     splits = job.splits(labels)
     meta = job.meta(labels, splits)
-    if path.exists():
-        with open_tensors(path) as f:
-            if json.loads((f.metadata() or {}).get("json", "{}")) == json.loads(json.dumps(meta)):
-                return path
+    if path.exists() and load_meta(path) == json.loads(json.dumps(meta)):
+        return path
     torch.set_num_threads(1)
     bags = open_bags(job.folder, job.view)
     scores, fold, heads = mil.cross_validate(HEADS[job.head], [bags], bags, labels, splits, job.cfg, job.repeat)
