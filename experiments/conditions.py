@@ -264,7 +264,7 @@ def main(argv):
     cfg = configure(Config, argv, words=("command", "run"), doc=__doc__)
     commands = {"conditions": conditions, "memory": memory, "grids": grids, "text": text, "scales": scales}
     one_of(cfg, command=tuple(commands))
-    at_least(cfg, n=1, seeds=1, steps=1, grids=3 * cfg.seeds)
+    at_least(cfg, n=1, seeds=1, steps=1, grids=3 * max(cfg.seeds, 3))
     if not cfg.run:
         raise UserError(f"say which run: python -m experiments.conditions {cfg.command} out/toy_long")
     ranks = setup(cfg.device, cfg.amp, cfg.threads)

@@ -74,7 +74,7 @@ def test_scales(home):
 def test_grids_and_text(home):
     """catches: shares and captions out of step."""
     sizes = ["--size=128", "--context=1"]
-    row = found(home, "grids", *sizes, "--grids=6", "--n=1")
+    row = found(home, "grids", *sizes, "--grids=12", "--n=1")
     assert row["psnr"]["real"][0] > 0 and row["psnr"]["invented"][0] > 0
     row = found(home, "text", *sizes, f"--captions={home}/heldout.tsv", "--n=2")
     assert len(row["texts"]) == 2 and sum(map(sum, row["confusion"])) == 4        # two seeds
