@@ -243,28 +243,6 @@ def extract(task, out, *more):
     return sorted(out.glob("*.safetensors"))
 
 
-def test_toy_task(task):
-    """Labels follow the structures, apart from the noise; both kinds occur in every slide; patients share a stain."""
-    assert (task / "task" / "labels.csv").read_text().splitlines()[:2] == [
-        "case_id,slide_id,label", f"patient_0000,train_0000,{toy_task.structures(0, 512)[2]}"]
-    drawn = [toy_task.structures(k, 512) for k in range(400)]
-    for duct, large, _, true in drawn:
-        assert true == (duct & large).any() and 0 < duct.sum() < 4 and 0 < large.sum() < 4
-    true = np.array([d[3] for d in drawn])
-    assert 0.02 < np.mean([d[2] != d[3] for d in drawn]) < 0.09 and 0.42 < true.mean() < 0.58
-    for part in (0, 1):  # neither the number of ducts nor that of large nuclei suffices
-        assert 0.6 < auc([d[part].sum() for d in drawn], true) < 0.78
-    image, region, nuclei = toy_task.task_slide(2)
-    assert image.shape == (512, 512, 3) and region.shape == (128, 128) and set(np.unique(region)) == {0, 1, 2}
-    assert all(np.array_equal(a, b) for a, b in zip((image, region, nuclei), toy_task.task_slide(2)))
-    large = toy_task.structures(2, 512)[1].reshape(2, 2)
-    x, y = nuclei[:, :2].T.astype(int)
-    inside, grade = region[y // 4, x // 4] == 2, large[y // 256, x // 256]
-    assert nuclei[inside & grade, 2].mean() > 1.25 * nuclei[inside & ~grade, 2].mean()
-    with pytest.raises(UserError, match="multiple of 256"):
-        data.main(["toy", "--task", "--size=640"])
-
-
 def test_extract_command(three, tmp_path, capsys):
     """One file a slide; what is there is kept; --batch changes nothing, for any kind. catches: noise of a batch."""
     files = extract(three, tmp_path / "a", "--scales=0,2", "--batch=30")

@@ -140,6 +140,8 @@ def test_train_takes_the_official_folder(tmp_path, run, layout, capsys):
     assert model.summarizer.cfg.scales == {"brca": 8, "naip": 4}[layout] and model.summarizer.cfg.embed_dim == E
     assert model.info["encoder"] == {"brca": "uni", "naip": "dinov2_reg"}[layout] and not (out / "latents").exists()
     assert (out / "samples" / "step_000002.png").stat().st_size > 0
+    if layout == "naip":
+        return
     cdm.main(["train", str(out), "smoke", "--steps=2", "--sheet=1", "--log_every=1", "--device=cpu"])
     assert (out / "cdm.safetensors").exists()
     for command, says in ((lambda: sample_joint.main([str(out), "--device=cpu"]), "learnt from and nothing else"),

@@ -12,9 +12,10 @@ from PIL import Image
 import data
 from common import UserError
 from data import Pyramids
+from experiments.metrics import auc
 from slides import encoders
 from summarizer import standardize
-from toy import descriptor, tissue
+from toy import descriptor, task, tissue
 from toy.descriptor import PARTS, Stats
 from toy.tissue import TISSUES, toy_slide
 
@@ -55,6 +56,37 @@ def test_toy_slide_has_all_tissues_and_nuclei_where_they_say():
 def test_preview(tmp_path, capsys):
     tissue.main([str(tmp_path / "a.png")])
     assert Image.open(tmp_path / "a.png").size == (1024, 1024) and "nuclei" in capsys.readouterr().out
+
+
+def test_labels_of_the_task_follow_the_structures(tmp_path):
+    """Apart from the noise; both kinds occur in every slide, and neither alone tells the label."""
+    drawn = [task.structures(k, 512) for k in range(400)]
+    for duct, large, _, true in drawn:
+        assert true == (duct & large).any() and 0 < duct.sum() < 4 and 0 < large.sum() < 4
+    true = np.array([d[3] for d in drawn])
+    assert 0.02 < np.mean([d[2] != d[3] for d in drawn]) < 0.09 and 0.42 < true.mean() < 0.58
+    for part in (0, 1):
+        assert 0.6 < auc([d[part].sum() for d in drawn], true) < 0.78
+    task.write_labels(tmp_path / "labels.csv", 10, 3, 512)
+    assert (tmp_path / "labels.csv").read_text().splitlines() == ["case_id,slide_id,label"] + [
+        f"patient_000{k // 2},train_000{k},{drawn[10 + k][2]}" for k in range(3)]
+
+
+def test_slides_of_the_task_show_the_structures():
+    """catches: large nuclei in the wrong squares; another stain for the second slide of a patient."""
+    image, region, nuclei = task.task_slide(2)
+    assert image.shape == (512, 512, 3) and region.shape == (128, 128) and set(np.unique(region)) == {0, 1, 2}
+    assert all(np.array_equal(a, b) for a, b in zip((image, region, nuclei), task.task_slide(2)))
+    x, y = nuclei[:, :2].T.astype(int)
+    inside = region[y // 4, x // 4] == 2
+    grade = task.structures(2, 512)[1].reshape(2, 2)[y // 256, x // 256]
+    assert nuclei[inside & grade, 2].mean() > 1.25 * nuclei[inside & ~grade, 2].mean()
+    tissue_colour = []
+    for seed in (2, 3, 4):
+        image, region, _ = task.task_slide(seed)
+        tissue_colour.append(image[region.repeat(4, 0).repeat(4, 1) == 2].mean(0))
+    same, another = (abs(tissue_colour[0] - other).max() for other in tissue_colour[1:])
+    assert same < another
 
 
 # ----- 2. The command -----
