@@ -43,7 +43,9 @@ def outlines(rng, duct):
     for i, j in np.ndindex(*duct.shape):
         cy = (i + 0.5) * CELL + rng.uniform(-16, 16)
         cx = (j + 0.5) * CELL + rng.uniform(-16, 16)
-        radius, part, turn = rng.uniform(88, 108), rng.uniform(0.36, 0.46), rng.uniform(0, 2 * np.pi)
+        radius = rng.uniform(88, 108)
+        part = rng.uniform(0.36, 0.46)                                         # the lumen's share of the radius
+        turn = rng.uniform(0, 2 * np.pi)
         away = hypot(y - cy, x - cx) + ragged
         if duct[i, j]:
             hole = part * radius - away
@@ -51,7 +53,8 @@ def outlines(rng, duct):
         else:  # a nest of the same area; it lies off the middle of its cleft
             small = radius * (1 - part ** 2) ** 0.5 - 4
             body = small - away
-            around = small + 16 - hypot(y - cy - 13 * np.sin(turn), x - cx - 13 * np.cos(turn)) - ragged
+            dy, dx = 13 * np.sin(turn), 13 * np.cos(turn)
+            around = small + 16 - hypot(y - cy - dy, x - cx - dx) - ragged
             hole = minimum(around, -body)
         solid = maximum(solid, body)
         clear = maximum(clear, hole)

@@ -25,12 +25,18 @@ def noise(rng, n):
 def spline(control, factor):
     """Up-sample by a uniform cubic B-spline: (n+3,m+3) control values -> (n*factor,m*factor), smooth everywhere."""
     u = (np.arange(factor, dtype=np.float32) + 0.5) / factor
-    weights = ((1 - u)**3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3)  # 6 x those of 4 neighbours
+    weights = [                                                                # of four neighbours, times six
+        (1 - u)**3,
+        3 * u**3 - 6 * u**2 + 4,
+        -3 * u**3 + 3 * u**2 + 3 * u + 1,
+        u**3,
+    ]
     for _ in range(2):  # the rows, then by transposing the columns
         n = len(control) - 3
         fine = 0
         for k, w in enumerate(weights):
-            fine = fine + control[k:k + n, None] * (w / 6)[:, None]            # (n,factor,m)
+            w = w[:, None] / 6                                                 # (factor,1)
+            fine = fine + control[k:k + n, None] * w                           # (n,factor,m)
         control = fine.reshape(n * factor, -1).T
     return np.ascontiguousarray(control)
 
@@ -51,7 +57,8 @@ def distance(f, share):
 
     in:  f at quarter resolution. out: full resolution.
     """
-    f = f - np.quantile(f, 1 - share).astype(np.float32)
+    level = np.quantile(f, 1 - share)
+    f = f - level.astype(np.float32)
     gy, gx = np.gradient(f)
     steep = hypot(gx, gy) + 0.02 * f.std()
     return enlarge(clip(4 * f / steep, -60, 60), 4)
@@ -71,9 +78,9 @@ def strands(rng, angle):
     for step in (1, 2, 4, 8, 12):
         moved = 0
         for k in (-step, step):
-            row = np.rint(y + k * dy).astype(np.int32).clip(0, n - 1)
-            column = np.rint(x + k * dx).astype(np.int32).clip(0, n - 1)
-            moved = moved + f[row, column]
+            row = np.rint(y + k * dy).clip(0, n - 1)
+            column = np.rint(x + k * dx).clip(0, n - 1)
+            moved = moved + f[row.astype(int), column.astype(int)]
         f = f + moved
         f /= f.std()
     return f
@@ -152,11 +159,14 @@ def stamp(nuclei, size, reach=14):
     v = row + np.float32(0.5) - y
     cos, sin = np.cos(angle), np.sin(angle)
     r = hypot((u * cos + v * sin) / a, (v * cos - u * sin) / b)             # (n,29,29), 1 on the rim
-    ink = clip((1 - r) * b / 1.6 + 0.5, 0, 1) * depth * (0.8 + 0.3 * minimum(r, 1)**3)
+    body = clip((1 - r) * b / 1.6 + 0.5, 0, 1)
+    rim = 0.8 + 0.3 * minimum(r, 1)**3
+    ink = body * depth * rim
+    row, column = np.broadcast_arrays(row, column)
     keep = (ink > 0.02) & (column >= 0) & (column < size) & (row >= 0) & (row < size)
-    canvas = np.zeros(size * size, np.float32)
-    np.maximum.at(canvas, (row * size + column)[keep], ink[keep].astype(np.float32))
-    return canvas.reshape(size, size)
+    canvas = np.zeros((size, size), np.float32)
+    maximum.at(canvas, (row[keep], column[keep]), ink[keep].astype(np.float32))
+    return canvas
 
 
 def stain(rng, haem, eosin, mottle):
@@ -180,7 +190,8 @@ def develop(rng, eosin, haem, nuclei, tissue, mottle, grain, dyes=None):
     ink = stamp(nuclei, size)
     haem += 1.05 * ink * (1 + 0.10 * mottle + 0.08 * grain)
     eosin *= 1 - 0.35 * minimum(ink, 1)
-    tint = tissue * (1 + 0.08 * field(rng, size, 256))
+    thickness = 1 + 0.08 * field(rng, size, 256)
+    tint = tissue * thickness
     image = stain(dyes or rng, haem * tint, eosin * tint, mottle)
     x, y, a, b, *_ = nuclei.T
     return image, np.stack([x, y, np.sqrt(a * b)], 1)
@@ -193,6 +204,30 @@ def bumps(rng, n, large, small):
     return field(rng, n, large) + 0.35 * field(rng, n, small)
 
 
+def regions(rng, q):
+    """Where tissue, tumour and fat lie. in: q, a quarter of the side.
+    out: hill (q,q), whose summits are tumour; three signed distances (4q,4q), > 0 inside."""
+    hill = bumps(rng, q, 52, 18)
+    plain = bumps(rng, q, 72, 24)
+    tissue = distance(plain, rng.uniform(0.6, 0.97))
+    tumour = distance(hill, rng.uniform(0.15, 0.55))
+    tumour = minimum(tumour, tissue - 9)                                       # a rim of stroma stays around it
+    lobes = bumps(rng, q, 64, 20)
+    fat = distance(lobes, rng.uniform(0.05, 0.4))
+    fat = minimum(fat, tissue - 7)
+    return hill, tissue, tumour, minimum(fat, -tumour - 10)
+
+
+def flow(rng, hill):
+    """Angle (2q,2q) of fibres that wrap around the hills (q,q)."""
+    n = 2 * len(hill)
+    gy, gx = np.gradient(hill + 0.8 * field(rng, n // 2, 40))
+    steep = hypot(gx, gy) + 1e-3
+    angle = np.arctan2(enlarge(gx / steep, 2), enlarge(-gy / steep, 2))
+    angle += 0.5 * field(rng, n, 32) + 0.25 * field(rng, n, 12)
+    return angle
+
+
 def toy_slide(seed, size=1024):
     """Draw one synthetic slide.
 
@@ -200,39 +235,33 @@ def toy_slide(seed, size=1024):
     TISSUES; nuclei (n,3) float32: x, y, mean radius in pixels. The same seed and size give the same slide.
     """
     rng = np.random.default_rng([seed, size])
-    q = size // 4
-    # regions, as signed distances: a rim of stroma stays around tumour and fat
-    hill = bumps(rng, q, 52, 18)
-    tissue = distance(bumps(rng, q, 72, 24), rng.uniform(0.6, 0.97))
-    tumour = minimum(distance(hill, rng.uniform(0.15, 0.55)), tissue - 9)
-    fat = minimum(distance(bumps(rng, q, 64, 20), rng.uniform(0.05, 0.4)), tissue - 7)
-    fat = minimum(fat, -tumour - 10)
+    hill, tissue, tumour, fat = regions(rng, size // 4)
     in_tissue, in_tumour, in_fat = inside(tissue), inside(tumour), inside(fat)
-    # stroma: wavy strands that wrap around the tumour, with pale clefts
-    gy, gx = np.gradient(hill + 0.8 * field(rng, q, 40))
-    steep = hypot(gx, gy) + 1e-3
-    angle = np.arctan2(enlarge(gx / steep, 2), enlarge(-gy / steep, 2))        # (size/2,size/2)
-    angle += 0.5 * field(rng, size // 2, 32) + 0.25 * field(rng, size // 2, 12)
+    # stroma: wavy strands with pale clefts
+    angle = flow(rng, hill)                                                    # (size/2,size/2)
     strand, mottle, grain, thick, eosin, haem = ground(rng, angle)
     clefts = clip(0.25 * thick - strand - 1.1, 0, 1)
     eosin = maximum(eosin * (1 - 0.6 * clefts), 0.05)
     epithelium(eosin, haem, in_tumour, grain, mottle)
     # fat: empty cells behind thin membranes
-    membrane = np.exp(-(enlarge(walls(rng, size // 2, rng.integers(22, 32)), 2) / 1.7)**2)
+    wall = enlarge(walls(rng, size // 2, rng.integers(22, 32)), 2)
+    membrane = np.exp(-(wall / 1.7)**2)
     eosin += in_fat * (0.02 + 0.42 * membrane - eosin)
     haem += in_fat * (0.01 + 0.10 * membrane - haem)
     # nuclei: tumour, spindles along the fibres, clusters of lymphocytes, a few on fat membranes
-    angle = angle.repeat(2, 0).repeat(2, 1)
-    plain = (tissue > 4) & (tumour < -3) & (fat < -2)
+    angle = angle.repeat(2, 0).repeat(2, 1)                                    # (size,size)
+    stroma = (tissue > 4) & (tumour < -3) & (fat < -2)
     big = rng.uniform(4.6, 6.4)
-    crowd = clip(0.28 * field(rng, size, 96) + rng.uniform(0.45, 0.95), 0.12, 1)
-    fibres = clip(0.4 + 0.25 * thick, 0.08, 1)
-    nuclei = np.concatenate([
-        scatter(rng, angle, (tumour > 3) * crowd, 2.45 * big, big, 0.17, 1.25, 0.85),
-        scatter(rng, angle, plain * fibres, 22, 3.8, 0.15, 4.0, 0.85, along=True),
-        scatter(rng, angle, (plain & (field(rng, size, 110) > 1.7)) * 0.8, 10.5, 3.4, 0.08, 1.05, 1.1),
-        scatter(rng, angle, ((fat > 2) & (membrane > 0.8)) * 0.1, 9, 2.8, 0.12, 2.2, 0.9)])
-    image, nuclei = develop(rng, eosin, haem, nuclei, in_tissue, mottle, grain)
+    crowd = 0.28 * field(rng, size, 96) + rng.uniform(0.45, 0.95)
+    crowd = (tumour > 3) * clip(crowd, 0.12, 1)
+    spindles = stroma * clip(0.4 + 0.25 * thick, 0.08, 1)
+    on_fat = 0.1 * ((fat > 2) & (membrane > 0.8))
+    nuclei = [scatter(rng, angle, crowd, 2.45 * big, big, 0.17, 1.25, 0.85)]
+    nuclei.append(scatter(rng, angle, spindles, 22, 3.8, 0.15, 4.0, 0.85, along=True))
+    clusters = 0.8 * (stroma & (field(rng, size, 110) > 1.7))
+    nuclei.append(scatter(rng, angle, clusters, 10.5, 3.4, 0.08, 1.05, 1.1))
+    nuclei.append(scatter(rng, angle, on_fat, 9, 2.8, 0.12, 2.2, 0.9))
+    image, nuclei = develop(rng, eosin, haem, np.concatenate(nuclei), in_tissue, mottle, grain)
     region = np.select([in_tissue < 0.5, in_tumour > 0.5, in_fat > 0.5], [0, 2, 3], 1)
     return image, region[2::4, 2::4].astype(np.uint8), nuclei
 
