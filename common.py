@@ -1,9 +1,4 @@
-"""Plumbing that all files share: command lines, files, checkpoints, ranks and devices, pictures. Skip it at first.
-
-Nothing here knows about diffusion. What belongs to one model stands in the file of that model.
-
-read next: zoom_vae.py
-"""
+"""Plumbing that all files share, and that a reader may skip: nothing here is diffusion. read next: zoom_vae.py"""
 import ast
 import difflib
 import inspect
@@ -26,12 +21,12 @@ from safetensors.torch import save_file
 
 
 class UserError(ValueError):
-    """Something the user gave is unusable. The text names it and the remedy; `cli` prints it and exits with code 2."""
+    """Something the user gave is unusable. The text names it and the remedy; `cli` prints it and exits with 2."""
 
 
 def cli(main, doc=""):
-    """Run main(argv). doc: what --help prints for a file without settings; `configure` answers it for the others."""
-    if doc and ("--help" in sys.argv or "-h" in sys.argv):
+    """Run main(argv). doc: what --help prints for a file without settings; with settings, `configure` does."""
+    if doc and {"--help", "-h"} & {*sys.argv}:
         print(doc.strip())
         sys.exit(0)
     try:
@@ -42,8 +37,8 @@ def cli(main, doc=""):
             text = text.splitlines()[-1].partition(": ")[2]
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:                   # `python x.py | head`
-        os._exit(0)
+    except BrokenPipeError:
+        os._exit(0)                           # `python x.py | head`
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -54,32 +49,29 @@ def cli(main, doc=""):
 def configure(cls, argv, presets=None, words=(), doc=""):
     """Fill the dataclass `cls`: its defaults, then a preset, then the command line. --help prints its source.
 
-    in:  words, the fields that plain words fill, in this order; presets {word: {field: value}} of the field "preset".
-         Options: --key=value, --group.key=value, --flag; --key=value too where one group alone has the key, and
-         --group=value for group.kind. raises: UserError for an unknown key or preset, or a value of the wrong type.
+    in:  words, the fields that plain words fill, in this order; presets {word: {field: value}} of "preset".
+    Options: --key=value, --group.key=value, --flag; --key=value too where one group alone has the key; and
+    --group=value for group.kind. raises: UserError for an unknown key or preset, or a value of the wrong type.
     """
-    if "--help" in argv or "-h" in argv:
+    if {"--help", "-h"} & {*argv}:
         print(doc.strip(), "settings (--key=value):", inspect.getsource(cls), sep="\n\n")
-        for group in _types(cls).values():
-            print(inspect.getsource(group) if is_dataclass(group) else "", end="")
+        print(*(inspect.getsource(group) for group in _types(cls).values() if is_dataclass(group)))
         sys.exit(0)
-    if presets is not None:
-        argv = [a.removeprefix("--preset=") for a in argv]
+    argv = [a.removeprefix("--preset=") for a in argv]      # --preset=toy means the word toy
     given = [a for a in argv if not a.startswith("--")]
     if len(given) > len(words):
         raise UserError(f"unexpected word {given[len(words)]!r}: options are written --key=value, see --help")
-    cfg, settings = cls(), dict(zip(words, given))
+    cfg, settings = cls(), dict(zip(words, given))          # settings: what preset and words say
     if presets is not None:
         name = settings.get("preset", cfg.preset)
         if name not in presets:
             raise UserError(f"unknown preset {name!r}: known are {', '.join(presets)}{_nearest(name, presets)}")
         settings = presets[name] | settings
-    for key, value in settings.items():
+    for key, value in settings.items():                     # then options: the last word is the user's
         _set(cfg, key, value)
-    for option in argv:
-        if option.startswith("--"):
-            key, equals, value = option[2:].partition("=")
-            _set(cfg, key, value if equals else True)
+    for option in (a for a in argv if a.startswith("--")):
+        key, equals, value = option[2:].partition("=")
+        _set(cfg, key, value if equals else True)           # --amp means --amp=True
     return cfg
 
 
@@ -89,13 +81,14 @@ def _types(cls):
 
 def _set(cfg, key, value):
     """Set the field `key` of cfg, or of a group of settings in it."""
-    types, (head, _, rest) = _types(cfg), key.partition(".")
+    types = _types(cfg)
+    head, _, rest = key.partition(".")
     groups = [name for name, kind in types.items() if is_dataclass(kind)]
-    owners = [name for name in groups if key in _types(types[name])]
+    owners = [name for name in groups if key in _types(types[name])]    # groups that have such a field
     if head in groups:
         _set(getattr(cfg, head), rest or "kind", value)     # --unet.width=64; --summarizer=cnn for its kind
     elif key in types:
-        setattr(cfg, key, _convert(key, value, types[key]))
+        setattr(cfg, key, _convert(key, value, types[key]))  # --steps=40
     elif len(owners) == 1:
         _set(getattr(cfg, owners[0]), key, value)           # --warmup=5 for --optim.warmup=5
     else:
@@ -104,15 +97,15 @@ def _set(cfg, key, value):
 
 
 def _convert(key, value, wanted):
-    """A value as the type its field is annotated with. Text is read as a Python literal, unless that type is str."""
-    kinds, name = typing.get_args(wanted) or (wanted,), getattr(wanted, "__name__", wanted)   # `int | None` gives both
+    """A value as the type its field is annotated with. Text is read as a Python literal, unless that is str."""
+    kinds = typing.get_args(wanted) or (wanted,)            # `int | None` gives both
     if isinstance(value, str) and (str not in kinds or value == "None" and type(None) in kinds):
         with suppress(ValueError, SyntaxError):             # what is no literal is refused below, as a str
             value = ast.literal_eval(value)
     if float in kinds and type(value) is int:
-        value = float(value)
-    good = type(value) in kinds
-    if wanted is tuple:
+        value = float(value)                                # --lr=1
+    good, name = type(value) in kinds, getattr(wanted, "__name__", wanted)
+    if wanted is tuple:                                     # --unet.mult=1,2,4, or =3
         value = tuple(value) if type(value) in (tuple, list) else (value,)
         good, name = {type(v) for v in value} <= {int, float}, "numbers with commas"
     if not good:
@@ -126,10 +119,11 @@ def _nearest(name, known):
 
 
 def at_least(cfg, **least):
-    """Hold settings against the smallest numbers that mean something. raises: UserError that names the first below."""
+    """Hold settings against the smallest numbers that mean something. raises: UserError that names one below."""
     for name, low in least.items():
-        if not getattr(cfg, name) >= low:                   # so that nan is refused too
-            raise UserError(f"--{name}={getattr(cfg, name)}: it must be at least {low}")
+        value = getattr(cfg, name)
+        if not value >= low:                                # so that nan is refused too
+            raise UserError(f"--{name}={value}: it must be at least {low}")
 
 
 def one_of(cfg, **known):
@@ -149,11 +143,10 @@ def restore(cls, settings):
 
 @contextmanager
 def atomic(path, earlier=None):
-    """Yield a temporary path, and rename it to `path` on success: nobody ever reads half a file.
-
-    earlier: where the file goes that stands there now, if it is kept. raises: UserError if the disk refuses."""
+    """Yield a temporary path, and rename it to `path` on success, so that nobody ever reads half a file.
+    earlier: where the file goes that stands there now. raises: UserError if the disk refuses."""
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # on the same disk
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
@@ -161,7 +154,7 @@ def atomic(path, earlier=None):
             os.fsync(f.fileno())                            # on the disk before anything older is given up
         if earlier and path.exists():
             os.replace(path, earlier)
-        os.replace(tmp, path)
+        os.replace(tmp, path)                               # all or nothing
     except (OSError, SafetensorError) as err:
         kept = "; the earlier file is untouched" if path.exists() else ""
         raise UserError(f"could not write {path}: {err}; check free space and permissions{kept}") from err
@@ -204,22 +197,26 @@ def load_tensors(path):
         return {k: f.get_tensor(k) for k in f.keys()}, load_meta(path)
 
 
+def crc32(x, before=0):
+    """Checksum of a tensor's bytes, going on from the one `before`."""
+    return zlib.crc32(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), before)
+
+
 def fingerprint(module):
-    """crc32 of all weights: tells whether latents or tokens on disk were made by this very network."""
+    """Checksum of all weights: tells whether latents or tokens on disk were made by this very network."""
     crc = 0
-    for _, v in sorted(module.state_dict().items()):
-        crc = zlib.crc32(v.detach().cpu().contiguous().numpy().tobytes(), crc)
+    for _, value in sorted(module.state_dict().items()):
+        crc = crc32(value, crc)
     return f"{crc:08x}"
 
 
 # ----- 3. Checkpoints: a run goes on exactly where it stopped -----
 
-def crc32(tensors, meta):
-    """Checksum of all that a checkpoint holds. Disks and networks flip bits without an error."""
+def checksum(tensors, meta):
+    """Of all that a checkpoint holds. Disks and networks flip bits without an error."""
     crc = zlib.crc32(json.dumps(meta).encode())
-    for name, v in sorted(tensors.items()):
-        crc = zlib.crc32(f"{name} {tuple(v.shape)} {v.dtype}".encode(), crc)
-        crc = zlib.crc32(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+    for name, x in sorted(tensors.items()):
+        crc = crc32(x, zlib.crc32(f"{name} {tuple(x.shape)} {x.dtype}".encode(), crc))
     return crc
 
 
@@ -229,61 +226,50 @@ def previous(path):
 
 
 def save_state(path, cfg, step, net, ema, opt):
-    """Write weights, averages and the moments of the optimiser into one file; the checkpoint before it stays."""
+    """Write weights, averages and the optimiser's moments into one file; the checkpoint before it stays."""
     tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in (ema or {}).items()}
     for i, moments in opt.state_dict()["state"].items():
         tensors |= {f"opt.{i}.{k}": v for k, v in moments.items()}
     meta = {"step": step, "settings": asdict(cfg)}
-    save_tensors(path, tensors, meta | {"crc": crc32(tensors, meta)}, earlier=previous(path))
-
-
-def read_state(path):
-    """in: a checkpoint. out: (tensors, meta). raises: UserError if it is not as it was written."""
-    try:
-        tensors, meta = load_tensors(path)
-        crc = meta.pop("crc", None)                         # the first versions wrote none
-        if crc not in (None, crc32(tensors, meta)) or "step" not in meta:
-            raise ValueError("its checksum does not fit")
-    except (ValueError, RuntimeError, SafetensorError) as err:
-        raise err if isinstance(err, UserError) else UserError(f"{path} is damaged: {err}") from err
-    return tensors, meta
+    save_tensors(path, tensors, meta | {"crc": checksum(tensors, meta)}, earlier=previous(path))
 
 
 def newest_state(path, ranks=None):
-    """The newest checkpoint that is whole: `path`, or the one before it. out: (file, tensors, meta), None if there is
-    no file. raises: UserError if none is whole. ranks, if given: rank 0 puts a damaged one out of the way."""
+    """The newest checkpoint that is whole: `path`, or the one before it. out: (file, tensors, meta), or None.
+    raises: UserError if there are some, and none is whole. ranks: rank 0 puts a damaged one out of the way."""
     if not path.exists() and not previous(path).exists():
-        return None
-    try:
-        return path, *read_state(path)
-    except UserError as err:
-        from large.resume import fall_back                  # the rare case
-        return fall_back(path, err, ranks)
+        return None                                         # a run that begins
+    with suppress(KeyError, ValueError, RuntimeError, SafetensorError):
+        tensors, meta = load_tensors(path)
+        if meta.pop("crc") == checksum(tensors, meta):
+            return path, tensors, meta
+    from large.resume import fall_back                      # damaged, lost, or of an early version
+    return fall_back(path, ranks)
 
 
 def resume(path, cfg, net, ema, opt, ranks):
-    """Load the newest whole checkpoint into net, ema and opt. out: the step to go on from, 0 if there is none."""
+    """Load the newest whole checkpoint into net, ema and opt. out: the step to go on from, 0 without any."""
     found = newest_state(path, ranks)
     if found is None:
         return 0
     file, tensors, meta = found
     check_settings(file, cfg)
     net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
-    moments = {}
+    moments = {}                                            # {number of a parameter: {name: tensor}}
     for key, value in tensors.items():
         if key.startswith("ema."):
             ema[key[4:]].copy_(value)
         elif key.startswith("opt."):
             i, name = key[4:].split(".")
-            moments.setdefault(int(i), {})[name] = value.clone()  # a view would hold the space of a removed file
+            moments.setdefault(int(i), {})[name] = value.clone()  # a view would hold a removed file's space
     opt.load_state_dict({"state": moments, "param_groups": opt.state_dict()["param_groups"]})
     return meta["step"]
 
 
 def check_settings(path, cfg, only=""):
-    """raises: UserError if the file at `path`, should it exist, was made with other settings (whose names start with
-    `only`) than cfg. One that did not exist then counts as its default. All ranks read the file, so all stop."""
+    """raises: UserError if the file at `path`, should it exist, was made with other settings than cfg (of those
+    that start with `only`). One that did not exist then counts as its default. All ranks look, so all stop."""
     if path.exists():
         from large.resume import compare_settings
         compare_settings(path, cfg, only)
@@ -303,47 +289,44 @@ class Ranks:
         return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
 
     def barrier(self):
-        """Wait for the other ranks, if there are any."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier()                                  # wait for the others
 
     def sum(self, x):
-        """Sum a tensor over all ranks, in place. out: the tensor."""
+        """Sum a tensor over all ranks, in place."""
         if self.world > 1:
             dist.all_reduce(x)
         return x
 
     def leave(self, why=""):
         """End together; with a reason, the process, too, with exit code 0."""
-        self.barrier()
         if self.world > 1:
+            dist.barrier()
             dist.destroy_process_group()
         if why:
-            print(f"\n{why}" if self.rank == 0 else "")
-            sys.exit(0)
+            sys.exit(print(f"\n{why}" if self.rank == 0 else ""))
 
 
 def setup(device="auto", amp=True, threads=0):
-    """Read torchrun's environment, start the process group, choose device and dtype: bf16 autocast where the device has
-    bf16 arithmetic, never fp16 (design §7). raises: UserError."""
+    """Read torchrun's environment, start the process group, choose device and dtype: bf16 autocast where the
+    device has bf16 arithmetic, never fp16. raises: UserError."""
     if threads < 0:
         raise UserError(f"--threads={threads}: it must be at least 0 (= PyTorch's choice)")
-    if threads:
-        torch.set_num_threads(threads)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(threads or torch.get_num_threads())
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one GPU a rank
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device)                       # does it take anything?
     except (RuntimeError, AssertionError) as err:
         raise UserError(f"--device={device} cannot be used: {str(err).splitlines()[0]}") from err
     fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)  # not where bf16 is slower
     if world > 1 and not dist.is_initialized():
         from large.torchrun import join
         join(rank, world, device)
@@ -353,18 +336,17 @@ def setup(device="auto", amp=True, threads=0):
 def generator(*key):
     """A CPU torch.Generator seeded by integers such as (seed, rank, step): the same key, the same numbers."""
     if min(key) < 0:
-        raise UserError(f"seed {', '.join(str(int(k)) for k in key)}: a seed is at least 0")
+        raise UserError(f"seed {key}: each number of a seed is at least 0")
     seed = np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
+    return torch.Generator().manual_seed(int(seed) & (2**63 - 1))  # as far as seeds go
 
 
 # ----- 5. Seeing: shape tables and contact sheets -----
 
 def summary(module, *inputs, depth=2):
-    """Print name, output shape and parameters of each submodule. On the meta device full size costs no time."""
+    """Print name, output shape and parameters of each submodule. On the meta device full size costs nothing."""
     shapes = {}
-
-    def look(child, _, out):
+    def look(child, _, out):                                # called when a submodule has run
         shapes[child] = "x".join(map(str, (out[0] if isinstance(out, tuple) else out).shape))
     for child in module.modules():
         child.register_forward_hook(look)
@@ -372,9 +354,8 @@ def summary(module, *inputs, depth=2):
     print(f"{type(module).__name__}\n{'module':<28}{'output':>20}{'parameters':>14}")
     for name, child in [*module.named_modules()][1:] + [("total", module)]:
         count = sum(p.numel() for p in child.parameters())
-        if count and name.count(".") < depth:
-            label = "  " * name.count(".") + name.split(".")[-1]
-            print(f"{label:<28}{shapes.get(child, '-'):>20}{count:>14,}")
+        if count and name.count(".") < depth:               # the first levels, of what learns
+            print(f"{name:<28}{shapes.get(child, '-'):>20}{count:>14,}")
 
 
 def to_uint8(x):
@@ -390,7 +371,7 @@ def save_png(path, pixels):
 
 def save_grid(path, rows, labels=None):
     """Write a contact sheet. in: rows, a list of (n,3,H,W) in [-1,1]; labels, one text per row."""
-    left = 8 + 6 * max(map(len, labels)) if labels else 0
+    left = 8 + 6 * max(map(len, labels)) if labels else 0   # where labels stand, 6 pixels a letter
     h, w = rows[0].shape[2] + 2, rows[0].shape[3] + 2       # with a gap of two pixels
     sheet = Image.new("RGB", (left + w * max(map(len, rows)) + 2, h * len(rows) + 2), "white")
     for i, row in enumerate(rows):
@@ -410,13 +391,13 @@ def read_lines(path):
 
 
 def write_line(path, record, keep):
-    """Add a record to a log, after those that are to be kept: a run that was killed may have written too many."""
+    """Add a record to a log, after those that are to be kept: a killed run may have written too many."""
     records = [r for r in read_lines(path) if keep(r)] + [record]
     write_text(path, "".join(json.dumps(r) + "\n" for r in records))
 
 
 class Log:
-    """Averages over all ranks between two lines of log.jsonl: losses, by scale and by quarter of t; the speed."""
+    """Averages over all ranks between two lines of log.jsonl: losses, by scale and quarter of t; the speed."""
 
     def __init__(self, path, stage, start, net, ranks):
         self.path, self.stage, self.net, self.ranks = path, stage, net, ranks
@@ -425,22 +406,24 @@ class Log:
     def mean(self, value, bins, n):
         """Means of value (N,) in n bins, over all ranks; None for an empty one."""
         sums = torch.zeros(2, n, device=value.device)
-        sums.index_add_(1, bins, torch.stack([value, torch.ones_like(value)]))
-        return [round(total / count, 6) if count else None for total, count in self.ranks.sum(sums).T.tolist()]
+        sums.index_add_(1, bins, torch.stack([value, torch.ones_like(value)]))  # totals and counts
+        totals, counts = self.ranks.sum(sums).tolist()
+        return [round(total / n, 6) if n else None for total, n in zip(totals, counts)]
 
     def write(self, step, batch, grad, lr):
         """Add a line of the averages since the last one. out: the loss."""
         rows = {k: torch.cat([r[k] for r in self.rows]).float() for k in self.rows[0]}      # (N,) each
-        s, t = rows.pop("s").long(), rows.pop("t", None)
+        s, t = rows.pop("s").long(), rows.pop("t", None)    # there is no t in the VAE's
         record = {"stage": self.stage, "step": step}
         for name, value in rows.items():
             record[name] = self.mean(value, torch.zeros_like(s), 1)[0]
-        error = next(rows[k] for k in ("eps", "psnr", "x0") if k in rows)   # what is comparable between samples
+        error = next(rows[k] for k in ("eps", "psnr", "x0") if k in rows)   # comparable between samples
         record["by_scale"] = self.mean(error, s, self.net.scales)
         if t is not None:
-            record["by_t"] = self.mean(error, (t * 4 / self.net.schedule.T).long(), 4)
-        speed = (step - self.last) * batch / (time.time() - self.since)
-        record |= {"grad": round(float(grad), 4), "lr": lr, "img_s": round(speed, 1)} | self.net.report()
+            record["by_t"] = self.mean(error, (t * 4 / self.net.schedule.T).long(), 4)      # quarters
+        record |= {"grad": round(float(grad), 4), "lr": lr}
+        record["img_s"] = round((step - self.last) * batch / (time.time() - self.since), 1)  # of all ranks
+        record |= getattr(self.net, "report", dict)()       # what else a stage has to say
         if self.ranks.rank == 0:
             write_line(self.path, record, lambda r: r["stage"] != self.stage or r["step"] <= self.last)
         self.rows, self.last, self.since = [], step, time.time()

@@ -285,27 +285,28 @@ def fixed_batch(pyramids, split, s, n, want=("x",), seed=0):
     return default_collate([pyramids.item(k, s, i, want) for _, _, k, i in sorted(order)[:n]])
 
 
-def own_places(option, batch, micro, ranks):
-    """Where the micro-batches of this rank begin in the global batch, and their size. raises: UserError."""
+def own_places(name, cfg, batch, ranks):
+    """Where the micro-batches of this rank begin in the global batch of a stage, and their size. raises: UserError."""
     share = batch // ranks.world
-    micro = min(micro or share, share)
+    micro = min(cfg.loop.micro or share, share)
     if batch % ranks.world or share % micro:
-        raise UserError(f"a global batch of {batch} does not divide into {ranks.world} ranks of micro-batches of "
-                        f"{micro}: change --{option} or --micro")
+        option = f"{name}batch" if hasattr(cfg, f"{name}batch") else "batch"
+        raise UserError(f"a global batch of {batch} does not divide into {ranks.world} ranks of micro-batches "
+                        f"of {micro}: change --{option} or --micro")
     return range(ranks.rank * share, (ranks.rank + 1) * share, micro), micro
 
 
 @contextmanager
 def feed(dataset, steps, batch, micro, ranks, workers):
-    """Yield micro-batches of this rank, and a list that holds something once a SIGTERM came, which ends nothing here.
+    """Yield micro-batches of this rank, and a list that holds something once a SIGTERM came, which ends nothing.
 
-    A sample is step * batch + its place, so that resuming is exact. Clusters send SIGTERM to all processes of a job:
-    those that load data do not hear it, and end with the training.
+    A sample is step * batch + its place, so that resuming is exact. Clusters send SIGTERM to all processes of a
+    job: those that load data do not hear it, and end with the training.
     """
     asked, share = [], batch // ranks.world
     own = range(ranks.rank * share, (ranks.rank + 1) * share)
     numbers = (step * batch + place for step in steps for place in own)
-    how = "fork" if workers and sys.platform == "linux" else None       # a server that starts them would hear it
+    how = "fork" if workers and sys.platform == "linux" else None       # their server would hear it
     loading = iter(DataLoader(dataset, micro, sampler=numbers, num_workers=workers, worker_init_fn=deafen,
                               pin_memory=ranks.device.type == "cuda", multiprocessing_context=how))
     before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))

@@ -1,12 +1,12 @@
 """Train ZoomLDM: data (if missing), VAE, latents, then U-Net and Summarizer together (Z §3.1, §4.1.1).
 
     python train.py                                    # preset toy: everything, minutes on two CPU cores
-    python train.py toy_long --lr=5e-4                 # any setting below; the same command resumes where it stopped
+    python train.py toy_long --lr=5e-4                 # any setting below; the same command resumes
     torchrun --standalone --nproc_per_node=6 train.py brca --data=DIR --vae_weights=FILE
 
-A run folder holds ema.safetensors (what everything loads), state.safetensors and state.1.safetensors (to go on from),
-config.json, log.jsonl (`python -m experiments.plot RUN` draws it) and samples/*.png. The result depends on settings and
-seed, not on interruptions, nor (but for rounding) on the number of ranks.
+A run folder holds ema.safetensors (what everything loads), state.safetensors and state.1.safetensors (to go
+on from), config.json, log.jsonl (`python -m experiments.plot RUN` draws it) and samples/*.png. The result hangs on
+settings and seed, not on interruptions, nor (but for rounding) on the number of ranks.
 
 read next: cdm.py
 """
@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn as nn
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -32,7 +32,7 @@ from summarizer import SummarizerConfig, build
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig, VAEStage, rebase
 
-# ----- 1. Settings: --key=value, and --group.key=value, where the group may be left out if no other has the key -----
+# ----- 1. Settings: --key=value, or --group.key=value, also without the group if no other has that key -----
 
 @dataclass
 class OptimConfig:
@@ -47,7 +47,7 @@ class OptimConfig:
 
 @dataclass
 class LoopConfig:               # nothing of this changes what is computed
-    micro: int = 0              # samples per forward pass and rank; 0 = batch / ranks, smaller = gradient accumulation
+    micro: int = 0              # samples per forward pass and rank, which add up; 0 = batch / ranks
     workers: int = 0            # data loading processes per rank
     log_every: int = 25
     sample_every: int = 500
@@ -57,25 +57,22 @@ class LoopConfig:               # nothing of this changes what is computed
 @dataclass
 class Config:
     preset: str = "toy"
-    data: str = "data/toy"      # a folder made by data.py; presets smoke, toy and toy_long make theirs if it is missing
+    data: str = "data/toy"      # a folder made by data.py; the toys make theirs if it is missing
     out: str = ""               # run folder; default out/PRESET
     seed: int = 0
     device: str = "auto"        # auto: cuda, mps or cpu
     threads: int = 0            # CPU threads of this process; 0 = PyTorch's choice
     amp: bool = True            # bf16 autocast where the device has bf16 arithmetic
-    compile: bool = False       # torch.compile the U-Net (--unet.checkpoint=True: less memory, a third more time)
-
+    compile: bool = False       # torch.compile the U-Net
     vae: VAEConfig = field(default_factory=VAEConfig)
-    vae_weights: str = ""       # take the VAE from a published checkpoint or a run folder instead of training one
+    vae_weights: str = ""       # take the VAE from a published checkpoint or a run folder; "" = train one
     vae_steps: int = 1000
     vae_batch: int = 16
     vae_lr: float = 3e-3
-    vae_crop: int = 0           # train on random crops of this side, 0 = whole patches: the same pixels at less cost
-
-    summarizer: SummarizerConfig = field(default_factory=SummarizerConfig)  # embed_dim and scales come from the data
+    vae_crop: int = 0           # train on random crops of this side, which cost less; 0 = whole patches
+    summarizer: SummarizerConfig = field(default_factory=SummarizerConfig)  # embed_dim, scales: from the data
     unet: UNetConfig = field(default_factory=UNetConfig)                    # context_dim is summarizer.width
-    init_from: str = ""         # start from a run folder (all networks, whose sizes must be given as for that run), or
-    #                             the U-Net alone from a published one, as the papers did: cin256-v2.ckpt
+    init_from: str = ""         # start from a run folder, or a published U-Net as the papers did: cin256-v2.ckpt
     pred: str = "eps"           # what the U-Net predicts: eps as published, x0, or v (see diffusion.py)
     schedule: str = "scaled_linear"  # of the noise; as published (see diffusion.py)
     steps: int = 1500
@@ -86,8 +83,8 @@ class Config:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
-# toys: small networks for 64-pixel patches; places, v and few channels per group are what makes minutes enough. smoke:
-# small rates and few codes, or 40 steps blow up the rounding by which two ranks differ from one. None: the default
+# toys: small networks for 64-pixel patches; places, v and few channels a group are what makes minutes enough
+# smoke: small rates and few codes, or 40 steps blow up rounding. brca, naip: as published. None: the default
 TABLE = {
     "preset":               ("smoke",      "toy",      "toy_long", "gpu24",       "brca",       "naip"),
     "data":                 ("data/smoke", "data/toy", "data/toy", "data/slides", "data/brca",  "data/naip"),
@@ -104,7 +101,6 @@ TABLE = {
     "summarizer.depth":     (2,            2,          3,          6,             None,         None),
     "summarizer.mlp":       (256,          256,        256,        1536,          None,         None),
     "summarizer.positions": (16,           16,         16,         16,            None,         None),
-    "summarizer.scales":    (None,         None,       None,       None,          None,         4),
     "summarizer.side":      (None,         None,       None,       None,          128,          128),
     "unet.width":           (32,           64,         64,         96,            None,         None),
     "unet.mult":            ((1, 2),       (1, 2),     (1, 2, 2),  (1, 2, 3, 4),  None,         None),
@@ -129,19 +125,21 @@ TABLE = {
 }
 PRESETS = {name: {key: row[i] for key, row in TABLE.items() if row[i] is not None}
            for i, name in enumerate(TABLE["preset"])}
+TOYS = {"smoke": (8, 4, 256), "toy": (256, 64, 1024), "toy_long": (256, 64, 1024)}  # slides, held out, their side
 
 
 # ----- 2. What each stage minimises -----
 
-class LDMStage(nn.Module):
+class LDMStage(Module):
     """U-Net and Summarizer with their denoising loss (Z §4.1.1). side: of the latents."""
 
     def __init__(self, cfg, side):
         super().__init__()
-        self.summarizer, self.unet, self.schedule = build(cfg.summarizer), UNet(cfg.unet), Schedule(cfg.schedule)
         self.cfg, self.side, self.scales = cfg, side, cfg.summarizer.scales
+        self.summarizer = build(cfg.summarizer)
+        self.unet, self.schedule = UNet(cfg.unet), Schedule(cfg.schedule)
         if cfg.compile:
-            self.unet.compile()                                         # in place: the names of the weights stay
+            self.unet.compile()                                         # in place: names of weights stay
 
     def noise(self, step):
         """Time indices, drop-out and noise of the whole global batch: the same for any number of ranks."""
@@ -163,19 +161,14 @@ class LDMStage(nn.Module):
     def after_step(self, step, ranks):
         pass
 
-    def report(self):
-        return {}
-
 
 # ----- 3. The loop -----
 
 def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, on_sample=None):
-    """Train `net` for `steps` steps, or go on from out/{name}state.safetensors. A SIGTERM saves, and exits with 0.
-
-    out: the steps done, and the averaged weights (raw if ema_decay is 0). raises: UserError if a loss is not finite.
-    """
+    """Train `net`, or go on from out/{name}state.safetensors. out: the steps done, the averaged weights (raw,
+    if ema_decay is 0). SIGTERM saves, and exits with 0. raises: UserError if a loss is not finite."""
     optim, loop, state_file = cfg.optim, cfg.loop, Path(cfg.out, f"{name}state.safetensors")
-    places, micro = own_places(f"{name}batch" if hasattr(cfg, f"{name}batch") else "batch", batch, loop.micro, ranks)
+    places, micro = own_places(name, cfg, batch, ranks)
     net = net.to(ranks.device).train()
     ema = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema_decay else None
     params = [p for p in net.parameters() if p.requires_grad]
@@ -226,7 +219,7 @@ def lr_at(step, steps, lr, warmup, decay):
 
 
 def backward(net, item, ranks, parts, last):
-    """Add the gradient of one of `parts` micro-batches; with the last, ranks add up theirs. out: what is logged."""
+    """Add the gradient of one of `parts` micro-batches; with the last, ranks add theirs. out: for the log."""
     item = {k: v.to(ranks.device, non_blocking=True) for k, v in item.items()}
     with nullcontext() if last or ranks.world == 1 else net.no_sync():
         with ranks.autocast():
@@ -246,27 +239,25 @@ def update_ema(ema, net, decay):
 
 
 def agree(log, step, batch, grad, asked):
-    """Tell all ranks what happened on one. out: whether a SIGTERM came.
-
-    raises: UserError, on all, that names the samples of this step whose loss is not finite.
-    """
+    """Tell all ranks what happened on one. out: whether a SIGTERM came. raises: UserError, on all, that names
+    the samples of this step whose loss is not finite."""
     ranks, share = log.ranks, batch // log.ranks.world
     losses = torch.cat([r["loss"] for r in log.rows])[-share:]
     flags = torch.zeros(batch + 1, device=losses.device)                # one a sample, and the SIGTERM
     flags[ranks.rank * share:][:share] = (~losses.isfinite()).float()
     flags[-1] = len(asked)
     bad = ranks.sum(flags)[:-1].nonzero()[:, 0].tolist()
-    if bad or not grad.isfinite():                                      # a gradient names no sample: all of the step
-        samples = ", ".join(str(step * batch + k) for k in bad or range(batch))
-        raise UserError(f"the {log.stage} {'loss' if bad else 'gradient'} is no longer finite at step {step + 1}, on "
-                        f"samples {samples} of the data set; the last checkpoint is intact. Look at these samples, or "
-                        f"move the *state*.safetensors of this training away and take a lower learning rate")
+    if bad or not grad.isfinite():                                      # a gradient names no sample
+        what, samples = "loss" if bad else "gradient", [str(step * batch + k) for k in bad or range(batch)]
+        raise UserError(f"the {log.stage} {what} is no longer finite at step {step + 1}, on samples "
+                        f"{', '.join(samples)} of the data set; the last checkpoint is intact. Look at these samples, "
+                        f"or move the *state*.safetensors of this training away and take a lower learning rate")
     return bool(flags[-1])
 
 
 # ----- 4. Samples on the way -----
 
-SHEET = {"n": 16, "show": 8, "steps": 20}  # patches that are drawn per scale, how many are shown, steps of DDIM
+SHEET = {"n": 16, "steps": 20}  # patches drawn per scale, of which 8 are shown, and steps of DDIM
 
 
 @torch.no_grad()
@@ -285,8 +276,8 @@ def export(model, pyramids, cfg, ranks, step, ema):
                 c = model.summarizer(batch["tokens"], batch["mask"], batch["s"]).float()    # (n,65,D)
                 drawn = model.draw(c, pyramids.patch // 4, steps=SHEET["steps"], seed=cfg.seed)
                 real = (batch["x"] if pyramids.images else model.decode(batch["z"])).float().cpu()
-            rows += [real[:SHEET["show"]], drawn[:SHEET["show"]]]       # (show,3,P,P)
-            labels += [f"scale {s} real", f"scale {s} drawn"]
+            rows += [real[:8], drawn[:8]]                               # (8,3,P,P)
+            labels += [f"scale {s} {split}", f"scale {s} drawn"]
             layout[s] = round(layout_fidelity(drawn, real, min(2 ** s, 8)), 4)
     save_grid(out / f"samples/step_{step:06d}.png", rows, labels)
     write_line(out / "samples/layout.jsonl", {"step": step, "layout": layout}, lambda r: r["step"] < step)
@@ -296,7 +287,7 @@ def export(model, pyramids, cfg, ranks, step, ema):
 # ----- 5. The stages in order -----
 
 def make_vae(cfg, ranks, pyramids, base):
-    """Load, take over from `base`, or train a VAE. out: (vae, latent scale, which gives latents deviation 1)."""
+    """Load, take over from `base`, or train a VAE. out: (vae, scale that gives its latents deviation 1)."""
     source = Path(cfg.vae_weights)
     if cfg.vae_weights and source.is_dir():
         return VQVAE.from_run(source / "vae.safetensors")
@@ -306,8 +297,8 @@ def make_vae(cfg, ranks, pyramids, base):
     if not cfg.vae_steps:
         if base:
             return base.vae, base.latent_scale
-        raise UserError("this preset does not train a VAE: give the published one with --vae_weights=FILE, or train "
-                        "your own with --vae_steps=N")
+        raise UserError("this preset does not train a VAE: give the published one with --vae_weights=FILE, or "
+                        "train your own with --vae_steps=N")
 
     def fixed(n):
         there = [s for s in range(pyramids.scales) if pyramids.count("train", s)]
@@ -337,31 +328,25 @@ def get_vae(cfg, ranks, pyramids, base=None):
     return vae.to(ranks.device).eval().requires_grad_(False), scale
 
 
-def train_ldm(cfg, ranks, vae, scale, pyramids, start):
+def train_ldm(cfg, ranks, vae, scale, dataset, start):
     """Train U-Net and Summarizer on latents, from the weights `start` on, or go on with them."""
+    pyramids = dataset.pyramids
     if not pyramids.official:
-        latents = Path(cfg.out, "latents")
-        encode_latents(latents, vae, pyramids, ranks)
-        pyramids = open_data(cfg.data, latents, pyramids.std)
+        pyramids.latents = Path(cfg.out, "latents")
+        encode_latents(pyramids.latents, vae, pyramids, ranks)
     pyramids.latent_scale = scale
     torch.manual_seed(cfg.seed + 1)
     net = LDMStage(cfg, pyramids.patch // 4)
     net.load_state_dict(net.state_dict() | start)
     info = {k: getattr(pyramids, k) for k in ("encoder", "std", "patch", "weights", "mpp")} | {"data": cfg.data}
-    summarizer = build(cfg.summarizer)
-    model = ZoomLDM(vae, summarizer, UNet(cfg.unet), scale, cfg.pred, cfg.schedule, info).to(ranks.device)
-    draw = partial(export, model, pyramids, cfg, ranks)
-    optim, dataset = cfg.optim, ldm_samples(cfg, pyramids)
-    done, ema = run_stage("", cfg, ranks, net, dataset, cfg.steps, cfg.batch, optim.lr, optim.ema, draw)
+    model = ZoomLDM(vae, build(cfg.summarizer), UNet(cfg.unet), scale, cfg.pred, cfg.schedule, info)
+    draw = partial(export, model.to(ranks.device), pyramids, cfg, ranks)
+    done, ema = run_stage("", cfg, ranks, net, dataset, cfg.steps, cfg.batch, cfg.optim.lr, cfg.optim.ema, draw)
     picture = Path(cfg.out, f"samples/step_{done:06d}.png")
     if ranks.rank == 0:
         if not picture.exists():                                        # killed after the last step
             draw(done, ema)
         print(f"done: {cfg.out}/ema.safetensors, {picture}")
-
-
-def ldm_samples(cfg, pyramids):
-    return PatchDataset(pyramids, "train", cfg.seed, only_scale=None if cfg.only_scale < 0 else cfg.only_scale)
 
 
 # ----- 6. python train.py -----
@@ -374,7 +359,7 @@ def check_loop(cfg):
     one_of(cfg.optim, decay=("cosine", "constant"))
     betas, ema = cfg.optim.betas, cfg.optim.ema
     if len(betas) != 2 or not all(0 <= x < 1 for x in (*betas, ema)):
-        raise UserError(f"--betas={betas} takes two numbers, --ema={ema} one: each at least 0 and less than 1")
+        raise UserError(f"--betas={betas} takes two numbers, --ema={ema} one, each from 0 on and less than 1")
 
 
 def check(cfg):
@@ -383,21 +368,21 @@ def check(cfg):
     at_least(cfg, vae_batch=1, vae_steps=0, vae_crop=0, drop=0)
     one_of(cfg, pred=("eps", "x0", "v"))
     one_of(cfg.summarizer, kind=("transformer", "cnn"))
-    vae, unet, places = cfg.vae, cfg.unet, cfg.summarizer.positions
+    vae, unet = cfg.vae, cfg.unet
     if len(vae.mult) != 3 or vae.channels != unet.channels or cfg.vae_crop % 4:
-        raise UserError(f"--vae.mult={vae.mult} --vae.channels={vae.channels} --vae_crop={cfg.vae_crop}: give three "
-                        f"levels, as many channels as unet.channels, and a multiple of 4")
-    if unet.positions != places:
-        raise UserError(f"--unet.positions={unet.positions} and --summarizer.positions={places}: give the same number")
+        raise UserError(f"--vae.mult={vae.mult} --vae.channels={vae.channels} --vae_crop={cfg.vae_crop}: give "
+                        f"three levels, as many channels as unet.channels, and a multiple of 4")
+    if unet.positions != cfg.summarizer.positions:
+        raise UserError(f"--unet.positions={unet.positions}: give --summarizer.positions the same number")
 
 
 def open_training(cfg, ranks, std):
     """The data, made if a toy preset lacks its own, and the sizes that they decide. raises: UserError."""
-    sizes = {"smoke": (8, 4, 256), "toy": (256, 64, 1024), "toy_long": (256, 64, 1024)}     # slides, held out, side
-    mine = cfg.preset in sizes and cfg.data == PRESETS[cfg.preset]["data"]                  # not the user's folder
-    if mine and ranks.rank == 0 and not (Path(cfg.data, "index.json").exists() and read_index(cfg.data)["slides"]):
-        slides, test, size = sizes[cfg.preset]
-        data.main(["toy", f"--out={cfg.data}", f"--slides={slides}", f"--test={test}", f"--size={size}"])
+    ours = cfg.preset in TOYS and cfg.data == PRESETS[cfg.preset]["data"]    # never a folder that the user named
+    if ours and ranks.rank == 0:
+        if not Path(cfg.data, "index.json").exists() or not read_index(cfg.data)["slides"]:
+            slides, test, size = TOYS[cfg.preset]
+            data.main(["toy", f"--out={cfg.data}", f"--slides={slides}", f"--test={test}", f"--size={size}"])
     ranks.barrier()
     pyramids = open_data(cfg.data, std=std)
     if pyramids.official and not cfg.vae_weights:
@@ -406,12 +391,12 @@ def open_training(cfg, ranks, std):
     cfg.unet.context_dim = cfg.summarizer.width
     side, halvings = pyramids.patch // 4, len(cfg.unet.mult) - 1
     if side % 2 ** halvings:
-        raise UserError(f"latents of {side} x {side} cannot be halved {halvings} times: build the data with another "
-                        f"--patch, or take fewer levels, --unet.mult")
-    ldm_samples(cfg, pyramids)                                          # both are refused here if they cannot be,
-    with torch.device("meta"):                                          # not after the VAE is trained
-        LDMStage(cfg, side)
-    return pyramids
+        raise UserError(f"latents of {side} x {side} cannot be halved {halvings} times: build the data with "
+                        f"another --patch, or take fewer levels, --unet.mult")
+    dataset = PatchDataset(pyramids, "train", cfg.seed, ("z",), None if cfg.only_scale < 0 else cfg.only_scale)
+    with torch.device("meta"):                                          # refused here if it cannot be,
+        LDMStage(cfg, side)                                             # not after the VAE is trained
+    return pyramids, dataset
 
 
 def main(argv):
@@ -420,7 +405,7 @@ def main(argv):
     cfg.out = cfg.out or f"out/{cfg.preset}"
     out, ranks = Path(cfg.out), setup(cfg.device, cfg.amp, cfg.threads)
     base = ZoomLDM.from_run(cfg.init_from) if Path(cfg.init_from or "-").is_dir() else None
-    pyramids = open_training(cfg, ranks, base and base.info.get("std"))  # embeddings mean what they meant to `base`
+    pyramids, dataset = open_training(cfg, ranks, base and base.info.get("std"))  # embeddings in the units of base
     check_settings(out / "vae.safetensors", cfg, ("vae", "data", "seed", *["init_from"] * bool(base)))
     found, start = newest_state(out / "state.safetensors"), {}
     if found:
@@ -432,13 +417,12 @@ def main(argv):
     if ranks.rank == 0:
         for left in out.rglob(".*.tmp"):                                # of a save that was killed
             left.unlink()
-        print(f"run folder {out}, {ranks.world} rank(s) on {ranks.device}, "
-              f"{'bf16 autocast' if ranks.amp else 'float32'}, {torch.get_num_threads()} threads")
+        print(f"run folder {out}, {ranks.world} rank(s) on {ranks.device}, {torch.get_num_threads()} threads")
         write_text(out / "config.json", json.dumps(asdict(cfg) | {"torch": torch.__version__}, indent=1))
     torch.manual_seed(cfg.seed)
     vae, scale = get_vae(cfg, ranks, pyramids, base)
     if cfg.steps:                                                       # --steps=0: the VAE alone
-        train_ldm(cfg, ranks, vae, scale, pyramids, start)
+        train_ldm(cfg, ranks, vae, scale, dataset, start)
     ranks.leave()
 
 

@@ -219,7 +219,7 @@ class VQVAE(Module):
             return vae, meta["latent_scale"]
         except (KeyError, TypeError, RuntimeError) as err:
             reason = str(err).splitlines()[0]
-            raise UserError(f"{path} holds no VAE of ours ({reason}): give a run folder, or a published file") from err
+            raise UserError(f"{path} holds no VAE of ours ({reason}): give a run, or a published file") from err
 
 
 # ----- 3. Training: L1 and the codebook -----
@@ -323,7 +323,7 @@ class VAEStage(Module):
 
     @torch.no_grad()
     def after_step(self, step, ranks):
-        """Whiten latents until there are codes; place codes on latents of fixed patches, the unused ones every 50."""
+        """Whiten latents until there are codes; then place codes on those of fixed patches, unused ones every 50."""
         ranks.sum(self.used)
         self.usage += self.used
         self.used.zero_()
@@ -333,9 +333,10 @@ class VAEStage(Module):
         if step >= first and (step - first) % 50 == 0 and step <= 0.8 * self.cfg.vae_steps:
             used = int((self.usage > 0).sum())
             if step > first and used < 0.1 * len(self.usage) and ranks.rank == 0:
-                tqdm.write(f"step {step}: only {used} of {len(self.usage)} codes were used in 50 steps; the others are "
-                           f"moved to latents. If that goes on, take fewer (--vae.codes) or a lower --vae_lr")
-            revive_codes(self.vae, self.vae.encode(self.anchor), self.usage, generator(self.cfg.seed, 3, step))
+                tqdm.write(f"step {step}: only {used} of {len(self.usage)} codes were used in 50 steps; the others "
+                           f"are moved to latents. If that goes on, take fewer (--vae.codes) or a lower --vae_lr")
+            gen = generator(self.cfg.seed, 3, step)
+            revive_codes(self.vae, self.vae.encode(self.anchor), self.usage, gen)
             self.usage.zero_()
 
     def report(self):

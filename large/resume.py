@@ -10,7 +10,9 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from common import UserError, cli, load_meta, newest_state, previous, read_state
+from safetensors import SafetensorError
+
+from common import UserError, checksum, cli, load_meta, load_tensors, newest_state, previous
 
 # what may differ when a run goes on: it changes where, how long and how loud it runs, not what it computes
 FREE = {"preset", "out", "device", "threads", "workers", "compile", "unet.checkpoint", "steps", "micro", "log_every",
@@ -43,10 +45,24 @@ def compare_settings(path, cfg, only=""):
                         f"resume, or {afresh} to start afresh")
 
 
-def fall_back(path, fault, ranks=None):
-    """The checkpoint before a damaged or lost one. out, ranks: as common.newest_state. raises: UserError if that is
-    not whole either."""
-    file = previous(path)
+def read_state(path):
+    """in: a checkpoint. out: (tensors, meta). raises: UserError if it is not as it was written."""
+    try:
+        tensors, meta = load_tensors(path)
+        crc = meta.pop("crc", None)  # the first versions wrote none
+        if crc not in (None, checksum(tensors, meta)) or "step" not in meta:
+            raise ValueError("its checksum does not fit")
+    except (ValueError, RuntimeError, SafetensorError) as err:
+        raise err if isinstance(err, UserError) else UserError(f"{path} is damaged: {err}") from err
+    return tensors, meta
+
+
+def fall_back(path, ranks=None):
+    """The newest whole checkpoint, with what is wrong with `path`. in, out: as common.newest_state."""
+    try:
+        return path, *read_state(path)
+    except UserError as err:
+        fault, file = err, previous(path)
     try:
         tensors, meta = read_state(file)
     except UserError as err:

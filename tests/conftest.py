@@ -34,7 +34,7 @@ def quick(args):
     """train.main, but sheets of two patches a scale and two steps, where nothing hangs on what they show."""
     import train
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "SHEET", {"n": 2, "show": 2, "steps": 2})
+        patch.setattr(train, "SHEET", {"n": 2, "steps": 2})
         train.main(args)
 
 

@@ -24,7 +24,7 @@ failed = []
 def train(args):
     """train.py in this process, with a sheet of one patch."""
     import train as module
-    module.SHEET = {"n": 2, "show": 1, "steps": 1}
+    module.SHEET = {"n": 2, "steps": 1}
     module.main(args)
 
 
