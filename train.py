@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -101,6 +100,7 @@ TABLE = {
     "summarizer.depth":     (2,            2,          3,          6,             None,         None),
     "summarizer.mlp":       (256,          256,        256,        1536,          None,         None),
     "summarizer.positions": (16,           16,         16,         16,            None,         None),
+    "summarizer.scales":    (None,         None,       None,       None,          None,         4),
     "summarizer.side":      (None,         None,       None,       None,          128,          128),
     "unet.width":           (32,           64,         64,         96,            None,         None),
     "unet.mult":            ((1, 2),       (1, 2),     (1, 2, 2),  (1, 2, 3, 4),  None,         None),
@@ -130,7 +130,7 @@ TOYS = {"smoke": (8, 4, 256), "toy": (256, 64, 1024), "toy_long": (256, 64, 1024
 
 # ----- 2. What each stage minimises -----
 
-class LDMStage(Module):
+class LDMStage(torch.nn.Module):
     """U-Net and Summarizer with their denoising loss (Z §4.1.1). side: of the latents."""
 
     def __init__(self, cfg, side):
