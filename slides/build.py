@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections import Counter, deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import groupby
@@ -28,9 +28,8 @@ from tqdm import tqdm
 from common import UserError, at_least, cli, configure, save_png, write_text
 from data import write_slide
 from slides.encoders import Stats, embed, load_encoder
-from slides.official import read_features
 from slides.reader import MAX_PIXELS
-from slides.strips import ahead, image_jobs, opened, plan, workers
+from slides.strips import ahead, embedded, image_jobs, opened, plan, workers
 from toy.folder import begin, finish, finished
 
 PARALLEL = 2**23  # pixels from which worker processes are worth the seconds they take to start
@@ -110,22 +109,6 @@ class Picture:
         return False
 
 
-def embedded(cfg, job):
-    """Tiles of an image that were embedded elsewhere. out: the job, narrowed to the part they cover; their embeddings
-    (Gh,Gw,E), which of them there are (Gh,Gw). raises: UserError if they are of another side, or lie outside."""
-    given, slide, P = Path(cfg.features), opened(job), cfg.patch
-    width, height = slide.grid(cfg.mpp)[2]
-    fine = slide.size[0] / width                                               # level 0 pixels per base pixel
-    e, there, origin, side = read_features(given / job.path.stem if given.is_dir() else given, round(P * fine))
-    x, y = round(origin[0] / fine), round(origin[1] / fine)
-    gh, gw = min(e.shape[0], (height - y) // P), min(e.shape[1], (width - x) // P)
-    if abs(side / fine - P) > 0.5 / max(e.shape[:2]) or min(gh, gw) < 1:
-        raise UserError(f"--features={given}: the tiles of {job.path.name} have {side} pixels of its level 0 and start "
-                        f"at {origin}, which does not fit --patch={P} on {slide.size[0]} x {slide.size[1]} pixels: "
-                        f"give --patch={round(side / fine)}, another --mpp, or the image they were cut from")
-    return replace(job, origin=(x, y), size=(gw * P, gh * P)), e[:gh, :gw].float(), there[:gh, :gw].numpy()
-
-
 def build_one(run, job, group):
     """Write the file of one image from the results of its tasks."""
     cfg, out, (w, h) = run.cfg, output(run.cfg, job), job.size
@@ -136,7 +119,7 @@ def build_one(run, job, group):
     if cfg.tissue:
         tissue, mask = next(group)[1].result()                                 # (Gh,Gw), (h,w)
         save_png(Path(cfg.out) / "masks" / f"{out.stem}.png", mask)
-    _, given, there = embedded(cfg, job) if cfg.features else (job, (), None)
+    _, given, there = embedded(job, cfg.features) if cfg.features else (job, (), None)
     picture = Picture(run, job, group, tissue, given, there)
     meta = {"source": run.source, "bytes": job.path.stat().st_size, "size": [h, w]}
     counts = write_slide(out, picture.strips(), picture.embed_row, cfg.patch, cfg.scales, meta, picture.keep)
@@ -178,7 +161,7 @@ class Run:
                 continue
             try:
                 job = plan(job, cfg.mpp, cfg.patch, cfg.max_pixels)
-                todo.append(embedded(cfg, job)[0] if cfg.features else job)
+                todo.append(embedded(job, cfg.features)[0] if cfg.features else job)
             except UserError as err:
                 self.fail(job, err)
         return todo
@@ -241,7 +224,8 @@ def sample_tiles(cfg, jobs):
 def deviations(cfg, jobs):
     """The deviation of each number of an embedding, to scale it with; 1 where the encoder does that itself."""
     if cfg.features:
-        return [1.0] * embedded(cfg, plan(jobs[0], cfg.mpp, cfg.patch, cfg.max_pixels))[1].shape[2]
+        job = plan(jobs[0], cfg.mpp, cfg.patch, cfg.max_pixels)
+        return [1.0] * embedded(job, cfg.features)[1].shape[2]
     encoder = load_encoder(cfg.encoder, None, cfg.weights, cfg.device)
     return encoder.fit(sample_tiles(cfg, jobs)).tolist() if encoder.scaled else [1.0] * encoder.embed_dim
 

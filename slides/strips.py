@@ -28,6 +28,7 @@ from PIL import Image, ImageFilter
 
 from common import UserError, cli
 from slides.encoders import embed, load_encoder
+from slides.official import read_features
 from slides.reader import CACHE, MAX_PIXELS, VENDORS, open_slide
 
 cpu_encoder = lru_cache(1)(load_encoder)
@@ -172,6 +173,22 @@ def read_strips(job, encoder, first, rows):
         tiles = pixels[:, :w // P * P].reshape(rows, P, w // P, P, 3).swapaxes(1, 2)  # (rows,Gw,P,P,3)
         e = torch.cat([embed(cpu_encoder(*encoder), row) for row in tiles]).numpy()
     return pixels, e, bad_tiles(job, slide, first, first + rows)
+
+
+def embedded(job, features):
+    """Tiles of a job that were embedded elsewhere. out: the job, narrowed to the part they cover; their embeddings
+    (Gh,Gw,E), which of them there are (Gh,Gw). raises: UserError if they are of another side, or lie outside."""
+    given, slide, P = Path(features), opened(job), job.patch
+    width, height = slide.grid(job.mpp)[2]
+    fine = slide.size[0] / width                                               # level 0 pixels per base pixel
+    e, there, origin, side = read_features(given / job.path.stem if given.is_dir() else given, round(P * fine))
+    x, y = round(origin[0] / fine), round(origin[1] / fine)
+    gh, gw = min(e.shape[0], (height - y) // P), min(e.shape[1], (width - x) // P)
+    if abs(side / fine - P) > 0.5 / max(e.shape[:2]) or min(gh, gw) < 1:
+        raise UserError(f"--features={given}: the tiles of {job.path.name} have {side} pixels of its level 0 and start "
+                        f"at {origin}, which does not fit --patch={P} on {slide.size[0]} x {slide.size[1]} pixels: "
+                        f"give --patch={round(side / fine)}, another --mpp, or the image they were cut from")
+    return replace(job, origin=(x, y), size=(gw * P, gh * P)), e[:gh, :gw].float(), there[:gh, :gw].numpy()
 
 
 def bad_tiles(job, slide, first, last):
