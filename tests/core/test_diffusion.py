@@ -52,12 +52,8 @@ def test_cosine():
 
 def test_linear():
     """DDPM: beta from 1e-4 to 0.02. catches: a wrong end of the range; a missing step."""
-    ab = Schedule("linear").alpha_bar
-    want = 1.0
-    for t in range(1000):
-        want *= 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
-        assert float(ab[t]) == pytest.approx(want, rel=1e-10)
-    assert float(ab[999]) == pytest.approx(4.0358e-5, rel=1e-4)
+    beta = torch.tensor([1e-4 + (0.02 - 1e-4) * t / 999 for t in range(1000)], dtype=torch.float64)
+    assert_close(Schedule("linear").alpha_bar, (1 - beta).cumprod(0), 1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -312,20 +308,9 @@ def flow(start, end):
     return end ** 0.5 * MEAN - gain * a ** 0.5 * MEAN, gain
 
 
-def test_gaussian():
-    """DDIM approaches the data's deviation from below, at first order. catches: the update of Z Eq. 2 as printed; eps
-    taken at another z; sqrt(1 - ab_prev) -> 1 - ab_prev."""
-    errors = []
-    for n, want in ((10, 0.179), (50, 0.262), (200, 0.288), (1000, 0.296)):
-        mean, std = spread(ddim_sample, steps=n, timesteps=spaced(n), end="clean")
-        assert abs(mean - MEAN) < 0.02 and std == pytest.approx(want, abs=0.004)
-        errors.append(std)
-    assert errors == sorted(errors) and errors[-1] < STD
-
-
 def test_order_of_samplers():
-    """Against the exact flow DDIM's error falls like 1/steps, PLMS's faster and from a lower level. catches: a wrong
-    Adams-Bashforth coefficient whose sum is right."""
+    """Against the exact flow of data N(MEAN, STD^2) DDIM's error falls like 1/steps, PLMS's faster and from a lower
+    level. catches: a wrong Adams-Bashforth coefficient whose sum is right; the update of Z Eq. 2 as printed."""
     def error(sampler, n):
         mean, std = spread(sampler, steps=n)
         want = flow(1 + (n - 1) * (1000 // n), float(LDM.alpha_bar[0]))
