@@ -1,8 +1,8 @@
 """Summarizer: compress the SSL embeddings under a patch into 65 conditioning tokens (Z §3.1, S8.1).
 
 A patch at scale s covers 2^s x 2^s base tiles, each with one embedding of width E. `standardize` pools this grid
-to at most 8x8. `pack_grid` lays it into 64 slots. The `Summarizer`, a small transformer that also sees the scale,
-turns the slots into tokens that the U-Net attends to.
+to at most 8x8. `pack_grid` lays it into 64 slots. The `Summarizer`, a transformer that also sees the scale, turns
+the slots into tokens that the U-Net attends to.
 
 in:  e (E,G,G), scale s   out: c (65,D): one scale token, then 64 grid tokens
 run: python summarizer.py     read next: unet.py
@@ -60,8 +60,7 @@ def pack_grid(e):
     in:  e (E,G,G), standardised. out: tokens (64,E), zero where empty; mask (64,), True = real. raises: ValueError.
     """
     if e.ndim != 3 or e.shape[1] != e.shape[2] or e.shape[1] not in (1, 2, 4, 8):
-        raise UserError(f"got embeddings {tuple(e.shape)}, expected (E,G,G) with G = 1, 2, 4 or 8: pool larger "
-                        f"grids with summarizer.standardize(e)")
+        raise UserError(f"got embeddings {tuple(e.shape)}, not (E,G,G) with G = 1, 2, 4 or 8: use standardize")
     n = e.shape[1] ** 2
     start = SLOTS // 2 - n // 2                                      # official: a single token is in slot 32
     tokens = e.new_zeros(SLOTS, len(e))                              # (64,E)
@@ -74,8 +73,8 @@ def pack_grid(e):
 def grid_of(tokens, mask, cfg):
     """Which grid fills the slots: g (B,), of side 2^g. raises: ValueError for tokens of another shape."""
     if tokens.shape[1:] != (SLOTS, cfg.embed_dim):
-        raise UserError(f"got tokens {tuple(tokens.shape)}, expected (B,{SLOTS},{cfg.embed_dim}): use pack_grid, "
-                        f"and embeddings of the encoder it was trained with")
+        raise UserError(f"got tokens {tuple(tokens.shape)}, not (B,64,{cfg.embed_dim}): use pack_grid, and the "
+                        f"encoder of the training")
     side = mask.sum(1).float().sqrt()                                # (B,) of 1, 2, 4, 8
     return side.log2().round().long()
 
@@ -85,8 +84,8 @@ def grid_of(tokens, mask, cfg):
 def place_code(h, w, dim, device=None):
     """Sines and cosines of where each cell of an h x w grid over [0,1]^2 lies: (h*w,dim), at dim/4 octaves.
 
-    deviates: published networks must find out which token lies under which pixel. With this code on tokens and on
-    the U-Net's queries a pixel first attends to the token under it: small models follow the layout after minutes.
+    deviates: with it on tokens and on the U-Net's queries, a pixel first attends to the token under it. Published
+    networks must find out which that is. Small models follow the layout after minutes so.
     """
     freq = math.pi * 2.0 ** torch.arange(dim // 4, device=device)    # (dim/4,)
     axes = []
@@ -100,8 +99,11 @@ def place_code(h, w, dim, device=None):
 
 def slot_codes(dim):
     """The place codes of the 64 slots for grids of side 1, 2, 4, 8: (4,64,dim), zero where a slot is empty."""
-    grids = [place_code(side, side, dim).T.unflatten(1, (side, side)) for side in (1, 2, 4, 8)]
-    return torch.stack([pack_grid(grid)[0] for grid in grids])
+    rows = []
+    for side in (1, 2, 4, 8):
+        code = place_code(side, side, dim)                           # (side*side,dim)
+        rows.append(pack_grid(code.T.view(dim, side, side))[0])      # (64,dim)
+    return torch.stack(rows)
 
 
 # ----- 3. The transformer -----
@@ -175,8 +177,7 @@ class Summarizer(Module):
 
     @classmethod
     def from_official(cls, state, prefix=""):
-        """Build from a published state dict (prefix "cond_stage_model." in a whole checkpoint); in eval mode.
-        raises: ValueError listing missing, unexpected and mis-shaped keys."""
+        """From a published state dict, in eval mode. raises: ValueError listing the keys that do not fit."""
         from slides import keys  # the published names
         return keys.load_summarizer(state, prefix)
 

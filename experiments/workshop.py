@@ -7,6 +7,7 @@ run: python -m experiments.workshop     sizes; trained by: python train.py --sum
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import Function
 from torch.nn import BatchNorm2d, Conv2d, LayerNorm, Linear, Module, ModuleList
 from torch.nn.functional import interpolate, max_pool2d, pad, silu
 
@@ -15,7 +16,7 @@ from summarizer import SLOTS, SummarizerConfig, grid_of, place_code
 
 # ----- 1. Batch norm over all ranks -----
 
-class RankSum(torch.autograd.Function):
+class RankSum(Function):
     """The sum over all ranks. Every rank's loss hangs on it, so its gradient is the sum of theirs."""
 
     @staticmethod
@@ -40,11 +41,12 @@ class BatchNorm(BatchNorm2d):
         mean = RankSum.apply(h.sum((0, 2, 3), keepdim=True)) / n          # (1,C,1,1)
         h = h - mean
         var = RankSum.apply(h.square().sum((0, 2, 3), keepdim=True)) / n
-        unbiased = var.detach().flatten() * n / (n - 1)
-        self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
-        self.running_var.lerp_(unbiased, self.momentum)
-        self.num_batches_tracked += 1
-        return (h * (var + self.eps).rsqrt()).to(x.dtype)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(var.flatten() * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        h = h * (var + self.eps).rsqrt()
+        return h.to(x.dtype)
 
 
 # ----- 2. The Summarizer of the workshop version -----
@@ -63,7 +65,9 @@ class ConvBlock(Module):
         scale, shift = self.film(s)[:, :, None, None].chunk(2, 1)         # (B,C,1,1) each
         h = self.norm(self.conv(x)) * (1 + scale) + shift
         x = self.skip(x) + silu(h)
-        return max_pool2d(x, 2) if x.shape[-1] > 8 else x
+        if x.shape[-1] > 8:
+            x = max_pool2d(x, 2)
+        return x
 
 
 class CNNSummarizer(Module):
@@ -111,7 +115,8 @@ class CNNSummarizer(Module):
             x = block(x, s)                                               # the last (B,D,8,8)
         c = self.proj(self.norm(x.flatten(2).mT + self.pos))              # (B,64,D)
         place = place_code(8, 8, self.cfg.positions, x.device)            # (64,positions)
-        return self.norm_out(c + pad(place, (0, self.cfg.width - self.cfg.positions)))
+        free = self.cfg.width - self.cfg.positions                        # channels without a place
+        return self.norm_out(c + pad(place, (0, free)))
 
 
 def main(argv):
