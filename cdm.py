@@ -3,8 +3,7 @@
     python cdm.py train out/toy                    # the CDM of a run (Z §3.1, S8.1)
     python cdm.py sample out/toy --scale=3         # patches at one scale, or all, with no image behind them
     torchrun --standalone --nproc_per_node=2 cdm.py train RUN published        # DiT-B, as published
-    python cdm.py train out/toy --model=grid       # embeddings for large images, from captions too: text/grid.py
-    python cdm.py train out/toy --model=edm        # as the workshop version has it: experiments/edm.py
+    python cdm.py train out/toy --model=grid       # embeddings for large images, or --model=edm, W's kind
 
 in:  scales s (n,) and noise (n,65,D)   out: tokens c (n,65,D); RUN/cdm.safetensors, RUN/cdm/*.png
 read next: sample_joint.py
@@ -16,10 +15,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from common import UserError, at_least, cli, configure, fingerprint, generator, load_tensors, one_of
-from common import save_grid, save_png, save_tensors, setup, summary, to_uint8
+from common import UserError, at_least, cli, configure, fingerprint, generator, load_tensors, save_tensors
+from common import setup, summary
 from data import PatchDataset, open_data
 from diffusion import Schedule, ZoomLDM, ddim_sample, diffusion_loss
 from train import LoopConfig, OptimConfig, check_loop, run_stage
@@ -114,7 +112,7 @@ class DiT(nn.Module):
     """The network of the CDM.
 
     in:  x (B,N,D) noised tokens; t (B,) time indices; s (B,) scales. out: x0_hat (B,N,D).
-    raises: ValueError for other tokens. source: Z S8.1; reference: official DiT.
+    source: Z S8.1; reference: official DiT.
     """
 
     def __init__(self, cfg: DiTConfig):
@@ -148,17 +146,10 @@ class DiT(nn.Module):
         for layer in (self.head, self.modulation, *(block.modulation for block in self.blocks)):
             nn.init.zeros_(layer.weight)
 
-    def check(self, x):
-        wanted = self.cfg.tokens, self.cfg.channels
-        if x.shape[1:] != wanted:
-            raise UserError(f"got tokens {tuple(x.shape)}, this DiT takes (B,{wanted[0]},{wanted[1]}): it was made for "
-                            f"another Summarizer or grid")
-
     def label(self, s):
         return self.scale(s)                                                             # (B,W)
 
     def forward(self, x, t, s):
-        self.check(x)
         e = time_embedding(t, 256).to(x.dtype)
         c = self.time2(F.silu(self.time1(e))) + self.label(s)                            # (B,W)
         h = self.embed(x) + self.pos                                                     # (B,N,W)
@@ -170,11 +161,8 @@ class DiT(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict, prefix="", heads=None):
-        """Build from a published state dict, or a whole checkpoint ("ema" weights are taken); in eval mode.
-
-        heads: None = width / 64, as published. raises: ValueError listing keys that are missing, unexpected, or of
-        another shape.
-        """
+        """Build from a published state dict, or the "ema" of a whole checkpoint; in eval mode. heads: None =
+        width / 64. raises: ValueError listing missing, unexpected and mis-shaped keys."""
         from slides import keys  # the published names
         return keys.load_dit(state_dict, prefix, heads)
 
@@ -225,16 +213,13 @@ class Conditioner(nn.Module):
         """
         cfg, device = self.net.cfg, self.net.pos.device
         if not len(s) or not 0 <= min(s) <= max(s) < cfg.scales:
-            raise UserError(f"got scales {list(s)}: give some of 0 to {cfg.scales - 1}, which this {self.kind} knows")
-        rows = []
-        for i in range(first, first + len(s)):
-            rows.append(torch.randn(cfg.tokens, cfg.channels, generator=generator(seed, 11, i)))
-        z, s = torch.stack(rows).to(device), torch.as_tensor(s, device=device)
-
-        def x0_hat(z, t):
-            return self.net(z, t, s).float()
+            raise UserError(f"got scales {list(s)}: this {self.kind} knows 0 to {cfg.scales - 1}")
+        shape = cfg.tokens, cfg.channels
+        noise = [torch.randn(shape, generator=generator(seed, 11, first + i)) for i in range(len(s))]
+        s = torch.as_tensor(s, device=device)
         times = respaced(self.schedule.T, steps, self.shift)
-        return ddim_sample(x0_hat, z, self.schedule, pred="x0", end="clean", timesteps=times)
+        return ddim_sample(lambda z_t, t: self.net(z_t, t, s).float(), torch.stack(noise).to(device),
+                           self.schedule, pred="x0", end="clean", timesteps=times)
 
     def noise(self, step):
         """Time indices and noise of the whole global batch: the same for any number of ranks."""
@@ -249,10 +234,7 @@ class Conditioner(nn.Module):
         """Squared error of x0_hat. deviates: no variance term; it never reaches the samples."""
         x, s = self.clean(batch)
         t = batch["t"]
-
-        def x0_hat(z, t):
-            return self.net(z, t, s)
-        loss, _ = diffusion_loss(x0_hat, x, t, batch["eps"], self.schedule, "x0")        # (B,)
+        loss, _ = diffusion_loss(lambda z_t, t: self.net(z_t, t, s), x, t, batch["eps"], self.schedule, "x0")
         return loss.mean(), {"loss": loss.detach(), "x0": loss.detach(), "s": batch["s"], "t": t}
 
     def after_step(self, step, ranks):
@@ -261,16 +243,12 @@ class Conditioner(nn.Module):
     def report(self):
         return {}
 
-    def save(self, path):
-        meta = {"kind": self.kind, "dit": asdict(self.net.cfg), "info": self.info}
-        save_tensors(path, self.state_dict(), meta)
-
     def check_fit(self, model, path):
-        """raises: UserError if this makes the tokens of another Summarizer. The published one's is not known."""
+        """raises: UserError if this makes the tokens of another Summarizer. (The published file does not say.)"""
         made_for, width = self.info.get("summarizer"), model.summarizer.cfg.width
         if made_for not in (None, fingerprint(model.summarizer)) or self.net.cfg.channels != width:
-            raise UserError(f"{path} makes tokens of another Summarizer than that of this run, {width} wide: move it "
-                            f"and {self.kind}_state*.safetensors away, and train with python cdm.py train RUN")
+            raise UserError(f"{path} makes tokens of another Summarizer than that of this run ({width} wide): move "
+                            f"it and {self.kind}_state*.safetensors away, and train with cdm.py train RUN")
 
     @classmethod
     def prepare(cls, cfg, model, pyramids):
@@ -320,20 +298,15 @@ def load_conditioner(run, kind, model):
     return made.to(next(model.parameters()).device).eval().requires_grad_(False)
 
 
-# ----- 3. Commands -----
-
-def open_run(cfg, ranks):
-    """out: the ZoomLDM of a run, and the data it was trained on, or those of --data."""
-    model = ZoomLDM.from_run(cfg.run).to(ranks.device)
-    return model, open_data(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
-
+# ----- 3. The command -----
 
 def train_conditioner(cfg):
     """Train one conditioning model, or go on with it."""
     kind = kind_of(cfg.model)
     cfg.out, cfg.shift = cfg.run, cfg.shift or kind.usual_shift
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
-    model, pyramids = open_run(cfg, ranks)
+    model = ZoomLDM.from_run(cfg.run).to(ranks.device)
+    pyramids = open_data(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
     torch.manual_seed(cfg.seed + 2)
     made, dataset = kind.prepare(cfg, model, pyramids)
     cfg.source = str(made.info)  # run_stage does not go on with a state of another
@@ -342,62 +315,21 @@ def train_conditioner(cfg):
         print(f"{cfg.model}: {ranks.world} rank(s) on {ranks.device}, writing {path}")
     averaged = copy.deepcopy(made).to(ranks.device).eval()
 
-    def export(step, ema):
+    def save(ema):
         averaged.load_state_dict(ema)
-        averaged.save(path)
+        save_tensors(path, ema, {"kind": kind.kind, "dit": asdict(cfg.dit), "info": made.info})
+
+    def export(step, ema):
+        save(ema)
         if cfg.sheet and cfg.model != "grid":
+            from experiments.invented import draw_sheet
             sheet = Path(cfg.run) / "samples" / f"{cfg.model}_{step:06d}.png"
-            draw_sheet(averaged, model, pyramids, ranks, SampleConfig(n=cfg.sheet, steps=20), sheet)
-    stage = f"{cfg.model}_"
-    _, ema = run_stage(stage, cfg, ranks, made, dataset, cfg.steps, cfg.batch, cfg.optim.lr, cfg.optim.ema, export)
+            draw_sheet(averaged, model, ranks, sheet, range(averaged.scales), n=cfg.sheet, steps=20)
+    optim, stage = cfg.optim, f"{cfg.model}_"
+    _, ema = run_stage(stage, cfg, ranks, made, dataset, cfg.steps, cfg.batch, optim.lr, optim.ema, export)
     if ranks.rank == 0:
-        averaged.load_state_dict(ema)  # a training killed after its last step has exported an earlier one
-        averaged.save(path)
+        save(ema)  # a training killed after its last step has exported an earlier one
         print(f"done: {path}")
-
-
-@dataclass
-class SampleConfig:
-    run: str = ""              # run folder
-    model: str = "cdm"         # cdm or edm
-    scale: int = -1            # -1 = all
-    n: int = 8                 # patches per scale
-    steps: int = 50            # of the patches; their conditions take 50
-    guidance: float = 2.0      # of the patches; the CDM has none
-    seed: int = 0
-    out: str = ""              # folder for the patches; default RUN/MODEL
-    data: str = ""             # data folder; default: the one the run was trained on
-    device: str = "auto"
-    threads: int = 0
-    amp: bool = True           # bf16 autocast where the device has bf16 arithmetic
-
-
-def draw_sheet(made, model, pyramids, ranks, cfg, path):
-    """Draw cfg.n patches a scale from invented tokens, and a sheet of them. out: {scale: (n,3,P,P)}."""
-    if cfg.n < 1 or not -1 <= cfg.scale < pyramids.scales:
-        raise UserError(f"--n={cfg.n} --scale={cfg.scale}: n is at least 1, the run knows scales 0 to "
-                        f"{pyramids.scales - 1} (-1 = all)")
-    drawn, side = {}, pyramids.patch // model.vae.factor
-    for s in tqdm(range(pyramids.scales) if cfg.scale < 0 else [cfg.scale], desc="scales"):
-        c = made.tokens([s] * cfg.n, cfg.seed)
-        with ranks.autocast():
-            drawn[s] = model.draw(c, side, cfg.guidance, cfg.steps, cfg.seed)
-    save_grid(path, list(drawn.values()), [f"scale {s}" for s in drawn])
-    return drawn
-
-
-def sample_conditioner(cfg):
-    """Write patches at one scale, or all, without any image behind them."""
-    one_of(cfg, model=("cdm", "edm"))  # from the grid model draws sample_joint.py
-    ranks = setup(cfg.device, cfg.amp, cfg.threads)
-    model, pyramids = open_run(cfg, ranks)
-    made = load_conditioner(cfg.run, cfg.model, model)
-    out = Path(cfg.out or Path(cfg.run) / cfg.model)
-    drawn = draw_sheet(made, model, pyramids, ranks, cfg, out / "sheet.png")
-    for s, images in drawn.items():
-        for i, image in enumerate(to_uint8(images).numpy()):
-            save_png(out / f"scale{s}_{i:03d}.png", image)
-    print(f"wrote {out}: {len(drawn)} scales x {cfg.n} patches, and sheet.png")
 
 
 def main(argv):
@@ -407,22 +339,19 @@ def main(argv):
     command, rest = argv[0], argv[1:]
     if command in ("--help", "-h"):
         return print(__doc__ + "\nsettings: python cdm.py train --help, python cdm.py sample --help")
-    if command not in ("train", "sample"):
-        raise UserError(f"got {command!r}: write python cdm.py train RUN, or python cdm.py sample RUN")
     if command == "sample":
-        cfg = configure(SampleConfig, rest, words=("run",), doc=__doc__)
-    else:
-        models = ["cdm"] + [a.partition("=")[2] for a in rest if a.startswith("--model=")]
-        kind = kind_of(models[-1])
-        cfg = configure(kind.settings, rest, kind.presets, ("run", "preset"), __doc__)
-        at_least(cfg, steps=1, batch=1, seed=0, shift=0, sheet=0)
-        check_loop(cfg)
+        from experiments.invented import main as sample
+        return sample(rest)
+    if command != "train":
+        raise UserError(f"got {command!r}: write python cdm.py train RUN, or python cdm.py sample RUN")
+    models = [a.partition("=")[2] for a in rest if a.startswith("--model=")]
+    kind = kind_of(models[-1] if models else "cdm")
+    cfg = configure(kind.settings, rest, kind.presets, ("run", "preset"), __doc__)
+    at_least(cfg, steps=1, batch=1, seed=0, shift=0, sheet=0)
+    check_loop(cfg)
     if not cfg.run:
-        raise UserError(f"give a run folder: python cdm.py {command} out/toy")
-    if command == "train":
-        train_conditioner(cfg)
-    else:
-        sample_conditioner(cfg)
+        raise UserError("give a run folder: python cdm.py train out/toy")
+    train_conditioner(cfg)
 
 
 if __name__ == "__main__":

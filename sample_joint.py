@@ -28,7 +28,6 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import cdm
 from common import (
     UserError,
     atomic,
@@ -1106,8 +1105,9 @@ def main(argv):
         if cfg.eval or (cfg.sampler, cfg.end) != (Config.sampler, Config.end):
             raise UserError(f"--condition={cfg.condition} draws patches with DDIM alone: leave --eval, --sampler and "
                             f"--end away (what its conditions are worth: python cdm_table.py conditions RUN)")
-        names = ("run", "scale", "n", "steps", "guidance", "seed", "out", "data", "device", "threads", "amp")
-        return cdm.sample_conditioner(cdm.SampleConfig(model=cfg.condition, **{k: getattr(cfg, k) for k in names}))
+        from experiments import invented
+        names = ("run", "scale", "n", "steps", "guidance", "seed", "out", "device", "threads", "amp")
+        return invented.sample(invented.Config(model=cfg.condition, **{k: getattr(cfg, k) for k in names}))
     (large if cfg.size else evaluate if cfg.eval else show)(model, pyramids, cfg, ranks)
 
 

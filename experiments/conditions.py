@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 import sample_joint as S
-from cdm import load_conditioner, open_run
+from cdm import load_conditioner
 from common import UserError, at_least, cli, configure, one_of, save_grid, setup, write_text
-from data import fixed_batch
+from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM, null_condition
 from experiments import metrics as M
 from large import proxy as proxies
@@ -268,7 +268,8 @@ def main(argv):
     if not cfg.run:
         raise UserError(f"say which run: python -m experiments.conditions {cfg.command} out/toy_long")
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
-    model, pyramids = open_run(cfg, ranks)
+    model = ZoomLDM.from_run(cfg.run).to(ranks.device)
+    pyramids = Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
     found = commands[cfg.command](cfg, model, pyramids, ranks)
     path = Path(cfg.run) / "bench" / f"cdm_{cfg.command}.json"
     write_text(path, json.dumps({"settings": vars(cfg), "found": found}, indent=1))

@@ -43,7 +43,6 @@ class TokenDiT(DiT):
         self.modulation = None
 
     def forward(self, x, t, s):
-        self.check(x)
         e = time_embedding(t, 256).to(x.dtype)
         told = torch.stack([self.time2(F.silu(self.time1(e))), self.label(s)], 1)        # (B,2,W)
         h = torch.cat([told, self.embed(x) + self.pos], 1)                               # (B,2+N,W)

@@ -1,0 +1,68 @@
+"""Patches from nothing: the CDM, or the EDM, invents the tokens, and the U-Net draws under them.
+
+in:  a run folder with cdm.safetensors or edm.safetensors   out: RUN/cdm/*.png, and a sheet, a row for each scale
+run: python cdm.py sample out/toy --scale=3
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cdm import load_conditioner
+from common import UserError, at_least, cli, configure, one_of, save_grid, save_png, setup, to_uint8
+from diffusion import ZoomLDM
+
+
+@dataclass
+class Config:
+    run: str = ""              # run folder
+    model: str = "cdm"         # cdm or edm; under grids draws sample_joint.py --condition=grid
+    scale: int = -1            # -1 = all
+    n: int = 8                 # patches per scale
+    steps: int = 50            # of the patches; their conditions take 50
+    guidance: float = 2.0      # of the patches; the CDM has none
+    seed: int = 0
+    out: str = ""              # folder for the patches; default RUN/MODEL
+    device: str = "auto"
+    threads: int = 0
+    amp: bool = True           # bf16 autocast where the device has bf16 arithmetic
+
+
+def draw_sheet(made, model, ranks, path, scales, n, guidance=2.0, steps=50, seed=0):
+    """Draw n patches a scale from invented tokens, and write a sheet of them. out: {scale: (n,3,P,P)}."""
+    drawn, side = {}, model.info.get("patch", 256) // model.vae.factor
+    for s in tqdm(scales, desc="scales", disable=len(scales) < 2):
+        c = made.tokens([s] * n, seed)                                         # (n,65,D)
+        with ranks.autocast():
+            drawn[s] = model.draw(c, side, guidance, steps, seed)
+    save_grid(path, list(drawn.values()), [f"scale {s}" for s in drawn])
+    return drawn
+
+
+def sample(cfg):
+    """Write patches at one scale, or all."""
+    one_of(cfg, model=("cdm", "edm"))
+    at_least(cfg, n=1, scale=-1)
+    ranks = setup(cfg.device, cfg.amp, cfg.threads)
+    model = ZoomLDM.from_run(cfg.run).to(ranks.device)
+    made = load_conditioner(cfg.run, cfg.model, model)
+    if cfg.scale >= made.scales:
+        raise UserError(f"--scale={cfg.scale}: the run knows scales 0 to {made.scales - 1} (-1 = all)")
+    scales = range(made.scales) if cfg.scale < 0 else [cfg.scale]
+    out = Path(cfg.out or Path(cfg.run) / cfg.model)
+    drawn = draw_sheet(made, model, ranks, out / "sheet.png", scales, cfg.n, cfg.guidance, cfg.steps, cfg.seed)
+    for s, images in drawn.items():
+        for i, pixels in enumerate(to_uint8(images).numpy()):
+            save_png(out / f"scale{s}_{i:03d}.png", pixels)
+    print(f"wrote {out}: {len(drawn)} scales x {cfg.n} patches, and sheet.png")
+
+
+def main(argv):
+    cfg = configure(Config, argv, words=("run",), doc=__doc__)
+    if not cfg.run:
+        raise UserError("give a run folder: python cdm.py sample out/toy")
+    sample(cfg)
+
+
+if __name__ == "__main__":
+    cli(main)
