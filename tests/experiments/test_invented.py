@@ -3,6 +3,7 @@ import pytest
 from cdm_runs import go, new_home
 
 import cdm
+import sample_joint
 from common import UserError
 
 
@@ -13,9 +14,12 @@ def home(run, tmp_path_factory):
     return folder
 
 
-def test_sample_writes_patches(home, tmp_path):
-    """Without the data. catches: a scale that is ignored; more or fewer files."""
-    cdm.main(["sample", str(home), "--scale=1", "--n=2", "--steps=2", f"--out={tmp_path}", "--device=cpu"])
+@pytest.mark.parametrize("command, args", [(cdm.main, ["sample", "HOME"]),
+                                           (sample_joint.main, ["HOME", "--condition=cdm"])])
+def test_sample_writes_patches(command, args, home, tmp_path):
+    """By either name. catches: a scale that is ignored; more or fewer files."""
+    more = ["--scale=1", "--n=2", "--steps=2", f"--out={tmp_path}", "--device=cpu"]
+    command([arg.replace("HOME", str(home)) for arg in args] + more)
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["scale1_000.png", "scale1_001.png", "sheet.png"]
 
 
