@@ -255,13 +255,13 @@ def check(cfg):
         raise UserError(f"--features={cfg.features}: say which encoder made them, --encoder=uni, and give no "
                         f"--weights, no --tissue and no --cut: tiles without embedding are left out, and images whole")
     shard = cfg.shard or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
-    i, n = re.fullmatch(r"(\d+)/(\d+)|.*", shard).groups(-1)
-    if not 0 <= int(i) < int(n):
+    shard = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not shard or int(shard[1]) >= int(shard[2]):
         raise UserError(f"--shard={cfg.shard}: write i/n, as 0/4 to 3/4 for four parts")
     cut = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", cfg.cut or "1x1")
     if not cut:
         raise UserError(f"--cut={cfg.cut}: write columns x rows, as 3x2")
-    return int(i), int(n), (int(cut[1]), int(cut[2]))
+    return int(shard[1]), int(shard[2]), (int(cut[1]), int(cut[2]))
 
 
 def build(argv):
