@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import sample_joint as S
-from common import UserError, cli, configure, generator, save_grid, save_tensors, setup, to_uint8
+from common import UserError, cli, configure, generator, save_grid, save_png, save_tensors, setup, to_uint8
 from data import Pyramids
 from diffusion import ZoomLDM
-from sample_joint import GUIDES, Canvas, Grid, Resize, decode_strips, sample_levels
+from sample_joint import GUIDES, Resize, sample_levels
 from summarizer import pack_grid, standardize
 
 KINDS = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "I", "I;16", "I;16B")  # of pixels, read
@@ -52,7 +51,7 @@ class Config:
     steps: int = 50            # of sampling
     guidance: float = 2.0      # of the variations: eps_null + guidance (eps_cond - eps_null)
     sr_guidance: float = 1.0   # of super-resolution: 1 is none, for the image itself guides
-    guide: str = "x0"          # how the image constrains the sample: see joint.GUIDES
+    guide: str = "x0"          # how the image constrains the sample: see sample_joint.GUIDES
     lam: float = 0.3           # share of the misfit taken away at every step
     A: str = "bicubic"         # how the input came from the fine image: bicubic, or box, as pyramids are made
     seed: int = 0
@@ -90,11 +89,12 @@ def beginning(model, x, cells, s, seed, start=""):
         u = torch.randn(1, model.summarizer.cfg.embed_dim, *cells, generator=generator(seed))
         return u.repeat(len(x), 1, 1, 1), LR
     encoder = load_encoder(info["encoder"], info["std"], info.get("weights"))
-    P, A = patch_of(model, x), Resize.cached(2 ** s)
+    P, A = patch_of(model, x), Resize(2 ** s)
+    high, wide = (A.along(n * A.factor, x.double()) for n in x.shape[-2:])
     rows = []
     for i in range(cells[0]):  # a row of tiles at a time: the enlarged image is larger than the input by 4^s
-        strips = [A.up_part(v[None].double(), i * P, 0, (P, cells[1] * P)).float().clamp(-1, 1) for v in x]
-        tiles = torch.cat(strips).unflatten(3, (-1, P)).movedim(3, 1)                   # (B,Gw,3,P,P)
+        strip = A.factor ** 2 * (high[:, i * P:(i + 1) * P].T @ x.double() @ wide)
+        tiles = strip.float().clamp(-1, 1).unflatten(3, (-1, P)).movedim(3, 1)          # (B,Gw,3,P,P)
         rows.append(torch.stack([encoder((t + 1) / 2) for t in tiles]))                 # (B,Gw,E)
     return per_token(torch.stack(rows, 1).movedim(-1, 1)), LR_NEAR                      # (B,E,Gh,Gw)
 
@@ -135,7 +135,8 @@ def invert(model, x, s, steps=200, seed=0, batch=8, start=""):
     if x.shape[1] != 3 or min(H, W) < P or H % tile or W % tile:
         raise UserError(f"got images of shape {tuple(x.shape)}: at scale {s} give RGB of sides that are multiples of "
                         f"{tile} and at least {P}, as invert.to_tiles makes them")
-    canvas = Canvas(H // tile, W // tile, k, max(k // 4, min(k - 1, 1)), batch=batch)
+    from large.ranks import open_canvas
+    canvas = open_canvas(H // tile, W // tile, k, max(k // 4, min(k - 1, 1)), batch=batch)
     jobs = [(b, i, j) for b in range(len(x)) for i, j in canvas.ij]
     jobs = [jobs[n:n + batch] for n in range(0, len(jobs), batch)]
     with torch.no_grad():  # un-quantised
@@ -144,7 +145,7 @@ def invert(model, x, s, steps=200, seed=0, batch=8, start=""):
     u, lr = beginning(model, x.cpu(), (canvas.h, canvas.w), s, seed, start)
     u = u.to(device).requires_grad_()                                                   # (B,E,Gh,Gw)
     optimizer, times = torch.optim.Adam([u], lr), torch.linspace(FIRST, LAST, steps).long().tolist()
-    with torch.enable_grad(), tqdm(times, desc="invert", disable=canvas.rank > 0) as bar:
+    with torch.enable_grad(), tqdm(times, desc="invert", leave=False) as bar:
         for n, t in enumerate(bar):
             eps = torch.randn(1, *zs[0].shape[1:], generator=generator(seed, n + 1)).to(device)
             ab = float(model.schedule.alpha_bar[t])
@@ -154,7 +155,7 @@ def invert(model, x, s, steps=200, seed=0, batch=8, start=""):
                 loss = ab ** 0.5 * (1 - ab) * eps_error(model, per_token(cut), s, z, t, eps) - PRIOR * alike(cut)
                 grad += torch.autograd.grad(loss.sum(), u)[0]
                 total += loss.detach().sum()
-            u.grad = canvas.reduce(grad)
+            u.grad = canvas.share(grad)
             optimizer.step()
             bar.set_postfix_str(f"loss {float(total) / sum(map(len, jobs)):.4f}", refresh=False)
     return per_token(u.detach())
@@ -173,19 +174,32 @@ def to_tiles(x, s, patch):
 def paint(model, condition, side, s, y=None, factor=0, *, overlap=None, guidance=2.0, steps=50, seed=0, guide="x0",
           lam=0.3, kind="bicubic", proxy=None, batch=64, patch=0):
     """Draw a canvas of (height, width) = side pixels at scale s that reduces to y (1,3,h,w), if that is given.
-    in: condition, see sample_joint.contexts; patch, as trained if 0; the rest, joint.sample_levels.
+    in: condition, see large.windows.contexts; patch, as trained if 0; the rest, sample_levels.
     out: (1,3,height,width) in [-1,1]."""
+    from large.windows import decode_strips, prepare
     window = (patch or model.info.get("patch", 256)) // model.vae.factor
-    level, = S.prepare(model, condition, side, [s], window // 4 if overlap is None else overlap, seed=seed, batch=batch,
-                       patch=patch, guidance=1.0 if condition is None else guidance)
-    level.factor, level.y = factor, y
-    sample_levels([level], S.careful(model.decode), S.careful(model.encode), model.schedule, steps=steps, lam=lam,
-                  inner=0 if y is None else 1, guide=guide, kind=kind, proxy=proxy, end="clean",
-                  normalize="share" if GUIDES[guide][1] is None else True)
-    around = 0 if overlap == 0 else window // 2  # of the neighbours, as in sample_joint.pixels
+    level, = prepare(model, condition, side, [s], window // 4 if overlap is None else overlap, seed=seed, batch=batch,
+                     patch=patch, guidance=1.0 if condition is None else guidance, proxy=proxy)
+    level.A, level.y = Resize(factor or 1, kind), y
+    sample_levels([level], model.schedule, steps=steps, lam=lam, guide=guide, end="clean")
+    around = 0 if overlap == 0 else window // 2  # of the neighbours, as in large.command.pixels
     with torch.no_grad():
-        return torch.cat(list(decode_strips(S.careful(model.decode), level.canvas.whole(level.z), window + around,
-                                            around)), 2)
+        return torch.cat(list(decode_strips(model.decode, level.z, window + around, around)), 2)
+
+
+def project(A, x, y, rounds=20):
+    """The image nearest to x (...,H,W) that A makes y of: x + A^T (A A^T)^-1 (y - A x), in [-1,1], like x.
+
+    Clipping takes a little of it back, so it goes to and fro; a y that A cannot make of [-1,1], such as hard edges
+    from black to white, is met as nearly as that can.
+    """
+    dtype = torch.float32 if x.is_mps else torch.float64
+    out, y = x.to(dtype), y.to(x.device, dtype)
+    rows, columns = (A.along(n, out) for n in x.shape[-2:])
+    left, right = (torch.linalg.solve(m @ m.T, m) for m in (rows, columns))
+    for _ in range(rounds):
+        out = (out + left.T @ (y - A.down(out)) @ right).clamp(-1, 1)
+    return out.to(x)
 
 
 def super_resolve(model, x, s, target=0, condition="infer", e=None, back=True, seed=0, kind="bicubic", invert_steps=200,
@@ -193,9 +207,10 @@ def super_resolve(model, x, s, target=0, condition="infer", e=None, back=True, s
     """Draw an image at scale `target` that looks like x at scale s: joint sampling, x its fixed constraint.
 
     in:  x (3,H,W) or (B,3,H,W) in [-1,1], any size; condition: infer; gt, with e (E,Gh,Gw) the true embeddings of its
-    base tiles (or (B,E,Gh,Gw)); null; back: end with `Resize.project`; options as for `paint`.
+    base tiles (or (B,E,Gh,Gw)); null; back: end with `project`; options as for `paint`.
     out: as x, 2^(s-target) times as large. raises: ValueError for a target that is not finer. source: Z §4.4.
     """
+    from large.windows import Grid
     batch, factor = x[None] if x.ndim == 3 else x, 2 ** max(s - target, 0)
     if not 0 <= target < s:
         raise UserError(f"from scale {s} to {target}: the target must be finer than the image, and 0 is the finest")
@@ -212,7 +227,7 @@ def super_resolve(model, x, s, target=0, condition="infer", e=None, back=True, s
         free = paint(model, grid, side, target, y[None], factor, seed=seed, kind=kind, patch=patch, guidance=guidance,
                      **options)
         free = free[..., :batch.shape[2] * factor, :batch.shape[3] * factor].to(x)
-        out.append(Resize.cached(factor, kind).project(free, batch[n:n + 1]) if back else free)
+        out.append(project(Resize(factor, kind), free, batch[n:n + 1]) if back else free)
     return out[0][0] if x.ndim == 3 else torch.cat(out)
 
 
@@ -220,7 +235,7 @@ def agreement(x, y, kind="bicubic"):
     """PSNR of A x, with x as it would be written in 8 bits, to y."""
     from experiments import metrics as M
     rounded = to_uint8(x).movedim(-1, -3) / 127.5 - 1
-    return M.psnr(Resize.cached(x.shape[-1] // y.shape[-1], kind).down(rounded.double()), y.double())
+    return M.psnr(Resize(x.shape[-1] // y.shape[-1], kind).down(rounded.double()), y.double())
 
 
 # ----- 3. The command -----
@@ -274,7 +289,9 @@ def check(cfg, known):
 
 def main(argv):
     from large import proxy as proxies
+    from large.command import Settings
     from large.reference import load_grid
+    from large.windows import Grid
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
     if not cfg.run:
         raise UserError("say which run: python invert.py out/toy --image=FILE --scale=2")
@@ -293,7 +310,7 @@ def main(argv):
         proxy = proxies.load(folder, model, pyramids, ranks)
     cells = tuple(math.ceil(n * 2 ** s / P) for n in (h, w))
     if cfg.condition == "gt":
-        e = load_grid(S.Config(reference=cfg.reference), model, None, cells).e
+        e = load_grid(Settings(reference=cfg.reference), model, None, cells).e
     sampling = dict(steps=cfg.steps, batch=8 * cfg.batch)
     with ranks.autocast():
         if cfg.condition == "infer":
@@ -311,17 +328,17 @@ def main(argv):
         save_tensors(out / "e.safetensors", {"e": e.movedim(0, -1)}, {"image": cfg.image, "scale": s})
     for n, images in enumerate(varied):
         for name, v in zip(("variation", "cells"), images):
-            S.save_png(out / f"{name}_{n}.png", to_uint8(v[0]).numpy())
+            save_png(out / f"{name}_{n}.png", to_uint8(v[0]).numpy())
     if varied:
         save_grid(out / "variations.png", [torch.cat([x[None], *(v.cpu() for v, _ in varied)])])
     if sr is not None:
         said = f"{agreement(sr[None], x[None], cfg.A):.1f} dB"
         if cfg.back_project:
-            sr = Resize.cached(factor, cfg.A).project(sr, x)
+            sr = project(Resize(factor, cfg.A), sr, x)
             said += f", back-projected {agreement(sr[None], x[None], cfg.A):.1f} dB"
-        S.save_png(out / "sr.png", to_uint8(sr).numpy())
+        save_png(out / "sr.png", to_uint8(sr).numpy())
         nearest = x.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-        save_grid(out / "sheet.png", [torch.stack([nearest, Resize.cached(factor).up(x).clamp(-1, 1), sr])])
+        save_grid(out / "sheet.png", [torch.stack([nearest, Resize(factor).up(x).clamp(-1, 1), sr])])
         print(f"{w} x {h} -> {sr.shape[2]} x {sr.shape[1]} pixels; reduced again, it agrees with the input to {said}; "
               f"sheet.png shows input, bicubic, result")
     written = ["e.safetensors"] * (e is not None) + ["sr.png", "sheet.png"] * (sr is not None)

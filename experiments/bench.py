@@ -27,7 +27,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-import sample_joint as S
 import zoom_vae
 from common import UserError, cli, configure, setup, write_text
 from diffusion import ZoomLDM
@@ -35,6 +34,7 @@ from experiments import plan
 from experiments.cost import meta_flops, network_flops, rows_of_step, training_flops
 from experiments.rivals import Diffusers, compared, plain
 from large.proxy import Proxy
+from large.windows import prepare
 from sample_joint import sample_levels
 from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
@@ -189,18 +189,17 @@ def samplers(cfg, ranks):
 
     def joint(guide):
         net, proxy = model(), Proxy(factor).to(ranks.device).requires_grad_(False)
-        how = {"lam": 0.1, "normalize": "share"} if guide == "x0+proxy" else {"lam": 0.5, "floor": 1e-12}
 
         def call():
             with ranks.autocast():
-                sample_levels(S.prepare(net, None, (2 * SIDE * factor,), [1, 0], 0), net.decode, net.encode,
-                              net.schedule, steps=cfg.steps, guide=guide, proxy=proxy, end="clean", **how)
+                levels = prepare(net, None, (2 * SIDE * factor,), [1, 0], 0, proxy=proxy)
+                sample_levels(levels, net.schedule, steps=cfg.steps, guide=guide, lam=0.1, end="clean")
         return call
     one = network_flops(unet, vae, SIDE)
     yield from (matmul(ranks, cfg.full, *kind) for kind in kinds(ranks))
     for kind, dtype in kinds(ranks):
         yield f"patches, {kind}", cfg.steps * 2 * cfg.batch * one["U-Net"], partial(patches, dtype == HALF)
-    for guide in ("exact", "x0+proxy"):
+    for guide in ("s2", "x0+proxy"):
         rows = rows_of_step(4, 1, guide)
         yield f"joint, {guide}", cfg.steps * sum(n * one[k] for k, n in rows.items()), partial(joint, guide)
 
@@ -217,7 +216,7 @@ def training(cfg, ranks):
 GROUPS = {"peaks": peaks, "U-Net forward": unets, "U-Net forward and backward": partial(unets, backward=True),
           "VAE": vaes, "sampling": samplers, "training": training}
 MEMORY = ("U-Net forward: ours, fp32", "U-Net forward: ours, bf16 autocast", "U-Net forward and backward: ours, fp32",
-          "VAE: encode, fp32", "VAE: decode, fp32", "sampling: patches, fp32", "sampling: joint, exact",
+          "VAE: encode, fp32", "VAE: decode, fp32", "sampling: patches, fp32", "sampling: joint, s2",
           "sampling: joint, x0+proxy", "training: step")
 
 

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import torch
 
-import sample_joint as S
 from cdm import load_conditioner
 from common import UserError, at_least, cli, configure, one_of, save_grid, setup, write_text
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM, null_condition
 from experiments import metrics as M
 from large import proxy as proxies
-from sample_joint import Grid, Resize
+from large.command import Settings, decoded, draw_large
+from large.windows import Grid
+from sample_joint import Resize
 from slides.encoders import load_encoder
 from summarizer import standardize
 from text import captions
@@ -188,10 +189,10 @@ def coherence(cfg, model, pyramids, ranks, grids, seed=0):
     A, images, psnr = Resize(2 ** cfg.context), [], []
     proxy = proxies.load(cfg.run, model, pyramids, ranks) if "proxy" in cfg.guide else None
     for k, grid in enumerate(grids):
-        settings = S.Config(run=cfg.run, size=(cfg.size,), context=(cfg.context,), steps=cfg.steps, guide=cfg.guide,
+        settings = Settings(run=cfg.run, size=(cfg.size,), context=(cfg.context,), steps=cfg.steps, guide=cfg.guide,
                             overlap=cfg.overlap, seed=seed + k)
-        levels, _ = S.draw_large(model, grid, settings, ranks, proxy)
-        context, image = S.decoded(model, levels[0].z, ranks), S.decoded(model, levels[-1].z, ranks)
+        levels, _ = draw_large(model, grid, settings, ranks, proxy)
+        context, image = decoded(model, levels[0].z, ranks), decoded(model, levels[-1].z, ranks)
         images.append(image)
         psnr.append(M.psnr(A.down(image).clamp(-1, 1), context))
     return torch.cat(images), psnr

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError, cli
 from data import GRID
-from sample_joint import GUIDES, starts, usual_overlap
+from large.command import usual_overlap
+from sample_joint import starts
 from summarizer import SLOTS, Summarizer
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
@@ -111,20 +112,18 @@ def training_flops(unet, side=64, summarizer=None):
     return counter.get_total_flops()
 
 
-def rows_of_step(n, views, guide="exact", inner=1, guidance=2.0):
+def rows_of_step(n, views, guide="s2", inner=1, guidance=2.0):
     """Rows that the networks see in one step of joint sampling with n fine windows and `views` coarse ones, K = inner:
     estimates n (1 + 2 K) where the guide takes differences of the denoiser, else n, and one per coarse window, twice
     under guidance; decodes n K, where the guide needs them, and one per coarse window; encodes 2 n K."""
-    by, pull = GUIDES[guide]
-    if "gradient" in (by, pull):
-        raise UserError(f"guide={guide!r} runs backwards, which is not counted here: take exact, proxy, x0 or "
-                        f"x0+proxy")
-    estimates = n * (1 + 2 * inner if pull else 1) + views
-    return {"U-Net": estimates * (1 if guidance == 1 else 2), "decoder": n * inner * (by == "encoder") + views,
-            "encoder": 2 * n * inner * (by == "encoder")}
+    if guide not in ("s2", "x0", "x0+proxy"):
+        raise UserError(f"guide={guide!r} runs backwards, which is not counted here: take s2, x0 or x0+proxy")
+    estimates = n * (1 + 2 * inner if guide == "s2" else 1) + views
+    return {"U-Net": estimates * (1 if guidance == 1 else 2), "decoder": n * inner * (guide != "x0+proxy") + views,
+            "encoder": 2 * n * inner * (guide != "x0+proxy")}
 
 
-def rows_of_image(size, guide="exact", steps=50, patch=256, context=4, overlap=None, window=64):
+def rows_of_image(size, guide="s2", steps=50, patch=256, context=4, overlap=None, window=64):
     """Rows for a square image of `size` pixels with one coarser scale, decoded at the end in tiles half as large again
     as a patch, which count by their area. overlap (None: `usual_overlap`), window: in latents."""
     overlap, side = usual_overlap(window) if overlap is None else overlap, size * window // patch

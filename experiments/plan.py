@@ -163,7 +163,7 @@ def plan(cfg):
           f"{cfg.net_gbit:g}; storage gives {out['read'] / 1e9:.3f} GB/s to all\n"
           f"  disk      {out['stored'] / 1e12:.2f} TB of latents and embeddings, {16 * n / 1e9:.1f} GB a checkpoint\n"
           f"{cfg.images:,.0f} images of {cfg.size} x {cfg.size} pixels on {cfg.gpus} GPUs: 50 steps, a context")
-    for guide in ("exact", "x0+proxy"):
+    for guide in ("s2", "x0+proxy"):
         flops = sum(k * full[name] for name, k in rows_of_image(cfg.size, guide, context=4).items())
         each = cfg.image_s or flops / (img_s * flop)
         out[guide], out[guide + " FLOP"] = each * cfg.images / cfg.gpus, flops

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import sample_joint as S
 from common import (
     UserError,
     atomic,
@@ -22,6 +21,7 @@ from common import (
     load_tensors,
     open_tensors,
     save_grid,
+    save_png,
     save_tensors,
     setup,
     to_uint8,
@@ -32,7 +32,9 @@ from diffusion import ZoomLDM
 from experiments import metrics as M
 from experiments.cost import Profile, full_size
 from large import proxy as proxies
-from sample_joint import Grid, Resize, usual_overlap
+from large.command import Settings, decoded, draw_large, usual_overlap
+from large.windows import Grid
+from sample_joint import Resize
 from slides.encoders import load_encoder
 from summarizer import standardize
 
@@ -56,9 +58,9 @@ METHODS = {  # settings of sample_joint.py
     "independent": dict(method="independent"),
     "multidiffusion": dict(method="multidiffusion", overlap=3),  # as the guided ones, in windows of 16
     "bicubic": dict(method="bicubic"),
-    "S2, published": dict(guide="exact", lam=(0.5,), overlap=0, fade=False),
-    "S2, repaired": dict(guide="exact", lam=(0.5,), overlap=0, fade=False, repair=True),
-    "exact": dict(guide="exact"), "proxy": dict(guide="proxy"),
+    "S2, published": dict(guide="s2", lam=(0.5,), overlap=0, fade=False),
+    "S2, repaired": dict(guide="s2", lam=(0.5,), overlap=0, fade=False, repair=True),
+    "s2": dict(guide="s2"),
     "x0": dict(guide="x0"),
     "x0+proxy": dict(guide="x0+proxy"),
     "part guided": dict(guide="x0+proxy", guided=(100, 800)),  # x0+proxy without a null branch at both ends
@@ -99,7 +101,7 @@ def held_out(pyramids, k, size):
 
 def settings(cfg, method, context):
     """The Config of sample_joint.py for one of METHODS."""
-    return replace(S.Config(run=cfg.run, size=(cfg.size,), context=(context,), steps=cfg.steps, seed=cfg.seed),
+    return replace(Settings(run=cfg.run, size=(cfg.size,), context=(context,), steps=cfg.steps, seed=cfg.seed),
                    **METHODS[method])
 
 
@@ -148,7 +150,7 @@ def paint(cfg, name, k, grid, shared, model, proxy, ranks):
     if name == "bicubic":
         x = Resize(2 ** context).up(shared).clamp(-1, 1)
     else:
-        x = S.decoded(model, S.draw_large(model, grid, settle, ranks, proxy)[0][-1].z, ranks)
+        x = decoded(model, draw_large(model, grid, settle, ranks, proxy)[0][-1].z, ranks)
     meter.close()
     spent = time.perf_counter() - began, sum(meter.rows[p] * full.get(p, 0) for p in meter.rows) / 1e12
     x = to_uint8(x)[0]                                                                  # (size,size,3)
@@ -182,10 +184,10 @@ def quality(cfg):
     with torch.no_grad(), ranks.autocast():
         coded = [torch.cat([model.decode(model.encode(p.to(ranks.device))).float().clamp(-1, 1).cpu()
                             for p in crops(x, P).split(32)]).flatten(1).T[None] for _, x, _ in slides]
-        whole = [S.decoded(model, model.encode(x.to(ranks.device)).float(), ranks) for _, x, _ in slides]
+        whole = [decoded(model, model.encode(x.to(ranks.device)).float(), ranks) for _, x, _ in slides]
     drawn, views, table, bill = {"real": [x for _, x, _ in slides], "coded whole": whole,
                                  "coded patches": [F.fold(x, cfg.size, P, stride=P) for x in coded]}, [], [], {}
-    shared = [S.decoded(model, S.draw_large(model, grid, settings(cfg, "bicubic", context), ranks)[0][0].z, ranks)
+    shared = [decoded(model, draw_large(model, grid, settings(cfg, "bicubic", context), ranks)[0][0].z, ranks)
               for grid, _, _ in slides]
     for k, (grid, _, _) in enumerate(slides):
         for name in names:
@@ -219,7 +221,7 @@ def quality(cfg):
         row["tissue_seams"] = {k: sum(v) / len(v) for k, v in sorted(row.get("tissue_seams", {}).items())}
         table.append(row)
         views.append(torch.cat(images[:2]))
-        S.save_png(out / f"quality_{cfg.size}" / f"{slug(name)}.png", to_uint8(images[0])[0].numpy())
+        save_png(out / f"quality_{cfg.size}" / f"{slug(name)}.png", to_uint8(images[0])[0].numpy())
     save_grid(out / f"quality_{cfg.size}.png", views, list(drawn))
     write_text(out / f"quality_{cfg.size}.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))
     keys = ["psnr", "ssim", "crops_desc", "crops_rand", "views_desc", "views_rand", "ref_desc", "ref_rand", "seams",

@@ -15,23 +15,18 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-import sample_joint as S
 from common import UserError, cli, configure
 from diffusion import ddim_step, ddim_timesteps, noise_levels, to_x0
 from experiments.cost import Profile, full_size
 from experiments.quality import held_out, open_run
-from sample_joint import (
-    Canvas,
-    Resize,
-    err_z_by_encoder,
-    err_z_by_gradient,
-    full_precision,
-    g_by_difference,
-    g_by_gradient,
-    peak,
-    sample_levels,
-    unit,
-)
+from large.command import Settings, draw_large, pixels
+from large.windows import contexts, decode_strips, prepare
+from sample_joint import GUIDES, Canvas, Resize, full_precision, sample_levels
+
+
+def peak(parts):
+    """Largest absolute value of each window, (N,1,1,1), never zero."""
+    return parts.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
 
 
 @dataclass
@@ -56,8 +51,6 @@ def transcribed(model, c, c_ctx, z, z_ctx, factor, steps, guidance=2.0, lam=0.5,
 
     in:  c {corner: tokens} and noise z of the fine canvas, c_ctx and z_ctx of the context. out: latents (1,3,H,W), and
     after the published decoding: windows at a quarter of their side, blended with a Gaussian. reference.md §7.
-    It rounds where joint.py does, A in float64: two finite differences, one in the other, make 1e-3 of a rounding, and
-    decoding, which snaps to codes, far more.
     """
     W, w, ij, A = z.shape[-1], z_ctx.shape[-1], list(c), Resize(factor)
     patches = torch.cat([z[..., i:i + w, j:j + w] for i, j in ij])                      # (n,3,w,w)
@@ -75,9 +68,6 @@ def transcribed(model, c, c_ctx, z, z_ctx, factor, steps, guidance=2.0, lam=0.5,
     def cut(x, side):
         return F.unfold(x, side, stride=side)[0].T.reshape(-1, 3, side, side)
 
-    def rounded(f, x):
-        return f(x.double()).to(x)
-
     def estimate(z, i):
         t = torch.full((16,), timesteps[i], device=z.device)
         eps = torch.cat([fn(part, t[:len(part)]) for fn, part in zip(fns, z.split(16))])
@@ -89,7 +79,7 @@ def transcribed(model, c, c_ctx, z, z_ctx, factor, steps, guidance=2.0, lam=0.5,
         eps, z0_hat = estimate(patches, i)
         for _ in range(inner):
             x = batches(model.decode, z0_hat)
-            u = cut(rounded(A.up, y - rounded(A.down, stitch(x))), x.shape[-1])
+            u = cut(A.up(y - A.down(stitch(x))), x.shape[-1])
             e = (batches(model.encode, x + zeta * u / peak(u)) - batches(model.encode, x)) * peak(u) / zeta
             g = (estimate(patches + delta * (e * (1 / peak(e))), i)[1] - z0_hat) / delta
             patches = patches + lam * (g * (1 / peak(g)))
@@ -121,7 +111,8 @@ def speed(cfg):
     context, window = (cfg.size // pyramids.patch).bit_length() - 1, pyramids.patch // model.vae.factor
 
     def levels(guided=(0, 1000)):
-        made = S.prepare(model, lambda *at: grid(*at).to(kind()), (cfg.size,), [context, 0], 0, guided=guided)
+        made = prepare(model, lambda *at: grid(*at).to(kind()), (cfg.size,), [context, 0], 0, guided=guided,
+                       proxy=proxy)
         for level in made:
             level.z = level.z.to(kind())
         return made
@@ -133,29 +124,26 @@ def speed(cfg):
         made = levels(guided)
         lam = 1.0 if guide.startswith("x0") else 0.5
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
-            sample_levels(made, model.decode, model.encode, model.schedule, steps=cfg.steps, guide=guide, proxy=proxy,
-                          normalize="share" if guide.startswith("x0") else True, end="clean", floor=1e-12,
-                          **({"lam": lam} | options))
+            sample_levels(made, model.schedule, steps=cfg.steps, guide=guide, end="clean", **({"lam": lam} | options))
         return made[-1].z
 
     def theirs():
         made = levels()
-        c, c_ctx = (S.contexts(model, lambda *at: grid(*at).to(kind()), s, level.canvas)
+        c, c_ctx = (contexts(model, lambda *at: grid(*at).to(kind()), s, level.canvas)
                     for level, s in zip(made[::-1], (0, context)))
         return transcribed(model, c, c_ctx, made[1].z, made[0].z, 2 ** context, cfg.steps)
 
     def decoding(amp):
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
-            return list(S.decode_strips(model.decode, z, window * 3 // 2, window // 2))
+            return list(decode_strips(model.decode, z, window * 3 // 2, window // 2))
     z = levels()[-1].z
     runs = {"transcription": (theirs, lambda: published_decoding(model, z, window)),
-            "exact, float32": (lambda: ours("exact", False), lambda: decoding(False)),
-            "exact, bf16": (lambda: ours("exact", True), lambda: decoding(True)),
-            "proxy": (lambda: ours("proxy", True), lambda: decoding(True)),
+            "s2, float32": (lambda: ours("s2", False), lambda: decoding(False)),
+            "s2, bf16": (lambda: ours("s2", True), lambda: decoding(True)),
             "x0": (lambda: ours("x0", True), lambda: decoding(True)),
             "x0+proxy": (lambda: ours("x0+proxy", True), lambda: decoding(True)),
             "part guided": (lambda: ours("x0+proxy", True, (100, 800)), lambda: decoding(True)),
-            "unguided": (lambda: ours("exact", True, lam=0.0), lambda: decoding(True))}
+            "unguided": (lambda: ours("s2", True, lam=0.0), lambda: decoding(True))}
     seconds, flops, full = {name: ([], []) for name in runs}, {}, full_size()
     for _ in range(cfg.rounds):
         for name, pair in runs.items():
@@ -167,11 +155,11 @@ def speed(cfg):
                 meter.close()
                 spent.append(sum(meter.rows[p] * full.get(p, 0) for p in meter.rows))
             flops[name] = spent[0] * 50 / cfg.steps + spent[1]
-    far = [float((theirs() - ours("exact", False)).abs().max())]
+    far = [float((theirs() - ours("s2", False)).abs().max())]
     model.double()
-    far.append(float((theirs() - ours("exact", False)).abs().max()))
+    far.append(float((theirs() - ours("s2", False)).abs().max()))
     print(f"{cfg.size} x {cfg.size} pixels, no overlap, guidance 2, medians of {cfg.rounds} rounds, {cfg.steps} steps\n"
-          f"largest difference of latents, transcription and exact: {far[0]:.1e} in float32, {far[1]:.1e} in float64\n"
+          f"largest difference of latents, transcription and s2: {far[0]:.1e} in float32, {far[1]:.1e} in float64\n"
           f"{'':>16}{'s a step':>10}{'decoding':>10}{'50 steps':>10}{'times':>8}{'full size, TFLOP':>18}{'times':>8}")
     half = {name: [sorted(v)[len(v) // 2] for v in pair] for name, pair in seconds.items()}
     total = {name: 50 / cfg.steps * a + b for name, (a, b) in half.items()}
@@ -189,13 +177,13 @@ def one(cfg):
     grid, _, _ = held_out(pyramids, 0, 512)
     times = -(-cfg.size // 512)
     grid.e = grid.e.tile(1, times, times)
-    settle = S.Config(run=cfg.run, size=(cfg.size,), context=(3,), steps=cfg.steps, guide=cfg.guide,
+    settle = Settings(run=cfg.run, size=(cfg.size,), context=(3,), steps=cfg.steps, guide=cfg.guide,
                       overlap=cfg.overlap)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    S.draw_large(model, grid, replace(settle, size=(512,), steps=1), ranks, proxy)  # the first call of a kernel is slow
+    draw_large(model, grid, replace(settle, size=(512,), steps=1), ranks, proxy)  # the first call of a kernel is slow
     began = time.perf_counter()
-    levels, _ = S.draw_large(model, grid, settle, ranks, proxy)
-    for strip in S.pixels(model, levels[-1].z, ranks):
+    levels, _ = draw_large(model, grid, settle, ranks, proxy)
+    for strip in pixels(model, levels[-1].z, ranks):
         assert strip.shape[1] == cfg.size
     seconds = time.perf_counter() - began
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -221,49 +209,45 @@ def flat(cfg):
 # ----- 3. Eq. 6's claim -----
 
 def cosine(cfg):
-    """At ten t of one run, the cosine between Algorithm S2's directions and the gradients of Algorithm S1 they stand
-    for, over the whole canvas; seconds of each, and the megabytes that backpropagation keeps of one batch."""
+    """At ten t of one run, the cosine between Algorithm S2's e (Eq. 6) and S1's (Eq. 3), and between the g (Eq. 4) that
+    follow; of the proxy's e with S1's; seconds of Eq. 6 and Eq. 3, and the megabytes that backpropagation keeps."""
     model, pyramids, proxy, ranks = open_run(cfg)
     grid, _, _ = held_out(pyramids, 0, cfg.size)
     context = (cfg.size // pyramids.patch).bit_length() - 1
-    levels = S.prepare(model, grid, (cfg.size,), [context, 0], 0)
-    A, rows, kept = Resize(2 ** context), [], [0]
-    timesteps = ddim_timesteps(1000, 20)
+    levels = prepare(model, grid, (cfg.size,), [context, 0], 0, proxy=proxy)
+    timesteps, kept = ddim_timesteps(1000, 20), [0]
 
     def like(a, b):
         return float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
 
-    def look(n, t, levels, estimates, targets):
+    def keep(x):
+        kept[0] += x.nbytes
+        return x
+
+    def look(n, t, levels):
         if n % 2 or n + 2 > len(timesteps):
             return
-        level, i = levels[-1], len(timesteps) - 2 - n
-        ab, canvas = float(model.schedule.alpha_bar[timesteps[i]]), level.canvas
-
-        def estimate(z):
-            return to_x0(canvas.average(lambda ij: level.eps(canvas.cut(z, ij), torch.full(
-                (len(ij),), timesteps[i], device=z.device), ij)), z, ab, "eps")
+        level, at = levels[-1], timesteps[len(timesteps) - 2 - n]
+        ab, unit = float(model.schedule.alpha_bar[at]), level.canvas.unit
+        small = replace(level, decode=proxy, A=Resize(level.A.factor // proxy.factor))
         with full_precision(level.z.device):
-            z0_hat, clock = estimate(level.z), [time.perf_counter()]
-            e2 = err_z_by_encoder(canvas, model.decode, model.encode, z0_hat, A, targets[-1], 0.005)[0]
-            g2 = g_by_difference(level, level.z, z0_hat, unit(canvas, e2), estimate, 0.005, timesteps[i], ab)
+            z0, _ = level.z0_hat(level.z, at, ab)
+            x = level.Dec(z0)
+            e_img, clock = unit(level.error(x)), [time.perf_counter()]
+            e6 = unit(level.Enc(x + 0.005 * e_img) - level.Enc(x))
             clock.append(time.perf_counter())
-
-            def keep(x):
-                kept[0] += x.nbytes
-                return x
             kept[0] = 0
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                e1 = err_z_by_gradient(canvas, model.decode, z0_hat, A, targets[-1])[0]
-                g1 = g_by_gradient(level, level.z, e1, timesteps[i], ab)
+                e3 = unit(level.backpropagate(model.decode, z0, e_img))
             clock.append(time.perf_counter())
-            ep = err_z_by_gradient(canvas, proxy, z0_hat, Resize(A.factor // proxy.factor), targets[-1])[0]
-        rows.append((timesteps[i], like(g2, g1), like(e2, e1), like(ep, e1), clock[1] - clock[0], clock[2] - clock[1]))
-        print(f"{rows[-1][0]:>6}" + "".join(f"{v:>22.3f}" for v in rows[-1][1:4])
-              + f"{rows[-1][4]:>10.1f}{rows[-1][5]:>10.1f}{kept[0] / 2 ** 20:>14.0f}", flush=True)
-    print(f"{'t':>6}{'S2 with S1':>22}{'encoder with decoder':>22}{'proxy with decoder':>22}{'S2, s':>10}{'S1, s':>10}"
-          f"{'S1 keeps, MB':>14}")
-    sample_levels(levels, model.decode, model.encode, model.schedule, steps=20, guide="x0+proxy", normalize="share",
-                  lam=0.3, proxy=proxy, callback=look, end="clean")
+            ep = level.backpropagate(proxy, z0, small.error(small.Dec(z0)))
+            g6, g3 = (level.z0_hat(level.z + 0.005 * e, at, ab)[0] - z0 for e in (e6, e3))
+        seconds = clock[1] - clock[0], clock[2] - clock[1]
+        print(f"{at:>6}" + "".join(f"{v:>18.3f}" for v in (like(e6, e3), like(g6, g3), like(ep, e3)))
+              + f"{seconds[0]:>10.1f}{seconds[1]:>10.1f}{kept[0] / 2 ** 20:>16.0f}", flush=True)
+    print(f"{'t':>6}{'e, S2 with S1':>18}{'g, S2 with S1':>18}{'e, proxy with S1':>18}{'Eq. 6, s':>10}{'Eq. 3, s':>10}"
+          f"{'Eq. 3 keeps, MB':>16}")
+    sample_levels(levels, model.schedule, steps=20, guide="x0+proxy", lam=0.3, callback=look, end="clean")
 
 
 def main(argv):
@@ -271,9 +255,9 @@ def main(argv):
     commands = {"speed": speed, "flat": flat, "cosine": cosine, "one": one}
     if cfg.command not in commands or not cfg.run:
         raise UserError("write python joint_table.py speed RUN, or flat RUN, or cosine RUN")
-    if min(cfg.rounds, cfg.steps) < 1 or cfg.guide not in S.GUIDES or cfg.command == "cosine" and cfg.size < 256:
+    if min(cfg.rounds, cfg.steps) < 1 or cfg.guide not in GUIDES or cfg.command == "cosine" and cfg.size < 256:
         raise UserError(f"--rounds={cfg.rounds} --steps={cfg.steps} --guide={cfg.guide} --size={cfg.size}: the first "
-                        f"two are at least 1, guides are {', '.join(S.GUIDES)}, and cosine takes 256 pixels or more")
+                        f"two are at least 1, guides are {', '.join(GUIDES)}, and cosine takes 256 pixels or more")
     commands[cfg.command](cfg)
 
 

@@ -115,7 +115,7 @@ def table(model, pyramids, proxy, cfg, ranks):
         for key, value in row.items():
             rows.setdefault(name, {}).setdefault(key, []).append(value)
         first.setdefault(name, images[:6])
-    score("bicubic", Resize.cached(factor).up(x).clamp(-1, 1))
+    score("bicubic", Resize(factor).up(x).clamp(-1, 1))
     for seed in range(cfg.seeds):
         with ranks.autocast():
             inferred = I.invert(model, x, cfg.scale, cfg.invert_steps, seed, start=cfg.start).cpu()
@@ -126,7 +126,7 @@ def table(model, pyramids, proxy, cfg, ranks):
                                               guide=cfg.guide, lam=cfg.lam, proxy=proxy)
         for name, images in drawn.items():
             score(name, images)
-            score(f"{name}, exact", Resize.cached(factor, cfg.A).project(images, x))
+            score(f"{name}, exact", I.project(Resize(factor, cfg.A), images, x))
     score("real", truth)
     stem = "sr_stain" if cfg.stain else "sr"
     near = x[:6].repeat_interleave(factor, -1).repeat_interleave(factor, -2)

@@ -18,7 +18,8 @@ from data import PatchDataset
 from diffusion import diffusion_loss, to_eps
 from experiments.quality import open_run
 from large.proxy import fingerprint
-from sample_joint import Canvas, Level, Resize, decode_strips, sample_levels
+from large.windows import decode_strips
+from sample_joint import Canvas, Level, Resize, sample_levels
 from unet import UNet
 
 
@@ -62,7 +63,7 @@ class Trained:
         return F.interpolate(y, side, mode="bicubic", antialias=True).to(self.unet.conv_out.weight.device)
 
     def fit(self, data, steps, ranks, batch=32, lr=5e-4):
-        optimizer, A = torch.optim.AdamW(self.unet.parameters(), lr), Resize.cached(self.factor, "box")
+        optimizer, A = torch.optim.AdamW(self.unet.parameters(), lr), Resize(self.factor, "box")
         for step in tqdm(range(steps), desc="trained baseline"):
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             x = default_collate([data[step * batch + i] for i in range(batch)])["x"]
@@ -87,8 +88,9 @@ class Trained:
 
         def eps(z, t, ij):
             return to_eps(self.predict(z, t, canvas.cut(y, ij)), z, model.schedule.at(t, z), model.pred)
-        level = Level(eps, canvas, torch.randn(y.shape, generator=generator(seed, 0)).to(y))
-        sample_levels([level], None, None, model.schedule, steps=steps, inner=0, end="clean")
+        z = torch.randn(y.shape, generator=generator(seed, 0)).to(y)
+        level = Level(eps, model.decode, model.encode, canvas, z)
+        sample_levels([level], model.schedule, steps=steps, end="clean")
         return torch.cat(list(decode_strips(model.decode, level.z, window * 3 // 2, window // 2)), 2).cpu()
 
 

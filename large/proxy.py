@@ -5,9 +5,9 @@ from the decoder in half a minute, and their gradient costs next to nothing, so 
 Reductions beyond 4 follow by `Resize`. Its pupils are noisy estimates of every t, which is what it will be asked about.
 
 in:  scaled latents (B,3,h,w)   out: images (B,3,h,w) in [-1,1], and RUN/proxy.safetensors
-run: python proxy.py out/toy     read next: sample_joint.py
+run: python -m large.proxy out/toy     read next: large/command.py
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from common import UserError, cli, configure, generator, load_tensors, save_tensors, setup
 from data import PatchDataset, Pyramids
-from diffusion import ZoomLDM, to_x0
-from sample_joint import Resize
+from diffusion import ZoomLDM, to_eps, to_x0
+from sample_joint import Resize, full_precision
 
 
 class Proxy(nn.Module):
@@ -46,6 +46,24 @@ class Proxy(nn.Module):
         mean, std = mean.detach(), (var + 1e-4).sqrt().detach()
         z = torch.cat([z, mean.expand_as(z), std.expand_as(z)], 1)                      # (B,9,h,w)
         return self.linear(z) + self.deep(z)                                            # (B,3,h,w)
+
+
+def guide(level, z, t, ab, K, lam, delta, zeta):
+    """See sample_joint.guide_x0_by_proxy. Without a proxy the decoder itself is differentiated. out: z, z0_hat, eps."""
+    image, smaller, factor = level.decode, 1, level.A.factor
+    if level.proxy is not None:
+        image, smaller = level.proxy, level.proxy.factor
+    # the proxy's image may be smaller than the target: then both are compared at its size
+    y = Resize(max(smaller // factor, 1), level.A.kind).down(level.target)
+    small = replace(level, decode=image, A=Resize(max(factor // smaller, 1), level.A.kind), target=y)
+    z0, _ = level.z0_hat(z, t, ab)
+    for _ in range(K):
+        with full_precision(z.device):
+            change = small.backpropagate(image, z0, small.error(small.Dec(z0)))
+            if level.proxy is not None:
+                change = torch.einsum("ij,bjhw->bihw", level.proxy.inverse, change)
+        z0 = z0 + lam * change
+    return z, z0, to_eps(z0, z, ab, "x0")
 
 
 @torch.no_grad()
@@ -133,7 +151,7 @@ def main(argv):
     """Fit if need be, and print the error on estimates of held-out slides at seven t."""
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
     if not cfg.run:
-        raise UserError("say which run: python proxy.py out/toy")
+        raise UserError("say which run: python -m large.proxy out/toy")
     ranks = setup(cfg.device, threads=cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
     pyramids = Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))

@@ -3,110 +3,174 @@
 A `Grid` holds one embedding per base tile under the image; `--swap` and `--paste` move its cells, which moves what is
 drawn there (L §3.2).
 
-in:  settings of sample_joint.py   out: a Grid, as windows ask it for conditions
-run: python reference.py     what two edits do to a grid     read next: sample_joint.py
+in:  Conditions, settings of a large image   out: a Grid, as windows ask it for conditions
+run: python -m large.reference     what two edits do to a grid     read next: large/ranks.py
 """
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 from cdm import load_conditioner
 from common import UserError, cli, load_tensors
 from data import Pyramids
-from sample_joint import Grid
+from large.windows import Grid
 from slides.encoders import embed, load_encoder
 from slides.reader import open_slide
 
 
-def cells(text, name, n):
-    """"1,2:3,4;..." -> [((1,2),(3,4)), ...]"""
-    try:
-        out = [tuple(tuple(int(v) for v in pair.split(",")) for pair in item.split(":")) for item in text.split(";")]
-        assert all(2 <= len(item) <= n and all(len(pair) == 2 for pair in item) for item in out)
-        return out
-    except (ValueError, AssertionError) as err:
-        raise UserError(f"--{name}={text}: write row,column:row,column, several of them with ';' between") from err
+@dataclass
+class Conditions:
+    slide: int = 0             # whose embeddings: the k-th image of the split
+    reference: str = ""        # or those of this image, read at the data's resolution if it says its own, or of a
+    #                            .safetensors file with e (Gh,Gw,E), as data.py and invert.py write them
+    weights: str = ""          # of the encoder that embeds the reference, if they lie elsewhere than for the build
+    at: tuple = (0, 0)         # base tile (row, column) of the reference where the image begins
+    caption: str = ""          # with --condition=grid: what the image shows, in words
+    vector: str = ""           # or as a vector made elsewhere, a .safetensors file with v (V,)
+    emphasis: float = 2.0      # guidance of the grid model towards its caption
+    spread: float = 0.0        # how much chance may change the amounts a caption states; 1 = as trained
+    swap: str = ""             # move what is drawn: "i,j:k,l" exchanges two base tiles, more of them after ";"
+    paste: str = ""            # "i,j:k,l" or "i,j:k,l:rows,columns" copies a block over another
+
+
+# ----- 1. Where embeddings come from -----
+
+def inside(name, cfg, have, need):
+    """raises: UserError if the image, (rows, columns) = need from --at on, does not lie in `have` base tiles."""
+    if any(a < 0 or a + n > most for a, n, most in zip(cfg.at, need, have)):
+        raise UserError(f"{name} has {have[0]} x {have[1]} base tiles, the image needs {need[0]} x {need[1]} from "
+                        f"{cfg.at} on: take a smaller --size, another --at, or a larger --reference")
+
+
+def from_file(cfg, model):
+    """e (rows,columns,E) of a .safetensors file."""
+    e, width = load_tensors(cfg.reference)[0].get("e"), model.summarizer.cfg.embed_dim
+    if e is None or e.ndim != 3 or e.shape[2] != width:
+        raise UserError(f"{cfg.reference} holds e {None if e is None else tuple(e.shape)}, the run takes (rows, "
+                        f"columns, {width}): embed with {model.info.get('encoder')!r}")
+    folder = Path(cfg.reference).parent
+    if (folder / "index.json").exists():  # a file of data.py: its deviations may not be the run's
+        e = e.float() * Pyramids(folder, std=model.info.get("std")).rescale
+    return e
+
+
+def from_image(cfg, model, pyramids, need):
+    """e (rows,columns,E) of the tiles of an image that are asked for: a slide has a hundred thousand."""
+    info, patch, name = model.info, model.info.get("patch", 256), cfg.reference
+    if not Path(name).is_file():
+        raise UserError(f"--reference={name} does not exist: give an image, or a .safetensors grid")
+    if "encoder" not in info:
+        raise UserError(f"{cfg.run or 'the model'} does not say which encoder it knows: give --reference as a grid, a "
+                        f".safetensors file")
+    slide, mpp = open_slide(name), None
+    if slide.said:
+        mpp = info.get("mpp") if pyramids is None else pyramids.mpp
+        if pyramids is None and mpp is None:
+            print(f"{name} is read at its own resolution, for its run does not say which one it knows: give --data=")
+    width, height = slide.grid(mpp)[2]
+    if min(width, height) < patch:
+        raise UserError(f"{name} is {width} x {height} pixels, smaller than a patch of {patch}: take a larger "
+                        f"--reference")
+    inside(name, cfg, (height // patch, width // patch), need)
+    encoder, rows = load_encoder(info["encoder"], info["std"], cfg.weights or info.get("weights")), []
+    for row in range(cfg.at[0], cfg.at[0] + need[0]):
+        strip = slide.read(cfg.at[1] * patch, row * patch, need[1] * patch, patch, mpp)
+        rows.append(embed(encoder, strip.reshape(patch, -1, patch, 3).swapaxes(0, 1)))
+    return torch.stack(rows)
+
+
+def from_slide(cfg, pyramids):
+    """e (rows,columns,E) of the k-th image of the split, and its name."""
+    mine = [k for k, x in enumerate(pyramids.slides) if x["split"] == cfg.split]
+    if not 0 <= cfg.slide < len(mine):
+        raise UserError(f"--slide={cfg.slide}: {pyramids.folder} has {len(mine)} {cfg.split!r} images, from 0")
+    k = mine[cfg.slide]
+    return pyramids.tensor(k, "e").float() * pyramids.rescale, pyramids.slides[k]["name"]
 
 
 def load_grid(cfg, model, pyramids, need):
     """The `Grid` of conditions under the image, (rows, columns) = need, edited as --swap and --paste say. pyramids:
     the data of the run; a reference and an invented grid do without (None).
     raises: UserError if there are not as many tiles, or the embeddings have another width or are no numbers."""
-    patch, info = model.info.get("patch", 256), model.info
-    (i, j), (h, w) = cfg.at, need
-
-    def inside(rows, columns):
-        if i < 0 or j < 0 or i + h > rows or j + w > columns:
-            raise UserError(f"{name} has {rows} x {columns} base tiles, the image needs {h} x {w} from {cfg.at} on: "
-                            f"take a smaller --size, another --at, or a larger --reference")
+    name, whole = cfg.reference, False
+    if cfg.condition != "grid" and (cfg.caption or cfg.vector) or cfg.condition == "grid" and cfg.reference:
+        raise UserError(f"--condition={cfg.condition}: --caption and --vector go with --condition=grid, --reference "
+                        f"does not go with --condition=grid")
     if cfg.condition == "grid":
         from text.grid import vector_of
-        made = load_conditioner(cfg.run, "grid", model)
+        made, name = load_conditioner(cfg.run, "grid", model), "the invented grid"
         v = vector_of(made, cfg.caption, cfg.vector)
-        e = made.grid(h, w, v, cfg.emphasis, cfg.seed, spread=cfg.spread).movedim(0, -1)
-        name, (i, j) = "the invented grid", (0, 0)
-    elif cfg.reference.endswith(".safetensors"):
-        e, name = load_tensors(cfg.reference)[0].get("e"), cfg.reference
-        if e is None or e.ndim != 3 or e.shape[2] != model.summarizer.cfg.embed_dim:
-            raise UserError(f"{cfg.reference} holds e {None if e is None else tuple(e.shape)}, the run takes (rows, "
-                            f"columns, {model.summarizer.cfg.embed_dim}): embed with {info.get('encoder')!r}")
-        folder = Path(cfg.reference).parent
-        if (folder / "index.json").exists():  # a file of data.py: its deviations may not be the run's
-            rescale = Pyramids(folder, std=info.get("std")).rescale
-            e = e if rescale is None else e.float() * rescale
-    elif cfg.reference:
-        if not Path(cfg.reference).is_file():
-            raise UserError(f"--reference={cfg.reference} does not exist: give an image, or a .safetensors grid")
-        if "encoder" not in info:
-            raise UserError(f"{cfg.run or 'the model'} does not say which encoder it knows: give --reference as a "
-                            f"grid, a .safetensors file")
-        slide, name = open_slide(cfg.reference), cfg.reference
-        mpp = (info.get("mpp") if pyramids is None else pyramids.mpp) if slide.said else None
-        if pyramids is None and info.get("mpp") is None and slide.said:
-            print(f"{name} is read at its own resolution, for its run does not say which one it knows: give --data=")
-        width, height = slide.grid(mpp)[2]
-        if min(width, height) < patch:
-            raise UserError(f"{name} is {width} x {height} pixels, smaller than a patch of {patch}: take a larger "
-                            f"--reference")
-        inside(height // patch, width // patch)
-        encoder = load_encoder(info["encoder"], info["std"], cfg.weights or info.get("weights"))
-        rows = []
-        for r in range(i, i + h):  # what the image needs, and no more: a slide has a hundred thousand tiles
-            strip = slide.read(j * patch, r * patch, w * patch, patch, mpp)
-            rows.append(embed(encoder, strip.reshape(patch, -1, patch, 3).swapaxes(0, 1)))
-        e, (i, j) = torch.stack(rows), (0, 0)                                           # (h,w,E)
+        e = made.grid(*need, v, cfg.emphasis, cfg.seed, spread=cfg.spread).movedim(0, -1)
+    elif name.endswith(".safetensors"):
+        e, whole = from_file(cfg, model), True
+    elif name:
+        e = from_image(cfg, model, pyramids, need)
     else:
-        mine = [k for k, x in enumerate(pyramids.slides) if x["split"] == cfg.split]
-        if not 0 <= cfg.slide < len(mine):
-            raise UserError(f"--slide={cfg.slide}: {pyramids.folder} has {len(mine)} {cfg.split!r} images, from 0")
-        e, name = pyramids.tensor(mine[cfg.slide], "e").float(), pyramids.slides[mine[cfg.slide]]["name"]
-        e = e if pyramids.rescale is None else e * pyramids.rescale
-    inside(*e.shape[:2])
-    e = e[i:i + h, j:j + w].float()
+        (e, name), whole = from_slide(cfg, pyramids), True
+    if whole:
+        inside(name, cfg, e.shape[:2], need)
+        (i, j), (h, w) = cfg.at, need
+        e = e[i:i + h, j:j + w]
+    e = e.float().movedim(-1, 0)                                                        # (E,rows,columns)
     if not e.isfinite().all():
         raise UserError(f"{name} holds embeddings that are no finite numbers under the image: make it again, or take "
                         f"another --at")
-    return edit(Grid(e.movedim(-1, 0)), cfg)
+    return Grid(edited(e, cfg))
 
 
-def edit(grid, cfg):
-    """Move cells of a Grid as --swap, then --paste, say. raises: UserError for cells that do not lie on it."""
+# ----- 2. Edits (L §3.2) -----
+
+def swapped(e, a, b):
+    """e (E,Gh,Gw) with the cells a and b, each (row, column), exchanged."""
+    out = e.clone()
+    out[:, a[0], a[1]], out[:, b[0], b[1]] = e[:, b[0], b[1]], e[:, a[0], a[1]]
+    return out
+
+
+def pasted(e, a, b, size=(1, 1)):
+    """e (E,Gh,Gw) with the block of `size` (rows, columns) cells at a copied over the one at b."""
+    out, (h, w) = e.clone(), size
+    out[:, b[0]:b[0] + h, b[1]:b[1] + w] = e[:, a[0]:a[0] + h, a[1]:a[1] + w]
+    return out
+
+
+def cells(text, most):
+    """"1,2:3,4;..." -> [[(1, 2), (3, 4)], ...], up to `most` pairs an item. raises: ValueError."""
+    out = []
+    for item in text.split(";") if text else ():
+        pairs = [tuple(map(int, pair.split(","))) for pair in item.split(":")]
+        if not 2 <= len(pairs) <= most or any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"{item!r} is not row,column:row,column")
+        out.append(pairs)
+    return out
+
+
+def edited(e, cfg):
+    """Move cells of e (E,Gh,Gw) as --swap, then --paste, say. raises: UserError for cells that do not lie on it."""
+    told = f"--swap={cfg.swap} --paste={cfg.paste}"
     try:
-        for a, b in cells(cfg.swap, "swap", 2) if cfg.swap else ():
-            grid.swap(a, b)
-        for a, b, *size in cells(cfg.paste, "paste", 3) if cfg.paste else ():
-            grid.paste(a, b, size[0] if size else (1, 1))
-    except UserError as err:
-        raise UserError(f"--swap={cfg.swap} --paste={cfg.paste}: {err}") from err
-    return grid
+        swaps, pastes = cells(cfg.swap, 2), cells(cfg.paste, 3)
+    except ValueError as err:
+        raise UserError(f"{told}: write row,column:row,column, several of them with ';' between ({err})") from err
+    for a, b, *size in swaps + pastes:
+        size = size[0] if size else (1, 1)
+        for corner in (a, b):
+            if min(*corner, *(n - 1 for n in size)) < 0 or any(k + n > m for k, n, m in zip(corner, size, e.shape[1:])):
+                raise UserError(f"{told}: cells {size} at {corner} do not lie inside the {e.shape[1]} x {e.shape[2]} "
+                                f"tiles of the image: count rows and columns from 0")
+    for a, b in swaps:
+        e = swapped(e, a, b)
+    for block in pastes:
+        e = pasted(e, *block)
+    return e
 
 
 def main(argv):
     for swap, paste in (("", ""), ("0,0:2,3", ""), ("", "0,0:1,2:2,2")):
-        grid = edit(Grid(torch.arange(12.0).view(1, 3, 4)), SimpleNamespace(swap=swap, paste=paste))
-        print(f"swap={swap!r} paste={paste!r}:", *grid.e[0].int().tolist(), sep="\n  ")
+        e = edited(torch.arange(12.0).view(1, 3, 4), Conditions(swap=swap, paste=paste))
+        print(f"swap={swap!r} paste={paste!r}:", *e[0].int().tolist(), sep="\n  ")
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, __doc__)

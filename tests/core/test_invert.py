@@ -15,6 +15,8 @@ from diffusion import ZoomLDM
 from experiments import sr as sr_table
 from experiments.sr_trained import Trained
 from large import proxy as proxies
+from large import windows
+from invert import project
 from sample_joint import Resize, sample_levels
 from slides.encoders import load_encoder
 from summarizer import standardize
@@ -147,10 +149,10 @@ def test_projection_is_exact_and_small(kind, factor):
     axis left out."""
     A, x = Resize(factor, kind), 0.2 * torch.rand(1, 3, 64, 96) - 0.1
     y = 0.2 * torch.rand(1, 3, 64 // factor, 96 // factor) - 0.1
-    p = A.project(x, y)
+    p = project(A, x, y)
     assert p.dtype == x.dtype and (A.down(p.double()) - y).abs().max() < 1e-6
     assert I.agreement(p, y, kind) > 48
-    other = A.project(p + 0.1 * torch.randn(x.shape), y)
+    other = project(A, p + 0.1 * torch.randn(x.shape), y)
     assert (p - x).norm() < (other - x).norm() and abs(((p - x) * (other - p)).sum()) < 1e-3, "not the nearest"
 
 
@@ -158,8 +160,8 @@ def test_projection_of_what_cannot_be():
     """A checkerboard of black and white: as near as [-1,1] allows, and never beyond."""
     y = (torch.arange(8)[:, None] + torch.arange(8)).remainder(2).mul(2.0).sub(1).expand(1, 3, 8, 8)
     x = torch.zeros(1, 3, 32, 32)
-    p = Resize(4).project(x, y)
-    once = Resize(4).project(x, y, rounds=1)
+    p = project(Resize(4), x, y)
+    once = project(Resize(4), x, y, rounds=1)
     assert p.abs().max() <= 1
     assert (Resize(4).down(p) - y).norm() < (Resize(4).down(once) - y).norm()
 
@@ -183,7 +185,7 @@ def test_the_result_reduces_to_the_image(model, drawn):
     """catches: a projection before the border is cut off, whose mirror lies elsewhere."""
     y, images = drawn
     exact = I.super_resolve(model, y, 1, 0, "null", steps=2)
-    assert_close(exact, Resize(2).project(images["null"], y), 0.05)
+    assert_close(exact, project(Resize(2), images["null"], y), 0.05)
     assert I.agreement(exact[None], y[None]) >= 48 > I.agreement(images["null"][None], y[None])
 
 
@@ -195,7 +197,7 @@ def test_the_image_is_the_target(model, x, monkeypatch):
     batch = I.super_resolve(model, x, 1, 0, "null", steps=1, back=False)
     assert batch.shape == (2, 3, 128, 128) and len(seen) == 2
     (level,), options = seen[1]
-    assert level.factor == 2 and torch.equal(level.y, x[1:]) and options["inner"] == 1 and options["lam"] == 0.3
+    assert level.A.factor == 2 and torch.equal(level.y, x[1:]) and options["lam"] == 0.3
     assert level.canvas.overlap == 4 and level.canvas.fade
     assert_close(I.super_resolve(model, x[1], 1, 0, "null", steps=1, back=False), batch[1], 0.02)
 
@@ -269,9 +271,9 @@ def test_the_command(ready, x, tmp_path, capsys):
 def test_the_image_guides_alone(ready, x, tmp_path, monkeypatch):
     """Variations are guided towards their conditions, super-resolution only where it is asked for. catches: one setting
     for both, and a null branch that costs as much again."""
-    asked, window_eps = [], I.S.window_eps
-    monkeypatch.setattr(I.S, "window_eps", lambda model, c, guidance, *args: (
-        asked.append(guidance), window_eps(model, c, guidance, *args))[1])
+    asked, real = [], windows.WindowEps
+    monkeypatch.setattr(windows, "WindowEps", lambda model, c, guidance, *args: (
+        asked.append(guidance), real(model, c, guidance, *args))[1])
     image = save(tmp_path / "a.png", x[0])
     I.main([str(ready), f"--image={image}", f"--out={tmp_path}", "--sr=2", "--variations=1", *FAST])
     assert asked == [2.0, 2.0, 1.0]

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn as nn
 
-import sample_joint as S
 from common import UserError, setup
 from diffusion import ZoomLDM
 from experiments import bench, cost, plan, rivals
 from large.proxy import Proxy
+from large.windows import prepare
 from sample_joint import sample_levels
 from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
@@ -175,20 +175,20 @@ def test_high_resolution_is_convolved_with_channels_last():
 def test_rows_are_those_that_sampling_asks_for():
     """Counted while it runs. Catches: one estimate, decode or encode too few, the context left out."""
     net = ZoomLDM(VQVAE(TINY[1]), Summarizer(TOLD), UNet(TINY[0]), info={"patch": 32}).eval().requires_grad_(False)
-    for guide in ("exact", "proxy", "x0", "x0+proxy"):
+    for guide in ("s2", "x0", "x0+proxy"):
         meter = cost.Profile(net, None)
-        sample_levels(S.prepare(net, None, (64,), [1, 0], 0), net.decode, net.encode, net.schedule, steps=2,
-                      guide=guide, proxy=Proxy(4).requires_grad_(False), end="clean", floor=1e-12)
+        levels = prepare(net, None, (64,), [1, 0], 0, proxy=Proxy(4).requires_grad_(False))
+        sample_levels(levels, net.schedule, steps=2, guide=guide, end="clean")
         meter.close()
         want = cost.rows_of_step(4, 1, guide)
         assert {k: meter.rows[k] for k in want} == {k: 2 * n for k, n in want.items()}, guide
     with pytest.raises(UserError, match="backwards"):
-        cost.rows_of_step(4, 1, "gradient")
+        cost.rows_of_step(4, 1, "s1")
 
 
 def test_rows_of_a_large_image():
     """4096 pixels: 1024 latents, windows of 64 every 49, so 21 a side; tiles of 96 every 64, so 16 a side."""
-    rows = cost.rows_of_image(4096, "exact")
+    rows = cost.rows_of_image(4096, "s2")
     assert rows == {"U-Net": 50 * 2 * (3 * 441 + 1), "decoder": 50 * (441 + 1) + 256 * 2.25, "encoder": 50 * 882}
     assert cost.rows_of_image(4096, "x0+proxy") == {"U-Net": 50 * 2 * 442, "decoder": 50 + 576, "encoder": 0}
 
@@ -218,18 +218,18 @@ def test_plan_by_hand(monkeypatch, capsys):
     monkeypatch.setattr(plan, "parameters", lambda: 1_000_000_000)
     monkeypatch.setattr(plan, "training_flops", lambda *a: 1e12)
     monkeypatch.setattr(plan, "full_size", lambda: {"U-Net": 2e11, "decoder": 7e11, "encoder": 4e11})
-    monkeypatch.setattr(plan, "rows_of_image", lambda size, guide, context: {"U-Net": 10, "encoder": guide == "exact"})
+    monkeypatch.setattr(plan, "rows_of_image", lambda size, guide, context: {"U-Net": 10, "encoder": guide == "s2"})
     cfg = plan.Config(gpus=2, per_gpu=50, img_s=100.0, net_gbit=80.0, patches=1e6, epochs=2.0, images=1000, size=4096)
     out = plan.plan(cfg)
     assert out["compute"] == 0.5 and out["sent"] == 4e9 and out["reduce"] == pytest.approx(0.4)
     assert out["step"] == pytest.approx(0.5 + 0.4 - 0.5 * 2 / 3) and out["steps"] == 2e6 / 100
     assert out["training"] == pytest.approx(out["step"] * 20_000)
     assert out["read"] == pytest.approx(111_880 * 100 / out["step"])
-    assert out["exact"] == pytest.approx(2.4e12 / 1e14 * 1000 / 2) and out["x0+proxy FLOP"] == 2e12
+    assert out["s2"] == pytest.approx(2.4e12 / 1e14 * 1000 / 2) and out["x0+proxy FLOP"] == 2e12
     assert out["pixels"] == 1000 * 4096 ** 2 * 3 and out["latents"] == out["pixels"] / 8
     text = capsys.readouterr().out
     assert "20,000 steps" in text and "26,632, 32,776" in text and "16.0 GB a checkpoint" in text
-    assert plan.plan(plan.Config(img_s=1.0, image_s=7.0, images=80, gpus=8))["exact"] == 70
+    assert plan.plan(plan.Config(img_s=1.0, image_s=7.0, images=80, gpus=8))["s2"] == 70
     with pytest.raises(UserError, match="must be positive"):
         plan.plan(plan.Config(gpus=0))
 

@@ -21,15 +21,15 @@ def printed(ready):
         joint_table.main(["speed", str(ready), "--size=128", "--steps=2", "--rounds=1", "--device=cpu", "--threads=1"])
     lines = out.getvalue().splitlines()
     far = next(line for line in lines if line.startswith("largest difference")).split(": ")[1]
-    rows = {line[:16].strip(): [float(x) for x in line[16:].split()] for line in lines[-8:]}
+    rows = {line[:16].strip(): [float(x) for x in line[16:].split()] for line in lines[-7:]}
     return rows, [float(part.split()[0]) for part in far.split(", ")]
 
 
-def test_exact_is_the_transcription(printed):
+def test_s2_is_the_transcription(printed):
     """The same latents, written twice. catches: a sign, a floor, another order of updates in either; rounding where the
     other does not, for in float32 two nested finite differences make 1e-3 and more of it."""
     single, double = printed[1]
-    assert double < 1e-9 and single < 1e-4, (single, double)
+    assert double < 1e-9 and single < 5e-3, (single, double)
 
 
 def test_what_is_saved(printed):
@@ -37,9 +37,9 @@ def test_what_is_saved(printed):
     rows = printed[0]
     flops = {name: row[4] for name, row in rows.items()}
     assert list(rows)[0] == "transcription" and rows["transcription"][3] == rows["transcription"][5] == 1
-    assert flops["exact, float32"] == flops["exact, bf16"] < flops["transcription"]
-    assert flops["unguided"] <= flops["x0+proxy"] < flops["x0"] < flops["exact, bf16"]
-    assert flops["part guided"] < flops["x0+proxy"] < flops["proxy"] < flops["exact, bf16"]
+    assert flops["s2, float32"] == flops["s2, bf16"] < flops["transcription"]
+    assert flops["unguided"] <= flops["x0+proxy"] < flops["x0"] < flops["s2, bf16"]
+    assert flops["part guided"] < flops["x0+proxy"]
     for step, decoding, total, *_ in rows.values():
         assert total == pytest.approx(50 * step + decoding, abs=0.3)                # as printed, rounded to 0.01
 
@@ -62,5 +62,5 @@ def test_bad_input(ready):
     with pytest.raises(UserError, match="joint_table.py speed RUN"):
         joint_table.main(["speed"])
     for args in (["speed", "--rounds=0"], ["flat", "--guide=magic"], ["cosine", "--size=128"]):
-        with pytest.raises(UserError, match="guides are exact.*cosine takes 256 pixels"):
+        with pytest.raises(UserError, match="guides are s1.*cosine takes 256 pixels"):
             joint_table.main([args[0], str(ready), *args[1:]])

@@ -1,0 +1,259 @@
+"""One large image, drawn, kept while it is drawn, and written: what `python sample_joint.py RUN --size=...` opens.
+
+    python sample_joint.py out/toy --size=512,1024 --context=3,1 --reference=photo.png --out=large.tif
+    python sample_joint.py out/toy --size=512 --context=3 --condition=grid     # no image behind it (python cdm.py)
+
+in:  a run folder and Settings   out: .png, .tif (pyramid) or .dzi, and the coarse views it was drawn with beside it
+An image that was interrupted goes on where it was a minute before, by the same command.     read next: large/proxy.py
+"""
+import inspect
+import json
+import math
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import sample_joint as S
+from common import UserError, at_least, cli, configure, fingerprint, load_tensors, one_of, save_png, save_tensors, setup
+from common import to_uint8
+from diffusion import ZoomLDM, ddim_timesteps
+from large import proxy as proxies
+from large.reference import Conditions, load_grid
+from large.windows import Grid, decode_strips, prepare, sides
+
+
+@dataclass
+class Settings(Conditions, S.Config):
+    preset: str = ""           # paper, the published constants; empty = ours
+    context: tuple = (4,)      # coarser scales drawn with it; each guides the next finer one
+    guide: str = "x0+proxy"    # s1, s2 (Z Algorithms S1, S2), x0, x0+proxy: see sample_joint.py
+    inner: int = 1             # corrections per step (K)
+    lam: tuple = ()            # size of a correction, or first,last. x0, x0+proxy: share of the error, default 0.3,
+    #                            with fewer than 50 steps up to 0.5; s1, s2: largest change of a latent, default 0.1
+    #                            (published: 0.5)
+    delta: float = 0.005       # width of the denoiser's finite difference (s1, s2)
+    zeta: float = 0.005        # width of the encoder's (s2)
+    overlap: int = -1          # latents that windows share; -1 = nearly a quarter of a side (multidiffusion: three)
+    fade: bool = True          # windows fade into each other; False = uniform averages, as published
+    A: str = "bicubic"         # down-sampling of the constraint: bicubic, or box, as pyramids are made
+    guided: tuple = (0, 1000)  # the null branch is asked, and guidance used, only while t lies here
+    method: str = "joint"      # joint; or, to compare, multidiffusion, independent, bicubic (baselines)
+    repair: bool = False       # end with the published repair: back to t = 300, windows at a quarter of their side
+    mpp: float = 0.0           # micrometres per pixel, for .tif; 0 = unknown
+    viewer: str = ""           # openseadragon.min.js, for .dzi
+
+
+PRESETS = {
+    "": {},
+    "paper": dict(guide="s2", steps=50, inner=1, lam=0.5, guidance=2.0, overlap=0),     # Z S8.2
+}
+METHODS = ("joint", "multidiffusion", "independent", "bicubic")
+HOW = ("out", "batch", "threads", "device", "compile", "mpp", "viewer")  # settings that change no latent
+
+
+# ----- 1. Drawing -----
+
+def usual_overlap(window):
+    """What windows share by default: nearly a quarter of a side, and odd. A U-Net that halves its windows leaves a
+    faint lattice of every 2, 4, ... latents; windows an even number apart would lay all theirs on one another."""
+    return max(window // 4 - 1, 0) | 1
+
+
+def lams(cfg):
+    """The first and the last lam, or the default of the guide."""
+    usual = min(15 / cfg.steps, 0.5) if "x0" in cfg.guide else 0.1
+    return (cfg.lam[0], cfg.lam[-1]) if cfg.lam else (usual, usual)
+
+
+class Progress:
+    """Show how far it is, and keep the latents every minute, so that the same command goes on after an interruption.
+    Attributes: done, steps that were drawn before."""
+
+    def __init__(self, levels, cfg, model, condition, proxy, path, ranks):
+        self.levels, self.path, self.ranks, self.saved = levels, path, ranks, time.monotonic()
+        mark = {k: v for k, v in asdict(cfg).items() if k not in HOW}
+        mark["networks"] = [proxies.fingerprint(model), fingerprint(proxy) if proxy else ""]
+        mark["grid"] = crc32(condition.e.cpu().numpy().tobytes()) if isinstance(condition, Grid) else 0
+        self.mark, self.done = json.loads(json.dumps(mark)), 0
+        if path is not None and path.exists():
+            self.load()
+        total = len(ddim_timesteps(model.schedule.T, cfg.steps))
+        self.bar = tqdm(total=total, initial=self.done, desc=cfg.method, disable=ranks.rank > 0)
+
+    def load(self):
+        try:
+            state, meta = load_tensors(self.path)
+        except UserError as err:
+            raise UserError(f"{err}; to draw from the start, remove it") from err
+        if meta.get("settings") == self.mark:
+            self.done = meta["step"]
+            for k, level in enumerate(self.levels):
+                level.z = state[str(k)].to(level.z.device)
+            print(f"going on from step {self.done}, found in {self.path}")
+
+    def __call__(self, n, t, levels):
+        self.bar.update()
+        if self.ranks.rank == 0 and self.path is not None and time.monotonic() - self.saved > 60:
+            latents = {str(k): level.z for k, level in enumerate(levels)}
+            save_tensors(self.path, latents, {"settings": self.mark, "step": self.done + n + 1})
+            self.saved = time.monotonic()
+
+
+@contextmanager
+def enough_memory():
+    """Lack of memory becomes one clear sentence; torch on the CPU and oneDNN say it by a RuntimeError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as err:
+        known = ("not enough memory", "can't allocate memory", "could not create a primitive")
+        if type(err) is RuntimeError and not any(text in str(err) for text in known):
+            raise
+        raise UserError("memory does not suffice: give a smaller --batch (windows per network call), close other "
+                        "programs, or take another --device") from err
+
+
+def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
+    """Sample one large image as cfg, a Settings, says. condition: see windows.contexts; resume: a file that keeps the
+    state every minute. out: (levels, scales), coarse to fine, on every rank."""
+    from experiments import baselines
+    window = model.info["patch"] // model.vae.factor
+    overlap = usual_overlap(window) if cfg.overlap < 0 else cfg.overlap
+    options = dict(guidance=cfg.guidance, seed=cfg.seed, batch=cfg.batch, fade=cfg.fade, guided=cfg.guided, kind=cfg.A)
+    scales, size = [*sorted(cfg.context, reverse=True), max(cfg.scale, 0)], cfg.size
+    inner = cfg.inner if cfg.method == "joint" else 0
+    if cfg.method != "joint":
+        sides(size, scales, model.info["patch"], model.vae.factor, model.summarizer.cfg.scales)
+        size, scales, overlap, options["fade"] = baselines.layout(cfg, scales, window, overlap)
+    levels = prepare(model, condition, size, scales, overlap, proxy=proxy, **options)
+    timesteps = ddim_timesteps(model.schedule.T, cfg.steps)
+    progress = Progress(levels, cfg, model, condition, proxy, resume, ranks)
+    first, last = lams(cfg)
+    first += (last - first) * progress.done / max(len(timesteps) - 1, 1)
+    with enough_memory(), ranks.autocast():
+        S.sample_levels(levels, model.schedule, timesteps=timesteps[:len(timesteps) - progress.done], end=cfg.end,
+                        inner=inner, lam=(first, last), delta=cfg.delta, zeta=cfg.zeta, guide=cfg.guide,
+                        callback=progress)
+        if cfg.repair and cfg.method != "bicubic":
+            levels[-1] = baselines.repair(model, condition, levels[-1], scales[-1], guidance=cfg.guidance,
+                                          seed=cfg.seed, batch=cfg.batch)
+    progress.bar.close()
+    if not all(level.z.isfinite().all() for level in levels):
+        raise UserError(f"the latents are no finite numbers any more, nothing is written: --lam={cfg.lam}, --guidance="
+                        f"{cfg.guidance}, --delta={cfg.delta} or --zeta={cfg.zeta} is too large, or the model is bad")
+    return levels, scales
+
+
+# ----- 2. Pixels -----
+
+def pixels(model, z, ranks, batch=8):
+    """Strips (h,W,3) uint8 of a decoded canvas, from top to bottom: windows half as large again as a patch, a quarter
+    of a patch of which on every side fades into the neighbours."""
+    window = model.info["patch"] // model.vae.factor
+    with enough_memory(), torch.no_grad(), ranks.autocast():
+        for strip in decode_strips(model.decode, z, window * 3 // 2, window // 2, batch):
+            yield to_uint8(strip)[0].numpy()
+
+
+def picture(model, z, ranks):
+    """The whole decoded canvas as one uint8 array (H,W,3)."""
+    return np.concatenate(list(pixels(model, z, ranks)))
+
+
+def decoded(model, z, ranks):
+    """The whole decoded canvas as it would be written, (1,3,H,W) in [-1,1]."""
+    return torch.from_numpy(picture(model, z, ranks)).movedim(-1, 0)[None] / 127.5 - 1
+
+
+def write(cfg, out, strips, size):
+    """Write strips (h,W,3) uint8 of an image of size (H,W) as the name of `out` says."""
+    from slides.writers import write_deepzoom, write_tiff
+    if out.suffix == ".png":
+        save_png(out, np.concatenate(list(strips)))
+    elif out.suffix == ".dzi":
+        write_deepzoom(out.with_suffix(""), strips, size, viewer=cfg.viewer or None, title=out.stem)
+    else:
+        write_tiff(out, strips, size, mpp=cfg.mpp or None)
+
+
+# ----- 3. The command -----
+
+def check(cfg, schedule):
+    """raises: UserError for what cannot be drawn or written, before hours are spent on drawing it."""
+    from slides.writers import check_deepzoom, check_place, check_tiff
+    out = Path(cfg.out)
+    if out.suffix not in (".png", ".tif", ".tiff", ".dzi"):
+        raise UserError(f"--out={out}: give a name that ends in .png, .tif (pyramid) or .dzi (DeepZoom)")
+    one_of(cfg, method=METHODS, A=("bicubic", "box"), end=("clean", "published"), condition=("reference", "grid"))
+    at_least(cfg, seed=0, batch=1, overlap=-1)
+    if len(cfg.guided) != 2 or len(cfg.lam) > 2 or [type(v) for v in cfg.at] != [int, int] or not cfg.size:
+        raise UserError(f"--size={cfg.size} --guided={cfg.guided} --at={cfg.at} --lam={cfg.lam}: give two numbers, "
+                        f"whole ones for at, one or two for lam and size")
+    if cfg.eval or cfg.sampler != "ddim":
+        raise UserError(f"--eval={cfg.eval} --sampler={cfg.sampler}: large images are drawn with ddim, --eval is for "
+                        f"patches")
+    S.guide_of(cfg.guide, cfg.inner, lams(cfg), cfg.delta, cfg.zeta)
+    ddim_timesteps(schedule.T, cfg.steps)
+    check_place(out)
+    if out.suffix == ".dzi":
+        check_deepzoom(out.with_suffix(""), cfg.viewer or None)
+    else:
+        check_tiff(out, cfg.mpp or None)
+
+
+def main(argv):
+    doc = f"{S.__doc__}\nsettings of every image:\n\n{inspect.getsource(S.Config)}\nof its conditions:\n\n" \
+          f"{inspect.getsource(Conditions)}\nof large images:"
+    cfg = configure(Settings, argv, PRESETS, ("run", "preset"), doc=doc)
+    if not cfg.run:
+        raise UserError("say which run: python sample_joint.py out/toy --size=512 --context=3")
+    run = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
+    cfg.out = cfg.out or str(run / "large.png")
+    ranks = setup(cfg.device, cfg.amp, cfg.threads)
+    model = ZoomLDM.from_run(cfg.run).to(ranks.device)
+    check(cfg, model.schedule)
+    if cfg.compile:
+        model.unet.compile()
+        model.vae.encode, model.vae.decode = torch.compile(model.vae.encode), torch.compile(model.vae.decode)
+    data = cfg.data or model.info.get("data", "")
+    needed = cfg.data or not cfg.reference and cfg.condition == "reference"
+    pyramids = S.known_data(model, data) if needed or (Path(data) / "index.json").is_file() else None
+    draw(model, pyramids, cfg, ranks, run)
+
+
+def draw(model, pyramids, cfg, ranks, run):
+    """Draw one large image and write it, and the coarse views it was drawn with, beside it."""
+    out, fine, factor = Path(cfg.out), max(cfg.scale, 0), model.vae.factor
+    scales = [*sorted(cfg.context, reverse=True), fine]
+    h, w = sides(cfg.size, scales, model.info["patch"], factor, model.summarizer.cfg.scales)[-1]
+    size = h * factor, w * factor
+    need = tuple(math.ceil(n * 2 ** fine / model.info["patch"]) for n in size)
+    grid, proxy = load_grid(cfg, model, pyramids, need), None
+    if cfg.method == "joint" and "proxy" in cfg.guide:
+        proxy = proxies.load(run, model, pyramids, ranks)
+    if ranks.rank == 0:
+        print(f"drawing {size[0]} x {size[1]} pixels, scales {scales}, writing {out}")
+    resume = out.with_name(f".{out.name}.partial.safetensors")
+    levels, scales = draw_large(model, grid, cfg, ranks, proxy, resume)
+    if ranks.rank > 0:
+        return ranks.barrier()
+    strips = pixels(model, levels[-1].z, ranks)
+    if scales[-1] != fine:   # --method=bicubic
+        up = S.Resize(2 ** (scales[0] - fine)).up(decoded(model, levels[0].z, ranks)).clamp(-1, 1)
+        strips = iter([to_uint8(up)[0].numpy()])
+    write(cfg, out, strips, size)
+    views = [f"{out.stem}_scale{s}.png" for s in scales if s != fine]
+    for name, level in zip(views, levels):
+        save_png(out.with_name(name), picture(model, level.z, ranks))
+    resume.unlink(missing_ok=True)
+    print(f"wrote {', '.join([str(out.with_suffix('') / 'index.html' if out.suffix == '.dzi' else out), *views])}")
+    ranks.barrier()
+
+
+if __name__ == "__main__":
+    cli(main)

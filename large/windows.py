@@ -1,0 +1,183 @@
+"""A trained model behind the windows of sample_joint.py: their conditions, their eps, and decoding without a seam.
+
+in:  a ZoomLDM, embeddings of a region   out: `prepare`, Levels to sample; `decode_strips`, pixels from top to bottom
+run: python -m large.windows     conditions between tiles     read next: large/command.py
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+
+from common import UserError, cli, generator
+from diffusion import null_condition, with_guidance
+from large.ranks import open_canvas
+from sample_joint import Level, Resize, full_precision, ramps, starts
+from summarizer import pack_grid, standardize
+
+# ----- 1. Conditions of windows anywhere -----
+
+def slerp(a, b, f):
+    """From a to b (E,...) along the sphere, f in [0,1]; linear where they are nearly parallel. source: L §3.2."""
+    if f == 0:
+        return a
+    cos = torch.cosine_similarity(a, b, dim=0)
+    angle = cos.clamp(-1, 1).acos()
+    along = ((1 - f) * angle).sin() / angle.sin() * a + (f * angle).sin() / angle.sin() * b
+    return torch.where(cos.abs() > 0.9995, (1 - f) * a + f * b, along)
+
+
+@dataclass
+class Grid:
+    """Conditions from the embeddings of a region: grid(s, i, j) -> e (E,G,G), standardised, of a window at scale s
+    whose upper left corner lies at base tile (i, j), any numbers. Beyond the last tile it is repeated.
+    in:  e (E,Gh,Gw), as data.py stores them. source: Z §3.2; L §3.2; reference: the published post-processing.
+    """
+    e: torch.Tensor
+
+    def __call__(self, s, i, j):
+        # A window may begin between tiles. Here i = 1.25, j = 2.5, and x is the condition of its first cell:
+        #
+        #            column 2    column 3       first along the columns, by the fraction of j:
+        #   row 1       a           b              half of a with half of b, half of c with half of d;
+        #                     x                 then down the rows, by the fraction of i:
+        #   row 2       c           d              3/4 of the upper mixture, 1/4 of the lower one
+        side, (high, wide) = 2 ** s, self.e.shape[1:]
+        rows = [min(int(i) + k, high - 1) for k in range(side + 1)]
+        columns = [min(int(j) + k, wide - 1) for k in range(side + 1)]
+        tiles = self.e.float()[:, rows][:, :, columns]                                  # (E,side+1,side+1)
+        tiles = slerp(tiles[:, :, :-1], tiles[:, :, 1:], j - int(j))                    # (E,side+1,side)
+        tiles = slerp(tiles[:, :-1], tiles[:, 1:], i - int(i))                          # (E,side,side)
+        return standardize(tiles)                                                       # (E,G,G), G at most 8
+
+
+# ----- 2. A trained model behind windows -----
+
+@torch.no_grad()
+def contexts(model, condition, s, canvas):
+    """Tokens {corner: c (L,D)} of windows. condition(s, i, j) -> e (E,G,G), such as a Grid; None is the null one."""
+    device = model.unet.conv_out.weight.device
+    if condition is None:
+        nothing = null_condition(model.summarizer.pos[0])
+        return dict.fromkeys(canvas.ij, nothing.to(device))
+    out, (high, wide) = {}, canvas.window
+    with full_precision(device):
+        for n in range(0, len(canvas.ij), canvas.batch):
+            ij = canvas.ij[n:n + canvas.batch]
+            grids = [condition(s, i / high * 2 ** s, j / wide * 2 ** s) for i, j in ij]
+            tokens, mask = zip(*map(pack_grid, grids))
+            s_of = torch.full((len(ij),), s, device=device)
+            c = model.summarizer(torch.stack(tokens).to(device), torch.stack(mask).to(device), s_of)
+            out.update(zip(ij, c))
+    return out
+
+
+BUDGET = 256 * 2 ** 20  # bytes of keys and values kept from step to step; windows beyond it compute theirs anew
+
+
+class WindowEps:
+    """eps(z, t, ij) of windows whose tokens are c {corner: (L,D)}, both guidance branches in one batch. Where t lies
+    outside `guided` (from, below) there is no guidance, and no null branch (Kynkäänniemi et al. 2024)."""
+
+    def __init__(self, model, c, guidance, guided=(0, math.inf)):
+        self.model, self.c, self.guidance, self.guided = model, c, guidance, guided
+        self.kept, self.room = {}, BUDGET
+
+    @torch.no_grad()
+    def keys(self, ij, both):
+        """Keys and values of these windows, made once, while there is room for them."""
+        name = both, *ij
+        if name in self.kept:
+            return self.kept[name]
+        tokens = torch.stack([self.c[corner] for corner in ij])                         # (n,L,D)
+        if both:
+            tokens = torch.cat([null_condition(tokens), tokens])
+        with full_precision(tokens.device):
+            made = self.model.unet.cache_context(tokens)
+        self.room -= sum(part.nbytes for pair in made for part in pair)
+        if self.room > 0:
+            self.kept[name] = made
+        return made
+
+    def __call__(self, z, t, ij):
+        first, below = self.guided
+        if self.guidance == 1 or not first <= int(t[0]) < below:
+            return self.model.eps(z, t, self.keys(ij, False))
+        both = self.model.eps(torch.cat([z, z]), torch.cat([t, t]), self.keys(ij, True))
+        null, cond = both.chunk(2)
+        return with_guidance(null, cond, self.guidance)
+
+
+def sides(size, scales, patch, factor, known):
+    """Height and width in latents at every scale. raises: UserError if a scale does not fit the size or the model."""
+    size = tuple(size) * (2 if len(size) == 1 else 1)
+    if len(size) != 2 or not all(isinstance(n, int) for n in (*size, *scales)):
+        raise UserError(f"--size={size}, scales {scales}: give a side, or height,width, in pixels, and whole scales")
+    if len(set(scales)) < len(scales) or min(scales) < 0 or max(scales) >= known or scales[-1] != min(scales):
+        raise UserError(f"scales {scales}: the run knows 0 to {known - 1}; --context lists coarser ones than --scale, "
+                        f"each once")
+    shift = scales[0] - scales[-1]
+    if any(n % (factor << shift) for n in size):
+        raise UserError(f"--size={size} does not divide: with --context={scales[0]} both sides must be multiples of "
+                        f"{factor << shift}")
+    if min(size) >> shift < patch:
+        raise UserError(f"--size={size} is {min(size) >> shift} pixels at scale {scales[0]}, less than a patch of "
+                        f"{patch}: take a larger --size, or a smaller --context")
+    return [tuple(n // factor >> (s - scales[-1]) for n in size) for s in scales]
+
+
+def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, batch=64, fade=True,
+            guided=(0, math.inf), patch=0, kind="bicubic", proxy=None):
+    """Levels for `sample_levels`, coarse to fine, with noise that depends on seed and scale alone.
+    in: condition, see `contexts`; size, of the finest scale, in pixels; patch, of a window, 0 = as trained; kind, of A.
+    """
+    patch, factor = patch or model.info.get("patch", 256), model.vae.factor
+    device, levels = model.unet.conv_out.weight.device, []
+    for (h, w), s in zip(sides(size, scales, patch, factor, model.summarizer.cfg.scales), scales):
+        canvas = open_canvas(h, w, patch // factor, overlap, fade, batch)
+        z = torch.randn(1, model.unet.cfg.channels, h, w, generator=generator(seed, s)).to(device)
+        A = Resize(2 ** (scales[len(levels) - 1] - s), kind) if levels else None
+        eps = WindowEps(model, contexts(model, condition, s, canvas), guidance, guided)
+        levels.append(Level(eps, model.decode, model.encode, canvas, z, A, proxy=proxy))
+    return levels
+
+
+# ----- 3. Latents -> pixels, from top to bottom -----
+
+def decode_strips(decode, z, side, overlap, batch=8):
+    """Decode a canvas z (1,C,H,W) in tiles that know their neighbours and fade into them: strips (1,3,h,k W) in [-1,1].
+
+    A tile is decoded once, with half an `overlap` of real neighbours around it. The decoder's GroupNorm and attention
+    look at the whole tile, so even then neighbours differ a little in tone; fading hides it and costs nothing.
+    deviates: the published code decodes every pixel 16 times (windows at a quarter of their side) and averages with a
+    Gaussian.
+    """
+    h, w = z.shape[-2:]
+    high, wide = min(side, h), min(side, w)
+    over, beside = min(overlap, high - 1), min(overlap, wide - 1)
+    rows, columns = starts(h, high, over), starts(w, wide, beside)
+    carry = None                                            # the lower rows of a strip, which the next fades into
+    for i, after in zip(rows, [*rows[1:], h]):
+        tiles = torch.cat([z[..., i:i + high, j:j + wide] for j in columns])
+        x = torch.cat([decode(part).float() for part in tiles.split(batch)])            # (n,3,k high,k wide)
+        k = x.shape[-1] // wide
+        down = ramps(h * k, high * k, over * k)[i * k]
+        across = ramps(w * k, wide * k, beside * k)
+        strip = x.new_zeros(1, 3, high * k, w * k)
+        for tile, j in zip(x, columns):
+            weight = down[:, None] * across[j * k]
+            strip[0, :, :, j * k:(j + wide) * k] += tile * weight.to(x)
+        if carry is not None:
+            strip[..., :carry.shape[-2], :] += carry
+        ready = (after - i) * k
+        carry = strip[..., ready:, :]
+        yield strip[..., :ready, :].clamp(-1, 1)
+
+
+def main(argv):
+    grid = Grid(torch.randn(8, 3, 4, generator=generator(0)))
+    for i, j in ((1, 2), (1.25, 2), (1.25, 2.5)):
+        print(f"a window at tile ({i}, {j}): e[:4] = {[round(v, 2) for v in grid(0, i, j)[:4, 0, 0].tolist()]}")
+
+
+if __name__ == "__main__":
+    cli(main, __doc__)

@@ -1,0 +1,437 @@
+"""The command that draws large images, on a tiny run: every option, interruptions, memory, bad input."""
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from rule import assert_close
+
+import sample_joint
+from common import Ranks, UserError, configure, generator, load_tensors, save_tensors
+from data import Pyramids
+from diffusion import ZoomLDM, ddim_sample
+from experiments import baselines
+from large import command
+from large import proxy as proxies
+from large.command import METHODS, PRESETS, Settings, draw_large, enough_memory
+from large.reference import load_grid
+from large.windows import prepare
+
+RANKS = Ranks(0, 1, torch.device("cpu"), None)
+# 9 + 1 windows; one thread: pictures are compared bit by bit, whatever a fixture before them left
+SMALL = ["--size=128", "--context=1", "--guide=x0", "--steps=2", "--device=cpu", "--amp=False", "--threads=1"]
+
+
+@pytest.fixture(scope="module")
+def pyramids(toy):
+    return Pyramids(toy)
+
+
+def settings(*args):
+    return configure(Settings, list(args), PRESETS, ("run", "preset"))
+
+
+def draw(ready, out, *args):
+    """Run the command; out: its picture."""
+    sample_joint.main([str(ready), *SMALL, f"--out={out}", *args])
+    return np.asarray(Image.open(out)).astype(int) if out.suffix == ".png" else None
+
+
+# ----- 1. The command -----
+
+@pytest.fixture(scope="module")
+def plain(ready, tmp_path_factory):
+    """out: the picture of SMALL, and the folder it lies in."""
+    folder = tmp_path_factory.mktemp("plain")
+    return draw(ready, folder / "a.png"), folder
+
+
+def test_a_picture_is_written(ready, plain):
+    """Of the size asked for, with the view it was drawn with beside it; nothing unfinished stays."""
+    image, folder = plain
+    assert image.shape == (128, 128, 3) and image.std() > 5 and sorted(p.name for p in folder.iterdir()) == [
+        "a.png", "a_scale1.png"]
+    assert not (ready / "proxy.safetensors").exists()
+    assert Image.open(folder / "a_scale1.png").size == (64, 64)
+
+
+def test_it_depends_on_the_seed_alone(ready, plain, tmp_path):
+    """Catches: noise from the global generator, or none of the scale's."""
+    torch.randn(5)
+    assert np.array_equal(draw(ready, tmp_path / "b.png"), plain[0])
+    assert (draw(ready, tmp_path / "c.png", "--seed=1", "--method=independent") != plain[0]).mean() > 0.5
+
+
+@pytest.fixture(scope="module")
+def grid(model, pyramids):
+    return load_grid(settings(), model, pyramids, (2, 2))
+
+
+def latents(model, grid, *args, **options):
+    """What draw_large makes of SMALL and these: the canvas of the finest scale."""
+    return draw_large(model, grid, settings("run", *SMALL, "--steps=1", *args), RANKS, **options)[0][-1].z
+
+
+@pytest.fixture(scope="module")
+def drawn(model, grid):
+    return latents(model, grid)
+
+
+@pytest.mark.parametrize("arg", ["--method=multidiffusion", "--method=independent", "--guide=s2", "--guide=s1",
+                                 "--repair", "--A=box", "--overlap=0", "--fade=False", "--lam=0.7", "--guidance=1",
+                                 "--inner=2", "--guided=200,800", "--end=published", "--seed=1"])
+def test_every_setting_counts(model, grid, drawn, arg):
+    """Another canvas of the same size. Catches: an option that is read and not used."""
+    z = latents(model, grid, arg)
+    assert z.shape == (1, 3, 32, 32) and z.isfinite().all() and (z - drawn).abs().max() > 1e-3
+
+
+def test_settings_of_differences_count(model, grid):
+    s2 = latents(model, grid, "--guide=s2")
+    for arg in ("--delta=0.5", "--zeta=0.05", "--lam=0.2", "--lam=0.3,0.1"):
+        assert (latents(model, grid, "--guide=s2", arg) - s2).abs().max() > 1e-5, arg
+    assert torch.equal(latents(model, grid, "--guide=exact"), s2), "its old name"
+
+
+@pytest.mark.parametrize("guide, usual", [("s1", 0.1), ("s2", 0.1), ("x0", 0.5), ("x0+proxy", 0.5)])
+def test_what_lam_is(model, grid, monkeypatch, guide, usual):
+    """One for all steps, or the first and the last; without it the usual one of the guide: 0.5 for a few steps of x0
+    guides, 0.1 for those of z_t."""
+    seen = []
+    monkeypatch.setattr(sample_joint, "sample_levels", lambda *args, **options: seen.append(options["lam"]))
+    for args in (("--lam=0.6,0.2",), ("--lam=0.6",), ()):
+        latents(model, grid, f"--guide={guide}", *args)
+    assert seen == [(0.6, 0.2), (0.6, 0.6), (usual, usual)]
+
+
+def test_the_batch_does_not_count(model, grid, drawn):
+    """But for how kernels round. Catches: conditions of another window."""
+    assert_close(latents(model, grid, "--batch=2"), drawn, 0.02)
+
+
+def test_a_method_without_context_draws_one_scale(ready, tmp_path, monkeypatch):
+    """Baselines cost what they should: independent windows lie side by side, MultiDiffusion's at a quarter of a side;
+    bicubic draws the coarse view alone. Catches: a context sampled and thrown away, corrections in a baseline."""
+    seen, real = [], sample_joint.sample_levels
+
+    def look(levels, *args, **options):
+        told = [(len(x.canvas.ij), x.canvas.overlap, x.canvas.fade, x.A and x.A.factor) for x in levels]
+        seen.append((told, options["inner"]))
+        return real(levels, *args, **options)
+    monkeypatch.setattr(sample_joint, "sample_levels", look)
+    for method in METHODS:
+        draw(ready, tmp_path / f"{method}.png", f"--method={method}", "--inner=3", "--steps=1", "--context=1")
+    assert seen == [([(1, 3, True, None), (9, 3, True, 2)], 3), ([(25, 12, False, None)], 0), ([(4, 0, True, None)], 0),
+                    ([(1, 3, True, None)], 0)]
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["bicubic.png", "bicubic_scale1.png", "independent.png", "joint.png", "joint_scale1.png",
+                     "multidiffusion.png"]
+    up, coarse = (np.asarray(Image.open(tmp_path / n)).astype(int) for n in ("bicubic.png", "bicubic_scale1.png"))
+    assert np.abs(up.reshape(64, 2, 64, 2, 3).mean((1, 3)) - coarse).mean() < 3
+
+
+def test_independent_windows_are_patches(model, pyramids, grid):
+    """--method=independent is plain DDIM on every window, with the condition training gave such a patch."""
+    got = latents(model, grid, "--method=independent", "--steps=2", "--seed=3")
+    k = [x["split"] for x in pyramids.slides].index("test")
+    z = torch.randn(1, 3, 32, 32, generator=generator(3, 0))
+    for i, j in ((0, 0), (1, 1), (0, 1)):
+        item = pyramids.item(k, 0, pyramids.tensor(k, "ij0").tolist().index([i, j]), ())
+        with torch.no_grad():
+            c = model.summarizer(item["tokens"][None], item["mask"][None], torch.tensor([0]))
+            want = ddim_sample(model.guided(c, 2.0), z[..., 16 * i:16 * i + 16, 16 * j:16 * j + 16], model.schedule, 2,
+                               end="clean")
+        assert_close(got[..., 16 * i:16 * i + 16, 16 * j:16 * j + 16], want, 2e-3)
+
+
+def test_three_scales_and_a_canvas_as_context(ready, tmp_path):
+    """One window guides four, they guide 16."""
+    draw(ready, tmp_path / "x.png", "--size=256", "--context=1,2", "--steps=1", "--batch=7", "--guidance=1",
+         "--overlap=0")
+    assert [Image.open(tmp_path / n).size for n in ("x.png", "x_scale1.png", "x_scale2.png")] == [
+        (256, 256), (128, 128), (64, 64)]
+
+
+def test_the_published_constants(model, grid, monkeypatch):
+    """The preset, and single settings over it."""
+    cfg = configure(Settings, ["run", "paper", "--steps=4"], PRESETS, ("run", "preset"))
+    assert (cfg.guide, cfg.lam, cfg.inner, cfg.overlap, cfg.steps) == ("s2", (0.5,), 1, 0, 4)
+
+
+def test_pyramid_tiff_and_deepzoom(ready, plain, tmp_path):
+    """The same picture, to what JPEG loses."""
+    (tmp_path / "viewer.js").write_text("OpenSeadragon")
+    draw(ready, tmp_path / "x.tif", "--mpp=0.5")
+    with Image.open(tmp_path / "x.tif") as tiff:
+        assert tiff.size == (128, 128) and np.abs(np.asarray(tiff.convert("RGB")).astype(int) - plain[0]).mean() < 8
+        assert float(tiff.tag_v2[282]) == 20000  # pixels per cm
+    assert (tmp_path / "x_scale1.png").exists()
+    draw(ready, tmp_path / "y.dzi", f"--viewer={tmp_path / 'viewer.js'}", "--method=independent", "--steps=1")
+    assert 'Width="128" Height="128"' in (tmp_path / "y" / "image.dzi").read_text()
+
+
+def test_the_proxy_is_fitted_once(run, tmp_path, monkeypatch):
+    """Without proxy.safetensors the run gets one, with the proxy it is then drawn. Catches: a fit for every picture, or
+    for guides that do not ask it."""
+    (tmp_path / "ema.safetensors").write_bytes((run / "ema.safetensors").read_bytes())
+    calls, real = [], proxies.fit
+
+    def fit(*args, **options):
+        calls.append(options)
+        return real(*args, **options, n=16, steps=4, batch=8)
+    monkeypatch.setattr(proxies, "fit", fit)
+    large = ["--size=256", "--context=2", "--steps=1", "--guidance=1"]
+    draw(tmp_path, tmp_path / "d.png", "--guide=x0+proxy", "--method=independent", "--steps=1")
+    assert not calls
+    a = draw(tmp_path, tmp_path / "b.png", *large, "--guide=x0+proxy")
+    asked, forward = [], proxies.Proxy.forward
+    monkeypatch.setattr(proxies.Proxy, "forward", lambda self, z: asked.append(len(z)) or forward(self, z))
+    b = draw(tmp_path / "ema.safetensors", tmp_path / "c.png", *large, "--guide=x0+proxy")
+    assert len(calls) == 1 and (tmp_path / "proxy.safetensors").exists() and np.array_equal(a, b)
+    assert asked == [25, 25]  # for the misfit, and to differentiate
+
+
+def test_a_proxy_with_a_context_one_scale_up(ready, tmp_path, monkeypatch):
+    """A proxy of a quarter of the side has no half of it: both are compared at the quarter."""
+    monkeypatch.setattr(proxies, "load", lambda *args: proxies.Proxy(4).requires_grad_(False))
+    near, free = (draw(ready, tmp_path / "x.png", "--guide=x0+proxy", f"--lam={lam}") for lam in (0.3, 0.0))
+    assert near.shape == free.shape and not np.array_equal(near, free)
+
+
+# ----- 2. Interruptions -----
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Every look at the clock is a hundred seconds later, so that the state is kept after every step."""
+    now = [0.0]
+
+    def monotonic():
+        now[0] += 100
+        return now[0]
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=monotonic))
+
+
+def interrupted(monkeypatch, *args):
+    """Draw, but be stopped after the first step has been kept."""
+    real = command.save_tensors
+
+    def dies(*what):
+        real(*what)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(command, "save_tensors", dies)
+        draw(*args)
+
+
+@pytest.mark.parametrize("guide, lam", [("x0", "0.9,0.1"), ("s2", "0.3,0.1")])
+def test_an_interrupted_picture_goes_on(ready, tmp_path, monkeypatch, hurried, capsys, guide, lam):
+    """The same picture as without interruption, from the step it had reached. Catches: a state that lacks a scale, a
+    step drawn twice, lam or t counted from the restart."""
+    args = [f"--guide={guide}", f"--lam={lam}", "--steps=4"]
+    want, out = draw(ready, tmp_path / "a.png", *args), tmp_path / "b.png"
+    interrupted(monkeypatch, ready, out, *args)
+    partial = tmp_path / ".b.png.partial.safetensors"
+    state, meta = load_tensors(partial)
+    assert meta["step"] == 1 and [tuple(state[k].shape) for k in ("0", "1")] == [(1, 3, 16, 16), (1, 3, 32, 32)]
+    capsys.readouterr()
+    assert np.array_equal(draw(ready, out, *args), want)
+    assert "going on from step 1" in capsys.readouterr().out and not partial.exists()
+
+
+def test_resumes_with_the_same_conditions_only(ready, tmp_path, monkeypatch, hurried, capsys):
+    """A reference of the same name that now holds other embeddings is another image. catches: only names compared."""
+    ref, out = tmp_path / "e.safetensors", tmp_path / "b.png"
+    save_tensors(ref, {"e": torch.randn(8, 8, 96)}, {})
+    interrupted(monkeypatch, ready, out, f"--reference={ref}")
+    assert (tmp_path / ".b.png.partial.safetensors").exists()
+    save_tensors(ref, {"e": torch.randn(8, 8, 96)}, {})
+    capsys.readouterr()
+    got = draw(ready, out, f"--reference={ref}")
+    assert "going on" not in capsys.readouterr().out
+    assert np.array_equal(got, draw(ready, tmp_path / "a.png", f"--reference={ref}"))
+
+
+def test_what_is_refused_is_refused_before_drawing(ready, tmp_path, monkeypatch):
+    """Catches: an hour of drawing lost to a name that cannot be written."""
+    monkeypatch.setattr(command, "draw_large", None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    viewer = tmp_path / "openseadragon.min.js"
+    viewer.write_text("/* OpenSeadragon */")
+    for out, arg, says in (("x.dzi", "--viewer=/nowhere.js", "is not openseadragon"), ("x.tif", "--mpp=1e-9", "mpp="),
+                           ("full.dzi", f"--viewer={viewer}", "holds other things"),
+                           ("openseadragon.min.js/x.png", "--seed=1", "cannot be written"),
+                           ("x.png", "--inner=-1", "inner=-1"), ("x.png", "--lam=-1", "lam="),
+                           ("x.png", "--zeta=0", "zeta=0"), ("x.png", "--delta=-1", "delta=-1")):
+        with pytest.raises(UserError, match=says):
+            draw(ready, tmp_path / out, arg)
+    with pytest.raises(UserError, match="does not exist"):
+        draw(ready, tmp_path / "new" / "x.png", "--reference=/nowhere.png")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_state_says_so(ready, tmp_path):
+    """catches: a hidden file that stops the command for good, and a remedy that does not help."""
+    (tmp_path / ".x.png.partial.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="partial.safetensors.*to draw from the start, remove it"):
+        draw(ready, tmp_path / "x.png")
+
+
+def test_how_it_is_written_does_not_start_it_anew(model, grid, tmp_path, monkeypatch, hurried, capsys):
+    """The state of one device, resolution or viewer serves another."""
+    partial = tmp_path / "p.safetensors"
+    latents(model, grid, "--steps=2", resume=partial)
+    latents(model, grid, "--steps=2", "--mpp=0.5", "--viewer=x.js", "--compile=True", resume=partial)
+    assert "going on from step" in capsys.readouterr().out
+
+
+def test_the_state_of_another_picture_is_left_alone(ready, plain, tmp_path, capsys):
+    """Other settings under the same name start from noise."""
+    partial = tmp_path / ".x.png.partial.safetensors"
+    save_tensors(partial, {"0": torch.zeros(1, 3, 16, 16), "1": torch.zeros(1, 3, 32, 32)},
+                 {"settings": {"seed": 1}, "step": 1})
+    assert np.array_equal(draw(ready, tmp_path / "x.png"), plain[0])
+    assert "going on" not in capsys.readouterr().out
+
+
+def test_the_state_is_kept_every_minute_only(model, grid, tmp_path, monkeypatch):
+    """Catches: a large file written at every step."""
+    now = iter(range(0, 1000, 25))
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    saved = []
+    monkeypatch.setattr(command, "save_tensors", lambda path, tensors, meta: saved.append(meta["step"]))
+    latents(model, grid, "--steps=8", "--method=independent", "--guidance=1", resume=tmp_path / "p.safetensors")
+    assert saved == [3, 6]
+
+
+def test_repair(model, grid, monkeypatch):
+    """Noised to t = 300, then denoised every 50 in windows at a quarter of their side, averaged uniformly. Catches: a
+    repair that starts from noise, or from the windows that left the borders."""
+    seen = []
+
+    def look(levels, schedule, **options):
+        seen.append((levels[0], options))
+    monkeypatch.setattr(baselines, "sample_levels", look)
+    level = prepare(model, grid, (128,), [0], 4)[0]
+    level.z = level.z / 2
+    mended = baselines.repair(model, grid, level, 0, seed=1, batch=5)
+    (_, options), = seen
+    assert mended is seen[0][0] and options == {"timesteps": [50, 100, 150, 200, 250, 300], "end": "clean"}
+    canvas = mended.canvas
+    assert (canvas.overlap, canvas.fade, canvas.batch, len(canvas.ij), mended.A) == (12, False, 5, 25, None)
+    ab = model.schedule.alpha_bar[300]
+    noise = (mended.z - ab.sqrt() * level.z) / (1 - ab).sqrt()
+    assert abs(noise.mean()) < 0.1 and noise.std() == pytest.approx(1, abs=0.05)
+    assert abs(torch.cosine_similarity(noise.flatten(), level.z.flatten(), dim=0)) < 0.1
+
+
+@pytest.mark.parametrize("error, says", [
+    (torch.OutOfMemoryError("CUDA out of memory"), "smaller --batch"), (MemoryError(), "smaller --batch"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 B"), "smaller --batch"),
+    (RuntimeError("could not create a primitive"), "smaller --batch"),
+    (RuntimeError("shapes cannot be multiplied"), None)])
+def test_too_little_memory(error, says):
+    """One sentence. Catches: a wrong shape taken for a lack of memory."""
+    with pytest.raises(UserError if says else RuntimeError, match=says or "cannot be multiplied"):
+        with enough_memory():
+            raise error
+
+
+# ----- 3. Bad input -----
+
+@pytest.mark.parametrize("args, says", [
+    (["--size=100"], "does not divide.*multiples of 8"),
+    (["--size=128,132"], "multiples of 8"),
+    (["--size=64,128,64"], "height,width"),
+    (["--size=64.5"], "height,width"),
+    (["--size=-128"], "less than a patch"),
+    (["--context=4"], "the run knows 0 to 2"),
+    (["--context=0"], "coarser ones than --scale"),
+    (["--context=1,1"], "each once"),
+    (["--context=-1"], "the run knows"),
+    (["--scale=2"], "coarser ones"),
+    (["--context=2"], "less than a patch of 64: take a larger --size, or a smaller --context"),
+    (["--size=512"], r"4 x 4 base tiles, the image needs 8 x 8"),
+    (["--at=3,0"], "another --at"),
+    (["--at=-1,0"], "another --at"),
+    (["--at=1"], "give two numbers"),
+    (["--lam=1,2,3"], "one or two for lam"),
+    (["--guided=5"], "give two numbers"),
+    (["--reference=/nowhere.png"], "/nowhere.png does not exist"),
+    (["--reference=/nowhere.safetensors"], "no file /nowhere.safetensors"),
+    (["--reference=WIDE"], r"holds e \(4, 4, 95\).*96"),
+    (["--reference=NARROW"], "2 x 1 base tiles"),
+    (["--reference=EMPTY"], "holds e None"),
+    (["--reference=TEXT"], "cannot be read"),
+    (["--slide=2"], "has 2 'test' images, from 0"),
+    (["--slide=-1"], "has 2 'test' images"),
+    (["--split=valid"], "has 0 'valid' images"),
+    (["--swap=0,0:2,0"], "inside the 2 x 2 tiles"),
+    (["--swap=0,0"], "write row,column:row,column"),
+    (["--swap=0,0:1,1:1,1"], "write row,column:row,column"),
+    (["--swap=a,b:c,d"], "write row,column:row,column"),
+    (["--paste=0,0:1,1:2,2"], "inside the 2 x 2 tiles"),
+    (["--method=magic"], "known are joint, multidiffusion, independent, bicubic"),
+    (["--guide=magic"], "s1, s2, x0, x0"),
+    (["--guide=proxy"], "s1, s2, x0, x0"),
+    (["--swop=0,0:1,1"], "did you mean 'swap'"),
+    (["--frames=2"], "unknown option --frames"),
+    (["--A=lanczos", "--method=independent"], "--A=lanczos: known are .*bicubic, box"),
+    (["--overlap=-2"], "overlap=-2: it must be at least -1"),
+    (["--eval"], "--eval is for patches"),
+    (["--sampler=plms"], "drawn with ddim"),
+    (["--guide=s2", "--delta=1e30"], "no finite numbers any more"),
+    (["--out=x.jpg"], "ends in .png, .tif"),
+    (["--overlap=16"], "smaller overlap"),
+    (["--steps=3"], "take a divisor of 1000"),
+    (["--end=never"], "known are clean, published"),
+    (["--batch=0"], "at least 1"),
+    (["--out=x.dzi", "--viewer=/nowhere.js"], "openseadragon.min.js"),
+    (["--reference=NAN"], "no finite numbers"),
+    (["--reference=HUGE"], "no finite numbers"),
+    (["--condition=grid", "--reference=x.png"], "does not go with --condition=grid"),
+    (["--size=()", "--swap=0,0:1,1"], "one or two for lam and size"),
+    (["--caption=fat"], "go with --condition=grid"),
+    (["--condition=cdm"], "known are reference, grid"),
+], ids=lambda v: "" if isinstance(v, str) else " ".join(v))
+def test_what_cannot_be_drawn(ready, model, tmp_path, args, says, monkeypatch):
+    """One clear error, and nothing is written."""
+    monkeypatch.setattr(ZoomLDM, "from_run", lambda folder: model)
+    save_tensors(tmp_path / "wide.safetensors", {"e": torch.randn(4, 4, 95)})
+    save_tensors(tmp_path / "narrow.safetensors", {"e": torch.randn(2, 1, 96)})
+    save_tensors(tmp_path / "empty.safetensors", {"f": torch.zeros(1)})
+    save_tensors(tmp_path / "nan.safetensors", {"e": torch.full((4, 4, 96), torch.nan)})
+    save_tensors(tmp_path / "huge.safetensors", {"e": torch.full((4, 4, 96), 1e300, dtype=torch.float64)})
+    (tmp_path / "text.png").write_text("no picture")
+    before = sorted(tmp_path.iterdir())
+    for name in ("wide.safetensors", "narrow.safetensors", "empty.safetensors", "nan.safetensors", "huge.safetensors",
+                 "text.png"):
+        args = [a.replace(name.split(".")[0].upper(), str(tmp_path / name)) for a in args]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"(?s){says}"):
+        sample_joint.main([str(ready), *SMALL, "--out=x.png", "--steps=1", *args])
+    assert sorted(p for p in tmp_path.iterdir() if not p.name.startswith(".")) == before
+
+
+@pytest.mark.parametrize("arg", ["--context=1.5", "--at=0.5,0"])
+def test_numbers_that_are_not_whole(ready, tmp_path, arg):
+    with pytest.raises(UserError):
+        draw(ready, tmp_path / "x.png", "--steps=1", arg)
+
+
+def test_errors_at_the_shell(ready, tmp_path):
+    """Exit code 2 and one sentence, no traceback."""
+    command = [sys.executable, "sample_joint.py", str(ready), *SMALL, f"--out={tmp_path / 'x.png'}"]
+    streams = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    calm = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    children = [(subprocess.Popen([*command, arg], env=calm, **streams), says) for arg, says in (
+        ("--context=4", "the run knows 0 to 2"), ("--reference=/nowhere.png", "does not exist"))]
+    for child, says in children:
+        _, text = child.communicate()
+        assert child.returncode == 2 and says in text and "Traceback" not in text and text.startswith("error: ")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,266 @@
+"""A trained model behind windows: decoding without a seam, conditions anywhere, keys and values, levels."""
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from rule import assert_close
+
+from common import Ranks
+from data import Pyramids
+from large import windows as module
+from large.command import pixels, usual_overlap
+from large.windows import Grid, WindowEps, contexts, decode_strips, prepare, sides, slerp
+from sample_joint import Canvas, starts
+from summarizer import standardize
+
+RANKS = Ranks(0, 1, torch.device("cpu"), None)
+
+
+@pytest.fixture(scope="module")
+def pyramids(toy):
+    return Pyramids(toy)
+
+
+# ----- 1. Latents -> pixels -----
+
+def pointwise(z):
+    """A decoder of four pixels a side per latent that looks at no neighbour."""
+    return (2 * z).tanh().repeat_interleave(4, -1).repeat_interleave(4, -2) + 0.01 * torch.arange(4).repeat(z.shape[-1])
+
+
+@pytest.mark.parametrize("h, w, side, overlap, batch", [(16, 16, 24, 8, 8), (40, 56, 24, 8, 2), (41, 30, 24, 8, 8),
+                                                        (24, 25, 24, 16, 1), (20, 70, 24, 0, 3), (50, 24, 24, 20, 8)])
+def test_strips_are_the_whole_decode(h, w, side, overlap, batch):
+    """Catches: a strip cut at the wrong row, a carry that is lost or added twice, tiles side by side exchanged."""
+    z = torch.randn(1, 3, h, w)
+    strips = list(decode_strips(pointwise, z, side, overlap, batch))
+    assert all(x.shape[:2] == (1, 3) and x.shape[3] == 4 * w and x.shape[2] > 0 for x in strips)
+    assert_close(torch.cat(strips, 2), pointwise(z).clamp(-1, 1), 1e-6)
+
+
+def test_strips_are_pictures():
+    """Within [-1,1], whatever the decoder says."""
+    x = torch.cat(list(decode_strips(lambda z: 3 * z, torch.randn(1, 3, 20, 20), 12, 4)), 2)
+    assert x.max() == 1 and x.min() == -1
+
+
+def test_strips_are_streamed():
+    """Tiles of one row at a time, decoded when their strip is asked for. Catches: a canvas decoded at once, tiles or
+    strips kept to the end, a batch larger than was asked for, a tile decoded twice."""
+    side, overlap, batch, most = 12, 4, 3, {}
+    for h in (44, 172):
+        alive, calls, tiles = [], [], 0
+
+        def decode(z, alive=alive, calls=calls):
+            calls.append(len(z))
+            assert len(z) <= batch and z.shape[2:] == (side, side)
+            x = pointwise(z)
+            alive.append(weakref.ref(x))
+            return x
+        strips = decode_strips(decode, torch.zeros(1, 3, h, 44), side, overlap, batch)
+        assert not calls
+        most[h] = 0
+        for row, strip in enumerate(strips):
+            assert strip.shape[2] <= 4 * side and sum(calls) == 5 * (row + 1)
+            alive.append(weakref.ref(strip))
+            most[h] = max(most[h], sum(x() is not None for x in alive))
+            tiles += 5
+        assert tiles == 5 * len(starts(h, side, overlap)) == sum(calls)
+    assert most[44] == most[172] <= 4
+
+
+@pytest.mark.parametrize("h, w", [(40, 40), (45, 51)])
+def test_no_seams(h, w):
+    """Every tile is off by a constant of its own, as GroupNorm makes them: no step may show where they meet. Catches:
+    tiles cut hard, a ramp over latents instead of pixels, strips that do not fade into each other."""
+    side, overlap, n = 16, 8, [0]
+
+    def decode(z):
+        tone = torch.tensor([0.5 * (-1) ** (n[0] + k) * (1 - 0.1 * k) for k in range(len(z))])
+        n[0] += len(z)
+        return tone[:, None, None, None].expand(-1, 3, 4 * z.shape[2], 4 * z.shape[3])
+    x = torch.cat(list(decode_strips(decode, torch.zeros(1, 3, h, w), side, overlap, 8)), 2)
+    assert x.shape == (1, 3, 4 * h, 4 * w) and x.std() > 0.1
+    for dim in (2, 3):
+        assert x.diff(dim=dim).abs().max() <= 1.02 / (4 * overlap), dim
+
+
+def test_decoding_in_strips(model, monkeypatch):
+    """uint8, close to the decode at once; tiles are half as large again as a patch. Catches: a canvas decoded whole."""
+    z, seen, real = torch.randn(1, 3, 72, 40), [], model.decode
+    monkeypatch.setattr(model, "decode", lambda part: seen.append(tuple(part.shape)) or real(part))
+    strips = list(pixels(model, z, RANKS, batch=1))
+    assert set(seen) == {(1, 3, 24, 24)} and len(strips) == 4 and all(x.dtype == np.uint8 for x in strips)
+    with torch.no_grad():
+        whole = ((real(z).clamp(-1, 1) + 1) * 127.5)[0].movedim(0, -1).numpy()
+    image = np.concatenate(strips)
+    assert image.shape == whole.shape and np.corrcoef(image.ravel(), whole.ravel())[0, 1] > 0.9
+
+
+# ----- 2. Conditions -----
+
+def by_hand(a, b, f):
+    """slerp of two vectors, one number at a time."""
+    cos = sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+    if abs(cos) > 0.9995:
+        return [(1 - f) * x + f * y for x, y in zip(a, b)]
+    angle = math.acos(cos)
+    return [(math.sin((1 - f) * angle) * x + math.sin(f * angle) * y) / math.sin(angle) for x, y in zip(a, b)]
+
+
+def grid(h=5, w=7, width=12):
+    return torch.randn(width, h, w)
+
+
+@pytest.mark.parametrize("s, i, j", [(0, 0, 0), (0, 4, 6), (0, 2.0, 3.0), (1, 1, 2), (2, 1, 3), (1, 3, 5)])
+def test_conditions_at_tiles_are_the_stored_ones(s, i, j):
+    """Exactly, for a window that covers whole tiles, as training saw them."""
+    e, g = grid(), 2 ** s
+    assert torch.equal(Grid(e)(s, i, j), standardize(e[:, int(i):int(i) + g, int(j):int(j) + g]))
+
+
+def test_slerp():
+    """Half-way stays on the sphere; parallel vectors, where the formula divides by 0, are mixed linearly."""
+    a, b = torch.randn(12, 3), torch.randn(12, 3)
+    b[:, 1], b[:, 2] = 2 * a[:, 1], a[:, 2] * 1.5
+    b[0, 2] += 1e-3
+    for f in (0.25, 0.5, 1.0):
+        out = slerp(a, b, f)
+        want = torch.tensor([by_hand(a[:, k].tolist(), b[:, k].tolist(), f) for k in range(3)]).T
+        assert_close(out, want, 1e-5, f"f={f}")
+    unit = torch.nn.functional.normalize(a, dim=0)
+    assert torch.allclose(slerp(unit, unit.roll(1, 0), 0.5).norm(dim=0), torch.ones(3))
+    assert torch.equal(slerp(a, b, 0), a)
+
+
+@pytest.mark.parametrize("s", [0, 1])
+@pytest.mark.parametrize("di, dj", [(0, 0.25), (0.75, 0), (0.25, 0.5)])
+def test_conditions_between_tiles(s, di, dj):
+    """From the four tiles around, along columns, then along rows, then standardised. Catches: a fraction from the
+    wrong side, rows and columns exchanged, embeddings standardised before they are mixed only."""
+    e, g = grid(), 2 ** s
+    out = Grid(e)(s, 1 + di, 2 + dj)
+
+    def mix(r, c):
+        top, low = (by_hand(e[:, r + k, c].tolist(), e[:, r + k, c + 1].tolist(), dj) if dj else e[:, r + k, c].tolist()
+                    for k in (0, 1))
+        return by_hand(top, low, di) if di else top
+    want = torch.tensor([[mix(1 + r, 2 + c) for c in range(g)] for r in range(g)]).movedim(-1, 0)
+    assert out.shape == (12, g, g)
+    assert_close(out, standardize(want), 1e-5)
+    assert torch.allclose(out.mean(0), torch.zeros(g, g), atol=1e-6) and torch.allclose(out.std(0), torch.ones(g, g))
+
+
+def test_conditions_beyond_the_border():
+    """The last tile is repeated. Catches: an index beyond the grid, or one that wraps around."""
+    e = grid(3, 4)
+    assert torch.allclose(Grid(e)(0, 2.5, 3.5), standardize(e[:, 2:3, 3:4]), atol=1e-5)
+    assert torch.allclose(Grid(e)(1, 2, 0), standardize(e[:, [2, 2], :2]), atol=1e-5)
+    assert torch.allclose(Grid(e)(1, 0, 3), standardize(e[:, :2, [3, 3]]), atol=1e-5)
+
+
+def test_conditions_of_coarse_scales_are_pooled():
+    """16 x 16 tiles become 8 x 8, pooled before they are standardised; half-precision grids are read as float32."""
+    e = grid(20, 18).half()
+    out = Grid(e)(4, 3, 1)
+    mean = e[:, 3:19, 1:17].float().unflatten(1, (8, 2)).unflatten(3, (8, 2)).mean((2, 4))
+    assert out.shape == (12, 8, 8) and out.dtype == torch.float32
+    assert_close(out, (mean - mean.mean(0)) / mean.std(0), 1e-5)
+    assert Grid(e)(4, 3.5, 1.25).shape == (12, 8, 8)
+
+
+@pytest.mark.parametrize("s", [0, 1, 2])
+def test_windows_get_the_condition_of_their_patch(model, pyramids, s):
+    """At whole patches the tokens are those of training, at every scale; between, they are asked for at their place,
+    in base tiles. Catches: rows and columns exchanged, latents taken for tiles, the wrong scale's token."""
+    k = [x["split"] for x in pyramids.slides].index("test")
+    lattice = Canvas(64 >> s, 64 >> s, 16, batch=3)
+    c = contexts(model, Grid(pyramids.tensor(k, "e").movedim(-1, 0)), s, lattice)
+    for n, (i, j) in enumerate(pyramids.tensor(k, f"ij{s}").tolist()):
+        item = pyramids.item(k, s, n, ())
+        want = model.summarizer(item["tokens"][None], item["mask"][None], torch.tensor([s]))[0]
+        assert_close(c[16 * i, 16 * j], want, 1e-5, f"{i, j}")
+    asked = []
+
+    def condition(*where):
+        asked.append(where)
+        return torch.randn(96, 2 ** s, 2 ** s)
+    contexts(model, condition, s, Canvas(20, 24, 16, 12))
+    assert asked == [(s, i / 16 * 2 ** s, j / 16 * 2 ** s) for i in (0, 4) for j in (0, 4, 8)]
+
+
+# ----- 3. A trained model behind windows -----
+
+@pytest.fixture(scope="module")
+def windows(model):
+    """out: tokens by corner, z, t, corners of three windows."""
+    g = torch.Generator().manual_seed(1)
+    ij = [(0, 0), (0, 12), (12, 0)]
+    c = {p: torch.randn(65, 32, generator=g) for p in ij}
+    return c, torch.randn(3, 3, 16, 16, generator=g), torch.tensor([10, 500, 900]), ij
+
+
+@pytest.mark.parametrize("room", [2 ** 28, 0, 40_000])
+@pytest.mark.parametrize("guidance", [1, 2.5])
+def test_eps_of_windows(model, windows, guidance, room, monkeypatch):
+    """What ZoomLDM.guided says, whether keys and values are kept or there is no room for them."""
+    c, z, t, ij = windows
+    made, real = [], model.unet.cache_context
+    monkeypatch.setattr(module, "BUDGET", room)
+    monkeypatch.setattr(model.unet, "cache_context", lambda tokens: made.append(len(tokens)) or real(tokens))
+    eps = WindowEps(model, c, guidance)
+    with torch.no_grad():
+        want = model.guided(torch.stack([c[p] for p in ij]), guidance)(z, t)
+        made.clear()
+        for _ in range(3):
+            assert_close(eps(z, t, ij), want, 1e-5)
+        assert_close(eps(z[1:], t[1:], ij[1:]), want[1:], 1e-5)  # other windows, other keys and values
+    rows = 1 if guidance == 1 else 2
+    assert made == ([3 * rows] * 3 + [2 * rows] if room < 2 ** 28 else [3 * rows, 2 * rows])
+
+
+def test_guidance_in_an_interval(model, windows):
+    """From the first t on and below the second both branches, elsewhere the conditional one alone, in one pass of half
+    the size. catches: the interval turned round, its ends on the wrong side."""
+    c, z, _, ij = windows
+    tokens, seen, real = torch.stack([c[p] for p in ij]), [], model.eps
+    eps = WindowEps(model, c, 2.5, (200, 700))
+    for t, guidance in ((199, 1.0), (200, 2.5), (699, 2.5), (700, 1.0)):
+        t = torch.full((3,), t)
+        with torch.no_grad():
+            assert_close(eps(z, t, ij), model.guided(tokens, guidance)(z, t), 1e-5)
+    model.eps = lambda z, t, kv: seen.append(len(z)) or real(z, t, kv)
+    for t in (100, 300):
+        eps(z, torch.full((3,), t), ij)
+    del model.eps
+    assert seen == [3, 6]
+
+
+def test_levels(model):
+    """Noise depends on seed and scale alone, so that a level is the same whatever is drawn with it."""
+    def condition(s, i, j):
+        return torch.randn(96, 2 ** s, 2 ** s, generator=torch.Generator().manual_seed(int(8 * i + j)))
+    a = prepare(model, condition, (256, 512), [2, 0], 4, seed=3)
+    b = prepare(model, condition, (256, 512), [2, 1, 0], 4, seed=3, fade=False, batch=5)
+    assert [x.z.shape[2:] for x in b] == [(16, 32), (32, 64), (64, 128)]
+    assert a[0].A is None and a[1].A.factor == 4 and [x.A.factor for x in b[1:]] == [2, 2]
+    assert torch.equal(a[0].z, b[0].z) and torch.equal(a[1].z, b[2].z)
+    assert not torch.equal(a[0].z.flatten(), b[1].z.flatten()[:a[0].z.numel()])
+    assert (b[0].canvas.fade, b[0].canvas.batch, b[0].canvas.overlap, a[0].canvas.fade) == (False, 5, 4, True)
+    assert not torch.equal(prepare(model, condition, (256,), [0], 4, seed=4)[0].z,
+                           prepare(model, condition, (256,), [0], 4, seed=3)[0].z)
+
+
+def test_sides():
+    """Latents at every scale, and what does not fit."""
+    assert sides((512, 1024), [3, 1, 0], 64, 4, 5) == [(16, 32), (64, 128), (128, 256)]
+    assert sides((256,), [3, 1], 64, 4, 5) == [(16, 16), (64, 64)]
+
+
+@pytest.mark.parametrize("window", [2, 4, 8, 12, 16, 24, 32, 64])
+def test_usual_overlap(window):
+    """Windows an odd number of latents apart, so that no lattice of theirs lies on the next one's; nearly a quarter."""
+    overlap = usual_overlap(window)
+    assert (window - overlap) % 2 == 1 and 0 < overlap < window and abs(overlap - window / 4) <= 1

@@ -1,0 +1,90 @@
+"""Large images on two ranks: the pictures that one draws, windows shared."""
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rule import assert_close
+
+from common import load_tensors, save_tensors
+from diffusion import Schedule
+from large.ranks import open_canvas
+from sample_joint import Level, Resize, sample_levels
+
+S, D = Schedule(), torch.float64
+CASES = {"s1": {"fade": True}, "s2": {}, "x0": {"fade": True}, "x0+proxy": {}, "one window": {"side": 8}}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=D)
+
+
+def place_aware(seen):
+    """An eps that looks at neighbours and at its place, and remembers which windows it was asked about. One window at a
+    time, for kernels may round otherwise in another batch."""
+    weight = normal(3, 3, 3, 3, seed=1) / 4
+
+    def eps(z, t, ij):
+        seen.extend(ij)
+        mixed = [torch.tanh(F.conv2d(x, weight, padding=1) + 0.02 * i - 0.04 * j) for x, (i, j) in zip(z.split(1), ij)]
+        ab = S.at(t, z)
+        return (z - ab.sqrt() * 0.3 * torch.cat(mixed)) * (1 - ab).sqrt() / (ab * 0.25 + 1 - ab)
+    return eps
+
+
+def shades(z):
+    """A decoder whose windows differ in tone, as GroupNorm makes them."""
+    return z + 0.5 * z.mean((1, 2, 3), keepdim=True)
+
+
+def every_case():
+    """out: {name: latents, and the corners this process was asked about}."""
+    out = {}
+    for name, options in CASES.items():
+        side, seen = options.get("side", 20), []
+        canvas = open_canvas(side, side, 8, 4 if side > 8 else 0, options.get("fade", False), batch=3)
+        z, y = normal(1, 3, side, side), normal(1, 3, side // 4, side // 4, seed=1)
+        level = Level(place_aware(seen), shades, torch.tanh, canvas, z, Resize(4), y)
+        sample_levels([level], S, steps=4, inner=2, guide=name if name in ("s1", "s2", "x0", "x0+proxy") else "s2")
+        out |= {name: level.z, f"{name}, corners": torch.tensor(seen)}
+    return out
+
+
+def on_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", timedelta(seconds=120), 2, rank)
+    save_tensors(f"{folder}/{rank}.safetensors", every_case())
+    dist.barrier()
+    os._exit(0)  # two Pythons that tidy up on two cores take seconds
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """out: what each of two ranks found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(on_rank, (str(folder),), nprocs=2)
+    return [load_tensors(folder / f"{r}.safetensors")[0] for r in range(2)]
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(ranks):
+    """Every rank gets the whole canvas. Catches: sums that are exchanged twice or not at all, a maximum of one rank's
+    windows."""
+    want = every_case()
+    for name in CASES:
+        for r, got in enumerate(ranks):
+            assert_close(got[name], want[name], 1e-9, f"{name}, rank {r}")
+        assert torch.equal(ranks[0][name], ranks[1][name])
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_windows(ranks):
+    """Each asks about its own half alone; one window is drawn by both."""
+    for name in CASES:
+        mine = [{tuple(p) for p in got[f"{name}, corners"].tolist()} for got in ranks]
+        if name == "one window":
+            assert mine == [{(0, 0)}, {(0, 0)}]
+        else:
+            assert not mine[0] & mine[1] and len(mine[0] | mine[1]) == 16 and len(mine[0]) == 8
