@@ -204,8 +204,7 @@ class VQVAE(Module):
 
     @classmethod
     def from_official(cls, state, prefix=""):
-        """Build from a published state dict (prefix "first_stage_model." in a whole checkpoint); in eval mode.
-        raises: ValueError listing missing, unexpected and mis-shaped keys."""
+        """From a published state dict, in eval mode. raises: ValueError listing the keys that do not fit."""
         from slides import keys  # the published names
         return keys.load_vae(state, prefix)
 
@@ -248,8 +247,8 @@ def rebase(vae, z, whiten=False):
     mean = pixels.mean(0)
     there = back = torch.eye(len(mean), dtype=torch.float64)          # (C,C), inverse to each other
     if whiten:
-        power, axes = torch.linalg.eigh(torch.cov(pixels.T))
-        root = power.clamp_min(0.01 * float(power.max()) + 1e-12).sqrt()
+        power, axes = torch.linalg.eigh(torch.cov(pixels.T))          # ascending
+        root = power.clamp_min(0.01 * float(power[-1]) + 1e-12).sqrt()
         # the symmetric root: eigenvectors alone would turn with the rounding where two powers are equal
         there = axes / root @ axes.T
         back = axes * root @ axes.T
@@ -295,30 +294,34 @@ class VAEStage(Module):
 
     def __init__(self, cfg, anchor, start=None):
         super().__init__()
-        self.vae, self.cfg, self.anchor, self.scales = VQVAE(cfg.vae), cfg, anchor, cfg.summarizer.scales
+        self.cfg, self.scales = cfg, cfg.summarizer.scales
+        self.anchor, side = anchor, anchor.shape[-1]
+        self.vae = VQVAE(cfg.vae)
         self.register_buffer("usage", torch.zeros(cfg.vae.codes))
-        self.used = torch.zeros(cfg.vae.codes, device=anchor.device)    # by this rank in this step
-        self.unquantized = 0 if start else cfg.vae_steps // 4           # steps before there are codes
-        self.crop = min(cfg.vae_crop or anchor.shape[-1], anchor.shape[-1])
+        self.used = torch.zeros_like(self.usage, device=anchor.device)  # by this rank in this step
+        self.crop = min(cfg.vae_crop or side, side)
+        self.first = 0 if start else cfg.vae_steps // 4                 # the step from which there are codes
         if start:
             self.vae.load_state_dict(start.state_dict())
 
     def noise(self, step):
         """What is random in a step, of the whole global batch: here the corners of the crops."""
-        self.step, gen = step, generator(self.cfg.seed, 1, step)
-        places = (self.anchor.shape[-1] - self.crop) // self.vae.factor + 1
-        return {"corner": self.vae.factor * torch.randint(places, (self.cfg.vae_batch, 2), generator=gen)}
+        self.step = step
+        gen, factor = generator(self.cfg.seed, 1, step), self.vae.factor
+        places = (self.anchor.shape[-1] - self.crop) // factor + 1
+        return {"corner": factor * torch.randint(places, (self.cfg.vae_batch, 2), generator=gen)}
 
     def forward(self, batch):
         crops = []
         for image, (i, j) in zip(batch["x"], batch["corner"].tolist()):
             crops.append(image[:, i:i + self.crop, j:j + self.crop])    # (3,crop,crop)
         x = torch.stack(crops)                                          # (B,3,crop,crop)
-        loss, x_rec, indices = vae_loss(self.vae, x, self.step >= self.unquantized)
+        loss, x_rec, indices = vae_loss(self.vae, x, quantize=self.step >= self.first)
         if indices is not None:
             self.used += torch.bincount(indices.flatten(), minlength=len(self.used))
-        mse = (x_rec.detach().clamp(-1, 1) - x).square().flatten(1).mean(1).clamp_min(1e-10)
-        psnr = 10 * torch.log10(4 / mse)                                # (B,)
+        error = x_rec.detach().clamp(-1, 1) - x
+        mse = error.square().flatten(1).mean(1).clamp_min(1e-10)        # (B,)
+        psnr = 10 * torch.log10(4 / mse)
         return loss, {"loss": loss.detach().expand(len(x)), "psnr": psnr, "s": batch["s"]}
 
     @torch.no_grad()
@@ -327,17 +330,17 @@ class VAEStage(Module):
         ranks.sum(self.used)
         self.usage += self.used
         self.used.zero_()
-        first = self.unquantized
+        first, codes = self.first, len(self.usage)
         if step in (first // 8, first // 2, first):
             rebase(self.vae, self.vae.encode(self.anchor), whiten=True)
-        if step >= first and (step - first) % 50 == 0 and step <= 0.8 * self.cfg.vae_steps:
-            used = int((self.usage > 0).sum())
-            if step > first and used < 0.1 * len(self.usage) and ranks.rank == 0:
-                tqdm.write(f"step {step}: only {used} of {len(self.usage)} codes were used in 50 steps; the others "
-                           f"are moved to latents. If that goes on, take fewer (--vae.codes) or a lower --vae_lr")
-            gen = generator(self.cfg.seed, 3, step)
-            revive_codes(self.vae, self.vae.encode(self.anchor), self.usage, gen)
-            self.usage.zero_()
+        if step < first or (step - first) % 50 or step > 0.8 * self.cfg.vae_steps:
+            return
+        z, gen = self.vae.encode(self.anchor), generator(self.cfg.seed, 3, step)
+        used = codes - revive_codes(self.vae, z, self.usage, gen)
+        if step > first and used < 0.1 * codes and ranks.rank == 0:
+            tqdm.write(f"step {step}: only {used} of {codes} codes were used in 50 steps; the others are moved to "
+                       f"latents. If that goes on, take fewer (--vae.codes) or a lower --vae_lr")
+        self.usage.zero_()
 
     def report(self):
         """What the log says beside the losses."""
