@@ -79,6 +79,19 @@ def test_option_exists(option):
     assert option.split(".")[0] in OPTIONS, option
 
 
+def test_equations_are_told_where_they_stand():
+    """A function that the map names for an equation says so itself. catches: Eq. 4 and Eq. 6 swapped."""
+    rows = re.findall(r"^\| [^|]*?Eq\. (\d+)[^|]*\| `(\w+\.py)::(\w+)`", README, re.M)
+    assert {number for number, *_ in rows} >= {"1", "3", "4", "5", "6"}
+    for number, file, name in rows:
+        text = FILES[file].read_text()
+        for node in ast.walk(TREES[file]):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+                above = [line for line in text.splitlines()[:node.lineno] if line.startswith("# -----")][-1:]
+                told = "".join(above) + ast.get_source_segment(text, node)      # the banner of its section, and itself
+                assert re.search(rf"Eq\. (\d, |\d-)*{number}\b", told), f"{file}::{name}: Eq. {number}"
+
+
 def test_file_table_is_the_reading_order():
     table = README[README.index("## The eleven files"):README.index("## Names")]
     assert re.findall(r"^\| `(\w+)\.py`", table, re.M) == list(CORE)
