@@ -1,4 +1,4 @@
-"""train.py killed, moved to other ranks, damaged and filled up, for minutes (make torture); test_faults.py is the quick
+"""train.py killed, moved to other ranks, damaged and filled up, for minutes (make torture); tests/whole/test_faults.py is the quick
 part. Prints a line per fault, and exits with code 1 if a run did not end as the undisturbed one."""
 import json
 import os
