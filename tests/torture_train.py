@@ -1,5 +1,5 @@
-"""train.py killed, moved to other ranks, damaged and filled up, for minutes (make torture); tests/whole/test_faults.py is the quick
-part. Prints a line per fault, and exits with code 1 if a run did not end as the undisturbed one."""
+"""train.py killed, moved to other ranks, damaged and filled up, for minutes (make torture). tests/whole/test_faults.py
+is the quick part. Prints a line per fault, and exits with code 1 if a run did not end as the undisturbed one."""
 import json
 import os
 import random
