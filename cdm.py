@@ -235,13 +235,8 @@ class Conditioner(nn.Module):
         x, s = self.clean(batch)
         t = batch["t"]
         loss, _ = diffusion_loss(lambda z_t, t: self.net(z_t, t, s), x, t, batch["eps"], self.schedule, "x0")
-        return loss.mean(), {"loss": loss.detach(), "x0": loss.detach(), "s": batch["s"], "t": t}
-
-    def after_step(self, step, ranks):
-        pass
-
-    def report(self):
-        return {}
+        error = loss.detach()                                                            # (B,)
+        return loss.mean(), {"loss": error, "x0": error, "s": batch["s"], "t": t}
 
     def check_fit(self, model, path):
         """raises: UserError if this makes the tokens of another Summarizer. (The published file does not say.)"""
@@ -253,14 +248,15 @@ class Conditioner(nn.Module):
     @classmethod
     def prepare(cls, cfg, model, pyramids):
         """out: an untrained one of the sizes that run and data ask for, and its data set."""
-        cfg.dit.tokens, cfg.dit.channels = model.summarizer.pos.shape[1:]
-        cfg.dit.scales = model.summarizer.cfg.scales
+        summarizer, sizes = model.summarizer, cfg.dit
+        sizes.tokens, sizes.channels = summarizer.pos.shape[1:]
+        sizes.scales = summarizer.cfg.scales
 
         @torch.no_grad()
         def summarize(batch):
-            return model.summarizer(batch["tokens"], batch["mask"], batch["s"]).float(), batch["s"]
-        info = {"summarizer": fingerprint(model.summarizer), "shift": cfg.shift}
-        return cls(cls.network(cfg.dit), info, cfg, summarize), PatchDataset(pyramids, "train", cfg.seed, ())
+            return summarizer(batch["tokens"], batch["mask"], batch["s"]).float(), batch["s"]
+        info = {"summarizer": fingerprint(summarizer), "shift": cfg.shift}
+        return cls(cls.network(sizes), info, cfg, summarize), PatchDataset(pyramids, "train", cfg.seed, ())
 
 
 def kind_of(name):
@@ -292,8 +288,7 @@ def load_conditioner(run, kind, model):
             state.pop(name, None)  # in files of earlier versions, of no effect: 0 and 1
         made.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as err:
-        reason = str(err).splitlines()[0]
-        raise UserError(f"{path} does not hold a {kind} of ours ({reason}): train one again") from err
+        raise UserError(f"{path} holds no {kind} of ours ({str(err)[:99]!r}): train one again") from err
     made.check_fit(model, path)
     return made.to(next(model.parameters()).device).eval().requires_grad_(False)
 

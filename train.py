@@ -158,9 +158,6 @@ class LDMStage(torch.nn.Module):
                                       self.schedule, self.cfg.pred)     # (B,) each
         return loss.mean(), {"loss": loss.detach(), "eps": on_eps, "s": s, "t": t}
 
-    def after_step(self, step, ranks):
-        pass
-
 
 # ----- 3. The loop -----
 
@@ -198,7 +195,8 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
             save, sample = (done == steps or done % n == 0 for n in (loop.save_every, loop.sample_every))
             if stop or save or sample or done % loop.log_every == 0:
                 bar.set_postfix(loss=log.write(done, batch, grad, rate))
-            net.after_step(done, ranks)
+            if hasattr(net, "after_step"):
+                net.after_step(done, ranks)
             if (stop or save) and ranks.rank == 0:
                 save_state(state_file, cfg, done, net, ema, opt)
             if stop:

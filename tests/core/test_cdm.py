@@ -208,7 +208,7 @@ def test_files_from_before(home, tmp_path):
     assert_close(cdm.load_conditioner(tmp_path, "cdm", model).tokens([1], steps=2),
                  cdm.load_conditioner(home, "cdm", model).tokens([1], steps=2), 0)
     save_tensors(path, state | {"more": torch.zeros(1)}, meta)
-    with pytest.raises(UserError, match="does not hold a cdm of ours"):
+    with pytest.raises(UserError, match="holds no cdm of ours"):
         cdm.load_conditioner(tmp_path, "cdm", model)
 
 

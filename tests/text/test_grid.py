@@ -169,7 +169,7 @@ def test_files_from_before(home, tmp_path):
     made = cdm.load_conditioner(tmp_path, "grid", ZoomLDM.from_run(home))
     assert not made.says.any() and torch.equal(made.mean, state["mean"])
     save_tensors(tmp_path / "grid.safetensors", {k: v for k, v in state.items() if k != "mean"}, meta)
-    with pytest.raises(UserError, match="does not hold a grid of ours"):
+    with pytest.raises(UserError, match="holds no grid of ours"):
         cdm.load_conditioner(tmp_path, "grid", ZoomLDM.from_run(home))
 
 
