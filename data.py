@@ -235,6 +235,8 @@ class Pyramids:
         return out | {"s": s, "slide": k}
 
 
+# ----- 3. What is drawn for a batch -----
+
 class PatchDataset(Dataset):
     """Random patches: a scale uniformly among those that have any, then one of its patches over all slides.
 
@@ -284,6 +286,8 @@ def fixed_batch(pyramids, split, s, n, want=("x",), seed=0):
         raise UserError(f"{pyramids.folder} has no {split!r} patch at scale {s}, of {pyramids.scales} scales")
     return default_collate([pyramids.item(k, s, i, want) for _, _, k, i in sorted(order)[:n]])
 
+
+# ----- 4. What a training is fed with -----
 
 def own_places(name, cfg, batch, ranks):
     """Where the micro-batches of this rank begin in the global batch of a stage, and their size. raises: UserError."""

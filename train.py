@@ -125,7 +125,7 @@ TABLE = {
 }
 PRESETS = {name: {key: row[i] for key, row in TABLE.items() if row[i] is not None}
            for i, name in enumerate(TABLE["preset"])}
-TOYS = {"smoke": (8, 4, 256), "toy": (256, 64, 1024), "toy_long": (256, 64, 1024)}  # slides, held out, their side
+TOYS = {"smoke": ("--slides=8", "--test=4", "--size=256"), "toy": (), "toy_long": ()}  # settings of toy/make.py
 
 
 # ----- 2. What each stage minimises -----
@@ -379,8 +379,7 @@ def open_training(cfg, ranks, std):
     ours = cfg.preset in TOYS and cfg.data == PRESETS[cfg.preset]["data"]    # never a folder that the user named
     if ours and ranks.rank == 0:
         if not Path(cfg.data, "index.json").exists() or not read_index(cfg.data)["slides"]:
-            slides, test, size = TOYS[cfg.preset]
-            data.main(["toy", f"--out={cfg.data}", f"--slides={slides}", f"--test={test}", f"--size={size}"])
+            data.main(["toy", f"--out={cfg.data}", *TOYS[cfg.preset]])
     ranks.barrier()
     pyramids = open_data(cfg.data, std=std)
     if pyramids.official and not cfg.vae_weights:
