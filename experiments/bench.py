@@ -1,49 +1,46 @@
-"""Speed and memory of the networks, of training and of sampling, side by side in one run.
+"""Speed of the networks, of training and of sampling, side by side in one run.
 
-    python bench.py                            # reduced width, some minutes on two cores -> out/bench.md
-    python bench.py --full                     # as published, 20 minutes -> out/bench_full.md; --compile: more
-    python bench.py --full --compile --device=cuda --batch=32
-    python bench.py plan --gpus=256            # past one machine: see plan.py; so is python bench.py loader RUN
+    python -m experiments.bench                           # reduced width, some minutes on two cores
+    python -m experiments.bench --full --out=bench.md     # as published, 20 minutes; --compile: more
+    python -m experiments.bench --full --compile --device=cuda --batch=32
 
-Everything is called in turn, round after round, together with what the machine can do at best, so that other work on it
-slows all alike: trust the ratios. Random weights: no run is needed.
+Every line of a group is called in turn, round after round, together with what the machine can do at best, so that other
+work on it slows all alike: trust the ratios. Random weights: no run is needed. The U-Net of `diffusers` runs beside
+ours where the extra is installed.
 
-in:  nothing   out: tables, on the screen and in --out     read next: README.md
+in:  nothing   out: tables, on the screen and in --out     read next: ../docs/speed.md
 """
 import os
 import platform
-import re
-import resource
-import subprocess
-import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from statistics import median
 from unittest import mock
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import zoom_vae
-from common import UserError, cli, configure, setup, write_text
+from common import UserError, at_least, cli, configure, setup, write_text
 from diffusion import ZoomLDM
-from experiments import plan
-from experiments.cost import meta_flops, network_flops, rows_of_step, training_flops
-from experiments.rivals import Diffusers, compared, plain
-from large.proxy import Proxy
-from large.windows import prepare
-from sample_joint import sample_levels
-from summarizer import Summarizer, SummarizerConfig
+from experiments.cost import network_flops, row_flops, rows_of_step, training_flops
+from sample_joint import joint_sample
+from summarizer import SLOTS, Summarizer, SummarizerConfig
+from train import Config as TrainConfig
+from train import LDMStage
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
+
+SIDE = 64  # latents of a patch of 256 pixels
+LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 
 @dataclass
 class Config:
-    command: str = ""       # empty; plan or loader: see plan.py; one = what measures memory
     full: bool = False      # the published widths; False: a third or a quarter of them
     device: str = "cpu"
     threads: int = 0        # 0 = PyTorch's choice
@@ -52,295 +49,300 @@ class Config:
     batch: int = 2          # patches per call, and per training step
     compile: bool = False   # torch.compile as well
     groups: str = ""        # of GROUPS, with "," between; empty = all
-    only: str = ""          # one: a line of a table, "group: line"
-    out: str = ""           # empty = out/bench.md, and out/bench_full.md with --full
-
-
-SIDE = 64  # latents of a patch of 256 pixels
-HALF, FLOAT, LAST, FIRST = torch.bfloat16, torch.float32, torch.channels_last, torch.contiguous_format
+    out: str = ""           # a file to write as well; empty = the screen alone
 
 
 def sizes(full):
     """Configs of U-Net, VAE and Summarizer: as published, or so that a call takes a fraction of a second."""
-    return (UNetConfig(), VAEConfig(), SummarizerConfig()) if full else (
-        UNetConfig(64), VAEConfig(32), SummarizerConfig(depth=2))
+    if full:
+        return UNetConfig(), VAEConfig(), SummarizerConfig()
+    return UNetConfig(64), VAEConfig(32), SummarizerConfig(depth=2)
 
 
-# ----- 1. What is timed: groups of lines (name, FLOP or bytes of a call, a function that builds the call) -----
+# ----- 1. The U-Net of diffusers -----
+
+class Diffusers(nn.Module):
+    """diffusers' UNet2DConditionModel of the same shape, called as ours. raises: UserError if it is not installed."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        try:
+            from diffusers import UNet2DConditionModel
+        except ImportError as err:
+            raise UserError(f"diffusers cannot be imported ({err}): pip install -e '.[bench]'") from err
+        attends = [2 ** i in cfg.attention for i in range(len(cfg.mult))]
+        self.net = UNet2DConditionModel(
+            in_channels=cfg.channels, out_channels=cfg.channels, cross_attention_dim=cfg.context_dim,
+            block_out_channels=[cfg.width * m for m in cfg.mult], layers_per_block=cfg.res_blocks,
+            down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+            up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]],
+            norm_num_groups=cfg.groups, attention_head_dim=cfg.heads)  # by that name it takes the number of heads
+
+    def forward(self, z, t, c):
+        return self.net(z, t, c, return_dict=False)[0]
+
+
+def compared(cfg, side):
+    """Is there a network of diffusers to compare with? in: a UNetConfig, the side of latents. out: a sentence; and
+    whether its network has the same shape, that is weights of the same sizes and the same FLOPs to a thousandth."""
+    try:
+        with torch.device("meta"):
+            ours, theirs = UNet(cfg), Diffusers(cfg)
+    except UserError as err:
+        return f"diffusers: skipped, {err}", False
+    shapes = [sorted(tuple(p.shape) for p in net.parameters()) for net in (ours, theirs)]
+    work = [row_flops(net, (cfg.channels, side, side), cfg.context_dim) for net in (ours, theirs)]
+    same = shapes[0] == shapes[1] and abs(work[0] - work[1]) < 1e-3 * work[0]
+    said = "the same shape" if same else "another shape, so it is skipped"
+    return f"diffusers: {work[1] / 1e9:.2f} GFLOP a row, ours {work[0] / 1e9:.2f}: {said}", same
+
+
+# ----- 2. What is timed: groups of lines (name, FLOP or bytes of a call, the call) -----
 
 def kinds(ranks):
-    return (("fp32", FLOAT), ("bf16", HALF)) if ranks.amp else (("fp32", FLOAT),)
-
-
-def conv(ranks, b, c, side, kind, dtype, order=FIRST):
-    """The line of a 3 x 3 convolution."""
-    def build():
-        x, w = (torch.randn(shape, dtype=dtype, device=ranks.device).to(memory_format=order)
-                for shape in ((b, c, side, side), (c, c, 3, 3)))
-        return partial(F.conv2d, x, w, padding=1)
-    name = f"conv {b}x{c}->{c} @{side} {kind}" + " nhwc" * (order == LAST)
-    return name, 2 * 9 * b * c * c * side ** 2, build
+    """The arithmetic that the device has."""
+    return {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if ranks.amp else {})
 
 
 def matmul(ranks, full, kind, dtype):
     n = 4096 if full else 2048
-    return f"matmul {n} {kind}", 2 * n ** 3, lambda: partial(torch.mm, *torch.randn(
-        2, n, n, dtype=dtype, device=ranks.device))
+    a, b = torch.randn(2, n, n, dtype=dtype, device=ranks.device)
+    return f"matmul {n} {kind}", 2 * n ** 3, partial(torch.mm, a, b)
+
+
+def conv(ranks, batch, channels, side, kind, dtype, order=FIRST):
+    """The line of a 3 x 3 convolution."""
+    x = torch.randn(batch, channels, side, side, dtype=dtype, device=ranks.device).to(memory_format=order)
+    w = torch.randn(channels, channels, 3, 3, dtype=dtype, device=ranks.device).to(memory_format=order)
+    name = f"conv {batch}x{channels}->{channels} @{side} {kind}" + (" nhwc" if order == LAST else "")
+    return name, 2 * 9 * batch * channels ** 2 * side ** 2, partial(F.conv2d, x, w, padding=1)
 
 
 def peaks(cfg, ranks):
     """The best this machine does."""
-    for kind in kinds(ranks):
-        yield matmul(ranks, cfg.full, *kind)
+    for kind, dtype in kinds(ranks).items():
+        yield matmul(ranks, cfg.full, kind, dtype)
         for shape in ((2, 192, SIDE), (1, 512, SIDE), (1, 128, 4 * SIDE)):
             for order in (FIRST, LAST):
-                yield conv(ranks, *shape, *kind, order)
-    yield "copy, bytes read and written", 2 << 28, lambda: torch.zeros(1 << 28, dtype=torch.int8,
-                                                                       device=ranks.device).clone
+                yield conv(ranks, *shape, kind, dtype, order)
+    memory = torch.zeros(1 << 28, dtype=torch.int8, device=ranks.device)
+    yield "copy, bytes read and written", 2 << 28, memory.clone
+
+
+def unet_call(net, cfg, batch, dtype, order, amp, backward):
+    """One forward pass, or a forward and a backward one. cfg: a UNetConfig."""
+    device = next(net.parameters()).device
+    z = torch.randn(batch, cfg.channels, SIDE, SIDE).to(device, dtype, memory_format=order)
+    c = torch.randn(batch, 65, cfg.context_dim).to(device, dtype)
+    t = torch.full((batch,), 500, device=device)
+
+    def call():
+        with torch.set_grad_enabled(backward), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            out = net(z, t, c)
+        if backward:
+            out.float().square().mean().backward()
+            net.zero_grad()
+    return call
 
 
 def unets(cfg, ranks, backward=False):
-    """Our U-Net, diffusers', and the plain one: a forward pass, or a forward and a backward one."""
-    shape, device = sizes(cfg.full)[0], ranks.device
-    z, c = torch.randn(cfg.batch, shape.channels, SIDE, SIDE), torch.randn(cfg.batch, 65, shape.context_dim)
-    t = torch.full((cfg.batch,), 500, device=device)
-
-    @cache
-    def net(kind, dtype, order):
-        return kind(shape).to(device, dtype, memory_format=order).requires_grad_(backward)
-
-    def build(kind, how, dtype=FLOAT, order=FIRST, amp=False):
-        model, x, context = net(kind, dtype, order), z.to(device, dtype, memory_format=order), c.to(device, dtype)
-        f = how(model)
-
-        def call():
-            with torch.set_grad_enabled(backward), torch.autocast(device.type, HALF, enabled=amp):
-                out = f(x, t, context)
-            if backward:
-                out.float().square().mean().backward()
-                model.zero_grad()
-        return call
-    ways = {"fp32": {}, "fp32, channels last": {"order": LAST}}
+    """Our U-Net and diffusers', in every arithmetic and layout that pays somewhere."""
+    shape = sizes(cfg.full)[0]
+    one = row_flops(UNet(shape).to("meta"), (shape.channels, SIDE, SIDE), shape.context_dim)
+    work = cfg.batch * (training_flops(shape, SIDE) if backward else one)
+    ways = {"fp32": (torch.float32, FIRST, False), "fp32, channels last": (torch.float32, LAST, False)}
     if ranks.amp:
-        ways |= {"bf16 autocast": {"amp": True}} | ({} if backward else {
-            "bf16 weights": {"dtype": HALF}, "bf16 weights, channels last": {"dtype": HALF, "order": LAST}})
-    # weights that stay what they are can be laid out anew, which torch does for a CPU
-    freeze = {"freezing": True} if device.type == "cpu" and not backward else None
-    nets = {"ours": (UNet, lambda net: net, list(ways)),
-            "plain": (UNet, lambda net: partial(plain, net), [w for w in ways if w in ("fp32", "bf16 autocast")])}
-    if compared(shape, SIDE)[1]:
-        nets["diffusers"] = Diffusers, lambda net: net, [w for w in ways if "last" not in w]
-    if cfg.compile:
-        nets["ours, compiled"] = UNet, partial(torch.compile, options=freeze), ["fp32", list(ways)[-1]]
-    work = cfg.batch * (training_flops(shape, SIDE) if backward else
-                        meta_flops(lambda: UNet(shape), z.shape[1:], shape.context_dim))
-    yield from (matmul(ranks, cfg.full, *kind) for kind in kinds(ranks))
-    for name, (kind, how, mine) in nets.items():
-        for way in mine:
-            yield f"{name}, {way}", work, partial(build, kind, how, **ways[way])
+        ways["bf16 autocast"] = torch.float32, FIRST, True
+        if not backward:
+            ways["bf16 weights"] = torch.bfloat16, FIRST, False
+            ways["bf16 weights, channels last"] = torch.bfloat16, LAST, False
+    nets = {"ours": UNet} | ({"diffusers": Diffusers} if compared(shape, SIDE)[1] else {})
+    for kind, dtype in kinds(ranks).items():
+        yield matmul(ranks, cfg.full, kind, dtype)
+    for name, build in nets.items():
+        for way, (dtype, order, amp) in ways.items():
+            net = build(shape).to(ranks.device, dtype, memory_format=order).requires_grad_(backward)
+            yield f"{name}, {way}", work, unet_call(net, shape, cfg.batch, dtype, order, amp, backward)
+            if cfg.compile and name == "ours" and "last" not in way:
+                net.compile()
+                yield f"ours, compiled, {way}", work, unet_call(net, shape, cfg.batch, dtype, order, amp, backward)
+
+
+def vae_call(vae, encode, x, amp, order):
+    """Encode or decode one patch. order: how a CPU convolves, None = as zoom_vae.layout says."""
+    f = vae.encode if encode else partial(vae.decode, quantize=False)
+    forced = mock.Mock(return_value=order)
+
+    def call():
+        with mock.patch.object(zoom_vae, "layout", forced) if order else nullcontext():
+            with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+                f(x)
+    return call
 
 
 def vaes(cfg, ranks):
     """Encoding and decoding one patch. On a CPU it convolves with channels last by itself: see zoom_vae.layout."""
     unet, shape, _ = sizes(cfg.full)
-    z = torch.randn(1, shape.channels, SIDE, SIDE, device=ranks.device)
-    x = torch.randn(1, 3, *[SIDE << len(shape.mult) - 1] * 2, device=ranks.device)
-
-    @cache
-    def vae(dtype):
-        return VQVAE(shape).to(ranks.device, dtype).requires_grad_(False)
-
-    def build(f, dtype=FLOAT, amp=False, order=None):
-        model, otherwise = vae(dtype), lambda *_: order
-
-        def call():
-            with mock.patch.object(zoom_vae, "layout", otherwise) if order else nullcontext():
-                with torch.no_grad(), torch.autocast(ranks.device.type, HALF, enabled=amp):
-                    f(model, dtype)
-        return call
-    ways = {"fp32": {}, "fp32, channels first": {"order": FIRST}, "fp32, channels last": {"order": LAST}}
-    ways |= {"bf16 autocast": {"amp": True}, "bf16 weights": {"dtype": HALF}} if ranks.amp else {}
+    pixels = SIDE * 2 ** (len(shape.mult) - 1)
+    inputs = {"encode": torch.randn(1, 3, pixels, pixels), "decode": torch.randn(1, shape.channels, SIDE, SIDE)}
+    ways = {"fp32": (torch.float32, False, None), "fp32, channels first": (torch.float32, False, FIRST),
+            "fp32, channels last": (torch.float32, False, LAST)}
+    if ranks.amp:
+        ways["bf16 autocast"] = torch.float32, True, None
+        ways["bf16 weights"] = torch.bfloat16, False, None
     work = network_flops(unet, shape, SIDE)
-    yield from (conv(ranks, 1, shape.width * shape.mult[-1], SIDE, *kind) for kind in kinds(ranks))
-    for name, f in (("encode", lambda vae, dtype: vae.encode(x.to(dtype))),
-                    ("decode", lambda vae, dtype: vae.decode(z.to(dtype), quantize=False)),
-                    ("decode quantised", lambda vae, dtype: vae.decode(z.to(dtype)))):
-        for way in list(ways)[:1 if "quantised" in name else None]:
-            yield f"{name}, {way}", work[name[:6] + "r"], partial(build, f, **ways[way])
+    for kind, dtype in kinds(ranks).items():
+        yield conv(ranks, 1, shape.width * shape.mult[-1], SIDE, kind, dtype)
+    for name, x in inputs.items():
+        for way, (dtype, amp, order) in ways.items():
+            vae = VQVAE(shape).to(ranks.device, dtype).requires_grad_(False)
+            call = vae_call(vae, name == "encode", x.to(ranks.device, dtype), amp, order)
+            yield f"{name}, {way}", work[f"{name}r"], call
+
+
+def random_model(cfg, ranks):
+    unet, vae, told = sizes(cfg.full)
+    patch = SIDE * 2 ** (len(vae.mult) - 1)
+    model = ZoomLDM(VQVAE(vae), Summarizer(told), UNet(unet), info={"patch": patch})
+    return model.to(ranks.device).eval().requires_grad_(False)
 
 
 def samplers(cfg, ranks):
     """Steps of 50: guided patches, and four windows drawn together with one context of the same size."""
     unet, vae, told = sizes(cfg.full)
-    factor = 1 << len(vae.mult) - 1
-
-    @cache
-    def model():
-        net = ZoomLDM(VQVAE(vae), Summarizer(told), UNet(unet), info={"patch": SIDE * factor})
-        return net.to(ranks.device).eval().requires_grad_(False)
+    model, one = random_model(cfg, ranks), network_flops(unet, vae, SIDE)
+    c = torch.randn(max(cfg.batch, 4), 65, told.width, device=ranks.device)
 
     def patches(amp):
-        net, c = model(), torch.randn(cfg.batch, 65, told.width, device=ranks.device)
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
+            model.sample(c[:cfg.batch], (SIDE, SIDE), steps=cfg.steps)
 
-        def call():
-            with torch.autocast(ranks.device.type, HALF, enabled=amp):
-                net.sample(c, (SIDE, SIDE), steps=cfg.steps)
-        return call
+    windows, coarse = model.guided(c[:4], 2.0), model.guided(c[:1], 2.0)
+
+    def fine(z, t, ij):
+        return windows(z, t)
 
     def joint(guide):
-        net, proxy = model(), Proxy(factor).to(ranks.device).requires_grad_(False)
-
-        def call():
-            with ranks.autocast():
-                levels = prepare(net, None, (2 * SIDE * factor,), [1, 0], 0, proxy=proxy)
-                sample_levels(levels, net.schedule, steps=cfg.steps, guide=guide, lam=0.1, end="clean")
-        return call
-    one = network_flops(unet, vae, SIDE)
-    yield from (matmul(ranks, cfg.full, *kind) for kind in kinds(ranks))
-    for kind, dtype in kinds(ranks):
-        yield f"patches, {kind}", cfg.steps * 2 * cfg.batch * one["U-Net"], partial(patches, dtype == HALF)
-    for guide in ("s2", "x0+proxy"):
+        z = torch.randn(1, unet.channels, 2 * SIDE, 2 * SIDE, device=ranks.device)
+        with ranks.autocast():
+            joint_sample(fine, coarse, model.encode, model.decode, model.schedule, z,
+                         z[..., :SIDE, :SIDE], window=SIDE, factor=2, steps=cfg.steps, guide=guide, lam=0.1)
+    for kind, dtype in kinds(ranks).items():
+        yield matmul(ranks, cfg.full, kind, dtype)
+    for kind, dtype in kinds(ranks).items():
+        yield f"patches, {kind}", cfg.steps * 2 * cfg.batch * one["U-Net"], partial(patches, dtype == torch.bfloat16)
+    for guide in ("s2", "x0"):
         rows = rows_of_step(4, 1, guide)
-        yield f"joint, {guide}", cfg.steps * sum(n * one[k] for k, n in rows.items()), partial(joint, guide)
+        yield f"joint, {guide}", cfg.steps * sum(n * one[name] for name, n in rows.items()), partial(joint, guide)
+
+
+def training_step(unet, summarizer, side, batch, ranks, compiled=False):
+    """A function that takes one whole training step on random samples: forward, backward, AdamW, EMA."""
+    net = LDMStage(TrainConfig(unet=unet, summarizer=summarizer, batch=batch, compile=compiled), 1.0, side)
+    net = net.to(ranks.device).train()
+    weights = list(net.parameters())
+    averages = [w.detach().clone() for w in weights]
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    item = net.noise(0) | {"z": torch.randn(batch, unet.channels, side, side), "s": torch.ones(batch).long(),
+                           "tokens": torch.randn(batch, SLOTS, summarizer.embed_dim),
+                           "mask": torch.ones(batch, SLOTS, dtype=torch.bool)}
+    item = {name: v.to(ranks.device) for name, v in item.items()}
+
+    def step():
+        with ranks.autocast():
+            loss, _ = net(item)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, 0.001)
+    return step
 
 
 def training(cfg, ranks):
     """A whole step of train.py: U-Net and Summarizer forward and backward, AdamW, EMA."""
     unet, _, told = sizes(cfg.full)
     work = cfg.batch * training_flops(unet, SIDE, told)
-    yield from (matmul(ranks, cfg.full, *kind) for kind in kinds(ranks))
-    for name, compiled in (("step", False), ("step, compiled", True))[:1 + cfg.compile]:
-        yield name, work, partial(plan.training_step, unet, told, SIDE, cfg.batch, ranks, compiled)
+    for kind, dtype in kinds(ranks).items():
+        yield matmul(ranks, cfg.full, kind, dtype)
+    yield "step", work, training_step(unet, told, SIDE, cfg.batch, ranks)
+    if cfg.compile:
+        yield "step, compiled", work, training_step(unet, told, SIDE, cfg.batch, ranks, True)
 
 
 GROUPS = {"peaks": peaks, "U-Net forward": unets, "U-Net forward and backward": partial(unets, backward=True),
           "VAE": vaes, "sampling": samplers, "training": training}
-MEMORY = ("U-Net forward: ours, fp32", "U-Net forward: ours, bf16 autocast", "U-Net forward and backward: ours, fp32",
-          "VAE: encode, fp32", "VAE: decode, fp32", "sampling: patches, fp32", "sampling: joint, s2",
-          "sampling: joint, x0+proxy", "training: step")
 
 
-# ----- 2. Timing, and saying what came out -----
+# ----- 3. Timing, and saying what came out -----
+
+def seconds_of(call, device):
+    """Seconds of one call, until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
 
 def race(lines, rounds, device):
     """Median seconds of each line, {name: seconds}: all are called in turn, a round that does not count first."""
-    calls = {name: build() for name, _, build in lines}
-    spent = {name: [] for name in calls}
+    spent = {name: [] for name, _, _ in lines}
     for _ in range(rounds + 1):
-        for name, f in calls.items():
-            spent[name].append(plan.seconds(f, device))
+        for name, _, call in lines:
+            spent[name].append(seconds_of(call, device))
     return {name: median(times[1:]) for name, times in spent.items()}
 
 
-def table(title, lines, seconds):
+def rate_table(title, lines, seconds):
     """Text of a group: seconds, rate, its share of the rates of matmul or conv, which lead the lines, and how much
     faster it is than the first line that does the same work."""
-    work, first = {name: w for name, w, _ in lines}, {}
-    marks = [n for n in work if n.startswith(("matmul", "conv"))] if title != "peaks" else []
-    text = [f"{title:<42}{'seconds':>10}{'G a second':>12}" + "".join(f"{'of ' + n:>28}" for n in marks)
-            + f"{'times':>8}"]
-    for name, s in seconds.items():
-        shares = "".join(f"{work[name] / s / (work[m] / seconds[m]):>28.1%}" for m in marks)
-        base = first.setdefault((work[name], name.partition("@")[2][:3]), s)  # two convolutions do as much by chance
-        text.append(f"{name:<42}{s:>10.4f}{work[name] / s / 1e9:>12.1f}{shares}{base / s:>8.2f}")
-    return text
+    rate = {name: work / seconds[name] for name, work, _ in lines}
+    yardsticks = [name for name in rate if name.startswith(("matmul", "conv"))] if title != "peaks" else []
+    heads = "".join(f"{'of ' + name:>28}" for name in yardsticks)
+    text, first = [f"{title:<42}{'seconds':>10}{'G a second':>12}{heads}{'times':>8}"], {}
+    for name, work, _ in lines:
+        shares = "".join(f"{rate[name] / rate[mark]:>28.1%}" for mark in yardsticks)
+        same_work = work, name.partition("@")[2][:3]  # two convolutions do as much by chance
+        base = first.setdefault(same_work, seconds[name])
+        text.append(f"{name:<42}{seconds[name]:>10.4f}{rate[name] / 1e9:>12.1f}{shares}{base / seconds[name]:>8.2f}")
+    return "\n".join(text)
 
 
-ASKED = (  # device, group, whose rate, over whose, at least; at full size
-    ("cpu", "U-Net forward", "ours, fp32", "matmul", 0.90),
-    ("cpu", "U-Net forward", "ours, fp32", "diffusers, fp32", 1 / 1.05),
-    ("cpu", "U-Net forward", "ours, bf16 weights", "ours, fp32", 1.7),
-    ("cpu", "U-Net forward", "ours, compiled, bf16 weights, channels last", "ours, fp32", 2.0),
-    ("cpu", "VAE", "decode, fp32", "conv", 0.75),
-    ("cuda", "training", "step, compiled", "matmul 4096 bf16", 0.40))
-
-
-def findings(cfg, found):
-    """What is asked of the numbers, and what they say of 50 steps. in: {group: {name: (work, seconds)}}."""
-    text = []
-    for device, title, name, over, bound in ASKED:
-        lines = found.get(title, {})
-        other = next((n for n in lines if n.startswith(over)), None)
-        if device == cfg.device and name in lines and other:
-            ratio = lines[name][0] / lines[name][1] / (lines[other][0] / lines[other][1])
-            text.append(f"{title}: {name}, {ratio:.2f} times the rate of {other} (asked at full size: {bound:.2f})")
-    for name, (_, s) in found.get("sampling", {}).items():
-        if not name.startswith("matmul"):
-            what = f"{cfg.batch} guided patches" if "patches" in name else "four windows and a context"
-            text.append(f"50 steps, {name}: {s * 50 / cfg.steps:.3g} s for {what} ({cfg.steps} steps were timed)")
-    return text
-
-
-def one(cfg, ranks):
-    """Run one line in this process, print the most memory that it took, in MB: of the card, or of the process."""
-    title, _, name = cfg.only.partition(": ")
-    build = {n: b for n, _, b in GROUPS[title](cfg, ranks)}.get(name) if title in GROUPS else None
-    if build is None:
-        raise UserError(f"--only={cfg.only}: no such line, write 'group: line' as the tables have it")
-    build()()
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    most = (torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    print(most / 2 ** 20)
-
-
-def memory(cfg, titles):
-    """Peak memory of some lines, each run once in a process of its own. out: text."""
-    text = [f"{'peak memory, MB':<42}{'of the card' if cfg.device == 'cuda' else 'of a process, PyTorch included'}"]
-    for item in (m for m in MEMORY if m.partition(": ")[0] in titles):
-        command = [sys.executable, __file__, "one", f"--only={item}"] + [
-            f"--{k}={v}" for k, v in vars(cfg).items() if k in ("full", "device", "threads", "steps", "batch")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        said = (done.stdout or done.stderr).strip().splitlines()[-1:]
-        text.append(f"{item:<42}{float(said[0]):>10.0f}" if not done.returncode else f"{item:<42}failed: {said}")
-    return text
-
-
-def machine(cfg, ranks):
-    """What it ran on: the names of the processor or the card, versions, the date."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*: (.*)", info)
-    flags = sorted(set(re.findall(r"avx512_bf16|amx_\w+|avx2|avx512f", info)))
+def machine(ranks):
+    """What it ran on: the processor or the card, versions, the date."""
     card = f", {torch.cuda.get_device_name()}" if ranks.device.type == "cuda" else ""
-    return (f"{name[1] if name else platform.processor()}{card}, {os.cpu_count()} cores, {torch.get_num_threads()} "
-            f"threads, {' '.join(flags) or platform.machine()}; torch {torch.__version__}, Python "
-            f"{platform.python_version()}; {date.today()}")
+    bf16 = "with bf16 arithmetic" if ranks.amp else "without bf16 arithmetic, so there are no lines for it"
+    return (f"{platform.machine()}{card}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {bf16}; torch "
+            f"{torch.__version__}, Python {platform.python_version()}; {date.today()}")
 
 
 def main(argv):
-    if argv[:1] in (["plan"], ["loader"]):
-        return plan.main(argv)
-    cfg = configure(Config, argv, words=("command",), doc=__doc__)
+    cfg = configure(Config, argv, doc=__doc__)
     titles = cfg.groups.split(",") if cfg.groups else list(GROUPS)
     if set(titles) - set(GROUPS):
         raise UserError(f"--groups={cfg.groups}: known are {', '.join(GROUPS)}")
-    if cfg.command not in ("", "one") or min(cfg.rounds, cfg.steps, cfg.batch) < 1 or 1000 // cfg.steps < 2:
-        raise UserError(f"got {cfg.command!r} --rounds={cfg.rounds} --steps={cfg.steps} --batch={cfg.batch}: write "
-                        f"python bench.py, python bench.py plan or python bench.py loader RUN; numbers are positive")
+    at_least(cfg, rounds=1, steps=1, batch=1)
+    if cfg.steps > 500:
+        raise UserError(f"--steps={cfg.steps}: at most 500")
     ranks = setup(cfg.device, threads=cfg.threads)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    if cfg.command == "one":
-        return one(cfg, ranks)
     size = "published sizes" if cfg.full else "reduced width (--full: published sizes)"
-    text = [machine(cfg, ranks), f"{size}, batch {cfg.batch}, latents of {SIDE} x {SIDE}, medians of {cfg.rounds} "
-            f"rounds" + ("" if ranks.amp else "; this device has no bf16 arithmetic, so there are no lines for it"), "",
-            compared(sizes(cfg.full)[0], SIDE)[0], ""]
+    text = [machine(ranks), f"{size}, batch {cfg.batch}, latents of {SIDE} x {SIDE}, medians of {cfg.rounds} rounds",
+            compared(sizes(cfg.full)[0], SIDE)[0]]
     print("\n".join(text), flush=True)
-    parts, found = [memory(cfg, titles)], {}
-    print("\n".join(parts[0]), flush=True)
+    tables = []
     for title in titles:
         lines = list(GROUPS[title](cfg, ranks))
-        seconds = race(lines, cfg.rounds, ranks.device)
-        found[title] = {name: (work, seconds[name]) for name, work, _ in lines}
-        parts.append(table(title, lines, seconds))
-        print("\n" + "\n".join(parts[-1]), flush=True)
-    parts.append(findings(cfg, found))
-    print("\n" + "\n".join(parts[-1]))
-    command = " ".join(["python bench.py", *argv])
-    body = "\n\n".join("\n".join(part) for part in parts)
-    out = cfg.out or f"out/bench{'_full' * cfg.full}.md"
-    write_text(out, f"# `{command}`\n\n" + "\n".join(text) + f"\n```\n{body}\n```\n")
-    print(f"wrote {out}")
+        tables.append(rate_table(title, lines, race(lines, cfg.rounds, ranks.device)))
+        print("\n" + tables[-1], flush=True)
+    if cfg.out:
+        command = " ".join(["python -m experiments.bench", *argv])
+        body = "\n\n".join(tables)
+        write_text(cfg.out, f"# `{command}`\n\n" + "\n".join(text) + f"\n```\n{body}\n```\n")
+        print(f"wrote {cfg.out}")
 
 
 if __name__ == "__main__":
