@@ -28,7 +28,9 @@ import zoom_vae
 from common import UserError, at_least, cli, configure, setup, write_text
 from diffusion import ZoomLDM
 from experiments.cost import network_flops, row_flops, rows_of_step, training_flops
-from sample_joint import joint_sample
+from large.proxy import Proxy
+from large.windows import prepare
+from sample_joint import sample_levels
 from summarizer import SLOTS, Summarizer, SummarizerConfig
 from train import Config as TrainConfig
 from train import LDMStage
@@ -217,28 +219,25 @@ def samplers(cfg, ranks):
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
             model.sample(c[:cfg.batch], (SIDE, SIDE), steps=cfg.steps)
 
-    windows, coarse = model.guided(c[:4], 2.0), model.guided(c[:1], 2.0)
-
-    def fine(z, t, ij):
-        return windows(z, t)
+    proxy = Proxy(model.vae.factor).to(ranks.device).requires_grad_(False)
 
     def joint(guide):
-        z = torch.randn(1, unet.channels, 2 * SIDE, 2 * SIDE, device=ranks.device)
+        size = 2 * SIDE * model.vae.factor
         with ranks.autocast():
-            joint_sample(fine, coarse, model.encode, model.decode, model.schedule, z,
-                         z[..., :SIDE, :SIDE], window=SIDE, factor=2, steps=cfg.steps, guide=guide, lam=0.1)
+            levels = prepare(model, None, (size,), [1, 0], 0, proxy=proxy)
+            sample_levels(levels, model.schedule, steps=cfg.steps, guide=guide, lam=0.1, end="clean")
     for kind, dtype in kinds(ranks).items():
         yield matmul(ranks, cfg.full, kind, dtype)
     for kind, dtype in kinds(ranks).items():
         yield f"patches, {kind}", cfg.steps * 2 * cfg.batch * one["U-Net"], partial(patches, dtype == torch.bfloat16)
-    for guide in ("s2", "x0"):
+    for guide in ("s2", "x0", "x0+proxy"):
         rows = rows_of_step(4, 1, guide)
         yield f"joint, {guide}", cfg.steps * sum(n * one[name] for name, n in rows.items()), partial(joint, guide)
 
 
 def training_step(unet, summarizer, side, batch, ranks, compiled=False):
     """A function that takes one whole training step on random samples: forward, backward, AdamW, EMA."""
-    net = LDMStage(TrainConfig(unet=unet, summarizer=summarizer, batch=batch, compile=compiled), 1.0, side)
+    net = LDMStage(TrainConfig(unet=unet, summarizer=summarizer, batch=batch, compile=compiled), side)
     net = net.to(ranks.device).train()
     weights = list(net.parameters())
     averages = [w.detach().clone() for w in weights]

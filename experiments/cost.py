@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError, cli
 from data import GRID
-from sample_joint import starts, usual_overlap
+from large.command import usual_overlap
+from sample_joint import starts
 from summarizer import SLOTS, Summarizer
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig

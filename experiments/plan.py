@@ -15,12 +15,11 @@ from statistics import median
 
 import torch
 
-from common import UserError, cli, configure
+from common import UserError, cli, configure, read_lines
 from diffusion import ZoomLDM
 from experiments.cost import bytes_of_sample, bytes_on_disk, bytes_reduced, full_size, rows_of_image
 from experiments.cost import step_seconds, training_flops
 from summarizer import Summarizer, SummarizerConfig
-from train import read_lines
 from unet import UNet, UNetConfig
 
 

@@ -68,7 +68,7 @@ def test_every_line_runs_and_is_told(small, monkeypatch, tmp_path, capsys):
     bench.main(["--out=bench.md", "--rounds=1", "--steps=1", "--batch=1"])
     said, body = capsys.readouterr().out, (tmp_path / "bench.md").read_text()
     assert body.startswith("# `python -m experiments.bench --out=") and f"torch {torch.__version__}" in body
-    for text in ("\ncopy  ", "ours, fp32  ", "decode, fp32  ", "joint, x0  ", "\nstep  "):
+    for text in ("\ncopy  ", "ours, fp32  ", "decode, fp32  ", "joint, x0+proxy  ", "\nstep  "):
         assert text in body and text in said, text
     assert ("bf16 autocast" in body) == bool(small.amp)
 
