@@ -1,0 +1,220 @@
+"""The command of invert.py: any picture in; embeddings, a finer image and variations out.
+
+    python invert.py out/toy --image=photo.png --scale=2 --sr=4 --variations=4
+
+in:  an image that Pillow reads, its scale   out: DIR/sr.png, e.safetensors (for sample_joint.py --reference), sheet.png
+"""
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from common import UserError, at_least, cli, configure, one_of, save_grid, save_png, save_tensors, setup, to_uint8
+from data import Pyramids
+from diffusion import ZoomLDM
+from invert import invert, paint, patch_of, project, super_resolve, to_tiles
+from large import proxy as proxies
+from large.command import Settings
+from large.reference import load_grid
+from large.windows import Grid
+from sample_joint import GUIDES, Resize
+from slides.encoders import FREE, load_encoder
+
+# of pixels that are read
+MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "I", "I;16", "I;16B")
+
+
+@dataclass
+class Config:
+    run: str = ""              # run folder (or an ema.safetensors)
+    image: str = ""            # the image: anything Pillow reads
+    data: str = ""             # data folder, should a proxy have to be fitted; default: what the run was trained on
+    scale: int = -1            # its scale: 0 = finest the run knows, each +1 half the resolution
+    sr: int = 0                # how many times larger, a power of 2; 0 = down to scale 0, 1 = not at all
+    out: str = ""              # folder; default RUN/invert
+    condition: str = "infer"   # from the image; gt: from --reference; null: none, the constraint alone
+    reference: str = ""        # for gt: the true fine image, or its grid of embeddings (.safetensors)
+    variations: int = 0        # images to draw at the same scale from the same conditions, and their cells at scale 0
+    back_project: bool = True  # end with the nearest image whose reduction is exactly the input
+    start: str = ""            # of the inference: enlarged or noise (as published); see invert.beginning
+    invert_steps: int = 200    # of the inference (Z S8.3)
+    steps: int = 50            # of sampling
+    guidance: float = 2.0      # of the variations: eps_null + guidance (eps_cond - eps_null)
+    sr_guidance: float = 1.0   # of super-resolution: 1 is none, for the image itself guides
+    guide: str = "x0"          # how the image constrains the sample: see sample_joint.GUIDES
+    lam: float = 0.3           # share of the misfit taken away at every step
+    A: str = "bicubic"         # how the input came from the fine image: bicubic, or box, as pyramids are made
+    seed: int = 0
+    batch: int = 8             # windows per network call of the inference; sampling takes 8 times as many
+    device: str = "auto"
+    threads: int = 0
+    amp: bool = True           # bf16 where the device has it and no difference is taken
+
+
+# ----- 1. Reading -----
+
+def read_image(path):
+    """The image (3,H,W) in [-1,1], turned as its EXIF says; grey becomes RGB, a fourth band is left out, 16 bits are
+    scaled from 0..65535. raises: UserError if it cannot be read."""
+    if not Path(path).is_file():
+        raise UserError(f"--image={path}: no such file; give the image to begin with")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*[Tt]runcated")  # Pillow only warns of a TIFF with cut tables
+            image = Image.open(path)
+            image.load()
+    except Exception as err:  # Pillow's decoders raise nearly anything on damaged files
+        raise UserError(f"{path} cannot be read ({type(err).__name__}: {err}): it is damaged, cut short or of an "
+                        f"unknown kind; convert it to PNG, JPEG or TIFF") from err
+    if image.mode not in MODES:
+        raise UserError(f"{path} has pixels of kind {image.mode!r}, which do not show as RGB: convert it first")
+    image = ImageOps.exif_transpose(image)
+    if not image.mode.startswith("I"):
+        pixels = torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32))     # (H,W,3)
+        return pixels.movedim(-1, 0) / 127.5 - 1
+    deep = torch.from_numpy(np.asarray(image).astype(np.float32))                          # (H,W)
+    if not 0 <= deep.min() <= deep.max() <= 65535:
+        raise UserError(f"{path} has grey levels from {deep.min():.0f} to {deep.max():.0f}: convert it to 16 bits")
+    return (deep / 257).expand(3, -1, -1) / 127.5 - 1
+
+
+def embed_enlarged(model, x, cells, s, P):
+    """What the run's encoder says of the tiles of the enlarged image: (B,E,*cells); None if its weights are not where
+    they lay for the build. in: x (B,3,h,w) at scale s; P, side of a tile."""
+    info = model.info
+    weights = info.get("weights")
+    if info.get("encoder") not in FREE and not (weights and Path(weights).is_file()):
+        return None
+    encoder, A, y = load_encoder(info["encoder"], info["std"], weights), Resize(2 ** s), x.double()
+    h, w = (n * A.factor for n in y.shape[2:])
+    down, across = A.along(h, y), A.along(w, y)[:, :cells[1] * P]          # (h/f,h), (w/f,w)
+    rows = []
+    for strip in down.split(P, 1)[:cells[0]]:  # a row of tiles at a time: the whole is larger than the input by 4^s
+        fine = A.factor ** 2 * strip.T @ y @ across                        # (B,3,P,P Gw)
+        tiles = fine.float().clamp(-1, 1).unflatten(3, (-1, P)).movedim(3, 1)              # (B,Gw,3,P,P)
+        rows.append(torch.stack([encoder((some + 1) / 2) for some in tiles]))              # (B,Gw,E)
+    return torch.stack(rows, 1).movedim(-1, 1)
+
+
+def check(cfg, known):
+    """Check what was asked for. out: the target scale. raises: UserError."""
+    if not 0 <= cfg.scale < known:
+        raise UserError(f"--scale={cfg.scale}: say at which scale the image is, 0 (finest) to {known - 1} for this run")
+    if cfg.scale == 0 and cfg.sr != 1 and (cfg.sr or not cfg.variations):
+        raise UserError("--scale=0 is the finest scale, so nothing finer can be drawn: give the --scale that the image "
+                        "really has, or --sr=1 --variations=4")
+    factor = cfg.sr or 2 ** cfg.scale
+    if factor not in [2 ** n for n in range(cfg.scale + 1)]:
+        raise UserError(f"--sr={cfg.sr}: from --scale={cfg.scale} give a power of 2 up to {2 ** cfg.scale}")
+    at_least(cfg, steps=1, invert_steps=1, batch=1, seed=0, variations=0)
+    one_of(cfg, A=("bicubic", "box"), condition=("infer", "gt", "null"), guide=GUIDES)
+    if (cfg.condition == "gt") != bool(cfg.reference) or cfg.condition == "null" and cfg.variations:
+        raise UserError("--condition=gt needs --reference=FILE, the true fine image or its embeddings, and nothing "
+                        "else does; --condition=null has nothing to draw --variations from")
+    if cfg.condition == "null" and factor == 1:
+        raise UserError("--sr=1 --condition=null leaves nothing to draw: take --sr=2 or more")
+    return cfg.scale - factor.bit_length() + 1
+
+
+# ----- 2. Drawing -----
+
+def agreement(x, y, kind="bicubic"):
+    """PSNR in dB of A x, with x (...,H,W) as it would be written in 8 bits, to y (...,h,w)."""
+    from experiments.metrics import psnr
+    rounded = to_uint8(x).movedim(-1, -3) / 127.5 - 1
+    A = Resize(x.shape[-1] // y.shape[-1], kind)
+    return psnr(A.down(rounded.double()), y.double())
+
+
+def conditions(cfg, model, x, P, ranks):
+    """Embeddings (E,Gh,Gw) of the base tiles under the image; None for --condition=null."""
+    s = cfg.scale
+    if cfg.condition == "infer":
+        with ranks.autocast():
+            return invert(model, to_tiles(x, s, P), s, cfg.invert_steps, cfg.seed, cfg.batch, cfg.start).cpu()
+    if cfg.condition == "null":
+        return None
+    cells = tuple(math.ceil(n * 2 ** s / P) for n in x.shape[1:])
+    return load_grid(Settings(run=cfg.run, reference=cfg.reference), model, None, cells).e
+
+
+def find_proxy(cfg, folder, model, ranks):
+    """The proxy network that --guide asks for, fitted if there is none yet."""
+    data = cfg.data or model.info.get("data", "")
+    known = cfg.data or (Path(data) / "index.json").is_file()  # asked for only if the proxy must be fitted
+    pyramids = Pyramids(data, std=model.info.get("std")) if known else None
+    return proxies.load(folder, model, pyramids, ranks)
+
+
+def vary(cfg, model, x, e, P, ranks):
+    """Images of the same conditions, and below every cell a fine patch of its own: [(1,3,h,w), (1,3,P Gh,P Gw)]."""
+    h, w = x.shape[1:]
+    side = to_tiles(x, cfg.scale, P).shape[1:]
+    fine = [P * math.ceil(n * 2 ** cfg.scale / P) for n in (h, w)]
+    how, out = dict(guidance=cfg.guidance, patch=P, steps=cfg.steps, batch=8 * cfg.batch), []
+    with ranks.autocast():
+        for n in range(cfg.variations):
+            image = paint(model, Grid(e), side, cfg.scale, seed=cfg.seed + n, **how)[..., :h, :w]
+            out.append((image, paint(model, Grid(e), fine, 0, seed=cfg.seed + n, overlap=0, **how)))
+    return out
+
+
+def write_variations(out, x, varied):
+    for n, (image, cells) in enumerate(varied):
+        save_png(out / f"variation_{n}.png", to_uint8(image[0]).numpy())
+        save_png(out / f"cells_{n}.png", to_uint8(cells[0]).numpy())
+    save_grid(out / "variations.png", [torch.cat([x[None], *(image.cpu() for image, _ in varied)])])
+    return [f"{name}_{n}.png" for name in ("variation", "cells") for n in range(len(varied))] + ["variations.png"]
+
+
+def write_enlarged(cfg, out, x, sr):
+    """Write the finer image sr (3,H,W), and beside it the input, enlarged in the usual ways. out: names of files."""
+    (h, w), factor = x.shape[1:], sr.shape[1] // x.shape[1]
+    said = f"{agreement(sr[None], x[None], cfg.A):.1f} dB"
+    if cfg.back_project:
+        sr = project(Resize(factor, cfg.A), sr, x)
+        said += f", back-projected {agreement(sr[None], x[None], cfg.A):.1f} dB"
+    save_png(out / "sr.png", to_uint8(sr).numpy())
+    nearest = x.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    save_grid(out / "sheet.png", [torch.stack([nearest, Resize(factor).up(x).clamp(-1, 1), sr])])
+    print(f"{w} x {h} -> {sr.shape[2]} x {sr.shape[1]} pixels; reduced again, it agrees with the input to {said}; "
+          f"sheet.png shows input, bicubic, result")
+    return ["sr.png", "sheet.png"]
+
+
+def main(argv):
+    cfg = configure(Config, argv, words=("run",), doc=__doc__)
+    if not cfg.run:
+        raise UserError("say which run: python invert.py out/toy --image=FILE --scale=2")
+    ranks, s = setup(cfg.device, cfg.amp, cfg.threads), cfg.scale
+    folder = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
+    model, out = ZoomLDM.from_run(cfg.run).to(ranks.device), Path(cfg.out or folder / "invert")
+    target, x = check(cfg, model.summarizer.cfg.scales), read_image(cfg.image)
+    (h, w), P = x.shape[1:], patch_of(model, x)
+    if min(h, w) < P and ranks.rank == 0:
+        print(f"{cfg.image}, {w} x {h} pixels, is smaller than a tile of {P}: reflect-padded, and cut again in the end")
+    proxy = find_proxy(cfg, folder, model, ranks) if target < s and "proxy" in cfg.guide else None
+    e, sr = conditions(cfg, model, x, P, ranks), None
+    varied = vary(cfg, model, x, e, P, ranks)
+    if target < s:
+        with ranks.autocast():
+            sr = super_resolve(model, x[None], s, None if e is None else e[None], target, cfg.A, cfg.sr_guidance,
+                               seed=cfg.seed, guide=cfg.guide, lam=cfg.lam, proxy=proxy, steps=cfg.steps,
+                               batch=8 * cfg.batch)[0]
+    if ranks.rank == 0:
+        written = []
+        if e is not None:
+            save_tensors(out / "e.safetensors", {"e": e.movedim(0, -1)}, {"image": cfg.image, "scale": s})
+            written.append("e.safetensors")
+        written += write_enlarged(cfg, out, x, sr) if sr is not None else []
+        written += write_variations(out, x, varied) if varied else []
+        print(f"wrote {out}: {', '.join(written)}")
+    ranks.barrier()
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,113 @@
+"""The command of invert.py: any picture, everything that is promised written, everything odd refused."""
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT  # noqa: F401 - puts the repository on the path
+from PIL import Image
+
+import invert as I
+from common import UserError, load_tensors, to_uint8
+from data import Pyramids, fixed_batch
+from large import windows
+from large.enlarge import agreement, read_image
+from sample_joint import Resize
+from slides.encoders import load_encoder
+from summarizer import standardize
+
+FAST = ["--device=cpu", "--amp=False", "--steps=2", "--invert_steps=2", "--scale=1"]
+
+
+@pytest.fixture(scope="module")
+def x(toy):
+    return fixed_batch(Pyramids(toy), "test", 1, 1)["x"]
+
+
+def test_enlarged_start_is_the_encoder_of_the_tiles(model, toy):
+    """An image that is smooth loses nothing when halved: its tiles, embedded. catches: tiles in the wrong order."""
+    a = torch.linspace(-0.6, 0.6, 128)
+    fine = torch.stack([a[:, None] * a, a[None] + 0 * a[:, None], -a[:, None] + 0 * a])[None]     # (1,3,128,128)
+    e, lr = I.beginning(model, Resize(2).down(fine), (2, 2), 1, 0)
+    encoder = load_encoder("stats", model.info["std"])
+    tiles = [[fine[..., i:i + 64, j:j + 64] for j in (0, 64)] for i in (0, 64)]
+    want = torch.stack([torch.stack([encoder((t + 1) / 2)[0] for t in row], 1) for row in tiles], 1)  # (E,2,2)
+    d = torch.cdist(e[0].flatten(1).T, standardize(want).flatten(1).T)
+    assert d.argmin(1).tolist() == [0, 1, 2, 3] and lr == I.LR_NEAR
+
+
+def save(path, x, mode="RGB", **options):
+    Image.fromarray(to_uint8(x).numpy()).convert(mode).save(path, **options)
+    return path
+
+
+def test_kinds_of_images(x, tmp_path):
+    """Grey, RGBA, palette, 16 bits, turned: all come as the same picture. catches: 16 bits clipped to white."""
+    want = to_uint8(x[0]).numpy()
+    a = save(tmp_path / "a.png", x[0])
+    assert np.array_equal(to_uint8(read_image(a)).numpy(), want)
+    rgba = np.concatenate([want, np.full((64, 64, 1), 9, np.uint8)], 2)
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    assert np.array_equal(to_uint8(read_image(tmp_path / "rgba.png")).numpy(), want)
+    grey = np.asarray(Image.fromarray(want).convert("L"))
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for name in ("grey.png", "deep.png"):
+        assert np.array_equal(to_uint8(read_image(tmp_path / name)).numpy(), np.stack([grey] * 3, -1)), name
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    Image.fromarray(np.rot90(want[:40]).copy()).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(to_uint8(read_image(tmp_path / "turned.png")).numpy(), want[:40])
+
+
+def test_the_command(ready, x, tmp_path, capsys):
+    """A picture smaller than a tile, said aloud; everything that was promised is written."""
+    image, out = save(tmp_path / "a.jpg", x[0, :, :30, :70 - 6], quality=95), tmp_path / "out"
+    I.main([str(ready), f"--image={image}", f"--out={out}", "--sr=2", "--variations=2", *FAST])
+    said = capsys.readouterr().out
+    assert "smaller than a tile" in said and "reflect-padded" in said
+    assert sorted(p.name for p in out.iterdir()) == ["cells_0.png", "cells_1.png", "e.safetensors", "sheet.png",
+                                                     "sr.png", "variation_0.png", "variation_1.png", "variations.png"]
+    sr = read_image(out / "sr.png")
+    assert sr.shape == (3, 60, 128) and agreement(sr[None], read_image(image)[None]) >= 48
+    assert read_image(out / "variation_1.png").shape == (3, 30, 64)
+    assert read_image(out / "cells_1.png").shape == (3, 64, 128)
+    assert (read_image(out / "cells_1.png") - read_image(out / "cells_0.png")).abs().mean() > 0.01
+    assert load_tensors(out / "e.safetensors")[0]["e"].shape == (2, 2, 96)
+    I.main([str(ready), f"--image={image}", f"--out={tmp_path / 'gt'}", "--condition=gt", "--back_project=False",
+            f"--reference={out / 'e.safetensors'}", *FAST])
+    assert "back-projected" not in capsys.readouterr().out and not (tmp_path / "gt" / "variations.png").exists()
+
+
+def test_the_image_guides_alone(ready, x, tmp_path, monkeypatch):
+    """Variations are guided towards their conditions, super-resolution only where it is asked for. catches: one setting
+    for both, and a null branch that costs as much again."""
+    asked = []
+
+    class Spy(windows.WindowEps):
+        def __init__(self, model, c, guidance, *args):
+            asked.append(guidance)
+            super().__init__(model, c, guidance, *args)
+    monkeypatch.setattr(windows, "WindowEps", Spy)
+    image = save(tmp_path / "a.png", x[0])
+    I.main([str(ready), f"--image={image}", f"--out={tmp_path}", "--sr=2", "--variations=1", *FAST])
+    assert asked == [2.0, 2.0, 1.0]
+    I.main([str(ready), f"--image={image}", f"--out={tmp_path}", "--sr=2", "--sr_guidance=3", *FAST])
+    assert asked[3:] == [3.0]
+
+
+def test_what_the_command_refuses(ready, x, tmp_path):
+    good = save(tmp_path / "a.png", x[0])
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:200])
+    for args, text in (([f"--image={tmp_path / 'cut.png'}", "--scale=1"], "cannot be read"),
+                       ([f"--image={tmp_path / 'none.png'}", "--scale=1"], "no such file"),
+                       ([f"--image={good}"], "--scale=-1"), ([f"--image={good}", "--scale=3"], "0 .finest. to 2"),
+                       ([f"--image={good}", "--scale=0", "--sr=2"], "finest"),
+                       ([f"--image={good}", "--scale=0"], "finest"),
+                       ([f"--image={good}", "--scale=1", "--sr=4"], "power of 2 up to 2"),
+                       ([f"--image={good}", "--scale=2", "--sr=3"], "power of 2 up to 4"),
+                       ([f"--image={good}", "--scale=1", "--condition=gt"], "--reference"),
+                       ([f"--image={good}", "--scale=1", "--condition=x"], "--condition=x"),
+                       ([f"--image={good}", "--scale=1", "--sr=1", "--condition=null"], "nothing to draw"),
+                       ([f"--image={good}", "--scale=1", "--start=x"], "--start=x"),
+                       ([f"--image={good}", "--scale=1", "--steps=0"], "--steps=0")):
+        with pytest.raises(UserError, match=text):
+            I.main([str(ready), "--device=cpu", "--amp=False", *args])
