@@ -93,7 +93,8 @@ def _set(cfg, key, value):
         _set(getattr(cfg, owners[0]), key, value)           # --warmup=5 for --optim.warmup=5
     else:
         known = [name + ".*" if name in groups else name for name in types]
-        raise UserError(f"unknown option --{key}{_nearest(key, known)}; known here: {', '.join(known)}")
+        near = _nearest(key, known + [inner for name in groups for inner in _types(types[name])])
+        raise UserError(f"unknown option --{key}{near}; known here: {', '.join(known)}")
 
 
 def _convert(key, value, wanted):
@@ -114,8 +115,7 @@ def _convert(key, value, wanted):
 
 
 def _nearest(name, known):
-    near = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, known, 1, 0.5))
 
 
 def at_least(cfg, **least):
@@ -421,8 +421,8 @@ class Log:
         record["by_scale"] = self.mean(error, s, self.net.scales)
         if t is not None:
             record["by_t"] = self.mean(error, (t * 4 / self.net.schedule.T).long(), 4)      # quarters
-        record |= {"grad": round(float(grad), 4), "lr": lr}
-        record["img_s"] = round((step - self.last) * batch / (time.time() - self.since), 1)  # of all ranks
+        speed = (step - self.last) * batch / (time.time() - self.since)     # of all ranks
+        record |= {"grad": round(float(grad), 4), "lr": lr, "img_s": round(speed, 1)}
         record |= getattr(self.net, "report", dict)()       # what else a stage has to say
         if self.ranks.rank == 0:
             write_line(self.path, record, lambda r: r["stage"] != self.stage or r["step"] <= self.last)

@@ -82,6 +82,10 @@ def test_nested_values_and_tuples():
     assert parse("--net.mult=[3]").net.mult == parse("--net.mult=3").net.mult == (3,)
 
 
+def test_a_group_may_be_left_out_where_one_alone_has_the_key():
+    assert parse("--mult=3,4").net.mult == (3, 4) and parse("--kind=up").side.kind == "up"
+
+
 def test_a_word_for_nested_settings_is_their_kind():
     """--summarizer=cnn. --net=3 is refused below, for those have none."""
     assert parse("--side=up").side == parse("--side.kind=up").side == Side(3, "up")
@@ -96,7 +100,8 @@ def test_presets_lie_between_defaults_and_options():
 
 @pytest.mark.parametrize("argv, says", [
     (["--stepz=3"], "unknown option --stepz; did you mean 'steps'"),
-    (["--net.widht=3"], "did you mean 'width'"),
+    (["--net.widht=3"], "did you mean 'width'"), (["--mutl=3"], "did you mean 'mult'"),
+    (["--width=3"], "unknown option --width"),  # of which of both?
     (["--net=3"], "unknown option --kind; known here: width, mult"),
     (["--side"], "--kind=True: expected str"),
     (["--side.knid=up"], "did you mean 'kind'"),
