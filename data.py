@@ -13,7 +13,6 @@ read next: train.py
 """
 import json
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -75,6 +74,7 @@ def write_slide(path, strips, embed_row, patch, scales, meta, keep=None, extra=N
     in:  strips (P,W,3) uint8; embed_row: tiles (n,P,P,3) -> (n,E); keep(s,i,j,tile) says which patches stay,
          while all embeddings do; meta, plain types; extra, more arrays by name. raises: UserError.
     """
+    from toy.folder import write_safetensors  # a stream, for more pixels than memory holds
     e, ij = [], [[] for _ in range(scales)]
     with atomic(path) as tmp:
         # pixels may exceed the memory: they wait in unnamed files beside the output
@@ -99,36 +99,6 @@ def write_slide(path, strips, embed_row, patch, scales, meta, keep=None, extra=N
         for file in pixels:
             file.close()
     return [len(places) for places in ij]
-
-
-def write_safetensors(path, tensors, streams, meta):
-    """Write a safetensors file by hand: pixels are copied from file to file, never held in memory.
-
-    in:  tensors {name: array}; streams {name: (shape, open file of bytes)}; meta, plain types.
-    """
-    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # wide types first: all are aligned
-    specs = []
-    for name in names:
-        x = tensors[name]
-        kind = f"{x.dtype.kind.upper()}{8 * x.itemsize}"             # F32, I32, F16 or U8
-        specs.append((name, kind, x.shape, x.nbytes))
-    for name, (shape, file) in streams.items():
-        specs.append((name, "U8", shape, file.tell()))
-    header = {"__metadata__": {"json": json.dumps(meta)}}
-    end = 0
-    for name, kind, shape, size in specs:
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (end, end + size)}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as out:
-        out.write(len(text).to_bytes(8, "little"))                   # then header, then bytes
-        out.write(text)
-        for name in names:
-            out.write(np.ascontiguousarray(tensors[name]))
-        for _, file in streams.values():
-            file.seek(0)
-            shutil.copyfileobj(file, out, 2 ** 20)
 
 
 # ----- 2. Reading -----

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure, fingerprint, one_of, save_tensors, setup
 from data import Pyramids
 from diffusion import ZoomLDM, ddim_sample
-from mil import Activations, slide_features
+from mil import Activations
 from slides.encoders import load_encoder
 from toy.folder import finished
 from unet import UNet
@@ -74,6 +75,60 @@ class Drawn(Activations):
             z = ddim_sample(guided, z_T, self.model.schedule, self.steps, end="clean")
             x = self.model.decode(z).float().clamp(-1, 1)                  # (b,3,P,P)
         return self.descriptor.of(slide, {"x": x})
+
+
+def families(pyramids, k, scales):
+    """Join every patch of the finest scale of slide k with the coarser patches it lies in.
+
+    out: patch numbers (n,scales), -1 where there is none; places i, j (n,2) of the finest.
+    """
+    counts = pyramids.slides[k]["counts"]
+    if min(counts[s] for s in scales) == 0:
+        return torch.zeros(0, len(scales)), torch.zeros(0, 2)
+    finest = scales[0]
+    places = pyramids.tensor(k, f"ij{finest}")                 # (n,2)
+    columns = []
+    for s in scales:
+        number = {}
+        for n, (i, j) in enumerate(pyramids.tensor(k, f"ij{s}").tolist()):
+            number[i, j] = n
+        parents = places >> (s - finest)                       # each scale halves i and j
+        columns.append([number.get((i, j), -1) for i, j in parents.tolist()])
+    return torch.tensor(columns).T, places
+
+
+@torch.no_grad()
+def scale_features(source, k, s, batch_size):
+    """in: source, with pyramids, ranks and `of`, as Activations. out: (n,K), all patches of scale s of slide k."""
+    pyramids, device = source.pyramids, source.ranks.device
+    slide = pyramids.slides[k]
+    rows = []
+    for numbers in torch.arange(slide["counts"][s]).split(batch_size):
+        items = [pyramids.item(k, s, n, ("x",)) for n in numbers.tolist()]
+        batch = {key: value.to(device) for key, value in default_collate(items).items()}
+        rows.append(source.of(slide["name"], batch).cpu())
+    return torch.cat(rows)
+
+
+def slide_features(source, k, scales, batch_size):
+    """Features of all patches of slide k that lie in a patch of every scale; scales: finest first.
+
+    out: None if there is no such patch; or features (N,K), the scales side by side; coords (N,2), x and y of the
+    corners at full size; widths, how many of the K belong to each scale.
+    """
+    numbers, places = families(source.pyramids, k, scales)
+    whole = (numbers >= 0).all(1)                              # (n,)
+    if not whole.any():
+        return None
+    parts = []
+    for column, s in enumerate(scales):
+        found = scale_features(source, k, s, batch_size)       # (n of this scale,K)
+        chosen = numbers[whole, column]                        # (N,)
+        parts.append(found[chosen])                            # (N,K of this scale)
+    size = source.pyramids.patch << scales[0]                  # of a finest patch at full size
+    corners = places[whole].flip(1) * size                     # (N,2)
+    widths = [part.shape[1] for part in parts]
+    return torch.cat(parts, 1), corners.int(), widths
 
 
 def open_pyramids(cfg, model):

@@ -3,9 +3,12 @@
 index.json is written first, with the settings; then a file per image, whole or not at all; in the end index.json again,
 with the list of files. A command that was stopped goes on with the files that lack.
 
+Here too is the stream that writes a file of more pixels than memory holds.
+
 in:  settings   out: index.json     read next: toy/make.py
 """
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +66,33 @@ def finish(out, index, slides):
     for s in range(scales, len(counts)):
         side = index["patch"] << s
         print(f"  scale {s} is dropped: no image holds a patch of {side} x {side} pixels")
+
+
+def write_safetensors(path, tensors, streams, meta):
+    """Write a safetensors file by hand: pixels are copied from file to file, never held in memory.
+
+    in:  tensors {name: array}; streams {name: (shape, open file of bytes)}; meta, plain types.
+    """
+    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # wide types first: all are aligned
+    specs = []
+    for name in names:
+        x = tensors[name]
+        kind = f"{x.dtype.kind.upper()}{8 * x.itemsize}"             # F32, I32, F16 or U8
+        specs.append((name, kind, x.shape, x.nbytes))
+    for name, (shape, file) in streams.items():
+        specs.append((name, "U8", shape, file.tell()))
+    header = {"__metadata__": {"json": json.dumps(meta)}}
+    end = 0
+    for name, kind, shape, size in specs:
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (end, end + size)}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as out:
+        out.write(len(text).to_bytes(8, "little"))                   # then header, then bytes
+        out.write(text)
+        for name in names:
+            out.write(np.ascontiguousarray(tensors[name]))
+        for _, file in streams.values():
+            file.seek(0)
+            shutil.copyfileobj(file, out, 2 ** 20)

@@ -12,6 +12,7 @@ import mil
 from common import UserError, generator, setup
 from data import Pyramids
 from diffusion import ZoomLDM
+from experiments import features
 from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
@@ -229,7 +230,7 @@ def test_features_are_one_pass_of_the_unet(source):
     """Encode, noise by (seed, slide, scale, place), condition on the patch's own embeddings, mean over space; a fine
     patch is joined with the coarse one it lies in. Catches: another t, a shared noise, a parent too far right."""
     model, pyramids = source.model, source.pyramids
-    x, coords, widths = mil.slide_features(source, 1, (0, 2), 7)
+    x, coords, widths = features.slide_features(source, 1, (0, 2), 7)
     name = pyramids.slides[1]["name"].encode()
     assert source.block == 3 and widths == [8, 8] and coords.dtype == torch.int32
     assert x.shape == (len(coords), 16) and len(x) <= pyramids.slides[1]["counts"][0]
@@ -246,7 +247,7 @@ def test_features_are_one_pass_of_the_unet(source):
                 torch.testing.assert_close(part, want, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(x[0], x[1])
     other = mil.Activations(model, pyramids, source.ranks, 50, "middle")
-    assert not torch.equal(mil.slide_features(other, 1, (0, 2), 7)[0], x)
+    assert not torch.equal(features.slide_features(other, 1, (0, 2), 7)[0], x)
     for bad in (dict(block="4"), dict(t=1000)):
         with pytest.raises(UserError, match="blocks are middle, 0, 1, 2, 3; t is from 0 to 999"):
             mil.Activations(model, pyramids, source.ranks, **bad)
@@ -258,10 +259,10 @@ def test_a_patch_without_a_parent_is_left_out(source):
     slide = pyramids.slides[0] | {"counts": [3, 1, 1]}
     ij = {"ij0": torch.tensor([[0, 1], [1, 2], [1, 3]]), "ij1": torch.tensor([[0, 1]])}
     few = SimpleNamespace(slides=[slide], tensor=lambda k, name: ij[name])
-    numbers, places = mil.families(few, 0, (0, 1))
+    numbers, places = features.families(few, 0, (0, 1))
     assert numbers.tolist() == [[0, -1], [1, 0], [2, 0]] and places.tolist() == ij["ij0"].tolist()
     few.slides[0]["counts"] = [3, 0, 1]
-    assert mil.slide_features(SimpleNamespace(pyramids=few), 0, (0, 1), 4) is None
+    assert features.slide_features(SimpleNamespace(pyramids=few), 0, (0, 1), 4) is None
 
 
 def test_commands_are_named():
