@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from diffusion import ZoomLDM, ddim_step, ddim_timesteps, noise_levels, null_con
 
 @lru_cache(64)
 def shrink_matrix(n, k, kind="bicubic", dtype=torch.float64, device="cpu"):
-    """A along a side of n pixels, (n/k,n): Keys' cubic (a = -0.5), stretched k times; borders are mirrored."""
+    """A along a side of n pixels, (n/k,n): Keys' cubic (a = -0.5), stretched k times; mirrored borders."""
     if kind == "box":
         return torch.eye(n // k, dtype=dtype, device=device).repeat_interleave(k, 1) / k
     pixels = torch.eye(5 * k, dtype=torch.float64)[None, None]
@@ -59,8 +60,7 @@ class Resize:
 
     def up(self, y):
         """factor^2 A^T y: (...,h,w) -> (...,h factor,w factor)."""
-        h, w = y.shape[-2:]
-        rows, columns = self.along(h * self.factor, y), self.along(w * self.factor, y)
+        rows, columns = (self.along(n * self.factor, y) for n in y.shape[-2:])
         return self.factor ** 2 * (rows.T @ y @ columns)
 
 
@@ -73,18 +73,16 @@ def starts(n, window, overlap=0):
 
 @lru_cache(64)
 def ramps(n, side, overlap, fade=True):
-    """Weights of windows along a side of n, {start: (side,)}, which sum to 1 at every place: neighbours fade
-    into each other over `overlap`; without fade they count the same."""
+    """Weights of windows, {start: (side,)}, that sum to 1 everywhere: ramps over `overlap`, or all the same."""
     weights, total, rise = {}, torch.zeros(n), torch.arange(side) + 0.5
     for a in starts(n, side, overlap):
-        w = torch.full((side,), max(overlap, 0.5))
+        weights[a] = torch.full((side,), max(overlap, 0.5))
         if fade and a > 0:
-            w = w.minimum(rise)
+            weights[a] = weights[a].minimum(rise)
         if fade and a + side < n:
-            w = w.minimum(rise.flip(0))
-        weights[a] = w
-        total[a:a + side] += w
-    return {a: w / total[a:a + side] for a, w in weights.items()}
+            weights[a] = weights[a].minimum(rise.flip(0))
+        total[a:a + side] += weights[a]
+    return {a: weight / total[a:a + side] for a, weight in weights.items()}
 
 
 @dataclass
@@ -101,10 +99,9 @@ class Canvas:
     def __post_init__(self):
         high, wide = self.window = self.window if isinstance(self.window, tuple) else (self.window, self.window)
         if self.h < high or self.w < wide or not 0 <= self.overlap < min(high, wide):
-            raise UserError(f"windows of {high} x {wide} latents that share {self.overlap} do not cover a canvas of "
-                            f"{self.h} x {self.w}: take a larger canvas, or a smaller overlap")
-        columns = starts(self.w, wide, self.overlap)
-        self.ij = [(i, j) for i in starts(self.h, high, self.overlap) for j in columns]
+            raise UserError(f"windows do not cover {self}: take a larger canvas, or a smaller overlap")
+        corners = product(starts(self.h, high, self.overlap), starts(self.w, wide, self.overlap))
+        self.ij = list(corners)
 
     def at(self, x, i, j):
         """The part of x (1,C,k h,k w) under the window at corner (i, j), a view."""
@@ -148,20 +145,19 @@ class Canvas:
 
     def unit(self, d):
         """d, scaled to a largest absolute value of 1 in every window. official: so; Z does not say it."""
-        k = d.shape[-1] // self.w
-        return d / self.peak(d).repeat_interleave(k, 2).repeat_interleave(k, 3)
+        return d / interpolate(self.peak(d), d.shape[2:])
 
 
 # ----- 3. Algorithms S1 and S2, and faster guides -----
 
 @contextmanager
-def full_precision(device):
+def full_precision(like):
     """No autocast, no TF32: of a perturbation of 0.005, bf16 rounds away 79 %, TF32 and fp16 10 %."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(like.device.type, enabled=False):
             yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
@@ -196,10 +192,10 @@ class Level:
 
     def error(self, x):
         """factor^2 A^T (y - A x). raises: ValueError if A x and y differ in size."""
-        with full_precision(x.device):
-            seen, y = self.A.down(x), self.target
+        with full_precision(x):
+            seen, y = self.A.down(x), self.target.to(x)
             if seen.shape != y.shape:
-                raise UserError(f"seen through A the canvas is {tuple(seen.shape)}, its target {tuple(y.shape)}: "
+                raise UserError(f"seen through A the canvas is {seen.shape}, its target {y.shape}: "
                                 f"it must be factor={self.A.factor} times as large")
             return self.A.up(y - seen)
 
@@ -209,7 +205,7 @@ class Level:
             part = self.canvas.cut(z0, ij).requires_grad_()
             with torch.enable_grad():
                 x = fn(part)
-            return torch.autograd.grad(x, part, self.canvas.cut(e_img, ij).to(x))[0]    # Eq. 3
+            return torch.autograd.grad(x, part, self.canvas.cut(e_img, ij))[0]          # Eq. 3
         return self.canvas.average(windows)
 
     def trust(self, e_img):
@@ -222,10 +218,10 @@ def algorithm_s1(level, z, t, ab, K, lam, delta, zeta):
     official: e_img is y - A Dec, so that adding g descends. With Z's sign, A Dec - y, Eq. 5 would climb."""
     unit = level.canvas.unit
     for _ in range(K):                                                  # for i in {1, ..., K}
-        with full_precision(z.device):
+        with full_precision(z):
             z0, _ = level.z0_hat(z, t, ab)
         e_img = level.error(level.Dec(z0))                              #   A^T (y - A Dec(z0_hat))
-        with full_precision(z.device):
+        with full_precision(z):
             e = unit(level.backpropagate(level.decode, z0, e_img))      #   Eq. 3
             g = unit((level.z0_hat(z + delta * e, t, ab)[0] - z0) / delta)          # Eq. 4
         z = z + lam * g * level.trust(e_img)                            #   Eq. 5
@@ -236,11 +232,11 @@ def algorithm_s2(level, z, t, ab, K, lam, delta, zeta):
     """The inner loop of Algorithm S2: as S1, but the encoder's difference stands for backpropagation."""
     unit = level.canvas.unit
     for _ in range(K):                                                  # for i in {1, ..., K}
-        with full_precision(z.device):
+        with full_precision(z):
             z0, _ = level.z0_hat(z, t, ab)
         x = level.Dec(z0)                                               #   (1,3,k H,k W)
         e_img = level.error(x)                                          #   A^T (y - A Dec(z0_hat))
-        with full_precision(z.device):
+        with full_precision(z):
             e = unit((level.Enc(x + zeta * unit(e_img)) - level.Enc(x)) / zeta)     # Eq. 6
             g = unit((level.z0_hat(z + delta * e, t, ab)[0] - z0) / delta)          # Eq. 4
         z = z + lam * g * level.trust(e_img)                            #   Eq. 5
@@ -280,17 +276,17 @@ def guide_of(name, inner, lam, delta, zeta):
 def sample_levels(levels, schedule, *, steps=50, timesteps=None, end="published", inner=1, lam=0.5,
                   delta=0.005, zeta=0.005, guide="s2", callback=None):
     """Draw several scales of one image together. At every step each guides the next finer one.
-    in:  levels, coarse to fine, whose z are drawn over; timesteps, ascending (default: `steps` of them); end:
-    see ddim_sample; inner: corrections a step (K); lam: for s1, s2 the largest change of a latent, for x0 guides
-    the share of the error that is taken away; or (first, last), going linearly; delta, zeta: widths of finite
-    differences, taken in float32 under autocast too; callback(n, t, levels) after every step.
+    in:  levels, coarse to fine, whose z are drawn over; timesteps, ascending; end: see ddim_sample; inner: K; lam:
+    for s1, s2 the largest change of a latent, for x0 guides the share of the error that is taken away; or (first,
+    last), going linearly; delta, zeta: widths of finite differences, in float32 even under autocast.
     out: levels. raises: ValueError if two levels do not match. source: Z Algorithms S1, S2."""
     correct, lams = guide_of(guide, inner, lam, delta, zeta)
     timesteps = ddim_timesteps(schedule.T, steps) if timesteps is None else timesteps
     ab, ab_prev = noise_levels(schedule, timesteps, end)
-    for n, i in enumerate(reversed(range(len(timesteps)))):             # for t in {T_0, ..., T_M}
-        t, size = timesteps[i], lams[0] + (lams[1] - lams[0]) * n / max(len(timesteps) - 1, 1)
-        above = None
+    last = len(timesteps) - 1
+    for i in range(last, -1, -1):                                       # for t in {T_0, ..., T_M}
+        t, above = timesteps[i], None
+        size = lams[0] + (lams[1] - lams[0]) * (last - i) / max(last, 1)
         for level in levels:
             z, level.target = level.z, above if level.y is None else level.y
             if level.target is None or size == 0 or inner == 0:         # nothing guides it
@@ -301,7 +297,7 @@ def sample_levels(levels, schedule, *, steps=50, timesteps=None, end="published"
             if level is not levels[-1]:
                 above = level.Dec(z0).clamp(-1, 1)                      # y = Dec(z0_hat^L)
         if callback is not None:
-            callback(n, t, levels)
+            callback(last - i, t, levels)
     return levels
 
 
@@ -309,9 +305,8 @@ def joint_sample(eps_fine, eps_ctx, encode, decode, schedule, z_T, z_T_ctx, *, w
                  inner=1, lam=0.5, delta=0.005, zeta=0.005, overlap=0, guide="s2", y=None, callback=None, **options):
     """Draw a large image and the coarse view of it together: `sample_levels` for two levels, any functions.
     in:  eps_fine(z (N,C,window,window), t (N,), ij) -> eps of windows at corners ij; eps_ctx(z, t) -> eps;
-    encode, decode: images <-> scaled latents; z_T (1,C,H,W) the canvas; z_T_ctx (1,C,h,w) the context, one
-    window; factor: fine pixels per context pixel; y: a fixed target (1,3,h,w) instead of the context (eps_ctx
-    may be None); callback(n, t, z, z0_hat, target) after every step; the rest: see Canvas and sample_levels.
+    encode, decode: images <-> latents; z_T (1,C,H,W); z_T_ctx (1,C,h,w), one window; factor: fine pixels per
+    context pixel; y: a target (1,3,h,w) instead of the context; callback(n, t, z, z0_hat, target); the rest: above.
     out: (z_fine, z_ctx). s2 costs 1 + 2 K estimates, K decodes and 2 K encodes a step.
     raises: ValueError if the canvas is no place for the windows, or the context does not match it."""
     if eps_ctx is None and y is None:
@@ -319,12 +314,12 @@ def joint_sample(eps_fine, eps_ctx, encode, decode, schedule, z_T, z_T_ctx, *, w
     for z in [z_T] if eps_ctx is None else [z_T, z_T_ctx]:
         if z is None or z.ndim != 4 or len(z) != 1 or z.dtype not in (torch.float32, torch.float64):
             raise UserError("z_T and z_T_ctx must be (1,C,H,W), one image at a time, in float32 or float64")
-    canvas = Canvas(*z_T.shape[2:], window, overlap)
-    fine = Level(eps_fine, decode, encode, canvas, z_T, Resize(factor), y if y is None else y.to(z_T))
+    fine = Level(eps_fine, decode, encode, Canvas(*z_T.shape[2:], window, overlap), z_T, Resize(factor), y)
     levels = [fine]
     if eps_ctx is not None:
         whole = Canvas(*z_T_ctx.shape[2:], tuple(z_T_ctx.shape[2:]))
         levels = [Level(lambda z, t, ij: eps_ctx(z, t), decode, encode, whole, z_T_ctx), fine]
+
     def report(n, t, levels):
         if callback is not None:
             callback(n, t, fine.z, fine.z0, fine.target)
@@ -335,7 +330,6 @@ def joint_sample(eps_fine, eps_ctx, encode, decode, schedule, z_T, z_T_ctx, *, w
 
 # ----- 4. Patches, and the command -----
 
-@torch.no_grad()
 def draw_patches(model, batch, cfg, ranks, null=False):
     """One patch per item of a collated batch with tokens, mask, s, x: (N,3,P,P) in [-1,1] on the CPU."""
     parts = [batch[name].to(ranks.device) for name in ("tokens", "mask", "s")]
@@ -349,10 +343,10 @@ def draw_patches(model, batch, cfg, ranks, null=False):
 def scales_of(cfg, pyramids):
     """The scales to draw: the one asked for, or all that the split has."""
     there = [s for s in range(pyramids.scales) if pyramids.count(cfg.split, s)]
-    if cfg.scale not in [-1, *there] or not there:
-        raise UserError(f"--scale={cfg.scale}: {pyramids.folder} has {cfg.split!r} patches at scales {there}; give "
-                        f"one of these, --split=train, or build it with some images held out")
-    return there if cfg.scale < 0 else [cfg.scale]
+    wanted = there if cfg.scale < 0 else [cfg.scale]
+    if not wanted or wanted[0] not in there:
+        raise UserError(f"--scale={cfg.scale} --split={cfg.split}: there are scales {there}; try --split=train")
+    return wanted
 
 
 def show(model, pyramids, cfg, ranks):
@@ -394,17 +388,18 @@ class Config:
 
 def known_data(model, folder):
     """The data of a run. raises: UserError if it is none that the model knows."""
-    pyramids, told = Pyramids(folder, std=model.info.get("std")), model.summarizer.cfg
+    info, told = model.info, model.summarizer.cfg
+    pyramids = Pyramids(folder, std=info.get("std"))
     made = pyramids.patch, pyramids.encoder, pyramids.embed_dim
-    knows = model.info.get("patch"), model.info.get("encoder"), told.embed_dim
+    knows = info.get("patch"), info.get("encoder"), told.embed_dim
     if made != knows or pyramids.scales > told.scales:
-        raise UserError(f"{folder} has {pyramids.scales} scales; its patch, encoder, width of embeddings are "
-                        f"{made}; the run knows {told.scales} and {knows}: give its own data")
+        raise UserError(f"{folder}: patch, encoder and width of embeddings are {made}, the run knows {knows} and "
+                        f"{told.scales} scales: give its own data")
     return pyramids
 
 
 def main(argv):
-    if any(arg.startswith("--size=") for arg in argv):
+    if "--size=" in " ".join(argv):
         from large.command import main as draw_large_image
         return draw_large_image(argv)
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
@@ -415,18 +410,14 @@ def main(argv):
     run = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
     cfg.out = cfg.out or str(run / ("eval" if cfg.eval else "patches"))
     cfg.n = cfg.n or (128 if cfg.eval else 8)
+    if cfg.condition != "reference":
+        from experiments.invented import sample_patches
+        return sample_patches(cfg)
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
     if cfg.compile:
         model.unet.compile()
     pyramids = known_data(model, cfg.data or model.info.get("data", ""))
-    if cfg.condition != "reference":
-        if cfg.eval or cfg.sampler != "ddim" or cfg.end != "clean":
-            raise UserError(f"--condition={cfg.condition} draws patches with DDIM alone: leave --eval, --sampler, "
-                            f"--end away (python -m experiments.conditions measures them)")
-        from experiments.invented import sample
-        cfg.model = cfg.condition
-        return sample(cfg)
     if cfg.eval:
         from experiments.evaluate import evaluate
         return evaluate(model, pyramids, cfg, ranks)

@@ -57,6 +57,15 @@ def sample(cfg):
     print(f"wrote {out}: {len(drawn)} scales x {cfg.n} patches, and sheet.png")
 
 
+def sample_patches(cfg):
+    """The same for the settings of sample_joint.py, whose --condition names the model."""
+    if cfg.eval or cfg.sampler != "ddim" or cfg.end != "clean":
+        raise UserError(f"--condition={cfg.condition} draws patches with DDIM alone: leave --eval, --sampler and --end "
+                        f"away (python -m experiments.conditions measures them)")
+    cfg.model = cfg.condition
+    sample(cfg)
+
+
 def main(argv):
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
     if not cfg.run:

@@ -230,7 +230,7 @@ def cosine(cfg):
         level, at = levels[-1], timesteps[len(timesteps) - 2 - n]
         ab, unit = float(model.schedule.alpha_bar[at]), level.canvas.unit
         small = replace(level, decode=proxy, A=Resize(level.A.factor // proxy.factor))
-        with full_precision(level.z.device):
+        with full_precision(level.z):
             z0, _ = level.z0_hat(level.z, at, ab)
             x = level.Dec(z0)
             e_img, clock = unit(level.error(x)), [time.perf_counter()]

@@ -58,7 +58,7 @@ def guide(level, z, t, ab, K, lam, delta, zeta):
     small = replace(level, decode=image, A=Resize(max(factor // smaller, 1), level.A.kind), target=y)
     z0, _ = level.z0_hat(z, t, ab)
     for _ in range(K):
-        with full_precision(z.device):
+        with full_precision(z):
             change = small.backpropagate(image, z0, small.error(small.Dec(z0)))
             if level.proxy is not None:
                 change = torch.einsum("ij,bjhw->bihw", level.proxy.inverse, change)
@@ -73,17 +73,23 @@ def lesson(model, pyramids, split, n, guidance, seed, ranks, t=None):
     data, A = PatchDataset(pyramids, split, seed, want=("x",)), Resize(model.vae.factor)
     z, x = [], []
     for k in range(0, n, 32):
-        batch = {k: v.to(ranks.device) for k, v in default_collate([data[i] for i in range(k, min(k + 32, n))]).items()}
+        items = default_collate([data[i] for i in range(k, min(k + 32, n))])
+        image, tokens, mask, s = (items[name].to(ranks.device) for name in ("x", "tokens", "mask", "s"))
+        rng = generator(seed, k)
         with ranks.autocast():
-            z0 = model.encode(batch["x"]).float()
-            c = model.summarizer(batch["tokens"], batch["mask"], batch["s"]).float()
-            rng = generator(seed, k)
-            ts = torch.randint(1000, (len(z0),), generator=rng) if t is None else torch.full((len(z0),), t)
+            z0 = model.encode(image).float()
+            c = model.summarizer(tokens, mask, s).float()
+            ts = torch.randint(1000, (len(z0),), generator=rng)
+            if t is not None:
+                ts = torch.full_like(ts, t)
             ts = ts.to(z0.device)
-            z_t = model.schedule.q_sample(z0, ts, torch.randn(z0.shape, generator=rng).to(z0))
-            z0_hat = to_x0(model.guided(c, guidance)(z_t, ts), z_t, model.schedule.at(ts, z_t), "eps")
+            noise = torch.randn(z0.shape, generator=rng).to(z0)
+            z_t = model.schedule.q_sample(z0, ts, noise)
+            eps = model.guided(c, guidance)(z_t, ts)
+            z0_hat = to_x0(eps, z_t, model.schedule.at(ts, z_t), "eps")
             decoded = model.decode(z0_hat).float()
-        z, x = [*z, z0_hat], [*x, A.down(decoded)]
+        z.append(z0_hat)
+        x.append(A.down(decoded))
     return torch.cat(z), torch.cat(x)
 
 
@@ -95,16 +101,21 @@ def fit(model, pyramids, ranks, n=1024, steps=1200, batch=64, lr=3e-3, guidance=
     optimizer = torch.optim.AdamW(proxy.parameters(), lr)
     for step in tqdm(range(steps), desc="proxy"):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        pick = torch.randint(len(z), (batch,), generator=generator(0, step)).to(z.device)
+        rng = generator(0, step)
+        pick = torch.randint(len(z), (batch,), generator=rng).to(z.device)
         optimizer.zero_grad()
         loss = F.mse_loss(proxy(z[pick]), x[pick])
         loss.backward()
         optimizer.step()
     proxy.eval().requires_grad_(False)
-    shift = 0.05 * torch.eye(3, device=z.device)[:, None, :, None, None]                # one channel at a time
-    M = ((proxy((z[:256] + shift).flatten(0, 1)).unflatten(0, (3, -1)) - proxy(z[:256])) / 0.05).mean((1, 3, 4)).T
+    few, columns = z[:256], []
+    for channel in torch.eye(3, device=z.device):                                       # one latent channel at a time
+        moved = proxy(few + 0.05 * channel[:, None, None]) - proxy(few)
+        columns.append(moved.mean((0, 2, 3)) / 0.05)
+    M = torch.stack(columns, 1)
     # tissue has hardly more than two colours, so M is nearly singular: what it cannot do is not asked of it
-    proxy.inverse.copy_(torch.linalg.inv(M.T @ M + (0.2 * torch.linalg.matrix_norm(M, 2)) ** 2 * torch.eye(3).to(M)))
+    damping = (0.2 * torch.linalg.matrix_norm(M, 2)) ** 2 * torch.eye(3).to(M)
+    proxy.inverse.copy_(torch.linalg.inv(M.T @ M + damping))
     return proxy
 
 
@@ -147,6 +158,11 @@ class Config:
     threads: int = 0
 
 
+def grey(x):
+    """Root of the mean square, in grey levels."""
+    return float(x.square().mean().sqrt()) * 127.5
+
+
 def main(argv):
     """Fit if need be, and print the error on estimates of held-out slides at seven t."""
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
@@ -161,9 +177,10 @@ def main(argv):
           f"deviation within patches)\n{'t':>5}{'reduced 4x':>12}{'share':>8}{'8x':>8}{'16x':>8}")
     for t in (0, 100, 300, 500, 700, 900, 999):
         z, x = lesson(model, pyramids, "test", cfg.n, cfg.guidance, 2, ranks, t)
-        wrong = [F.avg_pool2d(proxy(z) - x, k).square().mean().sqrt() * 127.5 for k in (1, 2, 4)]
-        inner = (x - x.mean((2, 3), keepdim=True)).square().mean().sqrt() * 127.5
-        print(f"{t:>5}{wrong[0]:>12.2f}{wrong[0] / inner:>8.3f}{wrong[1]:>8.2f}{wrong[2]:>8.2f}", flush=True)
+        off = proxy(z) - x
+        wrong = [grey(F.avg_pool2d(off, k)) for k in (1, 2, 4)]
+        share = wrong[0] / grey(x - x.mean((2, 3), keepdim=True))
+        print(f"{t:>5}{wrong[0]:>12.2f}{share:>8.3f}{wrong[1]:>8.2f}{wrong[2]:>8.2f}", flush=True)
 
 
 if __name__ == "__main__":

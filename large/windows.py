@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.utils.data import default_collate
 
 from common import UserError, cli, generator
 from diffusion import null_condition, with_guidance
@@ -22,8 +23,10 @@ def slerp(a, b, f):
         return a
     cos = torch.cosine_similarity(a, b, dim=0)
     angle = cos.clamp(-1, 1).acos()
-    along = ((1 - f) * angle).sin() / angle.sin() * a + (f * angle).sin() / angle.sin() * b
-    return torch.where(cos.abs() > 0.9995, (1 - f) * a + f * b, along)
+    from_a = ((1 - f) * angle).sin() / angle.sin()
+    from_b = (f * angle).sin() / angle.sin()
+    straight = (1 - f) * a + f * b
+    return torch.where(cos.abs() > 0.9995, straight, from_a * a + from_b * b)
 
 
 @dataclass
@@ -60,13 +63,16 @@ def contexts(model, condition, s, canvas):
         nothing = null_condition(model.summarizer.pos[0])
         return dict.fromkeys(canvas.ij, nothing.to(device))
     out, (high, wide) = {}, canvas.window
-    with full_precision(device):
+    with full_precision(model.unet.conv_out.weight):
         for n in range(0, len(canvas.ij), canvas.batch):
             ij = canvas.ij[n:n + canvas.batch]
-            grids = [condition(s, i / high * 2 ** s, j / wide * 2 ** s) for i, j in ij]
-            tokens, mask = zip(*map(pack_grid, grids))
+            packed = []
+            for i, j in ij:
+                e = condition(s, i / high * 2 ** s, j / wide * 2 ** s)                  # (E,G,G)
+                packed.append(pack_grid(e))
+            tokens, mask = default_collate(packed)
             s_of = torch.full((len(ij),), s, device=device)
-            c = model.summarizer(torch.stack(tokens).to(device), torch.stack(mask).to(device), s_of)
+            c = model.summarizer(tokens.to(device), mask.to(device), s_of)              # (n,L,D)
             out.update(zip(ij, c))
     return out
 
@@ -91,7 +97,7 @@ class WindowEps:
         tokens = torch.stack([self.c[corner] for corner in ij])                         # (n,L,D)
         if both:
             tokens = torch.cat([null_condition(tokens), tokens])
-        with full_precision(tokens.device):
+        with full_precision(tokens):
             made = self.model.unet.cache_context(tokens)
         self.room -= sum(part.nbytes for pair in made for part in pair)
         if self.room > 0:
@@ -109,20 +115,27 @@ class WindowEps:
 
 def sides(size, scales, patch, factor, known):
     """Height and width in latents at every scale. raises: UserError if a scale does not fit the size or the model."""
-    size = tuple(size) * (2 if len(size) == 1 else 1)
-    if len(size) != 2 or not all(isinstance(n, int) for n in (*size, *scales)):
+    if len(size) == 1:
+        size = (*size, *size)
+    whole = all(isinstance(n, int) for n in (*size, *scales))
+    if len(size) != 2 or not whole:
         raise UserError(f"--size={size}, scales {scales}: give a side, or height,width, in pixels, and whole scales")
-    if len(set(scales)) < len(scales) or min(scales) < 0 or max(scales) >= known or scales[-1] != min(scales):
+    finest, coarsest = scales[-1], scales[0]                # the command sorts all but the finest
+    if scales != sorted({*scales}, reverse=True) or finest < 0 or coarsest >= known:
         raise UserError(f"scales {scales}: the run knows 0 to {known - 1}; --context lists coarser ones than --scale, "
                         f"each once")
-    shift = scales[0] - scales[-1]
-    if any(n % (factor << shift) for n in size):
-        raise UserError(f"--size={size} does not divide: with --context={scales[0]} both sides must be multiples of "
-                        f"{factor << shift}")
-    if min(size) >> shift < patch:
-        raise UserError(f"--size={size} is {min(size) >> shift} pixels at scale {scales[0]}, less than a patch of "
-                        f"{patch}: take a larger --size, or a smaller --context")
-    return [tuple(n // factor >> (s - scales[-1]) for n in size) for s in scales]
+    block = factor * 2 ** (coarsest - finest)
+    if any(n % block for n in size):
+        raise UserError(f"--size={size} does not divide: with --context={coarsest} both sides must be multiples of "
+                        f"{block}")
+    if min(size) < patch * block // factor:
+        raise UserError(f"--size={size} is at scale {coarsest} less than a patch of {patch}: take a larger --size, or "
+                        f"a smaller --context")
+    out = []
+    for s in scales:
+        latent = factor * 2 ** (s - finest)                 # pixels of the image per latent of that scale
+        out.append((size[0] // latent, size[1] // latent))
+    return out
 
 
 def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, batch=64, fade=True,
@@ -132,12 +145,15 @@ def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, ba
     """
     patch, factor = patch or model.info.get("patch", 256), model.vae.factor
     device, levels = model.unet.conv_out.weight.device, []
-    for (h, w), s in zip(sides(size, scales, patch, factor, model.summarizer.cfg.scales), scales):
+    shapes, above = sides(size, scales, patch, factor, model.summarizer.cfg.scales), None
+    for (h, w), s in zip(shapes, scales):
         canvas = open_canvas(h, w, patch // factor, overlap, fade, batch)
-        z = torch.randn(1, model.unet.cfg.channels, h, w, generator=generator(seed, s)).to(device)
-        A = Resize(2 ** (scales[len(levels) - 1] - s), kind) if levels else None
-        eps = WindowEps(model, contexts(model, condition, s, canvas), guidance, guided)
-        levels.append(Level(eps, model.decode, model.encode, canvas, z, A, proxy=proxy))
+        z = torch.randn(1, model.unet.cfg.channels, h, w, generator=generator(seed, s))
+        A = None if above is None else Resize(2 ** (above - s), kind)
+        c = contexts(model, condition, s, canvas)
+        eps = WindowEps(model, c, guidance, guided)
+        levels.append(Level(eps, model.decode, model.encode, canvas, z.to(device), A, proxy=proxy))
+        above = s
     return levels
 
 

@@ -418,7 +418,7 @@ def test_a_fixed_target_replaces_the_level_above():
     """y counts, although a context is drawn beside it."""
     y = normal(1, 3, 4, 4, seed=3, dtype=D)
     _, (_, ctx), seen = draw(y=y, lam=1.0, guide="x0", inner=8)
-    assert all(torch.equal(target, y.float()) for _, target in seen) and ctx.shape == (1, 3, 4, 4)
+    assert all(torch.equal(target, y) for _, target in seen) and ctx.shape == (1, 3, 4, 4)
     assert (Resize(K).down(seen[-1][0]) - y).norm() < 0.05 * y.norm()
 
 

@@ -197,7 +197,7 @@ def test_preset_without_a_vae_asks_for_one(toy, tmp_path):
     (["RUN", "--steps=0"], "--steps=0"),
     (["RUN", "--end=middle"], "--end=middle"),
     (["RUN", "--data=/nowhere"], "no index.json"),
-    (["RUN", "--split=valid"], "has 'valid' patches at scales \\[\\]"),
+    (["RUN", "--split=valid"], "--split=valid: there are scales"),
 ])
 def test_drawing_that_cannot_work(run, tmp_path, args, says):
     with pytest.raises(UserError, match=says):
