@@ -26,11 +26,11 @@ class UserError(ValueError):
 
 def cli(main, doc=""):
     """Run main(argv). doc: what --help prints for a file without settings; with settings, `configure` does."""
-    if doc and {"--help", "-h"} & {*sys.argv}:
-        print(doc.strip())
-        sys.exit(0)
     try:
+        if doc and {"--help", "-h"} & {*sys.argv}:
+            sys.exit(print(doc.strip(), flush=True))
         main(sys.argv[1:])
+        sys.stdout.flush()                    # while a closed pipe is still caught
     except UserError as err:
         text = str(err)
         if text.startswith("Caught "):        # in a process that loads data: its traceback, then the sentence
@@ -55,7 +55,7 @@ def configure(cls, argv, presets=None, words=(), doc=""):
     """
     if {"--help", "-h"} & {*argv}:
         print(doc.strip(), "settings (--key=value):", inspect.getsource(cls), sep="\n\n")
-        print(*(inspect.getsource(group) for group in _types(cls).values() if is_dataclass(group)))
+        print(*(inspect.getsource(group) for group in _types(cls).values() if is_dataclass(group)), flush=True)
         sys.exit(0)
     argv = [a.removeprefix("--preset=") for a in argv]      # --preset=toy means the word toy
     given = [a for a in argv if not a.startswith("--")]
