@@ -23,7 +23,6 @@ from diffusion import Schedule, ZoomLDM, ddim_sample, diffusion_loss
 from train import LoopConfig, OptimConfig, check_loop, run_stage
 from unet import time_embedding
 
-
 @dataclass
 class DiTConfig:
     tokens: int = 65       # N
@@ -34,7 +33,6 @@ class DiTConfig:
     mlp: int = 3072        # hidden width of the MLPs
     scales: int = 8        # labels
     variance: bool = True  # D more output channels, which the published file has and sampling does not use
-
 
 @dataclass
 class Config:
@@ -55,7 +53,6 @@ class Config:
     sheet: int = 8             # patches per scale on the contact sheets drawn on the way; 0 = no sheets
     source: str = ""           # set by training: the Summarizer, or encoder, whose tokens it learns
 
-
 SMALL = {"dit.width": 192, "dit.depth": 4, "dit.heads": 4, "dit.mlp": 768, "dit.variance": False}
 PRESETS = {
     "toy": SMALL,
@@ -65,7 +62,6 @@ PRESETS = {
                   "shift": 1.0, "ema": 0.9999, "betas": (0.9, 0.999), "workers": 4, "log_every": 100,
                   "sample_every": 10_000, "save_every": 5000}}
 
-
 # ----- 1. The network (Z S8.1; DiT, Peebles & Xie 2023) -----
 
 def place_table(n, width):
@@ -74,12 +70,9 @@ def place_table(n, width):
     angle = torch.arange(n, dtype=torch.float64)[:, None] * freq                         # (n,width/2)
     return torch.cat([angle.sin(), angle.cos()], 1).float()[None]
 
-
 class DiTBlock(nn.Module):
     """Transformer block under a condition c (B,W), which shifts and scales its norms and gates its branches.
-
-    source: DiT §3.2, adaLN-zero.
-    """
+    source: DiT §3.2, adaLN-zero."""
 
     def __init__(self, width, heads, mlp):
         super().__init__()
@@ -107,13 +100,10 @@ class DiTBlock(nn.Module):
         x = x + gate1 * self.attend(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
-
 class DiT(nn.Module):
     """The network of the CDM.
-
     in:  x (B,N,D) noised tokens; t (B,) time indices; s (B,) scales. out: x0_hat (B,N,D).
-    source: Z S8.1; reference: official DiT.
-    """
+    source: Z S8.1; reference: official DiT."""
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
@@ -166,16 +156,12 @@ class DiT(nn.Module):
         from slides import keys  # the published names
         return keys.load_dit(state_dict, prefix, heads)
 
-
 # ----- 2. The CDM (Z §3.1, S8.1) -----
 
 def toward_noise(u, shift):
     """A share u in [0,1] of the way from data to noise -> one nearer to noise; shift 1 leaves it.
-
-    Tokens that agree decide what they show early, where each alone drowns in noise. source: SD 3 §5.3.2.
-    """
+    Tokens that agree decide what they show early, where each alone drowns in noise. source: SD 3 §5.3.2."""
     return shift * u / (1 + (shift - 1) * u)
-
 
 def respaced(T, steps, shift=1.0):
     """At most `steps` indices from 0 to T-1, ascending; evenly spaced with shift 1, as published."""
@@ -184,13 +170,10 @@ def respaced(T, steps, shift=1.0):
     shares = [toward_noise(i / (steps - 1), shift) for i in range(steps)]
     return sorted({round(share * (T - 1)) for share in shares})
 
-
 class Conditioner(nn.Module):
     """The CDM: a DiT that predicts x0, and its schedule. As a module it computes its loss, for `run_stage`.
-
     info: plain types: the fingerprint of the Summarizer whose tokens it learnt; shift, see `toward_noise`.
-    cfg, clean: for training, the settings, and a function: batch -> clean tokens (B,65,D), labels s (B,).
-    """
+    cfg, clean: for training, the settings, and a function: batch -> clean tokens (B,65,D), labels s (B,)."""
     kind = "cdm"
     network, sizes = DiT, DiTConfig
     settings, presets = Config, PRESETS
@@ -208,9 +191,7 @@ class Conditioner(nn.Module):
     @torch.no_grad()
     def tokens(self, s, seed=0, steps=50, first=0):
         """Draw tokens for scales s (n,): c (n,65,D). Row i starts from noise of (seed, first + i) alone.
-
-        raises: ValueError for a scale it does not know. source: Z §3.1, S8.1: DDIM, no guidance.
-        """
+        raises: ValueError for a scale it does not know. source: Z §3.1, S8.1: DDIM, no guidance."""
         cfg, device = self.net.cfg, self.net.pos.device
         if not len(s) or not 0 <= min(s) <= max(s) < cfg.scales:
             raise UserError(f"got scales {list(s)}: this {self.kind} knows 0 to {cfg.scales - 1}")
@@ -225,7 +206,7 @@ class Conditioner(nn.Module):
         """Time indices and noise of the whole global batch: the same for any number of ranks."""
         g = generator(self.cfg.seed, 4, step)
         n, T, sizes = self.cfg.batch, self.schedule.T, self.net.cfg
-        u = (torch.randperm(n, generator=g) + torch.rand(n, generator=g)) / n            # one in each n-th of [0,1]
+        u = (torch.randperm(n, generator=g) + torch.rand(n, generator=g)) / n        # one in each n-th of [0,1]
         t = (toward_noise(u, self.shift) * T).long()
         eps = torch.randn(n, sizes.tokens, sizes.channels, generator=g)
         return {"t": t.clamp_max(T - 1), "eps": eps}
@@ -239,7 +220,7 @@ class Conditioner(nn.Module):
         return loss.mean(), {"loss": error, "x0": error, "s": batch["s"], "t": t}
 
     def check_fit(self, model, path):
-        """raises: UserError if this makes the tokens of another Summarizer. (The published file does not say.)"""
+        """raises: UserError if this makes the tokens of another Summarizer. The published file tells none."""
         made_for, width = self.info.get("summarizer"), model.summarizer.cfg.width
         if made_for not in (None, fingerprint(model.summarizer)) or self.net.cfg.channels != width:
             raise UserError(f"{path} makes tokens of another Summarizer than that of this run ({width} wide): move "
@@ -258,7 +239,6 @@ class Conditioner(nn.Module):
         info = {"summarizer": fingerprint(summarizer), "shift": cfg.shift}
         return cls(cls.network(sizes), info, cfg, summarize), PatchDataset(pyramids, "train", cfg.seed, ())
 
-
 def kind_of(name):
     """The class behind --model=NAME."""
     if name == "grid":
@@ -270,7 +250,6 @@ def kind_of(name):
     if name != "cdm":
         raise UserError(f"--model={name}: known are cdm, edm, grid")
     return Conditioner
-
 
 def load_conditioner(run, kind, model):
     """The conditioning model of a run, in eval mode. raises: UserError if it is missing, foreign, or made for
@@ -291,7 +270,6 @@ def load_conditioner(run, kind, model):
         raise UserError(f"{path} holds no {kind} of ours ({str(err)[:99]!r}): train one again") from err
     made.check_fit(model, path)
     return made.to(next(model.parameters()).device).eval().requires_grad_(False)
-
 
 # ----- 3. The command -----
 
@@ -326,7 +304,6 @@ def train_conditioner(cfg):
         save(ema)  # a training killed after its last step has exported an earlier one
         print(f"done: {path}")
 
-
 def main(argv):
     if not argv:  # the sizes as published
         with torch.device("meta"):
@@ -347,7 +324,6 @@ def main(argv):
     if not cfg.run:
         raise UserError("give a run folder: python cdm.py train out/toy")
     train_conditioner(cfg)
-
 
 if __name__ == "__main__":
     cli(main)

@@ -1,4 +1,4 @@
-"""Plumbing that all files share, and that a reader may skip: nothing here is diffusion. read next: zoom_vae.py"""
+"""Plumbing that all files share. A reader may skip it: nothing is diffusion. read next: zoom_vae.py"""
 import ast
 import difflib
 import inspect
@@ -19,10 +19,8 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-
 class UserError(ValueError):
-    """Something the user gave is unusable. The text names it and the remedy; `cli` prints it and exits with 2."""
-
+    """Something the user gave is unusable. The text names it and the remedy; `cli` prints it, exit code 2."""
 
 def cli(main, doc=""):
     """Run main(argv). doc: what --help prints for a file without settings; with settings, `configure` does."""
@@ -43,16 +41,13 @@ def cli(main, doc=""):
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
-
 # ----- 1. Command lines: a dataclass of settings, presets, strict --key=value -----
 
 def configure(cls, argv, presets=None, words=(), doc=""):
     """Fill the dataclass `cls`: its defaults, then a preset, then the command line. --help prints its source.
-
     in:  words, the fields that plain words fill, in this order; presets {word: {field: value}} of "preset".
     Options: --key=value, --group.key=value, --flag; --key=value too where one group alone has the key; and
-    --group=value for group.kind. raises: UserError for an unknown key or preset, or a value of the wrong type.
-    """
+    --group=value for group.kind. raises: UserError for an unknown key or preset, or a value of the wrong type."""
     if {"--help", "-h"} & {*argv}:
         print(doc.strip(), "settings (--key=value):", inspect.getsource(cls), sep="\n\n")
         print(*(inspect.getsource(group) for group in _types(cls).values() if is_dataclass(group)), flush=True)
@@ -74,10 +69,8 @@ def configure(cls, argv, presets=None, words=(), doc=""):
         _set(cfg, key, value if equals else True)           # --amp means --amp=True
     return cfg
 
-
 def _types(cls):
     return {f.name: f.type for f in fields(cls)}
-
 
 def _set(cfg, key, value):
     """Set the field `key` of cfg, or of a group of settings in it."""
@@ -96,9 +89,8 @@ def _set(cfg, key, value):
         near = _nearest(key, known + [inner for name in groups for inner in _types(types[name])])
         raise UserError(f"unknown option --{key}{near}; known here: {', '.join(known)}")
 
-
 def _convert(key, value, wanted):
-    """A value as the type its field is annotated with. Text is read as a Python literal, unless that is str."""
+    """A value as the type its field is annotated with. Text is a Python literal, unless that is str."""
     kinds = typing.get_args(wanted) or (wanted,)            # `int | None` gives both
     if isinstance(value, str) and (str not in kinds or value == "None" and type(None) in kinds):
         with suppress(ValueError, SyntaxError):             # what is no literal is refused below, as a str
@@ -113,18 +105,15 @@ def _convert(key, value, wanted):
         raise UserError(f"--{key}={value}: expected {name}, got {type(value).__name__}")
     return value
 
-
 def _nearest(name, known):
     return "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, known, 1, 0.5))
 
-
 def at_least(cfg, **least):
-    """Hold settings against the smallest numbers that mean something. raises: UserError that names one below."""
+    """Hold settings against the smallest numbers that mean something. raises: UserError, naming one below."""
     for name, low in least.items():
         value = getattr(cfg, name)
         if not value >= low:                                # so that nan is refused too
             raise UserError(f"--{name}={value}: it must be at least {low}")
-
 
 def one_of(cfg, **known):
     """Hold settings against the words they may be. raises: UserError that names the first unknown one."""
@@ -133,11 +122,9 @@ def one_of(cfg, **known):
         if value not in words:
             raise UserError(f"--{name}={value}: known are {', '.join(words)}{_nearest(str(value), words)}")
 
-
 def restore(cls, settings):
     """A configuration from plain types, as files hold them: lists become tuples."""
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-
 
 # ----- 2. Files: written under a temporary name, then renamed; never unpickled -----
 
@@ -162,18 +149,15 @@ def atomic(path, earlier=None):
         if tmp.exists():
             tmp.unlink()
 
-
 def write_text(path, text):
     with atomic(path) as tmp:
         tmp.write_text(text)
-
 
 def save_tensors(path, tensors, meta=None, earlier=None):
     """Write {name: tensor} to a safetensors file; `meta` (plain types) travels as JSON in its header."""
     tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
     with atomic(path, earlier) as tmp:
         save_file(tensors, tmp, {"json": json.dumps(meta or {})})
-
 
 def open_tensors(path, framework="pt"):
     """Memory-map a safetensors file. raises: UserError if it is missing, cut short, or something else."""
@@ -184,23 +168,19 @@ def open_tensors(path, framework="pt"):
     except (SafetensorError, OSError) as err:
         raise UserError(f"{path} is not a complete safetensors file ({err}); copy or make it again") from err
 
-
 def load_meta(path):
     """What `save_tensors` wrote beside the tensors, {} for a foreign file. raises: as open_tensors."""
     with open_tensors(path) as f:
         return json.loads((f.metadata() or {}).get("json", "{}"))
-
 
 def load_tensors(path):
     """in: a safetensors file. out: ({name: tensor}, meta). raises: as open_tensors."""
     with open_tensors(path) as f:
         return {k: f.get_tensor(k) for k in f.keys()}, load_meta(path)
 
-
 def crc32(x, before=0):
     """Checksum of a tensor's bytes, going on from the one `before`."""
     return zlib.crc32(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), before)
-
 
 def fingerprint(module):
     """Checksum of all weights: tells whether latents or tokens on disk were made by this very network."""
@@ -208,7 +188,6 @@ def fingerprint(module):
     for _, value in sorted(module.state_dict().items()):
         crc = crc32(value, crc)
     return f"{crc:08x}"
-
 
 # ----- 3. Checkpoints: a run goes on exactly where it stopped -----
 
@@ -219,11 +198,9 @@ def checksum(tensors, meta):
         crc = crc32(x, zlib.crc32(f"{name} {tuple(x.shape)} {x.dtype}".encode(), crc))
     return crc
 
-
 def previous(path):
     """The checkpoint before the one at `path`: state.safetensors -> state.1.safetensors."""
     return path.with_name(f"{path.stem}.1.safetensors")
-
 
 def save_state(path, cfg, step, net, ema, opt):
     """Write weights, averages and the optimiser's moments into one file; the checkpoint before it stays."""
@@ -233,7 +210,6 @@ def save_state(path, cfg, step, net, ema, opt):
         tensors |= {f"opt.{i}.{k}": v for k, v in moments.items()}
     meta = {"step": step, "settings": asdict(cfg)}
     save_tensors(path, tensors, meta | {"crc": checksum(tensors, meta)}, earlier=previous(path))
-
 
 def newest_state(path, ranks=None):
     """The newest checkpoint that is whole: `path`, or the one before it. out: (file, tensors, meta), or None.
@@ -246,7 +222,6 @@ def newest_state(path, ranks=None):
             return path, tensors, meta
     from large.resume import fall_back                      # damaged, lost, or of an early version
     return fall_back(path, ranks)
-
 
 def resume(path, cfg, net, ema, opt, ranks):
     """Load the newest whole checkpoint into net, ema and opt. out: the step to go on from, 0 without any."""
@@ -266,14 +241,12 @@ def resume(path, cfg, net, ema, opt, ranks):
     opt.load_state_dict({"state": moments, "param_groups": opt.state_dict()["param_groups"]})
     return meta["step"]
 
-
 def check_settings(path, cfg, only=""):
     """raises: UserError if the file at `path`, should it exist, was made with other settings than cfg (of those
     that start with `only`). One that did not exist then counts as its default. All ranks look, so all stop."""
     if path.exists():
         from large.resume import compare_settings
         compare_settings(path, cfg, only)
-
 
 # ----- 4. Devices and ranks -----
 
@@ -306,7 +279,6 @@ class Ranks:
         if why:
             sys.exit(print(f"\n{why}" if self.rank == 0 else ""))
 
-
 def setup(device="auto", amp=True, threads=0):
     """Read torchrun's environment, start the process group, choose device and dtype: bf16 autocast where the
     device has bf16 arithmetic, never fp16. raises: UserError."""
@@ -332,7 +304,6 @@ def setup(device="auto", amp=True, threads=0):
         join(rank, world, device)
     return Ranks(rank, world, device, torch.bfloat16 if amp and fast else None)
 
-
 def generator(*key):
     """A CPU torch.Generator seeded by integers such as (seed, rank, step): the same key, the same numbers."""
     if min(key) < 0:
@@ -340,11 +311,10 @@ def generator(*key):
     seed = np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) & (2**63 - 1))  # as far as seeds go
 
-
 # ----- 5. Seeing: shape tables and contact sheets -----
 
 def summary(module, *inputs, depth=2):
-    """Print name, output shape and parameters of each submodule. On the meta device full size costs nothing."""
+    """Print name, output shape and parameters of each submodule. Full size is free on the meta device."""
     shapes = {}
     def look(child, _, out):                                # called when a submodule has run
         shapes[child] = "x".join(map(str, (out[0] if isinstance(out, tuple) else out).shape))
@@ -357,17 +327,14 @@ def summary(module, *inputs, depth=2):
         if count and name.count(".") < depth:               # the first levels, of what learns
             print(f"{name:<28}{shapes.get(child, '-'):>20}{count:>14,}")
 
-
 def to_uint8(x):
     """in: (...,3,H,W) in [-1,1]. out: (...,H,W,3) uint8, rounded (the published code truncates)."""
     return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1)
-
 
 def save_png(path, pixels):
     """Write one picture. in: pixels (H,W,3) uint8, as `to_uint8` makes them."""
     with atomic(path) as tmp:
         Image.fromarray(np.asarray(pixels)).save(tmp, "PNG")
-
 
 def save_grid(path, rows, labels=None):
     """Write a contact sheet. in: rows, a list of (n,3,H,W) in [-1,1]; labels, one text per row."""
@@ -381,7 +348,6 @@ def save_grid(path, rows, labels=None):
             ImageDraw.Draw(sheet).text((4, i * h + h // 2 - 6), labels[i], fill="black")
     save_png(path, sheet)
 
-
 # ----- 6. The log of a training -----
 
 def read_lines(path):
@@ -389,15 +355,13 @@ def read_lines(path):
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
-
 def write_line(path, record, keep):
     """Add a record to a log, after those that are to be kept: a killed run may have written too many."""
     records = [r for r in read_lines(path) if keep(r)] + [record]
     write_text(path, "".join(json.dumps(r) + "\n" for r in records))
 
-
 class Log:
-    """Averages over all ranks between two lines of log.jsonl: losses, by scale and quarter of t; the speed."""
+    """Averages over all ranks between two lines of log.jsonl: losses, by scale and quarter of t; speed."""
 
     def __init__(self, path, stage, start, net, ranks):
         self.path, self.stage, self.net, self.ranks = path, stage, net, ranks

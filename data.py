@@ -32,7 +32,6 @@ GRID = 8    # Z S8.1: larger grids are pooled to 8x8
 POOLED = 4  # the first scale with a larger grid (16x16): from here on files hold pooled grids
 INDEX = ("format", "patch", "scales", "embed_dim", "encoder", "std", "source", "slides")  # of index.json
 
-
 # ----- 1. Strips of base tiles -> one file per image -----
 
 def halve(x):
@@ -41,7 +40,6 @@ def halve(x):
     x = x[:height, :width].astype(np.uint16)                         # 8 bits do not hold a sum
     total = x[0::2, 0::2] + x[0::2, 1::2] + x[1::2, 0::2] + x[1::2, 1::2]  # (h/2,w/2,3)
     return ((total + 2) // 4).astype(np.uint8)
-
 
 def tile_rows(strips, patch, scales):
     """Cut strips (P,W,3) into tiles of every scale, one strip of each in memory: yields s, row, (n,P,P,3)."""
@@ -58,7 +56,6 @@ def tile_rows(strips, patch, scales):
                 break
             strip = np.concatenate([upper[s], half])                 # (P,W/2,3)
 
-
 def grid_under(e, s, i, j):
     """Embeddings under patch (i,j): e (Gh,Gw,E) -> (2^s,2^s,E), from s = 4 on block means (8,8,E) f16."""
     grid = e[i << s:(i + 1) << s, j << s:(j + 1) << s]
@@ -67,13 +64,10 @@ def grid_under(e, s, i, j):
     k = 2 ** s // GRID  # side of a block; summed in float32
     return grid.float().unflatten(1, (GRID, k)).unflatten(0, (GRID, k)).mean((1, 3)).half()
 
-
 def write_slide(path, strips, embed_row, patch, scales, meta, keep=None, extra=None):
     """Write the file of one image, whole or not at all. out: the number of patches per scale.
-
     in:  strips (P,W,3) uint8; embed_row: tiles (n,P,P,3) -> (n,E); keep(s,i,j,tile) says which patches stay,
-         while all embeddings do; meta, plain types; extra, more arrays by name. raises: UserError.
-    """
+         while all embeddings do; meta, plain types; extra, more arrays by name. raises: UserError."""
     from toy.folder import write_safetensors  # a stream, for more pixels than memory holds
     e, ij = [], [[] for _ in range(scales)]
     with atomic(path) as tmp:
@@ -100,7 +94,6 @@ def write_slide(path, strips, embed_row, patch, scales, meta, keep=None, extra=N
             file.close()
     return [len(places) for places in ij]
 
-
 # ----- 2. Reading -----
 
 def read_index(folder):
@@ -117,7 +110,6 @@ def read_index(folder):
         raise UserError(f"{path} is damaged, or no index of this program (format 1): make the data again")
     return index
 
-
 def open_data(folder, latents=None, std=None, latent_scale=1.0):
     """Open what a model trains on: Pyramids, or slides.official.Samples, whose `official` is True."""
     if not (Path(folder) / "index.json").is_file():
@@ -126,14 +118,11 @@ def open_data(folder, latents=None, std=None, latent_scale=1.0):
             return Samples(folder, latent_scale)
     return Pyramids(folder, latents, std, latent_scale)
 
-
 class Pyramids:
     """A folder that data.py wrote: which slides there are, and single patches from memory-mapped files.
-
     in:  latents, the folder with z{s}, None if they lie in the same files; std, the deviations a model was
          trained with, where this set has its own; latent_scale: latents are multiplied by it, here alone.
-    Attributes: those, and patch, scales, embed_dim, encoder, weights, mpp, slides. raises: UserError.
-    """
+    Attributes: those, and patch, scales, embed_dim, encoder, weights, mpp, slides. raises: UserError."""
     official = False
     images = True     # slides.official.Samples may lack them
 
@@ -204,16 +193,13 @@ class Pyramids:
         out["tokens"], out["mask"] = pack_grid(standardize(e))
         return out | {"s": s, "slide": k}
 
-
 # ----- 3. What is drawn for a batch -----
 
 class PatchDataset(Dataset):
     """Random patches: a scale uniformly among those that have any, then one of its patches over all slides.
-
     Item k is a pure function of (seed, k), k >= 0, whatever process reads it: resuming is exact, and ranks do not
     overlap. in: want, any of "x", "z", "e" ("e" only with only_scale, for its shape varies); length, what len()
-    says, by default the number of patches. raises: UserError if nothing fits.
-    """
+    says, by default the number of patches. raises: UserError if nothing fits."""
 
     def __init__(self, pyramids, split="train", seed=0, want=("z",), only_scale=None, length=None):
         self.pyramids, self.seed, self.want = pyramids, seed, want
@@ -239,12 +225,9 @@ class PatchDataset(Dataset):
         at = np.searchsorted(before, n, "right").item() - 1          # the slide that holds the n-th patch
         return self.pyramids.item(self.slides[at], s, n - before[at].item(), self.want)
 
-
 def fixed_batch(pyramids, split, s, n, want=("x",), seed=0):
     """The same n distinct patches of scale s every time, over as many slides as possible; all if n is larger.
-
-    out: a collated batch, fields as `Pyramids.item`. raises: UserError if there is none.
-    """
+    out: a collated batch, fields as `Pyramids.item`. raises: UserError if there is none."""
     order = []
     for k, slide in enumerate(pyramids.slides):
         if slide["split"] == split and s < pyramids.scales:
@@ -256,11 +239,10 @@ def fixed_batch(pyramids, split, s, n, want=("x",), seed=0):
         raise UserError(f"{pyramids.folder} has no {split!r} patch at scale {s}, of {pyramids.scales} scales")
     return default_collate([pyramids.item(k, s, i, want) for _, _, k, i in sorted(order)[:n]])
 
-
 # ----- 4. What a training is fed with -----
 
 def own_places(name, cfg, batch, ranks):
-    """Where the micro-batches of this rank begin in the global batch of a stage, and their size. raises: UserError."""
+    """Where the micro-batches of this rank begin in the global batch of a stage, their size. raises: UserError."""
     share = batch // ranks.world
     micro = min(cfg.loop.micro or share, share)
     if batch % ranks.world or share % micro:
@@ -269,14 +251,11 @@ def own_places(name, cfg, batch, ranks):
                         f"of {micro}: change --{option} or --micro")
     return range(ranks.rank * share, (ranks.rank + 1) * share, micro), micro
 
-
 @contextmanager
 def feed(dataset, steps, batch, micro, ranks, workers):
     """Yield micro-batches of this rank, and a list that holds something once a SIGTERM came, which ends nothing.
-
     A sample is step * batch + its place, so that resuming is exact. Clusters send SIGTERM to all processes of a
-    job: those that load data do not hear it, and end with the training.
-    """
+    job: those that load data do not hear it, and end with the training."""
     asked, share = [], batch // ranks.world
     own = range(ranks.rank * share, (ranks.rank + 1) * share)
     numbers = (step * batch + place for step in steps for place in own)
@@ -291,10 +270,8 @@ def feed(dataset, steps, batch, micro, ranks, workers):
         if workers:
             loading._shutdown_workers()                                 # Python would send them a SIGTERM
 
-
 def deafen(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
 
 @torch.no_grad()
 def encode_latents(folder, vae, pyramids, ranks):
@@ -318,7 +295,6 @@ def encode_latents(folder, vae, pyramids, ranks):
         save_tensors(path, tensors, {"vae": mark})
     ranks.barrier()
 
-
 def main(argv):
     command = argv[0] if argv else "no command"
     if command == "toy":
@@ -331,7 +307,6 @@ def main(argv):
         print(__doc__ + "\nsettings: python data.py toy --help, python data.py build --help")
     else:
         raise UserError(f"got {command!r}: write data.py toy, or data.py build --images=DIR --out=DIR")
-
 
 if __name__ == "__main__":
     cli(main)

@@ -50,7 +50,6 @@ class Schedule:
         ab = self.at(t, z0)
         return ab ** 0.5 * z0 + (1 - ab) ** 0.5 * eps
 
-
 # A network predicts "eps", as published; or "x0", as the CDM; or "v" = sqrt(ab) eps - sqrt(1-ab) x0. v is eps
 # with its known part taken off. It weighs the noisy steps, where layout is decided, as much as the others.
 # Below, ab is alpha_bar: a float, or a tensor that broadcasts.
@@ -63,7 +62,6 @@ def to_x0(out, z_t, ab, pred):
         return ab ** 0.5 * z_t - (1 - ab) ** 0.5 * out
     return (z_t - (1 - ab) ** 0.5 * out) / ab ** 0.5
 
-
 def to_eps(out, z_t, ab, pred):
     """The noise estimate eps_hat from a network's output."""
     if pred == "eps":
@@ -71,7 +69,6 @@ def to_eps(out, z_t, ab, pred):
     if pred == "v":
         return (1 - ab) ** 0.5 * z_t + ab ** 0.5 * out
     return (z_t - ab ** 0.5 * out) / (1 - ab) ** 0.5
-
 
 def diffusion_loss(fn, z0, t, eps, schedule, pred="eps"):
     """Squared error of fn(z_t, t), one mean a sample, not weighted (Z §3.1). in: z0, eps (B,...); t (B,).
@@ -84,19 +81,16 @@ def diffusion_loss(fn, z0, t, eps, schedule, pred="eps"):
     ab = ab.flatten()
     return loss, (loss * {"eps": 1.0, "x0": ab / (1 - ab), "v": ab}[pred]).detach()
 
-
 # ----- 2. Guidance: written here, nowhere else -----
 
 def null_condition(c):
     """What stands for no condition: zeros like c, as published (not an encoding of zeros)."""
     return torch.zeros_like(c)
 
-
 def with_guidance(null, cond, guidance):
     """Classifier-free guidance: one prediction from two. 1 = conditional only."""
     # the published large-image code calls w what is guidance - 1 here
     return null + guidance * (cond - null)
-
 
 def guided(fn, c, guidance=1.0, prepare=None):
     """fn(z_t, t, c) with guidance, both branches in one batch. in: c (B,L,D). out: f(z_t, t). prepare: called once
@@ -113,7 +107,6 @@ def guided(fn, c, guidance=1.0, prepare=None):
         return with_guidance(null, cond, guidance)
     return f
 
-
 # ----- 3. Sampling -----
 
 def ddim_timesteps(T, steps):
@@ -126,32 +119,27 @@ def ddim_timesteps(T, steps):
         raise UserError(f"steps={steps} needs t = {tau[-1]} of {T}: take a divisor of {T} up to {T // 2}")
     return tau
 
-
 def noise_levels(schedule, timesteps, end):
     """alpha_bar at the timesteps, and at the step after each (towards clean), as lists of floats."""
     assert sorted(set(timesteps)) == list(timesteps), "timesteps must ascend"
     ab = [float(schedule.alpha_bar[t]) for t in timesteps]
-    # official: the last step lands on alpha_bar[0], not 1: a trace of noise, deviation .039, stays in the latent
+    # official: the last step lands on alpha_bar[0], not 1: noise of deviation .039 stays in the latent
     last = {"published": float(schedule.alpha_bar[0]), "clean": 1.0}[end]
     return ab, [last, *ab[:-1]]
 
-
 def ddim_step(z_t, z0_hat, eps_hat, ab_prev, sigma=0.0, noise=None):
-    """z at the next step, of alpha_bar ab_prev; noise: by default drawn, if sigma > 0. source: DDIM Eq. 12."""
+    """z at the next step, of alpha_bar ab_prev; noise: else drawn, if sigma > 0. source: DDIM Eq. 12."""
     z = ab_prev ** 0.5 * z0_hat + max(1 - ab_prev - sigma ** 2, 0.0) ** 0.5 * eps_hat
     if sigma == 0:
         return z
     return z + sigma * (torch.randn_like(z) if noise is None else noise)
 
-
 def ddim_sample(fn, z_T, schedule, steps=50, eta=0.0, *, pred="eps", timesteps=None, end="published",
                 noise=None, callback=None):
     """Run DDIM from z_T to z_0. source: DDIM Eq. 12, 16.
-
     in:  fn(z_t, t (B,)) -> prediction of kind `pred`; eta 0 = deterministic, 1 = DDPM-like; timesteps: ascending
     (default ddim_timesteps); end: "published", or "clean", alpha_bar = 1; noise: one tensor a step, for eta > 0
-    (default: drawn); callback(i, t, z, z0_hat) after every step.
-    """
+    (default: drawn); callback(i, t, z, z0_hat) after every step."""
     timesteps = ddim_timesteps(schedule.T, steps) if timesteps is None else [int(t) for t in timesteps]
     ab, ab_prev = noise_levels(schedule, timesteps, end)
     z = z_T
@@ -165,7 +153,6 @@ def ddim_sample(fn, z_T, schedule, steps=50, eta=0.0, *, pred="eps", timesteps=N
         if callback is not None:
             callback(n, timesteps[i], z, z0_hat)
     return z
-
 
 def plms_sample(eps_fn, z_T, schedule, steps=50, callback=None):
     """The sampler of the published patch notebooks: DDIM along an eps extrapolated from the last four.
@@ -187,7 +174,6 @@ def plms_sample(eps_fn, z_T, schedule, steps=50, callback=None):
         old[:] = [eps, *old][:3]
         return mean
     return ddim_sample(extrapolated, z_T, schedule, steps, callback=callback)
-
 
 # ----- 4. The whole model -----
 
@@ -283,12 +269,9 @@ class ZoomLDM(nn.Module):
         from slides import keys  # the published names
         return keys.load_whole(source)
 
-
 def layout_fidelity(fake, real, grid):
     """Pearson correlation of patches (N,3,P,P) average-pooled to grid, min(2^s, 8); 1 compares mean colours.
-
-    Each channel's mean over its set is taken off, or the stain alone would correlate. 0 if a set is constant.
-    """
+    Each channel's mean over its set is taken off, or the stain alone would correlate. 0 if a set is constant."""
     if fake.shape != real.shape or fake.ndim != 4 or min(fake.shape) < 1 or min(fake.shape[2:]) < grid:
         raise UserError(f"got patches {tuple(fake.shape)} and {tuple(real.shape)}: give images (N,3,H,W) of one shape, "
                         f"with sides of at least {grid}")
@@ -299,13 +282,11 @@ def layout_fidelity(fake, real, grid):
     size = cells[0].norm() * cells[1].norm()
     return float(cells[0] @ cells[1] / size) if size > 1e-12 else 0.0
 
-
 def main(argv):
     with torch.device("meta"):
         model = ZoomLDM(VQVAE(VAEConfig()), build(SummarizerConfig()), UNet(UNetConfig()))
         model.forward = model.eps
         summary(model, torch.randn(1, 3, 64, 64), torch.zeros(1).long(), torch.randn(1, 65, 512), depth=1)
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

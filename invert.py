@@ -26,7 +26,6 @@ LR = 0.1                # of Adam, from noise; published notebook, Z is silent, 
 PRIOR = 0.05            # weight of the mean cosine of all pairs of embeddings, before they are standardised
 LR_NEAR = 0.0003        # from a start that is nearly right; ours, measured: more explains little, loses cells
 
-
 def patch_of(model, x):
     """Side of a patch in pixels. Published models do not say it: 256, or of a smaller image what they can halve."""
     if model.info.get("patch"):
@@ -35,12 +34,10 @@ def patch_of(model, x):
     blocks = min(256, *x.shape[-2:]) // block
     return max(blocks, 1) * block
 
-
 def per_token(u):
     """Give each embedding of u (B,E,h,w) mean 0 and deviation 1: as `standardize` does, but of any sides."""
     mean, deviation = u.mean(1, keepdim=True), u.std(1, keepdim=True)
     return (u - mean) / (deviation + 1e-8)
-
 
 def eps_error(model, e, s, z, t, eps):
     """Squared error (B,) of the noise estimate at time t under conditions e (B,E,k,k). Gradients reach e."""
@@ -53,17 +50,14 @@ def eps_error(model, e, s, z, t, eps):
     error = model.eps(z_t, t, c) - eps
     return error.square().mean((1, 2, 3))
 
-
 def alike(u):
     """Mean cosine over all pairs of embeddings of each grid, (B,). source: Z S8.3."""
     units = F.normalize(u.flatten(2), dim=1)                # (B,E,k k)
     mean = units.mean(2)
     return mean.square().sum(1)                             # the mean over pairs is the mean's square
 
-
 def beginning(model, x, cells, s, seed, start=""):
     """Embeddings to begin with, u (B,E,*cells), and Adam's rate.
-
     noise: N(0,1), as published. enlarged: what the run's encoder says of the enlarged image; the default, if
     it can be had. deviates: noise stays wherever the denoiser does not listen at this scale, at the finest it may.
     """
@@ -79,7 +73,6 @@ def beginning(model, x, cells, s, seed, start=""):
     u = torch.randn(1, model.summarizer.cfg.embed_dim, *cells, generator=generator(seed))
     return u.repeat(len(x), 1, 1, 1), LR
 
-
 def check_image(model, x, s, steps):
     """raises: UserError unless x (B,3,H,W) is what `invert` takes."""
     P, known = patch_of(model, x), model.summarizer.cfg.scales
@@ -93,7 +86,6 @@ def check_image(model, x, s, steps):
                         f"in [-1,1], sides multiples of {tile} and at least {P} (invert.to_tiles makes them so), "
                         f"and steps of 0 or more")
 
-
 def window_jobs(images, cells, k, batch):
     """Windows of k x k tiles over the cells (rows, columns) of every image; neighbours share a quarter.
     out: lists of at most `batch` places (image, row, column)."""
@@ -102,11 +94,9 @@ def window_jobs(images, cells, k, batch):
     places = [(b, i, j) for b in range(images) for i in rows for j in columns]
     return [places[n:n + batch] for n in range(0, len(places), batch)]
 
-
 def cut(x, places, side):
     """The squares of x (B,C,H,W) at places (image, row, column): (n,C,side,side)."""
     return torch.stack([x[b, :, i:i + side, j:j + side] for b, i, j in places])
-
 
 def invert(model, x, s, steps=200, seed=0, batch=8, start=""):
     """Infer the embeddings of the base tiles under an image: Adam on the Summarizer's input, all else frozen.
@@ -117,8 +107,7 @@ def invert(model, x, s, steps=200, seed=0, batch=8, start=""):
     out: e (E,k,k), k = 2^s, or (B,E,k,k), each embedding standardised; more for larger images. Depends on the
          seed, not on what else is in the batch. raises: ValueError for another size or scale.
     source: Z S8.3; what it leaves open, the published notebook. deviates: that takes alpha_bar at t - 1, and
-    cannot pool grids over 8x8.
-    """
+    cannot pool grids over 8x8."""
     if x.ndim == 3:
         return invert(model, x[None], s, steps, seed, batch, start)[0]
     check_image(model, x, s, steps)
@@ -149,7 +138,6 @@ def invert(model, x, s, steps=200, seed=0, batch=8, start=""):
         optimizer.step()
     return per_token(u.detach())
 
-
 # ----- 2. Super-resolution: the image as a fixed constraint (Z §4.4) -----
 
 def to_tiles(x, s, patch):
@@ -162,13 +150,10 @@ def to_tiles(x, s, patch):
     mirrored = np.pad(x.cpu().numpy(), pad, "symmetric")    # unlike torch's, any number of times
     return torch.from_numpy(mirrored).to(x)
 
-
 def project(A, x, y, rounds=20):
     """The image nearest to x (...,H,W) that A makes y of: x + A^T (A A^T)^-1 (y - A x), in [-1,1], like x.
-
     Clipping takes a little of it back, so it goes to and fro. A y that A cannot make of [-1,1], such as hard
-    edges from black to white, is met as nearly as that can.
-    """
+    edges from black to white, is met as nearly as that can."""
     out = x.float() if x.is_mps else x.double()
     y = y.to(out)
     h, w = x.shape[-2:]
@@ -180,13 +165,10 @@ def project(A, x, y, rounds=20):
         out = (out + left.T @ error @ right).clamp(-1, 1)
     return out.to(x)
 
-
 def paint(model, condition, side, s, y=None, A=None, *, overlap=None, guidance=2.0, steps=50, seed=0,
           guide="x0", lam=0.3, proxy=None, batch=64, patch=0):
     """Draw a canvas of (height, width) = side pixels at scale s, of which A makes y (1,3,h,w), if given.
-
-    in:  condition, a large.windows.Grid or None; patch, as trained if 0. out: (1,3,height,width) in [-1,1].
-    """
+    in:  condition, a large.windows.Grid or None; patch, as trained if 0. out: (1,3,height,width) in [-1,1]."""
     from large.windows import decode_strips, prepare
     window = (patch or model.info.get("patch", 256)) // model.vae.factor
     overlap = window // 4 if overlap is None else overlap
@@ -200,15 +182,12 @@ def paint(model, condition, side, s, y=None, A=None, *, overlap=None, guidance=2
         strips = decode_strips(model.decode, level.z, window + around, around)
         return torch.cat(list(strips), 2)
 
-
 def super_resolve(model, x, s, e=None, target=0, kind="bicubic", guidance=1.0, **options):
     """Draw images at scale `target` that look like x at scale s: joint sampling, x its fixed constraint.
-
     in:  x (B,3,H,W) in [-1,1], any size; e (B,E,Gh,Gw), embeddings of its base tiles, by `invert` or true ones;
          None: no condition, the image alone guides; kind, of A; options: see `paint`.
     out: (B,3,f H,f W), f = 2^(s-target). `project` then makes of it what reduces to x exactly.
-    raises: ValueError for a target that is not finer. source: Z §4.4.
-    """
+    raises: ValueError for a target that is not finer. source: Z §4.4."""
     from large.windows import Grid
     if not 0 <= target < s:
         raise UserError(f"from scale {s} to {target}: the target must be finer than the image, and 0 or more")
@@ -224,11 +203,9 @@ def super_resolve(model, x, s, e=None, target=0, kind="bicubic", guidance=1.0, *
         images.append(fine[..., :h, :w].to(x))              # what was mirrored goes again
     return torch.cat(images)
 
-
 def main(argv):
     from large import enlarge
     enlarge.main(argv)
-
 
 if __name__ == "__main__":
     cli(main)

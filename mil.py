@@ -29,7 +29,6 @@ def checked(bag, K):
                         f"patch: give features of the kind it was trained on, and leave empty slides out")
     return bag.float()
 
-
 class ABMIL(nn.Module):
     """Gated attention over embedded patches. source: Ilse et al. 2018, Eq. 9; sizes as CLAM's."""
     adam = dict(betas=(0.9, 0.999), weight_decay=1e-5)  # as CLAM
@@ -64,7 +63,6 @@ class ABMIL(nn.Module):
         logits, _ = self(bag)
         return F.cross_entropy(logits, y)
 
-
 class CLAM_SB(ABMIL):
     """ABMIL whose most and least attended patches must be told apart. source: Lu et al. 2021."""
     SAMPLES, SHARE = 8, 0.3  # published; the loss is 0.7 bag + 0.3 patches
@@ -85,12 +83,9 @@ class CLAM_SB(ABMIL):
         target = torch.tensor([1] * n + [0] * n, device=h.device)
         return (1 - self.SHARE) * loss + self.SHARE * F.cross_entropy(logits, target)
 
-
 class DSMIL(nn.Module):
     """Two streams: the highest patch of each class, and attention by likeness to it. source: Li et al. 2021.
-
-    deviates: logits are the mean of both streams, as the loss is. It has no dropout, whatever is asked for.
-    """
+    deviates: logits are the mean of both streams, as the loss is. It has no dropout, whatever is asked for."""
     adam = dict(betas=(0.5, 0.9), weight_decay=1e-3)  # published
 
     def __init__(self, K, C, width=128, dropout=0.0):
@@ -129,26 +124,22 @@ class DSMIL(nn.Module):
         target = F.one_hot(y, self.C).float()                  # (C,)
         return sum(F.binary_cross_entropy_with_logits(v, target) for v in (top, whole)) / 2
 
-
 HEADS = {"abmil": ABMIL, "clam": CLAM_SB, "dsmil": DSMIL}
-
 
 # ----- 2. Cross-validation -----
 
 def fit(Head, train, val, scaler, C, cfg, seed):
     """Train a head, a bag a step, all classes equally often, until the validation loss has stopped falling.
-
     in:  Head, its class; train, val: lists of (bags, slide, class number), where bags[slide] is (N,K); scaler:
          mean and deviation (K,); cfg: width, dropout, lr, epochs, patience, seed.
-    out: the head at its lowest validation loss, in eval mode. raises: UserError if that loss is not finite.
-    """
+    out: the head at its lowest validation loss, in eval mode. raises: UserError if it is not finite."""
     torch.manual_seed(seed)
     mean, deviation = scaler
     head = Head(len(mean), C, cfg.width, cfg.dropout)
     optimizer = torch.optim.Adam(head.parameters(), cfg.lr, **head.adam)
     labels = torch.tensor([y for _, _, y in train])
     counts = torch.bincount(labels, minlength=C)                       # (C,)
-    odds = 1 / counts[labels].double()                                 # (n,), a rare class is drawn more often
+    odds = 1 / counts[labels].double()                             # (n,), rare classes are drawn more often
     best, since = math.inf, 0
     kept = None
 
@@ -178,15 +169,12 @@ def fit(Head, train, val, scaler, C, cfg, seed):
     head.load_state_dict(kept)
     return head
 
-
 def cross_validate(Head, sources, tested, labels, splits, cfg, repeat=0):
     """Score every slide by a head that never saw it. The test slides of a fold neither train the head, nor stop
     it, nor standardise its features.
-
     in:  sources, list of slides.bags.Bags to train on; tested, Bags to score; labels, experiments.folds.Labels;
          splits: [(train, val, test)], slide numbers, no patient in two of them; repeat: of the whole, for seeds.
-    out: scores (n,C), NaN for slides in no test fold; fold (n,), -1 for these; [(head, scaler)], one per fold.
-    """
+    out: scores (n,C), NaN for slides in no test fold; fold (n,), -1 for these; [(head, scaler)], one per fold."""
     n, C = len(labels.names), len(labels.classes)
     scores = torch.full((n, C), math.nan)
     fold = torch.full((n,), -1)
@@ -210,16 +198,13 @@ def cross_validate(Head, sources, tested, labels, splits, cfg, repeat=0):
         heads.append((head, scaler))
     return scores, fold, heads
 
-
 # ----- 3. Features of patches (Z §4.5; L §7) -----
 
 class Activations:
     """Features: what a block of the U-Net makes of a noised patch and its condition.
-
     in:  t, index that patches are noised to (Z 100, L 50); block: "middle" (L), or an index into the published
          output_blocks as text, by default 3 (Z) or the last; seed of the noise.
-    raises: UserError for another t or block.
-    """
+    raises: UserError for another t or block."""
 
     def __init__(self, model, pyramids, ranks, t=100, block="", seed=0):
         self.model, self.pyramids, self.ranks = model, pyramids, ranks
@@ -246,9 +231,7 @@ class Activations:
 
     def of(self, slide, batch):
         """Encode, noise to t, one pass of the U-Net, the mean of a block over space.
-
-        in: name of the slide; a collated batch of its patches, on the device. out: (b,K) float32.
-        """
+        in: name of the slide; a collated batch of its patches, on the device. out: (b,K) float32."""
         model = self.model
         eps = self.noise(slide, batch)                         # (b,3,P/4,P/4)
         t = torch.full((len(eps),), self.t, device=eps.device)
@@ -260,7 +243,6 @@ class Activations:
             maps = model.unet.features(z_t, t, c, self.block)  # (b,K,h,w)
         return maps.float().mean((2, 3))
 
-
 def main(argv):
     commands = ("extract", "cv", "map")
     word = argv[0] if argv else "no command"
@@ -271,7 +253,6 @@ def main(argv):
     from experiments import crossval, features, maps
     rooms = dict(extract=features.main, cv=crossval.main, map=maps.main)
     rooms[word](argv[1:])
-
 
 if __name__ == "__main__":
     cli(main)

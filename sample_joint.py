@@ -38,7 +38,6 @@ def shrink_matrix(n, k, kind="bicubic", dtype=torch.float64, device="cpu"):
     A = torch.zeros(n // k, n, dtype=torch.float64)
     return A.scatter_add_(1, mirrored, weights.expand(n // k, -1)).to(device, dtype)
 
-
 class Resize:
     """Antialiased bicubic down-sampling A by an integer factor, and `up` = factor^2 A^T, bicubic up-sampling,
     as in the published helpers. kind "box" averages blocks instead, as the pyramids on disk are made.
@@ -63,13 +62,11 @@ class Resize:
         rows, columns = (self.along(n * self.factor, y) for n in y.shape[-2:])
         return self.factor ** 2 * (rows.T @ y @ columns)
 
-
 # ----- 2. Windows on a canvas -----
 
 def starts(n, window, overlap=0):
     """Where windows begin along a side of n; neighbours share `overlap`, the last two perhaps more."""
     return [*range(0, n - window, window - overlap), n - window]
-
 
 @lru_cache(64)
 def ramps(n, side, overlap, fade=True):
@@ -84,7 +81,6 @@ def ramps(n, side, overlap, fade=True):
         total[a:a + side] += weights[a]
     return {a: weight / total[a:a + side] for a, weight in weights.items()}
 
-
 @dataclass
 class Canvas:
     """Windows that cover a canvas of h x w latents, or its image of k pixels per latent.
@@ -93,7 +89,7 @@ class Canvas:
     w: int
     window: int | tuple         # a side, or (height, width)
     overlap: int = 0            # latents that neighbours share
-    fade: bool = False          # they fade into each other; False: they count the same (L §3.2), and leave a step
+    fade: bool = False          # they fade into each other; False: they count the same (L §3.2); borders show
     batch: int = 64             # windows per call
 
     def __post_init__(self):
@@ -147,7 +143,6 @@ class Canvas:
         """d, scaled to a largest absolute value of 1 in every window. official: so; Z does not say it."""
         return d / interpolate(self.peak(d), d.shape[2:])
 
-
 # ----- 3. Algorithms S1 and S2, and faster guides -----
 
 @contextmanager
@@ -161,7 +156,6 @@ def full_precision(like):
             yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-
 
 @dataclass
 class Level:
@@ -209,9 +203,8 @@ class Level:
         return self.canvas.average(windows)
 
     def trust(self, e_img):
-        """1, or less where a window is wrong by under half a grey level: unit steps would blow rounding up."""
+        """1, or less where a window is wrong by under half a grey level: unit steps would blow up rounding."""
         return (self.canvas.peak(e_img) * 255).clamp_max(1)
-
 
 def algorithm_s1(level, z, t, ab, K, lam, delta, zeta):
     """Move z (1,C,H,W) until its decode, seen through A, is y: the inner loop of S1. out: z, z0_hat, eps.
@@ -227,7 +220,6 @@ def algorithm_s1(level, z, t, ab, K, lam, delta, zeta):
         z = z + lam * g * level.trust(e_img)                            #   Eq. 5
     return z, *level.z0_hat(z, t, ab)
 
-
 def algorithm_s2(level, z, t, ab, K, lam, delta, zeta):
     """The inner loop of Algorithm S2: as S1, but the encoder's difference stands for backpropagation."""
     unit = level.canvas.unit
@@ -242,7 +234,6 @@ def algorithm_s2(level, z, t, ab, K, lam, delta, zeta):
         z = z + lam * g * level.trust(e_img)                            #   Eq. 5
     return z, *level.z0_hat(z, t, ab)
 
-
 def guide_x0(level, z, t, ab, K, lam, delta, zeta):
     """Ours: correct z0_hat itself by what the encoder makes of the error. The U-Net is asked once a step."""
     z0, _ = level.z0_hat(z, t, ab)
@@ -251,15 +242,12 @@ def guide_x0(level, z, t, ab, K, lam, delta, zeta):
         z0 = z0 + lam * (level.Enc(x + level.error(x)) - level.Enc(x))
     return z, z0, to_eps(z0, z, ab, "x0")                               # z stays, so eps gives way
 
-
 def guide_x0_by_proxy(*args):
     """The same through a small network from latents to a reduced image, in the place of the decoder."""
     from large.proxy import guide
     return guide(*args)
 
-
 GUIDES = {"s1": algorithm_s1, "s2": algorithm_s2, "x0": guide_x0, "x0+proxy": guide_x0_by_proxy}
-
 
 def guide_of(name, inner, lam, delta, zeta):
     """out: the function, (first, last) lam. raises: UserError for what means nothing."""
@@ -270,7 +258,6 @@ def guide_of(name, inner, lam, delta, zeta):
         raise UserError(f"guide={name!r}, inner={inner}, lam={lam}, delta={delta}, zeta={zeta}: guides are "
                         f"{', '.join(GUIDES)}; inner and lam (or first,last) are 0 or more, delta and zeta above")
     return GUIDES[name], (lams[0], lams[-1])
-
 
 @torch.no_grad()
 def sample_levels(levels, schedule, *, steps=50, timesteps=None, end="published", inner=1, lam=0.5,
@@ -300,7 +287,6 @@ def sample_levels(levels, schedule, *, steps=50, timesteps=None, end="published"
             callback(last - i, t, levels)
     return levels
 
-
 def joint_sample(eps_fine, eps_ctx, encode, decode, schedule, z_T, z_T_ctx, *, window, factor, steps=50,
                  inner=1, lam=0.5, delta=0.005, zeta=0.005, overlap=0, guide="s2", y=None, callback=None, **options):
     """Draw a large image and the coarse view of it together: `sample_levels` for two levels, any functions.
@@ -327,7 +313,6 @@ def joint_sample(eps_fine, eps_ctx, encode, decode, schedule, z_T, z_T_ctx, *, w
                   callback=report, **options)
     return fine.z, z_T_ctx if eps_ctx is None else levels[0].z
 
-
 # ----- 4. Patches, and the command -----
 
 def draw_patches(model, batch, cfg, ranks, null=False):
@@ -339,7 +324,6 @@ def draw_patches(model, batch, cfg, ranks, null=False):
         c = null_condition(c) if null else c
         return model.draw(c, side, guidance, cfg.steps, cfg.seed, cfg.batch, cfg.sampler, cfg.end)
 
-
 def scales_of(cfg, pyramids):
     """The scales to draw: the one asked for, or all that the split has."""
     there = [s for s in range(pyramids.scales) if pyramids.count(cfg.split, s)]
@@ -347,7 +331,6 @@ def scales_of(cfg, pyramids):
     if not wanted or wanted[0] not in there:
         raise UserError(f"--scale={cfg.scale} --split={cfg.split}: there are scales {there}; try --split=train")
     return wanted
-
 
 def show(model, pyramids, cfg, ranks):
     """Write every drawn patch as a PNG, and a sheet: real patches above those drawn from their conditions."""
@@ -361,7 +344,6 @@ def show(model, pyramids, cfg, ranks):
         labels += [f"scale {s} real", f"scale {s} drawn"]
     save_grid(Path(cfg.out) / "sheet.png", rows, labels)
     print(f"wrote {cfg.out}: up to {cfg.n} patches a scale, and sheet.png (real above drawn)")
-
 
 @dataclass
 class Config:
@@ -385,7 +367,6 @@ class Config:
     amp: bool = True           # bf16 where the device has it and no difference is taken
     compile: bool = False      # torch.compile the networks: for long runs, and only with a compiler
 
-
 def known_data(model, folder):
     """The data of a run. raises: UserError if it is none that the model knows."""
     info, told = model.info, model.summarizer.cfg
@@ -396,7 +377,6 @@ def known_data(model, folder):
         raise UserError(f"{folder}: patch, encoder and width of embeddings are {made}, the run knows {knows} and "
                         f"{told.scales} scales: give its own data")
     return pyramids
-
 
 def main(argv):
     if "--size=" in " ".join(argv):
@@ -422,7 +402,6 @@ def main(argv):
         from experiments.evaluate import evaluate
         return evaluate(model, pyramids, cfg, ranks)
     show(model, pyramids, cfg, ranks)
-
 
 if __name__ == "__main__":
     cli(main)

@@ -20,7 +20,6 @@ from common import UserError, cli, summary
 SLOTS = 64  # Z S8.1: grids are padded or pooled to 8x8
 HEADS = 8   # official: 8 heads at any width
 
-
 @dataclass
 class SummarizerConfig:
     embed_dim: int = 1024  # E, width of one SSL embedding
@@ -32,12 +31,10 @@ class SummarizerConfig:
     kind: str = "transformer"  # of the CVPR version; or cnn, of the workshop's, without use for depth and mlp
     side: int = 32         # cnn: what grids are up-sampled to; published: 128, for patches of 256
 
-
 # ----- 1. From a grid of embeddings to 64 slots -----
 
 def standardize(e):
     """Pool a grid to at most 8x8, then give each embedding mean 0 and deviation 1 over its channels (Z S8.1).
-
     in:  e (...,E,G,G), G up to 8, or a multiple of 8. out: (...,E,min(G,8),min(G,8)) float32. raises: ValueError.
     """
     e = e.float()
@@ -53,10 +50,8 @@ def standardize(e):
     std = e.std(-3, keepdim=True)
     return (e - mean) / (std + 1e-8)
 
-
 def pack_grid(e):
     """Place the embeddings of one patch into the 64 slots, row by row, centred in the flattened order.
-
     in:  e (E,G,G), standardised. out: tokens (64,E), zero where empty; mask (64,), True = real. raises: ValueError.
     """
     if e.ndim != 3 or e.shape[1] != e.shape[2] or e.shape[1] not in (1, 2, 4, 8):
@@ -69,7 +64,6 @@ def pack_grid(e):
     mask[start:start + n] = True
     return tokens, mask
 
-
 def grid_of(tokens, mask, cfg):
     """Which grid fills the slots: g (B,), of side 2^g. raises: ValueError for tokens of another shape."""
     if tokens.shape[1:] != (SLOTS, cfg.embed_dim):
@@ -78,15 +72,12 @@ def grid_of(tokens, mask, cfg):
     side = mask.sum(1).float().sqrt()                                # (B,) of 1, 2, 4, 8
     return side.log2().round().long()
 
-
 # ----- 2. Where a token lies -----
 
 def place_code(h, w, dim, device=None):
     """Sines and cosines of where each cell of an h x w grid over [0,1]^2 lies: (h*w,dim), at dim/4 octaves.
-
     deviates: with it on tokens and on the U-Net's queries, a pixel first attends to the token under it. Published
-    networks must find out which that is. Small models follow the layout after minutes so.
-    """
+    networks must find out which that is. Small models follow the layout after minutes so."""
     freq = math.pi * 2.0 ** torch.arange(dim // 4, device=device)    # (dim/4,)
     axes = []
     for n in (h, w):
@@ -96,7 +87,6 @@ def place_code(h, w, dim, device=None):
     y, x = axes
     return torch.cat([y.repeat_interleave(w, 0), x.repeat(h, 1)], 1)                         # (h*w,dim)
 
-
 def slot_codes(dim):
     """The place codes of the 64 slots for grids of side 1, 2, 4, 8: (4,64,dim), zero where a slot is empty."""
     rows = []
@@ -104,7 +94,6 @@ def slot_codes(dim):
         code = place_code(side, side, dim)                           # (side*side,dim)
         rows.append(pack_grid(code.T.view(dim, side, side))[0])      # (64,dim)
     return torch.stack(rows)
-
 
 # ----- 3. The transformer -----
 
@@ -126,7 +115,6 @@ class SummarizerBlock(Module):  # x + attention(norm x), then x + mlp(norm x)
         x = x + self.out(h)
         h = gelu(self.fc1(self.norm2(x)))
         return x + self.fc2(h)
-
 
 class Summarizer(Module):
     """The transformer of the CVPR version. in: tokens (B,64,E), mask (B,64), s (B,) int64. out: c (B,65,D).
@@ -181,7 +169,6 @@ class Summarizer(Module):
         from slides import keys  # the published names
         return keys.load_summarizer(state, prefix)
 
-
 def build(cfg):
     """The network that cfg.kind names. raises: UserError for an unknown one."""
     if cfg.kind == "cnn":
@@ -191,12 +178,10 @@ def build(cfg):
         raise UserError(f"--summarizer={cfg.kind}: known are transformer, cnn")
     return Summarizer(cfg)
 
-
 def main(argv):
     with torch.device("meta"):
         tokens, mask = pack_grid(standardize(torch.randn(1024, 4, 4)))
         summary(Summarizer(SummarizerConfig()), tokens[None], mask[None], torch.zeros(1).long())
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

@@ -43,7 +43,6 @@ class OptimConfig:
     clip: float = 1.0           # gradient norm; 0 = none (published)
     ema: float = 0.995          # decay of the averaged weights; published 0.9999
 
-
 @dataclass
 class LoopConfig:               # nothing of this changes what is computed
     micro: int = 0              # samples per forward pass and rank, which add up; 0 = batch / ranks
@@ -51,7 +50,6 @@ class LoopConfig:               # nothing of this changes what is computed
     log_every: int = 25
     sample_every: int = 500
     save_every: int = 250
-
 
 @dataclass
 class Config:
@@ -71,7 +69,7 @@ class Config:
     vae_crop: int = 0           # train on random crops of this side, which cost less; 0 = whole patches
     summarizer: SummarizerConfig = field(default_factory=SummarizerConfig)  # embed_dim, scales: from the data
     unet: UNetConfig = field(default_factory=UNetConfig)                    # context_dim is summarizer.width
-    init_from: str = ""         # start from a run folder, or a published U-Net as the papers did: cin256-v2.ckpt
+    init_from: str = ""         # start from a run folder, or, as the papers, a published U-Net: cin256-v2.ckpt
     pred: str = "eps"           # what the U-Net predicts: eps as published, x0, or v (see diffusion.py)
     schedule: str = "scaled_linear"  # of the noise; as published (see diffusion.py)
     steps: int = 1500
@@ -80,7 +78,6 @@ class Config:
     only_scale: int = -1        # train on one scale alone (the papers' single-scale baseline)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-
 
 # toys: small networks for 64-pixel patches; places, v and few channels a group are what makes minutes enough
 # smoke: small rates and few codes, or 40 steps blow up rounding. brca, naip: as published. None: the default
@@ -127,7 +124,6 @@ PRESETS = {name: {key: row[i] for key, row in TABLE.items() if row[i] is not Non
            for i, name in enumerate(TABLE["preset"])}
 TOYS = {"smoke": ("--slides=8", "--test=4", "--size=256"), "toy": (), "toy_long": ()}  # settings of toy/make.py
 
-
 # ----- 2. What each stage minimises -----
 
 class LDMStage(torch.nn.Module):
@@ -157,7 +153,6 @@ class LDMStage(torch.nn.Module):
         loss, on_eps = diffusion_loss(lambda z_t, t: self.unet(z_t, t, c), batch["z"], t, batch["eps"],
                                       self.schedule, self.cfg.pred)     # (B,) each
         return loss.mean(), {"loss": loss.detach(), "eps": on_eps, "s": s, "t": t}
-
 
 # ----- 3. The loop -----
 
@@ -207,14 +202,12 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
     ranks.barrier()
     return steps, ema or net.state_dict()
 
-
 def lr_at(step, steps, lr, warmup, decay):
     """Learning rate of step 0, 1, ...: linear warm-up, then constant, or a cosine to zero at `steps`."""
     if step < warmup:
         return lr * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
     return lr if decay == "constant" else lr * 0.5 * (1 + math.cos(math.pi * done))
-
 
 def backward(net, item, ranks, parts, last):
     """Add the gradient of one of `parts` micro-batches; with the last, ranks add theirs. out: for the log."""
@@ -225,7 +218,6 @@ def backward(net, item, ranks, parts, last):
         (loss / parts).backward()
     return values
 
-
 @torch.no_grad()
 def update_ema(ema, net, decay):
     """ema <- decay ema + (1 - decay) weights. official: decay min(0.9999, (1+n)/(10+n))."""
@@ -234,7 +226,6 @@ def update_ema(ema, net, decay):
             ema[name].lerp_(value, 1 - decay)
         else:
             ema[name].copy_(value)                                      # the counters of batch norm
-
 
 def agree(log, step, batch, grad, asked):
     """Tell all ranks what happened on one. out: whether a SIGTERM came. raises: UserError, on all, that names
@@ -252,11 +243,9 @@ def agree(log, step, batch, grad, asked):
                         f"or move the *state*.safetensors of this training away and take a lower learning rate")
     return bool(flags[-1])
 
-
 # ----- 4. Samples on the way -----
 
 SHEET = {"n": 16, "steps": 20}  # patches drawn per scale, of which 8 are shown, and steps of DDIM
-
 
 @torch.no_grad()
 def export(model, pyramids, cfg, ranks, step, ema):
@@ -280,7 +269,6 @@ def export(model, pyramids, cfg, ranks, step, ema):
     save_grid(out / f"samples/step_{step:06d}.png", rows, labels)
     write_line(out / "samples/layout.jsonl", {"step": step, "layout": layout}, lambda r: r["step"] < step)
     tqdm.write(f"step {step}: layout fidelity by scale {layout}")
-
 
 # ----- 5. The stages in order -----
 
@@ -308,7 +296,6 @@ def make_vae(cfg, ranks, pyramids, base):
     rebase(vae, torch.cat([vae.encode(x) for x in fixed(64)]))          # mean 0
     return vae, 1 / float(torch.cat([vae.encode(x) for x in fixed(64)]).std())
 
-
 def get_vae(cfg, ranks, pyramids, base=None):
     """The VAE of a run in eval mode, and its latent scale; made if out/vae.safetensors is missing."""
     path = Path(cfg.out, "vae.safetensors")
@@ -324,7 +311,6 @@ def get_vae(cfg, ranks, pyramids, base=None):
     if ranks.rank == 0:
         print(f"VAE: {path}, latent scale {scale:.4f} (1 / deviation; 1 for published weights)")
     return vae.to(ranks.device).eval().requires_grad_(False), scale
-
 
 def train_ldm(cfg, ranks, vae, scale, dataset, start):
     """Train U-Net and Summarizer on latents, from the weights `start` on, or go on with them."""
@@ -346,7 +332,6 @@ def train_ldm(cfg, ranks, vae, scale, dataset, start):
             draw(done, ema)
         print(f"done: {cfg.out}/ema.safetensors, {picture}")
 
-
 # ----- 6. python train.py -----
 
 def check_loop(cfg):
@@ -358,7 +343,6 @@ def check_loop(cfg):
     betas, ema = cfg.optim.betas, cfg.optim.ema
     if len(betas) != 2 or not all(0 <= x < 1 for x in (*betas, ema)):
         raise UserError(f"--betas={betas} takes two numbers, --ema={ema} one, each from 0 on and less than 1")
-
 
 def check(cfg):
     """What can be refused before anything is read. raises: UserError."""
@@ -373,10 +357,9 @@ def check(cfg):
     if unet.positions != cfg.summarizer.positions:
         raise UserError(f"--unet.positions={unet.positions}: give --summarizer.positions the same number")
 
-
 def open_training(cfg, ranks, std):
     """The data, made if a toy preset lacks its own, and the sizes that they decide. raises: UserError."""
-    ours = cfg.preset in TOYS and cfg.data == PRESETS[cfg.preset]["data"]    # never a folder that the user named
+    ours = cfg.preset in TOYS and cfg.data == PRESETS[cfg.preset]["data"]    # no folder that the user named
     if ours and ranks.rank == 0:
         if not Path(cfg.data, "index.json").exists() or not read_index(cfg.data)["slides"]:
             data.main(["toy", f"--out={cfg.data}", *TOYS[cfg.preset]])
@@ -395,14 +378,13 @@ def open_training(cfg, ranks, std):
         LDMStage(cfg, side)                                             # not after the VAE is trained
     return pyramids, dataset
 
-
 def main(argv):
     cfg = configure(Config, argv, PRESETS, ("preset",), __doc__)
     check(cfg)
     cfg.out = cfg.out or f"out/{cfg.preset}"
     out, ranks = Path(cfg.out), setup(cfg.device, cfg.amp, cfg.threads)
     base = ZoomLDM.from_run(cfg.init_from) if Path(cfg.init_from or "-").is_dir() else None
-    pyramids, dataset = open_training(cfg, ranks, base and base.info.get("std"))  # embeddings in the units of base
+    pyramids, dataset = open_training(cfg, ranks, base and base.info.get("std"))  # in the units of base
     check_settings(out / "vae.safetensors", cfg, ("vae", "data", "seed", *["init_from"] * bool(base)))
     found, start = newest_state(out / "state.safetensors"), {}
     if found:
@@ -421,7 +403,6 @@ def main(argv):
     if cfg.steps:                                                       # --steps=0: the VAE alone
         train_ldm(cfg, ranks, vae, scale, dataset, start)
     ranks.leave()
-
 
 if __name__ == "__main__":
     cli(main)

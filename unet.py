@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from common import UserError, cli, summary
 from summarizer import place_code
 
-
 @dataclass
 class UNetConfig:
     width: int = 192               # channels of the first level
@@ -29,10 +28,9 @@ class UNetConfig:
     context_dim: int = 512         # D, width of the conditioning tokens
     channels: int = 3              # of the latent
     heads: int = 1                 # official: one head as wide as the layer
-    groups: int = 32               # of GroupNorm; one channel a group cancels the time embedding (see ResBlock)
+    groups: int = 32               # of GroupNorm; one channel a group cancels the time embedding
     positions: int = 0             # channels of the place code (see there) on queries; 0 = none, as published
     checkpoint: bool = False       # recompute activations going backward: less memory, a third more time
-
 
 # ----- 1. Layers -----
 
@@ -44,19 +42,15 @@ def time_embedding(t, dim):
     angle = t[:, None].float() * freq                                       # (B,dim/2)
     return torch.cat([angle.cos(), angle.sin()], 1)                         # (B,dim)
 
-
 def zeroed(layer):
     """The same layer with zero weights, so that the block it ends adds nothing before training."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
-
 class ResBlock(nn.Module):
     """Two convolutions with the time embedding *added* between them (not FiLM).
-
-    The embedding is constant over a channel: norm2 would take it off again if a group were one channel.
-    """
+    The embedding is constant over a channel: norm2 would take it off again if a group were one channel."""
 
     def __init__(self, cin, cout, emb, groups):
         super().__init__()
@@ -72,7 +66,6 @@ class ResBlock(nn.Module):
         h = h + self.emb(silu(emb))[:, :, None, None]                       # the same at every pixel
         h = self.conv2(silu(self.norm2(h)))
         return self.skip(x) + h                                             # (B,cout,h,w)
-
 
 class Attention(nn.Module):
     """Attention of x (B,N,C) to M tokens. `kv` computes their keys and values, which may be kept."""
@@ -97,7 +90,6 @@ class Attention(nn.Module):
         h = scaled_dot_product_attention(q, *kv)                            # (B,heads,N,C/heads)
         return self.out(h.transpose(1, 2).flatten(2))                       # (B,N,C)
 
-
 class Transformer(nn.Module):
     """Self-attention over positions, cross-attention to the tokens, gated MLP; added to the input."""
 
@@ -119,9 +111,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def start_aligned(self, c):
         """Give queries and keys the same view of the place code: a pixel first attends to the token over it.
-
-        A logit is then the product of two codes: about 5 for the same place, 1 for the next but one.
-        """
+        A logit is then the product of two codes: about 5 for the same place, 1 for the next but one."""
         shared = nn.init.orthogonal_(torch.empty(c, self.positions)) * c ** 0.25
         for layer in (self.cross.q, self.cross.k):
             weight = layer.weight
@@ -143,7 +133,6 @@ class Transformer(nn.Module):
         h = h.transpose(1, 2).reshape(x.shape)                              # (B,C,h,w)
         return x + self.proj_out(h)
 
-
 class Stage(nn.Module):
     """One entry of the way down or up: any of a residual block, a transformer, a resampling convolution."""
 
@@ -162,7 +151,6 @@ class Stage(nn.Module):
         if self.up:
             h = interpolate(h, scale_factor=2.0, mode="nearest")
         return self.conv(h)
-
 
 # ----- 2. The model -----
 
@@ -191,7 +179,7 @@ class UNet(nn.Module):
                 c = m * width
                 skips.append(c)
             if level < last:
-                halve = Conv2d(c, c, 3, stride=2, padding=1)                # padded all round, unlike the VAE's
+                halve = Conv2d(c, c, 3, stride=2, padding=1)            # padded all round, unlike the VAE's
                 self.down.append(Stage(conv=halve))
                 skips.append(c)
         before = Stage(ResBlock(c, c, emb, groups), Transformer(c, cfg))
@@ -217,9 +205,7 @@ class UNet(nn.Module):
 
     def cache_context(self, c):
         """Cross-attention keys and values of every transformer, for reuse while c stays the same.
-
-        in: c (B,L,D). out: a list that `forward` and `features` accept in place of c.
-        """
+        in: c (B,L,D). out: a list that `forward` and `features` accept in place of c."""
         if c.shape[-1] != self.cfg.context_dim:
             raise UserError(f"got tokens of width {c.shape[-1]}, this U-Net takes {self.cfg.context_dim}")
         stages = [*self.down, *self.middle, *self.up]
@@ -234,10 +220,8 @@ class UNet(nn.Module):
 
     def forward(self, z_t, t, c, until="out"):
         """Predict the noise.
-
         in:  z_t (B,3,h,w), h and w multiples of 2^(levels-1); t (B,) int64; c (B,L,D) or a cached list.
-        out: eps_hat (B,3,h,w), or what `features` asks for. raises: ValueError for other sizes.
-        """
+        out: eps_hat (B,3,h,w), or what `features` asks for. raises: ValueError for other sizes."""
         k, channels = 2 ** (len(self.cfg.mult) - 1), self.cfg.channels
         shape = tuple(z_t.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] % k or shape[3] % k:
@@ -274,7 +258,6 @@ class UNet(nn.Module):
         from slides import keys  # the published names
         return keys.load_unet(state, prefix)
 
-
 def main(argv):
     z_t, t, c = torch.randn(1, 3, 64, 64), torch.zeros(1).long(), torch.randn(1, 65, 512)
     with torch.device("meta"):
@@ -282,7 +265,6 @@ def main(argv):
     small = UNetConfig(32, (1, 2), 1, (2,), 512, groups=8)
     eps_hat = UNet(small)(z_t, t, c)
     print(f"\na small one on the CPU: z_t {tuple(z_t.shape)} -> eps_hat {tuple(eps_hat.shape)}")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

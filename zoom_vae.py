@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from common import UserError, cli, generator, load_tensors, restore, summary
 
-
 @dataclass
 class VAEConfig:
     width: int = 128          # channels at full resolution
@@ -26,7 +25,6 @@ class VAEConfig:
     codes: int = 8192         # codebook vectors
     channels: int = 3         # of the latent and of a code
     groups: int = 32          # of GroupNorm; few channels a group make it instance norm, which loses colour
-
 
 # ----- 1. Layers -----
 
@@ -43,7 +41,6 @@ class VAEResBlock(Module):
         h = self.conv1(silu(self.norm1(x)))                           # (B,cout,h,w)
         h = self.conv2(silu(self.norm2(h)))
         return self.skip(x) + h
-
 
 class VAEAttention(Module):  # single-head self-attention over all positions
     def __init__(self, c, groups):
@@ -62,7 +59,6 @@ class VAEAttention(Module):  # single-head self-attention over all positions
         h = h.mT.reshape(x.shape)
         return x + self.out(h)
 
-
 class Resample(Module):  # doubles the resolution, or halves it
     def __init__(self, c, double):
         super().__init__()
@@ -76,26 +72,21 @@ class Resample(Module):  # doubles the resolution, or halves it
             x = pad(x, (0, 1, 0, 1))                                  # official: on the right and bottom only
         return self.conv(x)
 
-
 def level_blocks(cin, cout, n, groups):
-    rest = (VAEResBlock(cout, cout, groups) for _ in range(n - 1))    # the first goes from cin to cout channels
+    rest = (VAEResBlock(cout, cout, groups) for _ in range(n - 1))    # the first goes from cin to cout
     return Sequential(VAEResBlock(cin, cout, groups), *rest)
-
 
 def middle(c, groups):
     return Sequential(VAEResBlock(c, c, groups), VAEAttention(c, groups), VAEResBlock(c, c, groups))
 
-
 def pixels_of(z):
     return z.movedim(1, -1).flatten(0, 2)                             # (B,C,h,w) -> (Bhw,C)
-
 
 def layout(x, side):
     # on a CPU the few channels of high resolution go twice as fast so: 228 for 120 GFLOP/s at 128 channels
     if x.is_cpu and side >= 128:
         return torch.channels_last
     return torch.contiguous_format
-
 
 class Encoder(Module):
     def __init__(self, cfg: VAEConfig):
@@ -123,7 +114,6 @@ class Encoder(Module):
         h = self.conv_out(silu(self.norm_out(h)))
         return h.contiguous()                                         # (B,3,H/4,W/4)
 
-
 class Decoder(Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
@@ -149,7 +139,6 @@ class Decoder(Module):
         h = self.conv_out(silu(self.norm_out(h)))
         return h.contiguous()                                         # (B,3,H,W), no tanh
 
-
 # ----- 2. The model -----
 
 class VQVAE(Module):
@@ -170,7 +159,7 @@ class VQVAE(Module):
         uniform_(self.codebook.weight, -1 / codes, 1 / codes)
 
     def encode(self, x):
-        """in: x (B,3,H,W) in [-1,1], sides multiples of 4, else ValueError. out: z (B,3,H/4,W/4), unscaled."""
+        """in: x (B,3,H,W) in [-1,1], sides multiples of 4, or ValueError. out: z (B,3,H/4,W/4), unscaled."""
         shape, k = tuple(x.shape), self.factor
         if len(shape) != 4 or shape[1] != 3 or shape[2] % k or shape[3] % k:
             raise UserError(f"got images {shape}, expected (B,3,H,W), sides multiples of {k}: crop or pad them")
@@ -178,10 +167,8 @@ class VQVAE(Module):
 
     def quantize(self, z):
         """Snap every latent pixel to its nearest code (squared Euclidean distance, first minimum).
-
         out: z_q, the code in value, while gradients pass straight to z; indices (B,h,w) int64; the loss, 1 for z
-        to move to its code, 0.25 for the code to move to z (official: legacy weights).
-        """
+        to move to its code, 0.25 for the code to move to z (official: legacy weights)."""
         codes = self.codebook.weight                                  # (K,3)
         z = z.to(codes.dtype)
         # bf16 distances would pick a tenth of the codes wrongly
@@ -220,14 +207,11 @@ class VQVAE(Module):
             reason = str(err).splitlines()[0]
             raise UserError(f"{path} holds no VAE of ours ({reason}): give a run, or a published file") from err
 
-
 # ----- 3. Training: L1 and the codebook -----
 
 def vae_loss(vae, x, quantize=True):
     """Training loss for x (B,3,H,W) in [-1,1]. out: loss, x_rec, code indices (B,h,w), None without codes.
-
-    quantize False: as long as no codes are placed. deviates: vq-f4 was trained with LPIPS and a PatchGAN, too.
-    """
+    quantize False: as long as no codes are placed. deviates: vq-f4 had LPIPS and a PatchGAN, too."""
     z = vae.encode(x)
     indices, codebook = None, 0 * vae.codebook.weight.sum()           # DDP wants every weight in the graph
     if quantize:
@@ -235,14 +219,11 @@ def vae_loss(vae, x, quantize=True):
     x_rec = vae.decode(z, quantize=False).float()
     return (x - x_rec).abs().mean() + codebook, x_rec, indices
 
-
 @torch.no_grad()
 def rebase(vae, z, whiten=False):
     """Move the origin of the latent space to the mean of z (B,C,h,w); whiten: unit covariance there, too.
-
     The 1x1 convolutions and the codebook take the change back: reconstructions stay (quantised ones not, after
-    whitening). Left alone, minutes of training put nearly all variance into one direction, far from zero.
-    """
+    whitening). Left alone, minutes of training put nearly all variance into one direction, far from zero."""
     pixels = f64(pixels_of(z))                                        # (Bhw,C)
     mean = pixels.mean(0)
     there = back = torch.eye(len(mean), dtype=torch.float64)          # (C,C), inverse to each other
@@ -262,10 +243,8 @@ def rebase(vae, z, whiten=False):
     w_out.copy_(f64(w_out) @ back)
     codes.copy_((f64(codes) - mean) @ there.T)
 
-
 def f64(x):
     return x.cpu().double()                                           # not all devices have it
-
 
 @torch.no_grad()
 def revive_codes(vae, z, usage, gen):
@@ -278,19 +257,15 @@ def revive_codes(vae, z, usage, gen):
     vae.codebook.weight[dead] = pixels[pick[dead]]
     return int(dead.sum())
 
-
 def perplexity(usage):
     """exp(entropy) of the code histogram (K,): the number of codes in effective use, 1..K."""
     count = f64(usage)
     share = count / count.sum().clamp_min(1)
     return float(torch.special.entr(share).sum().exp())
 
-
 class VAEStage(Module):
     """The autoencoder and its loss on crops of images; counts which codes are used, to move the unused ones.
-
-    anchor (N,3,P,P): fixed patches, on whose latents codes are placed. start: a VAE to go on from.
-    """
+    anchor (N,3,P,P): fixed patches, on whose latents codes are placed. start: a VAE to go on from."""
 
     def __init__(self, cfg, anchor, start=None):
         super().__init__()
@@ -326,7 +301,7 @@ class VAEStage(Module):
 
     @torch.no_grad()
     def after_step(self, step, ranks):
-        """Whiten latents until there are codes; then place codes on those of fixed patches, unused ones every 50."""
+        """Whiten latents until there are codes; then place codes on fixed patches', unused ones every 50."""
         ranks.sum(self.used)
         self.usage += self.used
         self.used.zero_()
@@ -346,13 +321,11 @@ class VAEStage(Module):
         """What the log says beside the losses."""
         return {"perplexity": round(perplexity(self.usage), 1) if self.usage.any() else None}
 
-
 def main(argv):
     with torch.device("meta"):
         vae = VQVAE(VAEConfig())
         vae.forward = lambda x: vae.decode(vae.encode(x), quantize=False)
         summary(vae, torch.randn(1, 3, 256, 256))
-
 
 if __name__ == "__main__":
     cli(main, __doc__)
