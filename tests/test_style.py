@@ -6,9 +6,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-# the core in reading order: each file imports only from those before it; the most lines it may have
-CORE = dict(common=430, zoom_vae=358, summarizer=202, unet=288, diffusion=312, data=367, train=430, cdm=353,
-            sample_joint=428, invert=235, mil=335)
+# the core in reading order: each file imports only from those before it
+CORE = ("common", "zoom_vae", "summarizer", "unet", "diffusion", "data", "train", "cdm", "sample_joint", "invert",
+        "mil")
+MOST_LINES, MOST_IN_ALL, MOST_IN_A_FUNCTION, MOST_SETTINGS = 430, 3400, 45, 25
 ROOMS = ("slides", "toy", "large", "text", "experiments")
 RUNTIME = {"torch", "numpy", "PIL", "tqdm", "safetensors"}
 SOURCES = (*ROOT.glob("*.py"), *(p for room in ROOMS for p in (ROOT / room).rglob("*.py")))
@@ -48,10 +49,41 @@ def test_third_party_imports(name):
     assert not foreign, f"{name} imports {foreign} for all: an optional package belongs inside a function"
 
 
+def functions(tree):
+    return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.Lambda)]
+
+
+def test_the_core_is_short():
+    """An afternoon: so many lines, none of them wide as a rule."""
+    lines = {name: (ROOT / f"{name}.py").read_text().splitlines() for name in CORE}
+    assert max(map(len, lines.values())) <= MOST_LINES, {name: len(text) for name, text in lines.items()}
+    total = sum(lines.values(), [])
+    assert len(total) <= MOST_IN_ALL, f"{len(total)} lines: simplify, or move what a reader may skip into a room"
+    assert sum(len(line) > 110 for line in total) <= 0.03 * len(total), "too many lines of over 110 columns"
+
+
 @core
-def test_length(name):
-    lines = len((ROOT / f"{name}.py").read_text().splitlines())
-    assert lines <= CORE[name], f"{name}.py has {lines} lines, at most {CORE[name]}: simplify or move"
+def test_functions_are_short_and_flat(name):
+    """catches: a function that one cannot see whole, a closure inside a closure, a command of too many settings."""
+    for f in functions(TREES[f"{name}.py"]):
+        label = f"{name}.py:{f.lineno}"
+        assert f.end_lineno - f.lineno < MOST_IN_A_FUNCTION, f"{label} is a function of too many lines"
+        inner = [g for g in functions(f) if g is not f]
+        assert all(len(functions(g)) == 1 for g in inner), f"{label} holds a closure in a closure"
+    for node in ast.walk(TREES[f"{name}.py"]):
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            settings = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+            assert len(settings) <= MOST_SETTINGS, f"{name}.py: {len(settings)} settings"
+
+
+def test_one_name_one_meaning():
+    """No function or class of the core is defined twice."""
+    seen = {}
+    for name in CORE:
+        for node in TREES[f"{name}.py"].body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in ("Config", "main"):
+                assert node.name not in seen, f"{node.name} stands in {seen[node.name]}.py and {name}.py"
+                seen[node.name] = name
 
 
 @pytest.mark.parametrize("path", [*FILES.values(), *sorted((ROOT / "tests").rglob("*.py"))],
