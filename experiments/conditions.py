@@ -30,7 +30,6 @@ from text.grid import Regions
 from text.tissues import agreement, fractions, print_agreement, spearman, tissue_colours
 from toy.tissue import TISSUES
 
-
 @dataclass
 class Config:
     command: str = ""       # conditions, memory, grids, text, scales
@@ -53,7 +52,6 @@ class Config:
     threads: int = 0
     amp: bool = True
 
-
 # ----- 1. Patches -----
 
 def feature_spaces(pyramids):
@@ -65,16 +63,13 @@ def feature_spaces(pyramids):
         return standardize(e)[..., 0, 0]
     return {"desc": described, "rand": M.random_features}
 
-
 def mean_error(values):
     """Mean and standard error over seeds."""
     v = torch.tensor(values, dtype=torch.float64)
     return float(v.mean()), float(v.std() / len(v) ** 0.5) if len(v) > 1 else float("nan")
 
-
 def said(row):
     return " ".join(f"{name} {mean:.3f}±{error:.3f}" for name, (mean, error) in row.items())
-
 
 def distances(cfg, pyramids, s, sets):
     """Kernel distances of drawn patches to held-out ones. in: sets {name: [(N,3,P,P) per seed]}.
@@ -92,18 +87,15 @@ def distances(cfg, pyramids, s, sets):
             out[name][space] = mean_error([M.kernel_distance(part, held)[0] for part in parts])
     return out
 
-
 def drawn(model, c, cfg, ranks, seed, guidance=2.0):
     """Patches (N,3,P,P) for tokens c (N,L,D)."""
     with ranks.autocast():
         return model.draw(c, model.info["patch"] // model.vae.factor, guidance, cfg.steps, seed)
 
-
 def true_tokens(model, pyramids, s, n, seed):
     batch, device = fixed_batch(pyramids, "test", s, n, seed=seed), next(model.parameters()).device
     with torch.no_grad():
         return model.summarizer(*(batch[name].to(device) for name in ("tokens", "mask", "s")))
-
 
 def conditions(cfg, model, pyramids, ranks):
     """Distance to held-out patches of patches drawn from four kinds of condition."""
@@ -129,7 +121,6 @@ def conditions(cfg, model, pyramids, ranks):
           f"training patches")
     return table
 
-
 def scales(cfg, model, pyramids, ranks):
     """One model for all scales against one trained on this scale alone (Z Tables 1, 2)."""
     if not cfg.single:
@@ -144,7 +135,6 @@ def scales(cfg, model, pyramids, ranks):
     for name, row in found.items():
         print(f"scale {cfg.scale}, {name:>7}: {said(row)}")
     return {"scale": cfg.scale} | found
-
 
 def memory(cfg, model, pyramids, ranks):
     """Distance of each CDM sample at the coarsest scale to its nearest training image, against that of held-out real
@@ -169,10 +159,8 @@ def memory(cfg, model, pyramids, ranks):
     save_sheet(cfg, "memory", {"drawn": sets["drawn"][pick], "nearest": train[closest[pick]]})
     return out
 
-
 def save_sheet(cfg, name, rows):
     save_grid(Path(cfg.run) / "bench" / f"cdm_{name}.png", list(rows.values()), list(rows))
-
 
 # ----- 2. Grids and large images -----
 
@@ -181,7 +169,6 @@ def correlation(e):
     e = e - e.mean((0, 2, 3), keepdim=True)
     pairs = (e[..., :-1], e[..., 1:]), (e[..., :-1, :], e[..., 1:, :])
     return sum(float((a * b).mean() / (a.square().mean() * b.square().mean()).sqrt()) for a, b in pairs) / 2
-
 
 def coherence(cfg, model, pyramids, ranks, grids, seed=0):
     """Draw a large image for each Grid, the k-th with noise of seed + k. out: images (N,3,size,size), and dB of
@@ -196,7 +183,6 @@ def coherence(cfg, model, pyramids, ranks, grids, seed=0):
         images.append(image)
         psnr.append(M.psnr(A.down(image).clamp(-1, 1), context))
     return torch.cat(images), psnr
-
 
 def grids(cfg, model, pyramids, ranks):
     """Invented grids against real ones, and large images drawn from both."""
@@ -225,7 +211,6 @@ def grids(cfg, model, pyramids, ranks):
               f"{said({name: db[name]})}", flush=True)
     save_sheet(cfg, "grids", {name: x[:4] for name, x in images.items()})
     return {"distance": value, "floor": floor, "correlation": near, "psnr": db}
-
 
 def text(cfg, model, pyramids, ranks):
     """Draw images for each held-out caption, one a seed, and hold the tissues' shares read off them against those of
@@ -260,7 +245,6 @@ def text(cfg, model, pyramids, ranks):
     print(f"{len(texts)} captions, {cfg.seeds} seeds, ± standard error: {said(means)}")
     return {key: value.tolist() for key, value in table.items()} | {"means": means, "texts": texts}
 
-
 def main(argv):
     cfg = configure(Config, argv, words=("command", "run"), doc=__doc__)
     commands = {"conditions": conditions, "memory": memory, "grids": grids, "text": text, "scales": scales}
@@ -275,7 +259,6 @@ def main(argv):
     path = Path(cfg.run) / "bench" / f"cdm_{cfg.command}.json"
     write_text(path, json.dumps({"settings": vars(cfg), "found": found}, indent=1))
     print(f"wrote {path}")
-
 
 if __name__ == "__main__":
     cli(main)

@@ -25,7 +25,6 @@ from common import UserError, at_least, cli, configure, generator, load_meta, lo
 from experiments.folds import Labels, few, make_splits, read_splits
 from slides.bags import files_of, open_bags, views
 
-
 @dataclass
 class Config:
     features: str = ""         # folder of features, or several with commas between
@@ -52,10 +51,8 @@ class Config:
     data: str = ""             # pyramids of data.py, whose picture it is drawn on
     image: str = ""            # or the slide itself: any file that slides.reader reads
 
-
 # settings that change no single job
 FREE = ("features", "out", "heads", "views", "seeds", "fraction", "bootstrap", "workers", "slide", "data", "image")
-
 
 # ----- 1. Floors to compare heads with -----
 
@@ -76,7 +73,6 @@ class MeanPool(nn.Module):
     def loss(self, bag, y):
         return F.cross_entropy(self(bag)[0], y)
 
-
 class MaxPool(MeanPool):
     """The maximum over patches of each embedded channel; attention is the share of channels a patch is the maximum of.
     (The maximum of the patches' logits trains badly: a patch that starts low is never looked at.)"""
@@ -85,9 +81,7 @@ class MaxPool(MeanPool):
         h, at = self.embed(mil.checked(bag, self.K)).max(0)                # (width,), (width,)
         return self.out(h), torch.bincount(at, minlength=len(bag)) / len(h)
 
-
 HEADS = mil.HEADS | {"mean": MeanPool, "max": MaxPool}
-
 
 # ----- 2. One cross-validation: a head on one view of one folder -----
 
@@ -131,11 +125,9 @@ class Job:
                 "fraction": self.fraction, "repeat": self.repeat, "slides": labels.names, "classes": labels.classes,
                 "mark": mark}
 
-
 def out_of(cfg):
     first = cfg.features.split(",")[0].strip().rstrip("/")
     return Path(cfg.out or f"{first}_cv")
-
 
 def run_job(job):
     """Write scores (n,C) of every slide by the head that did not see it, fold (n,), y (n,), and, for the first
@@ -155,14 +147,11 @@ def run_job(job):
     save_tensors(path, tensors, meta)
     return path
 
-
 # ----- 3. What the scores are worth -----
 
 def weighted_auc(scores, y, fold, weights):
     """AUC where slide i counts weights[:,i] times: mean over folds, and over classes if there are more than two.
-
-    in:  scores (n,C); y, fold (n,), fold -1 = not scored; weights (B,n). out: (B,). Equal weights: metrics.auc.
-    """
+    in:  scores (n,C); y, fold (n,), fold -1 = not scored; weights (B,n). out: (B,). Equal weights: metrics.auc."""
     C, found = scores.shape[1], []
     for k in range(int(fold.max()) + 1):
         for c in range(C) if C > 2 else (1,):
@@ -175,7 +164,6 @@ def weighted_auc(scores, y, fold, weights):
             found.append(won / pairs)                                      # NaN where a draw lacks a class
     return torch.stack(found).nanmean(0)
 
-
 def patient_draws(patients, n, seed):
     """How often each slide counts if patients are drawn with replacement. in: a patient per slide. out: (1+n,slides),
     the first row all ones."""
@@ -185,17 +173,14 @@ def patient_draws(patients, n, seed):
         rows.append(np.bincount(draw, minlength=P)[patient])
     return torch.from_numpy(np.stack(rows))
 
-
 def limits(draws):
     """in: (1+n,), a value and bootstrap draws of it. out: [low, high], between which 95 % of the draws lie."""
     return torch.nanquantile(draws[1:], torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-
 
 def interval(draws):
     """in: as `limits`. out: "0.812 [0.75,0.87]"."""
     low, high = limits(draws)
     return f"{float(draws[0]):.3f} [{low:.2f},{high:.2f}]"
-
 
 # ----- 4. Tables -----
 
@@ -220,10 +205,8 @@ def folders_of(cfg):
                             f"same ones")
     return folders
 
-
 def heads_of(cfg):
     return [h.strip() for h in cfg.heads.split(",")]
-
 
 def jobs_of(cfg):
     """Every cross-validation that cfg asks for, checked before anything is trained. out: list of Job."""
@@ -241,7 +224,6 @@ def jobs_of(cfg):
             job.splits(job.labels())
     return jobs
 
-
 def measured(cfg, jobs, files, patients):
     """Mean over repetitions. out: {(features, head, fraction): draws (1+n,) of the AUC}; the same of the accuracy."""
     weights = patient_draws(patients, cfg.bootstrap, cfg.seed)
@@ -253,7 +235,6 @@ def measured(cfg, jobs, files, patients):
         right.setdefault(key, []).append(float(hit[seen].double().mean()))
     aucs = {key: torch.stack(found).mean(0) for key, found in aucs.items()}
     return aucs, {key: sum(found) / len(found) for key, found in right.items()}
-
 
 def show(cfg, fraction, folds, draws, right, pairs):
     """Print one table, and below it how much features differ. pairs: which ones to compare; None: all."""
@@ -273,13 +254,10 @@ def show(cfg, fraction, folds, draws, right, pairs):
             cells = [f"  {h} {interval(gap)}" for h, gap in zip(heads, gaps)]
             print(f"{a} - {b}:" + "".join(cells) + f"  mean {interval(torch.stack(gaps).mean(0))}")
 
-
 def tables(cfg, pairs=None):
     """Train what cfg asks for and print tables. out: {(features, head, fraction): draws (1+n,) of the AUC}.
-
     pairs: names of features whose difference to print; default: all. raises: UserError for unusable features, labels
-    or settings.
-    """
+    or settings."""
     jobs = jobs_of(cfg)
     labels, out = Labels(cfg.labels, [f.stem for f in files_of(jobs[0].folder)]), out_of(cfg)
     counts = torch.bincount(labels.y).tolist()
@@ -300,10 +278,8 @@ def tables(cfg, pairs=None):
     write_text(out / "cv.json", json.dumps({"settings": asdict(cfg), "rows": rows}, indent=1))
     return draws
 
-
 def main(argv):
     tables(configure(Config, argv, doc=__doc__))
-
 
 if __name__ == "__main__":
     cli(main)

@@ -11,7 +11,6 @@ from cdm import Conditioner, DiT, DiTBlock, DiTConfig
 from common import cli, summary
 from unet import time_embedding
 
-
 class PlainBlock(DiTBlock):
     """Pre-norm transformer block with norms of its own: nothing steers it."""
 
@@ -25,12 +24,9 @@ class PlainBlock(DiTBlock):
         x = x + self.attend(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-
 class TokenDiT(DiT):
     """Time and scale come in as two more tokens. in, out: as DiT.
-
-    source: W. What it leaves open follows Z: width, depth and heads.
-    """
+    source: W. What it leaves open follows Z: width, depth and heads."""
 
     def __init__(self, cfg: DiTConfig):
         super().__init__(cfg)
@@ -50,19 +46,16 @@ class TokenDiT(DiT):
             h = block(h)
         return self.head(self.norm(h[:, 2:]))[..., :self.cfg.channels]
 
-
 class EDM(Conditioner):
     """The CDM of W, which calls it embedding diffusion model: linear schedule, and a `TokenDiT`."""
     kind, network = "edm", TokenDiT
     schedule_kind = "linear"
     usual_shift = 1.0                                        # this schedule is near to noise by itself
 
-
 def main(argv):
     with torch.device("meta"):
         net = TokenDiT(DiTConfig(variance=False))
         summary(net, torch.randn(1, 65, 512), torch.zeros(1), torch.zeros(1).long())
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

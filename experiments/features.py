@@ -23,7 +23,6 @@ from slides.encoders import load_encoder
 from toy.folder import finished
 from unet import UNet
 
-
 @dataclass
 class Config:
     run: str = ""             # run folder
@@ -43,9 +42,7 @@ class Config:
     threads: int = 0
     amp: bool = True          # bf16 where the device has it
 
-
 FREE = ("run", "data", "out", "batch", "device", "threads")  # these change no number
-
 
 class Descriptor:
     """The encoder's view of the patch itself."""
@@ -57,7 +54,6 @@ class Descriptor:
 
     def of(self, slide, batch):
         return self.encoder((batch["x"] + 1) / 2).float()                  # (b,E)
-
 
 class Drawn(Activations):
     """The encoder's view of a patch drawn from the condition; the patch itself is not seen."""
@@ -76,12 +72,9 @@ class Drawn(Activations):
             x = self.model.decode(z).float().clamp(-1, 1)                  # (b,3,P,P)
         return self.descriptor.of(slide, {"x": x})
 
-
 def families(pyramids, k, scales):
     """Join every patch of the finest scale of slide k with the coarser patches it lies in.
-
-    out: patch numbers (n,scales), -1 where there is none; places i, j (n,2) of the finest.
-    """
+    out: patch numbers (n,scales), -1 where there is none; places i, j (n,2) of the finest."""
     counts = pyramids.slides[k]["counts"]
     if min(counts[s] for s in scales) == 0:
         return torch.zeros(0, len(scales)), torch.zeros(0, 2)
@@ -96,7 +89,6 @@ def families(pyramids, k, scales):
         columns.append([number.get((i, j), -1) for i, j in parents.tolist()])
     return torch.tensor(columns).T, places
 
-
 @torch.no_grad()
 def scale_features(source, k, s, batch_size):
     """in: source, with pyramids, ranks and `of`, as Activations. out: (n,K), all patches of scale s of slide k."""
@@ -109,13 +101,10 @@ def scale_features(source, k, s, batch_size):
         rows.append(source.of(slide["name"], batch).cpu())
     return torch.cat(rows)
 
-
 def slide_features(source, k, scales, batch_size):
     """Features of all patches of slide k that lie in a patch of every scale; scales: finest first.
-
     out: None if there is no such patch; or features (N,K), the scales side by side; coords (N,2), x and y of the
-    corners at full size; widths, how many of the K belong to each scale.
-    """
+    corners at full size; widths, how many of the K belong to each scale."""
     numbers, places = families(source.pyramids, k, scales)
     whole = (numbers >= 0).all(1)                              # (n,)
     if not whole.any():
@@ -129,7 +118,6 @@ def slide_features(source, k, scales, batch_size):
     corners = places[whole].flip(1) * size                     # (N,2)
     widths = [part.shape[1] for part in parts]
     return torch.cat(parts, 1), corners.int(), widths
-
 
 def open_pyramids(cfg, model):
     """The pyramids to take features from. raises: UserError if the run was not trained on the like of them."""
@@ -148,7 +136,6 @@ def open_pyramids(cfg, model):
         raise UserError(f"--scales={cfg.scales}: give some of 0 to {top - 1}, finest first")
     return found
 
-
 def source_of(cfg, model, pyramids, ranks):
     """What makes the features: an object with pyramids, ranks, block and `of`."""
     if cfg.kind == "descriptor":
@@ -160,7 +147,6 @@ def source_of(cfg, model, pyramids, ranks):
         model.unet = UNet(model.unet.cfg).to(ranks.device).eval().requires_grad_(False)
     return Activations(model, pyramids, ranks, cfg.t, cfg.block, cfg.seed)
 
-
 def described(cfg, source, model):
     """The settings that the numbers depend on, as plain types."""
     settings = {key: value for key, value in asdict(cfg).items() if key not in FREE}
@@ -169,7 +155,6 @@ def described(cfg, source, model):
     if cfg.kind == "drawn":
         settings["noise"] = "of each patch"  # once it was that of a batch, and features hung on --batch
     return settings
-
 
 def extract(cfg):
     """Write the features of every slide, one slide in memory at a time. Slides that are done are passed over; ranks
@@ -206,10 +191,8 @@ def extract(cfg):
         print(f"{lost} patches of scale {cfg.scales[0]} lie in no patch of {cfg.scales[1:]} and are left out")
     ranks.barrier()
 
-
 def main(argv):
     extract(configure(Config, argv, words=("run",), doc=__doc__))
-
 
 if __name__ == "__main__":
     cli(main)

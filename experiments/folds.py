@@ -26,16 +26,13 @@ def read_csv(path, needed):
         raise UserError(f"{path} has no column {', '.join(lacking)}, or no row: give a CSV with {', '.join(needed)}")
     return rows
 
-
 def few(names):
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
 
 class Labels:
     """The labels of slides. Attributes: names; y (n,) class numbers; classes, their names; patients, one per slide.
     in: a CSV with slide_id, label, and case_id (default: each slide a patient); names, the slides that have features.
-    raises: UserError naming what is missing.
-    """
+    raises: UserError naming what is missing."""
 
     def __init__(self, path, names):
         rows = {}
@@ -57,15 +54,12 @@ class Labels:
         self.y = torch.tensor([self.classes.index(rows[n][0]) for n in names])
         self.patients = [rows[n][1] for n in names]
 
-
 # ----- 2. Folds -----
 
 def deal(labels, slides, parts, seed):
     """Deal slides (numbers) into `parts`, weighted shares: whole patients, each class as evenly as that allows.
-
     out: a list of slide numbers per part, the same for the same seed. source: greedy, patients with most slides first,
-    each to the part that lacks its classes most.
-    """
+    each to the part that lacks its classes most."""
     patients = {}
     for k in slides:
         patients.setdefault(labels.patients[k], []).append(k)
@@ -82,7 +76,6 @@ def deal(labels, slides, parts, seed):
         out[part] += mine
     return [sorted(part) for part in out]
 
-
 def check_split(labels, split, where):
     """raises: UserError if a part of (train, val, test) lacks a class, or a patient is in two parts."""
     owner = {}
@@ -95,7 +88,6 @@ def check_split(labels, split, where):
             if owner.setdefault(patient, name) != name:
                 raise UserError(f"{where}: patient {patient} is in {owner[patient]} and in {name}: put all slides of a "
                                 f"patient into one of them")
-
 
 def make_splits(labels, folds, fraction, val, seed):
     """Cross-validation, stratified and grouped by patient: [(train, val, test)] of slide numbers, one per fold; a share
@@ -114,7 +106,6 @@ def make_splits(labels, folds, fraction, val, seed):
         out.append((*deal(labels, rest, (1 - val, val), seed + 2), test))
         check_split(labels, out[-1], f"fold {k}")
     return out
-
 
 def read_splits(path, labels):
     """CLAM's splits: a CSV with columns train, val, test of slide ids, or a folder of splits_0.csv, splits_1.csv, ...

@@ -12,7 +12,6 @@ from cdm import load_conditioner
 from common import UserError, at_least, cli, configure, one_of, save_grid, save_png, setup, to_uint8
 from diffusion import ZoomLDM
 
-
 @dataclass
 class Config:
     run: str = ""              # run folder
@@ -27,7 +26,6 @@ class Config:
     threads: int = 0
     amp: bool = True           # bf16 autocast where the device has bf16 arithmetic
 
-
 def draw_sheet(made, model, ranks, path, scales, n, guidance=2.0, steps=50, seed=0):
     """Draw n patches a scale from invented tokens, and write a sheet of them. out: {scale: (n,3,P,P)}."""
     drawn, side = {}, model.info.get("patch", 256) // model.vae.factor
@@ -37,7 +35,6 @@ def draw_sheet(made, model, ranks, path, scales, n, guidance=2.0, steps=50, seed
             drawn[s] = model.draw(c, side, guidance, steps, seed)
     save_grid(path, list(drawn.values()), [f"scale {s}" for s in drawn])
     return drawn
-
 
 def sample(cfg):
     """Write patches at one scale, or all."""
@@ -56,7 +53,6 @@ def sample(cfg):
             save_png(out / f"scale{s}_{i:03d}.png", pixels)
     print(f"wrote {out}: {len(drawn)} scales x {cfg.n} patches, and sheet.png")
 
-
 def sample_patches(cfg):
     """The same for the settings of sample_joint.py, whose --condition names the model."""
     if cfg.eval or cfg.sampler != "ddim" or cfg.end != "clean":
@@ -65,13 +61,11 @@ def sample_patches(cfg):
     cfg.model = cfg.condition
     sample(cfg)
 
-
 def main(argv):
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
     if not cfg.run:
         raise UserError("give a run folder: python cdm.py sample out/toy")
     sample(cfg)
-
 
 if __name__ == "__main__":
     cli(main)

@@ -32,7 +32,6 @@ from toy.task import CELL, structures
 
 SHARES = (0.1, 1.0)  # of the training slides or patches
 
-
 @dataclass
 class Config:
     run: str = ""
@@ -48,7 +47,6 @@ class Config:
     scale: int = 1            # of part patches
     n: int = 2000             # training patches, and as many test patches, if there are
 
-
 # ----- 1. Slides -----
 
 def extracted(cfg, name, **settings):
@@ -57,13 +55,11 @@ def extracted(cfg, name, **settings):
     features.extract(replace(cfg.extract, run=cfg.run, data=cfg.data, out=folder, **settings))
     return folder
 
-
 def verdict(text, difference):
     """Say whether a claim holds: whether 95 % of the draws (1+n,) of a difference lie on one side of 0."""
     low, high = limits(difference)
     word = "holds" if low > 0 else "fails" if high < 0 else "is open"
     print(f"{text}: {interval(difference)}, {word}")
-
 
 def table(cfg):
     """Descriptor, diffusion and untrained features at every scale and joined, each head, each share of the slides."""
@@ -83,14 +79,12 @@ def table(cfg):
     if len(scales) == 1:
         print("one scale was extracted: nothing is said about two")
 
-
 def sweep(cfg):
     """Diffusion features over t, and over the block of the U-Net; the first head, all training slides, all scales."""
     settings = [(t, cfg.extract.block) for t in cfg.ts] + [(cfg.extract.t, b.strip()) for b in cfg.blocks.split(",")]
     folders = [extracted(cfg, f"t{t}_{block or 'default'}", kind="unet", t=t, block=block) for t, block in settings]
     crossval.tables(replace(cfg.cv, features=",".join(folders), labels=cfg.labels, out=f"{cfg.out}/cv",
                             fraction=(1.0,), views=views(folders[0])[-1], heads=heads_of(cfg.cv)[0]), pairs=[])
-
 
 def squares(file, source):
     """The mean features of each square of a toy slide, with what is in it. out: {scale: [(x (K,), has it a duct, has
@@ -105,7 +99,6 @@ def squares(file, source):
             found[s] = [(part[square == n].mean(0), duct[n], large[n], k // 2 % 5) for n in square.unique()]
     return found
 
-
 def ridge_auc(x, y, fold):
     """AUC of a ridge regression, each fold predicted by the others. in: x (n,K), y and fold (n,)."""
     score = torch.zeros(len(y), 2).double()
@@ -114,7 +107,6 @@ def ridge_auc(x, y, fold):
         w = torch.linalg.solve(a.T @ a + 30 * torch.eye(a.shape[1]).double(), a.T @ b)     # (K,)
         score[fold == k, 1] = x[fold == k] @ w
     return float(weighted_auc(score, y.long(), fold, torch.ones(1, len(y)).double()))
-
 
 def probe(cfg):
     """What all features extracted so far know of the toy slides: is a square a duct, has it large nuclei? AUC on
@@ -134,7 +126,6 @@ def probe(cfg):
             x = F.pad(x, (0, 1), value=1.0).double()                       # (n,K+1)
             duct, large = ridge_auc(x, duct, fold), ridge_auc(x, large, fold)
             print(f"{folder.name:<22}{s:>6}{x.shape[1] - 1:>6}{duct:>8.3f}{large:>14.3f}")
-
 
 def slides(cfg):
     """Slide labels from descriptors of real slides, of slides drawn patch by patch from the conditions of the same
@@ -156,7 +147,6 @@ def slides(cfg):
         print(f"\n{share:.0%} of the training slides, {head}, AUC on real slides: {aucs}")
         verdict("  drawn slides help: both - real", draws[share, "both"] - draws[share, "real"])
 
-
 # ----- 2. Patches -----
 
 def stain_shift(x):
@@ -164,7 +154,6 @@ def stain_shift(x):
     density = -((x + 1) / 2).clamp_min(1 / 255).log()                      # optical density of red, green, blue
     density = density * torch.tensor([1.35, 0.8, 1.1])[:, None, None] + 0.03
     return density.neg().exp() * 2 - 1
-
 
 def classifier(x, y, classes, seed, epochs=30):
     """A small convolutional network, trained from scratch. in: x (N,3,P,P), y (N,). out: the network."""
@@ -182,7 +171,6 @@ def classifier(x, y, classes, seed, epochs=30):
         opt.step()
     return net.eval()
 
-
 def redrawn(model, batch, cfg, ranks):
     """A patch for each condition of the batch: (N,3,P,P) in [-1,1] on the CPU."""
     tokens, mask, s = (batch[key].to(ranks.device) for key in ("tokens", "mask", "s"))
@@ -192,13 +180,11 @@ def redrawn(model, batch, cfg, ranks):
         c = torch.cat([model.summarizer(*part).float() for part in parts])                 # (N,65,D)
         return model.draw(c, side, cfg.guidance, cfg.steps, 0, cfg.batch)
 
-
 def balanced(net, x, y):
     """Accuracy, every class counted equally."""
     with torch.no_grad():
         right = torch.cat([net(part).argmax(1) for part in x.split(256)]) == y
     return torch.stack([right[y == c].double().mean() for c in y.unique()]).mean()
-
 
 def patches(cfg):
     """Dominant tissue of patches, learned from real ones, from ones drawn from the conditions of the same, and from
@@ -223,9 +209,7 @@ def patches(cfg):
                 print(f"{share:>5.0%} {name:<6} {stain:<12} balanced accuracy {score.mean():.3f} ± "
                       f"{score.std(correction=0):.3f} over {len(nets)} seeds")
 
-
 PARTS = {"table": table, "sweep": sweep, "probe": probe, "slides": slides, "patches": patches}
-
 
 def main(argv):
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
@@ -240,7 +224,6 @@ def main(argv):
         raise UserError(f"no labels at {cfg.labels}: draw slides with labels with python data.py toy --task --out="
                         f"{cfg.data}")
     PARTS[cfg.part](cfg)
-
 
 if __name__ == "__main__":
     cli(main)

@@ -17,7 +17,6 @@ from slides.bags import files_of, read_bag, views
 
 LARGEST = 1024  # pixels of a picture's longer side, about
 
-
 def from_pyramids(folder, name):
     """A picture of a slide put together from its patches. out: (h,w,3) uint8, pixels of the slide per pixel."""
     pyramids = Pyramids(folder)
@@ -34,7 +33,6 @@ def from_pyramids(folder, name):
         picture[i * P:(i + 1) * P, j * P:(j + 1) * P] = pyramids.tensor(k, f"x{s}")[n]
     return picture, 2 ** s
 
-
 def from_slide(path):
     """The same from the slide's own file."""
     from slides.reader import open_slide
@@ -46,7 +44,6 @@ def from_slide(path):
     picture = slide.read(0, 0, w, h, factor)
     return picture, slide.size[0] / w
 
-
 def heat_of(attention, coords, side, shape, factor):
     """A picture (h,w) of attention (N,), 1 = the highest. coords (N,2), side: of the patches, in the slide's pixels."""
     heat = np.zeros(shape)
@@ -55,13 +52,11 @@ def heat_of(attention, coords, side, shape, factor):
         heat[rows, int(x / factor):int((x + side) / factor)] = value
     return heat
 
-
 def overlay(picture, heat):
     """The picture and beside it the same under the heat, yellow to red: (h,2w,3) uint8."""
     hot = np.stack([np.full_like(heat, 255), 220 * (1 - heat), 0 * heat], -1)
     over = picture * (1 - 0.6 * heat[..., None]) + hot * 0.6 * heat[..., None]
     return np.concatenate([picture, over.astype(np.uint8)], 1)
-
 
 def side_of(coords, meta):
     """Side of a patch in the slide's pixels: what our files say, else the smallest step between patches."""
@@ -69,7 +64,6 @@ def side_of(coords, meta):
         return meta["patch"] << meta["scales"][0]
     steps = torch.cat([v.unique().diff() for v in coords.T])
     return int(steps.min()) if len(steps) else 256
-
 
 def judge(job, t, at, x):
     """The head that did not see slide number `at`, on its features x (N,K). out: probabilities (C,), attention (N,)."""
@@ -81,7 +75,6 @@ def judge(job, t, at, x):
     with torch.no_grad():
         logits, a = head((x - mean) / deviation)
     return logits.softmax(0), a[:, int(logits.argmax())] if a.ndim == 2 else a
-
 
 def draw_map(cfg):
     """Write the picture of one slide by the first head. raises: UserError for what cannot be drawn."""
@@ -108,10 +101,8 @@ def draw_map(cfg):
     print(f"{out}: label {classes[int(t['y'][at])]}, {guesses}; the most attended patch weighs "
           f"{float(a.max()) * len(a):.1f} times the mean one")
 
-
 def main(argv):
     draw_map(configure(Config, argv, doc=__doc__))
-
 
 if __name__ == "__main__":
     cli(main)

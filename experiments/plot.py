@@ -6,7 +6,6 @@ from pathlib import Path
 
 from common import UserError, atomic, cli, read_lines
 
-
 def plot(run):
     """Draw RUN/log.png. raises: UserError if there is no log, or no matplotlib."""
     if not (run / "log.jsonl").exists():
@@ -32,12 +31,10 @@ def plot(run):
         figure.savefig(tmp, format="png", dpi=80)
     print(f"wrote {run / 'log.png'}")
 
-
 def main(argv):
     if len(argv) != 1:
         raise UserError(f"got {argv}: write python -m experiments.plot RUN")
     plot(Path(argv[0]))
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

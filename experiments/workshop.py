@@ -29,7 +29,6 @@ class RankSum(Function):
     def backward(ctx, grad):
         return RankSum.apply(grad)
 
-
 class BatchNorm(BatchNorm2d):
     """Over all ranks, so that without --micro their number changes nothing: a SyncBatchNorm that takes CPUs."""
 
@@ -47,7 +46,6 @@ class BatchNorm(BatchNorm2d):
             self.num_batches_tracked += 1
         h = h * (var + self.eps).rsqrt()
         return h.to(x.dtype)
-
 
 # ----- 2. The Summarizer of the workshop version -----
 
@@ -69,16 +67,13 @@ class ConvBlock(Module):
             x = max_pool2d(x, 2)
         return x
 
-
 class CNNSummarizer(Module):
     """The network of the workshop version, called as `Summarizer`. out: c (B,64,D).
-
     source: W: grid up-sampled by nearest neighbour to 128x128, four residual blocks of convolution, batch norm and
     max-pooling, FiLM from a learned embedding of the scale, 8x8 tokens. Left open there, chosen here: a Linear
     E -> D/2 first, which commutes with up-sampling; one 3x3 convolution a block, D/2, D/2, D, D wide; SiLU; a
     position, or the U-Net could not tell tokens apart; the transformer's end. If `side` is smaller, the *first*
-    log2(side/8) blocks pool: cells are constant, so pooling early loses nothing and costs least.
-    """
+    log2(side/8) blocks pool: cells are constant, so pooling early loses nothing and costs least."""
 
     def __init__(self, cfg: SummarizerConfig):
         super().__init__()
@@ -118,12 +113,10 @@ class CNNSummarizer(Module):
         free = self.cfg.width - self.cfg.positions                        # channels without a place
         return self.norm_out(c + pad(place, (0, free)))
 
-
 def main(argv):
     with torch.device("meta"):
         net = CNNSummarizer(SummarizerConfig(kind="cnn", side=128))
         summary(net, torch.randn(2, 64, 1024), torch.ones(2, 64, dtype=torch.bool), torch.zeros(2).long())
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

@@ -27,7 +27,6 @@ from large import proxy as proxies
 from large.reference import Conditions, load_grid
 from large.windows import Grid, decode_strips, prepare, sides
 
-
 @dataclass
 class Settings(Conditions, S.Config):
     preset: str = ""           # paper, the published constants; empty = ours
@@ -48,14 +47,12 @@ class Settings(Conditions, S.Config):
     mpp: float = 0.0           # micrometres per pixel, for .tif; 0 = unknown
     viewer: str = ""           # openseadragon.min.js, for .dzi
 
-
 PRESETS = {
     "": {},
     "paper": dict(guide="s2", steps=50, inner=1, lam=0.5, guidance=2.0, overlap=0),     # Z S8.2
 }
 METHODS = ("joint", "multidiffusion", "independent", "bicubic")
 HOW = ("out", "batch", "threads", "device", "compile", "mpp", "viewer")  # settings that change no latent
-
 
 # ----- 1. Drawing -----
 
@@ -64,12 +61,10 @@ def usual_overlap(window):
     faint lattice of every 2, 4, ... latents; windows an even number apart would lay all theirs on one another."""
     return max(window // 4 - 1, 0) | 1
 
-
 def lams(cfg):
     """The first and the last lam, or the default of the guide."""
     usual = min(15 / cfg.steps, 0.5) if "x0" in cfg.guide else 0.1
     return (cfg.lam[0], cfg.lam[-1]) if cfg.lam else (usual, usual)
-
 
 class Progress:
     """Show how far it is, and keep the latents every minute, so that the same command goes on after an interruption.
@@ -104,7 +99,6 @@ class Progress:
             save_tensors(self.path, latents, {"settings": self.mark, "step": self.done + n + 1})
             self.saved = time.monotonic()
 
-
 @contextmanager
 def enough_memory():
     """Lack of memory becomes one clear sentence; torch on the CPU and oneDNN say it by a RuntimeError."""
@@ -116,7 +110,6 @@ def enough_memory():
             raise
         raise UserError("memory does not suffice: give a smaller --batch (windows per network call), close other "
                         "programs, or take another --device") from err
-
 
 def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
     """Sample one large image as cfg, a Settings, says. condition: see windows.contexts; resume: a file that keeps the
@@ -148,7 +141,6 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
                         f"{cfg.guidance}, --delta={cfg.delta} or --zeta={cfg.zeta} is too large, or the model is bad")
     return levels, scales
 
-
 # ----- 2. Pixels -----
 
 def pixels(model, z, ranks, batch=8):
@@ -159,16 +151,13 @@ def pixels(model, z, ranks, batch=8):
         for strip in decode_strips(model.decode, z, window * 3 // 2, window // 2, batch):
             yield to_uint8(strip)[0].numpy()
 
-
 def picture(model, z, ranks):
     """The whole decoded canvas as one uint8 array (H,W,3)."""
     return np.concatenate(list(pixels(model, z, ranks)))
 
-
 def decoded(model, z, ranks):
     """The whole decoded canvas as it would be written, (1,3,H,W) in [-1,1]."""
     return torch.from_numpy(picture(model, z, ranks)).movedim(-1, 0)[None] / 127.5 - 1
-
 
 def write(cfg, out, strips, size):
     """Write strips (h,W,3) uint8 of an image of size (H,W) as the name of `out` says."""
@@ -179,7 +168,6 @@ def write(cfg, out, strips, size):
         write_deepzoom(out.with_suffix(""), strips, size, viewer=cfg.viewer or None, title=out.stem)
     else:
         write_tiff(out, strips, size, mpp=cfg.mpp or None)
-
 
 # ----- 3. The command -----
 
@@ -205,7 +193,6 @@ def check(cfg, schedule):
     else:
         check_tiff(out, cfg.mpp or None)
 
-
 def main(argv):
     doc = f"{S.__doc__}\nsettings of every image:\n\n{inspect.getsource(S.Config)}\nof its conditions:\n\n" \
           f"{inspect.getsource(Conditions)}\nof large images:"
@@ -224,7 +211,6 @@ def main(argv):
     needed = cfg.data or not cfg.reference and cfg.condition == "reference"
     pyramids = S.known_data(model, data) if needed or (Path(data) / "index.json").is_file() else None
     draw(model, pyramids, cfg, ranks, run)
-
 
 def draw(model, pyramids, cfg, ranks, run):
     """Draw one large image and write it, and the coarse views it was drawn with, beside it."""
@@ -253,7 +239,6 @@ def draw(model, pyramids, cfg, ranks, run):
     resume.unlink(missing_ok=True)
     print(f"wrote {', '.join([str(out.with_suffix('') / 'index.html' if out.suffix == '.dzi' else out), *views])}")
     ranks.barrier()
-
 
 if __name__ == "__main__":
     cli(main)

@@ -27,7 +27,6 @@ from slides.encoders import FREE, load_encoder
 # of pixels that are read
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "I", "I;16", "I;16B")
 
-
 @dataclass
 class Config:
     run: str = ""              # run folder (or an ema.safetensors)
@@ -53,7 +52,6 @@ class Config:
     device: str = "auto"
     threads: int = 0
     amp: bool = True           # bf16 where the device has it and no difference is taken
-
 
 # ----- 1. Reading -----
 
@@ -81,7 +79,6 @@ def read_image(path):
         raise UserError(f"{path} has grey levels from {deep.min():.0f} to {deep.max():.0f}: convert it to 16 bits")
     return (deep / 257).expand(3, -1, -1) / 127.5 - 1
 
-
 def embed_enlarged(model, x, cells, s, P):
     """What the run's encoder says of the tiles of the enlarged image: (B,E,*cells); None if its weights are not where
     they lay for the build. in: x (B,3,h,w) at scale s; P, side of a tile."""
@@ -98,7 +95,6 @@ def embed_enlarged(model, x, cells, s, P):
         tiles = fine.float().clamp(-1, 1).unflatten(3, (-1, P)).movedim(3, 1)              # (B,Gw,3,P,P)
         rows.append(torch.stack([encoder((some + 1) / 2) for some in tiles]))              # (B,Gw,E)
     return torch.stack(rows, 1).movedim(-1, 1)
-
 
 def check(cfg, known):
     """Check what was asked for. out: the target scale. raises: UserError."""
@@ -119,7 +115,6 @@ def check(cfg, known):
         raise UserError("--sr=1 --condition=null leaves nothing to draw: take --sr=2 or more")
     return cfg.scale - factor.bit_length() + 1
 
-
 # ----- 2. Drawing -----
 
 def agreement(x, y, kind="bicubic"):
@@ -128,7 +123,6 @@ def agreement(x, y, kind="bicubic"):
     rounded = to_uint8(x).movedim(-1, -3) / 127.5 - 1
     A = Resize(x.shape[-1] // y.shape[-1], kind)
     return psnr(A.down(rounded.double()), y.double())
-
 
 def conditions(cfg, model, x, P, ranks):
     """Embeddings (E,Gh,Gw) of the base tiles under the image; None for --condition=null."""
@@ -141,14 +135,12 @@ def conditions(cfg, model, x, P, ranks):
     cells = tuple(math.ceil(n * 2 ** s / P) for n in x.shape[1:])
     return load_grid(Settings(run=cfg.run, reference=cfg.reference), model, None, cells).e
 
-
 def find_proxy(cfg, folder, model, ranks):
     """The proxy network that --guide asks for, fitted if there is none yet."""
     data = cfg.data or model.info.get("data", "")
     known = cfg.data or (Path(data) / "index.json").is_file()  # asked for only if the proxy must be fitted
     pyramids = Pyramids(data, std=model.info.get("std")) if known else None
     return proxies.load(folder, model, pyramids, ranks)
-
 
 def vary(cfg, model, x, e, P, ranks):
     """Images of the same conditions, and below every cell a fine patch of its own: [(1,3,h,w), (1,3,P Gh,P Gw)]."""
@@ -162,14 +154,12 @@ def vary(cfg, model, x, e, P, ranks):
             out.append((image, paint(model, Grid(e), fine, 0, seed=cfg.seed + n, overlap=0, **how)))
     return out
 
-
 def write_variations(out, x, varied):
     for n, (image, cells) in enumerate(varied):
         save_png(out / f"variation_{n}.png", to_uint8(image[0]).numpy())
         save_png(out / f"cells_{n}.png", to_uint8(cells[0]).numpy())
     save_grid(out / "variations.png", [torch.cat([x[None], *(image.cpu() for image, _ in varied)])])
     return [f"{name}_{n}.png" for name in ("variation", "cells") for n in range(len(varied))] + ["variations.png"]
-
 
 def write_enlarged(cfg, out, x, sr):
     """Write the finer image sr (3,H,W), and beside it the input, enlarged in the usual ways. out: names of files."""
@@ -184,7 +174,6 @@ def write_enlarged(cfg, out, x, sr):
     print(f"{w} x {h} -> {sr.shape[2]} x {sr.shape[1]} pixels; reduced again, it agrees with the input to {said}; "
           f"sheet.png shows input, bicubic, result")
     return ["sr.png", "sheet.png"]
-
 
 def main(argv):
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
@@ -214,7 +203,6 @@ def main(argv):
         written += write_variations(out, x, varied) if varied else []
         print(f"wrote {out}: {', '.join(written)}")
     ranks.barrier()
-
 
 if __name__ == "__main__":
     cli(main)

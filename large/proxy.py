@@ -22,11 +22,9 @@ from data import PatchDataset, Pyramids
 from diffusion import ZoomLDM, to_eps, to_x0
 from sample_joint import Resize, full_precision
 
-
 class Proxy(nn.Module):
     """Three convolutions over the latents; 7 x 7 of them are seen, and the mean and deviation of the whole window, for
     the decoder's GroupNorm and attention look at all of it too. No gradient goes through these two.
-
     Attributes: factor, by how much its image is smaller than the decoder's; inverse (3,3): (M^T M)^-1, damped, with M
     what an even change of the latent does to the image; it makes of a gradient M^T r the change M^-1 r that is wanted.
     """
@@ -47,7 +45,6 @@ class Proxy(nn.Module):
         z = torch.cat([z, mean.expand_as(z), std.expand_as(z)], 1)                      # (B,9,h,w)
         return self.linear(z) + self.deep(z)                                            # (B,3,h,w)
 
-
 def guide(level, z, t, ab, K, lam, delta, zeta):
     """See sample_joint.guide_x0_by_proxy. Without a proxy the decoder itself is differentiated. out: z, z0_hat, eps."""
     image, smaller, factor = level.decode, 1, level.A.factor
@@ -64,7 +61,6 @@ def guide(level, z, t, ab, K, lam, delta, zeta):
                 change = torch.einsum("ij,bjhw->bihw", level.proxy.inverse, change)
         z0 = z0 + lam * change
     return z, z0, to_eps(z0, z, ab, "x0")
-
 
 @torch.no_grad()
 def lesson(model, pyramids, split, n, guidance, seed, ranks, t=None):
@@ -92,7 +88,6 @@ def lesson(model, pyramids, split, n, guidance, seed, ranks, t=None):
         x.append(A.down(decoded))
     return torch.cat(z), torch.cat(x)
 
-
 def fit(model, pyramids, ranks, n=1024, steps=1200, batch=64, lr=3e-3, guidance=2.0):
     """Fit a Proxy to the decoder of `model` on n estimates of training patches. deterministic."""
     z, x = lesson(model, pyramids, "train", n, guidance, 1, ranks)
@@ -118,12 +113,10 @@ def fit(model, pyramids, ranks, n=1024, steps=1200, batch=64, lr=3e-3, guidance=
     proxy.inverse.copy_(torch.linalg.inv(M.T @ M + damping))
     return proxy
 
-
 def fingerprint(model):
     """Tells models apart: a hash of the last layers of U-Net and decoder."""
     parts = (model.unet.conv_out.weight, model.vae.decoder.conv_out.weight)
     return sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in parts)).hexdigest()[:16]
-
 
 def load(folder, model, pyramids, ranks, guidance=2.0):
     """The proxy of a run, saved beside the model; fitted now if there is none, or one of another model, to `pyramids`
@@ -147,7 +140,6 @@ def load(folder, model, pyramids, ranks, guidance=2.0):
     ranks.barrier()
     return proxy
 
-
 @dataclass
 class Config:
     run: str = ""           # run folder
@@ -157,11 +149,9 @@ class Config:
     device: str = "auto"
     threads: int = 0
 
-
 def grey(x):
     """Root of the mean square, in grey levels."""
     return float(x.square().mean().sqrt()) * 127.5
-
 
 def main(argv):
     """Fit if need be, and print the error on estimates of held-out slides at seven t."""
@@ -181,7 +171,6 @@ def main(argv):
         wrong = [grey(F.avg_pool2d(off, k)) for k in (1, 2, 4)]
         share = wrong[0] / grey(x - x.mean((2, 3), keepdim=True))
         print(f"{t:>5}{wrong[0]:>12.2f}{share:>8.3f}{wrong[1]:>8.2f}{wrong[2]:>8.2f}", flush=True)
-
 
 if __name__ == "__main__":
     cli(main)

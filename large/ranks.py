@@ -10,7 +10,6 @@ import torch.distributed as dist
 from common import cli
 from sample_joint import Canvas
 
-
 class RankCanvas(Canvas):
     """Attributes: ij, the windows of this rank; shared: whether there are enough of them for every rank. If not, each
     rank does them all."""
@@ -27,17 +26,14 @@ class RankCanvas(Canvas):
             dist.all_reduce(total)
         return total
 
-
 def open_canvas(*args, **options):
     """A Canvas; under torchrun one whose windows are shared."""
     ranks = dist.is_available() and dist.is_initialized()
     return (RankCanvas if ranks else Canvas)(*args, **options)
 
-
 def main(argv):
     canvas = open_canvas(32, 32, 16, 4)
     print(f"a canvas of 32 x 32 latents has windows of 16 x 16 at {canvas.ij}")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

@@ -18,7 +18,6 @@ from large.windows import Grid
 from slides.encoders import embed, load_encoder
 from slides.reader import open_slide
 
-
 @dataclass
 class Conditions:
     slide: int = 0             # whose embeddings: the k-th image of the split
@@ -33,7 +32,6 @@ class Conditions:
     swap: str = ""             # move what is drawn: "i,j:k,l" exchanges two base tiles, more of them after ";"
     paste: str = ""            # "i,j:k,l" or "i,j:k,l:rows,columns" copies a block over another
 
-
 # ----- 1. Where embeddings come from -----
 
 def inside(name, cfg, have, need):
@@ -41,7 +39,6 @@ def inside(name, cfg, have, need):
     if any(a < 0 or a + n > most for a, n, most in zip(cfg.at, need, have)):
         raise UserError(f"{name} has {have[0]} x {have[1]} base tiles, the image needs {need[0]} x {need[1]} from "
                         f"{cfg.at} on: take a smaller --size, another --at, or a larger --reference")
-
 
 def from_file(cfg, model):
     """e (rows,columns,E) of a .safetensors file."""
@@ -53,7 +50,6 @@ def from_file(cfg, model):
     if (folder / "index.json").exists():  # a file of data.py: its deviations may not be the run's
         e = e.float() * Pyramids(folder, std=model.info.get("std")).rescale
     return e
-
 
 def from_image(cfg, model, pyramids, need):
     """e (rows,columns,E) of the tiles of an image that are asked for: a slide has a hundred thousand."""
@@ -79,7 +75,6 @@ def from_image(cfg, model, pyramids, need):
         rows.append(embed(encoder, strip.reshape(patch, -1, patch, 3).swapaxes(0, 1)))
     return torch.stack(rows)
 
-
 def from_slide(cfg, pyramids):
     """e (rows,columns,E) of the k-th image of the split, and its name."""
     mine = [k for k, x in enumerate(pyramids.slides) if x["split"] == cfg.split]
@@ -87,7 +82,6 @@ def from_slide(cfg, pyramids):
         raise UserError(f"--slide={cfg.slide}: {pyramids.folder} has {len(mine)} {cfg.split!r} images, from 0")
     k = mine[cfg.slide]
     return pyramids.tensor(k, "e").float() * pyramids.rescale, pyramids.slides[k]["name"]
-
 
 def load_grid(cfg, model, pyramids, need):
     """The `Grid` of conditions under the image, (rows, columns) = need, edited as --swap and --paste say. pyramids:
@@ -118,7 +112,6 @@ def load_grid(cfg, model, pyramids, need):
                         f"another --at")
     return Grid(edited(e, cfg))
 
-
 # ----- 2. Edits (L §3.2) -----
 
 def swapped(e, a, b):
@@ -127,13 +120,11 @@ def swapped(e, a, b):
     out[:, a[0], a[1]], out[:, b[0], b[1]] = e[:, b[0], b[1]], e[:, a[0], a[1]]
     return out
 
-
 def pasted(e, a, b, size=(1, 1)):
     """e (E,Gh,Gw) with the block of `size` (rows, columns) cells at a copied over the one at b."""
     out, (h, w) = e.clone(), size
     out[:, b[0]:b[0] + h, b[1]:b[1] + w] = e[:, a[0]:a[0] + h, a[1]:a[1] + w]
     return out
-
 
 def cells(text, most):
     """"1,2:3,4;..." -> [[(1, 2), (3, 4)], ...], up to `most` pairs an item. raises: ValueError."""
@@ -144,7 +135,6 @@ def cells(text, most):
             raise ValueError(f"{item!r} is not row,column:row,column")
         out.append(pairs)
     return out
-
 
 def edited(e, cfg):
     """Move cells of e (E,Gh,Gw) as --swap, then --paste, say. raises: UserError for cells that do not lie on it."""
@@ -165,12 +155,10 @@ def edited(e, cfg):
         e = pasted(e, *block)
     return e
 
-
 def main(argv):
     for swap, paste in (("", ""), ("0,0:2,3", ""), ("", "0,0:1,2:2,2")):
         e = edited(torch.arange(12.0).view(1, 3, 4), Conditions(swap=swap, paste=paste))
         print(f"swap={swap!r} paste={paste!r}:", *e[0].int().tolist(), sep="\n  ")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

@@ -20,7 +20,6 @@ FREE = {"preset", "out", "device", "threads", "workers", "compile", "unet.checkp
         "channels_last", "plot", "toy", "keep", "max_skips", "profile"}
 GONE = {"disc_weight": 0.0, "lpips": "", "shares": []}  # settings of earlier versions that did change it
 
-
 def flat(settings, start=""):
     """Nested settings as one dict of dotted names; those of the loop and its optimiser once stood in no group."""
     out = {}
@@ -29,7 +28,6 @@ def flat(settings, start=""):
         inner = "" if name in ("optim", "loop") else name + "."
         out |= flat(value, inner) if isinstance(value, dict) else {name: value}
     return out
-
 
 def compare_settings(path, cfg, only=""):
     """raises: UserError if the file at `path` was made with other settings (whose names start with `only`) than cfg."""
@@ -44,7 +42,6 @@ def compare_settings(path, cfg, only=""):
         raise UserError(f"{path} belongs to a run with other settings ({', '.join(changed)}): give the same ones to "
                         f"resume, or {afresh} to start afresh")
 
-
 def read_state(path):
     """in: a checkpoint. out: (tensors, meta). raises: UserError if it is not as it was written."""
     try:
@@ -55,7 +52,6 @@ def read_state(path):
     except (ValueError, RuntimeError, SafetensorError) as err:
         raise err if isinstance(err, UserError) else UserError(f"{path} is damaged: {err}") from err
     return tensors, meta
-
 
 def fall_back(path, ranks=None):
     """The newest whole checkpoint, with what is wrong with `path`. in, out: as common.newest_state."""
@@ -75,7 +71,6 @@ def fall_back(path, ranks=None):
                 os.replace(path, f"{path}.damaged")
     return file, tensors, meta
 
-
 def main(argv):
     if len(argv) != 1:
         raise UserError(f"got {argv}: write python -m large.resume RUN")
@@ -85,7 +80,6 @@ def main(argv):
     print(f"{found[0]}: step {found[2]['step']}")
     for name, value in flat(found[2]["settings"]).items():
         print(f"  {name}={value}")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

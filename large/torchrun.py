@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from common import UserError, cli
 
-
 def join(rank, world, device):
     """Start the process group of `world` ranks, of which this one is `rank`."""
     wait, store = timedelta(hours=2), None
@@ -21,10 +20,8 @@ def join(rank, world, device):
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world)
 
-
 def main(argv):
     raise UserError("this file is a part of others: torchrun --standalone --nproc_per_node=2 train.py toy")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

@@ -28,13 +28,11 @@ def slerp(a, b, f):
     straight = (1 - f) * a + f * b
     return torch.where(cos.abs() > 0.9995, straight, from_a * a + from_b * b)
 
-
 @dataclass
 class Grid:
     """Conditions from the embeddings of a region: grid(s, i, j) -> e (E,G,G), standardised, of a window at scale s
     whose upper left corner lies at base tile (i, j), any numbers. Beyond the last tile it is repeated.
-    in:  e (E,Gh,Gw), as data.py stores them. source: Z §3.2; L §3.2; reference: the published post-processing.
-    """
+    in:  e (E,Gh,Gw), as data.py stores them. source: Z §3.2; L §3.2; reference: the published post-processing."""
     e: torch.Tensor
 
     def __call__(self, s, i, j):
@@ -51,7 +49,6 @@ class Grid:
         tiles = slerp(tiles[:, :, :-1], tiles[:, :, 1:], j - int(j))                    # (E,side+1,side)
         tiles = slerp(tiles[:, :-1], tiles[:, 1:], i - int(i))                          # (E,side,side)
         return standardize(tiles)                                                       # (E,G,G), G at most 8
-
 
 # ----- 2. A trained model behind windows -----
 
@@ -76,9 +73,7 @@ def contexts(model, condition, s, canvas):
             out.update(zip(ij, c))
     return out
 
-
 BUDGET = 256 * 2 ** 20  # bytes of keys and values kept from step to step; windows beyond it compute theirs anew
-
 
 class WindowEps:
     """eps(z, t, ij) of windows whose tokens are c {corner: (L,D)}, both guidance branches in one batch. Where t lies
@@ -112,7 +107,6 @@ class WindowEps:
         null, cond = both.chunk(2)
         return with_guidance(null, cond, self.guidance)
 
-
 def sides(size, scales, patch, factor, known):
     """Height and width in latents at every scale. raises: UserError if a scale does not fit the size or the model."""
     if len(size) == 1:
@@ -137,7 +131,6 @@ def sides(size, scales, patch, factor, known):
         out.append((size[0] // latent, size[1] // latent))
     return out
 
-
 def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, batch=64, fade=True,
             guided=(0, math.inf), patch=0, kind="bicubic", proxy=None):
     """Levels for `sample_levels`, coarse to fine, with noise that depends on seed and scale alone.
@@ -156,17 +149,14 @@ def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, ba
         above = s
     return levels
 
-
 # ----- 3. Latents -> pixels, from top to bottom -----
 
 def decode_strips(decode, z, side, overlap, batch=8):
     """Decode a canvas z (1,C,H,W) in tiles that know their neighbours and fade into them: strips (1,3,h,k W) in [-1,1].
-
     A tile is decoded once, with half an `overlap` of real neighbours around it. The decoder's GroupNorm and attention
     look at the whole tile, so even then neighbours differ a little in tone; fading hides it and costs nothing.
     deviates: the published code decodes every pixel 16 times (windows at a quarter of their side) and averages with a
-    Gaussian.
-    """
+    Gaussian."""
     h, w = z.shape[-2:]
     high, wide = min(side, h), min(side, w)
     over, beside = min(overlap, high - 1), min(overlap, wide - 1)
@@ -188,12 +178,10 @@ def decode_strips(decode, z, side, overlap, batch=8):
         carry = strip[..., ready:, :]
         yield strip[..., :ready, :].clamp(-1, 1)
 
-
 def main(argv):
     grid = Grid(torch.randn(8, 3, 4, generator=generator(0)))
     for i, j in ((1, 2), (1.25, 2), (1.25, 2.5)):
         print(f"a window at tile ({i}, {j}): e[:4] = {[round(v, 2) for v in grid(0, i, j)[:4, 0, 0].tolist()]}")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

@@ -16,13 +16,10 @@ from common import UserError, cli, load_tensors
 
 SUFFIXES = (".safetensors", ".pt", ".npy", ".h5")
 
-
 def read_bag(path):
     """in: a file of features: ours, .npy, CLAM's .pt, CLAM's and TRIDENT's .h5.
-
     out: features (N,K) float32; coords (N,2) or None; meta, plain types. raises: UserError if it is damaged, empty, of
-    another shape, or holds NaN.
-    """
+    another shape, or holds NaN."""
     found, meta = contents(Path(path))
     x = found.get("features", next(iter(found.values())) if len(found) == 1 else None)
     if torch.is_tensor(x) and x.ndim == 3 and len(x) == 1:  # some tools write (1,N,K)
@@ -38,7 +35,6 @@ def read_bag(path):
     coords = found.get("coords")
     fits = torch.is_tensor(coords) and coords.shape == (len(x), 2)
     return x.float(), coords.long() if fits else None, meta
-
 
 def contents(path):
     """out: {name: tensor}, meta. raises: UserError if it cannot be read."""
@@ -58,7 +54,6 @@ def contents(path):
                         f"tensors; make it again") from err
     return found if isinstance(found, dict) else {"features": found}, {}
 
-
 def read_h5(path):
     try:
         import h5py
@@ -67,7 +62,6 @@ def read_h5(path):
     with h5py.File(path, "r") as f:
         return {key: torch.from_numpy(np.asarray(f[key])) for key in ("features", "coords") if key in f}
 
-
 # ----- 2. A folder -----
 
 def views(folder):
@@ -75,7 +69,6 @@ def views(folder):
     _, _, meta = read_bag(files_of(folder)[0])
     scales = [str(s) for s in meta.get("scales", ())]
     return [*scales, "+".join(scales)] if len(scales) > 1 else [""]
-
 
 def files_of(folder):
     """The files of features in a folder, sorted. raises: UserError if there is none, or two of one slide."""
@@ -89,14 +82,11 @@ def files_of(folder):
             raise UserError(f"{a} and {b} are features of one slide: take one of them out")
     return files
 
-
 class Bags:
     """The features of a folder, slide by slide; those that fit into `budget` bytes stay in memory.
-
     in:  view, one of `views`. A view of a coarser scale has one row per patch of that scale.
     Attributes: names; K, the width; sums {name: (N, sum (K), sum of squares (K))}, to standardise by.
-    raises: UserError if a file is unusable (every one is read once), or their widths differ.
-    """
+    raises: UserError if a file is unusable (every one is read once), or their widths differ."""
 
     def __init__(self, folder, view="", budget=2**32):
         self.view, self.left, self.kept, self.sums = view, budget, {}, {}
@@ -132,7 +122,6 @@ class Bags:
         floor = 1e-6 * float(deviation.max()) + 1e-12
         return mean.float(), deviation.clamp(min=floor).float()
 
-
 def one_scale(x, coords, meta, s):
     """The columns of scale s, and one row for each patch of it: our rows are patches of the finest."""
     parents = np.asarray(coords // (meta["patch"] << s))                   # (N,2)
@@ -141,12 +130,10 @@ def one_scale(x, coords, meta, s):
     start = sum(meta["widths"][:at])
     return x[np.sort(first), start:start + meta["widths"][at]].clone()
 
-
 @lru_cache(maxsize=4)
 def open_bags(folder, view):
     """Bags that stay open, for what is asked for again and again."""
     return Bags(folder, view)
-
 
 def main(argv):
     if len(argv) != 1:
@@ -155,7 +142,6 @@ def main(argv):
     print(f"{argv[0]}: {len(x)} patches, features of width {x.shape[1]}, mean {x.mean():.3g}, deviation {x.std():.3g}")
     where = "none" if coords is None else f"from {coords.amin(0).tolist()} to {coords.amax(0).tolist()}"
     print(f"coordinates: {where}", *(f"{key}: {value}" for key, value in meta.items()), sep="\n")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

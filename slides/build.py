@@ -36,7 +36,6 @@ PARALLEL = 2**23  # pixels from which worker processes are worth the seconds the
 FREE = "out", "max_pixels", "device", "holdout", "workers", "shard"  # settings that change nothing in a file
 DARK = 3          # of 255; corners without data are black, but for what compression leaves
 
-
 @dataclass
 class Config:
     images: str = ""              # an image, a folder and all below it, a pattern in quotes, or a CSV: path, mpp, split
@@ -58,17 +57,14 @@ class Config:
     shard: str = ""               # i/n: the i-th of n parts of the images, from 0 on; torchrun sets it by itself
     device: str = "cpu"           # where the encoder runs
 
-
 # ----- 1. One image -----
 
 def output(cfg, job, ending=".safetensors"):
     """The file of an image. What ends in .failed.txt says why there is none: other shards need not wait for it."""
     return Path(cfg.out) / (job.name.replace("/", "__") + ending)
 
-
 class Picture:
     """What write_slide asks of one image: strips of pixels, their embeddings, which patches stay.
-
     in:  group, (job, future) of its tasks; tissue, the share of each base tile (Gh,Gw); given, embeddings made
     elsewhere (Gh,Gw,E), and there (Gh,Gw), which tiles have one. left counts patches left out by reason."""
 
@@ -108,7 +104,6 @@ class Picture:
         self.left[why] += 1
         return False
 
-
 def build_one(run, job, group):
     """Write the file of one image from the results of its tasks."""
     cfg, out, (w, h) = run.cfg, output(run.cfg, job), job.size
@@ -129,7 +124,6 @@ def build_one(run, job, group):
                f"{h % cfg.patch} rows at the edge and {picture.left['plain']} plain patches{others}")
     for why in sorted(set(picture.bad.values())):
         tqdm.write(f"  {job.name}: {why}; patches over it are left out")
-
 
 # ----- 2. All of them -----
 
@@ -197,7 +191,6 @@ class Run:
         for name, why in self.failed.items():
             print(f"failed: {why}" if name in why else f"failed: {name}: {why}")
 
-
 def sample_tiles(cfg, jobs):
     """2,048 training tiles, as (n,3,P,P), from up to 16 images that can be read: to measure deviations on."""
     rng, used, P, error = random.Random(0), 0, cfg.patch, f"--images={cfg.images}: all are held out, none to train on"
@@ -220,7 +213,6 @@ def sample_tiles(cfg, jobs):
     if not used:
         raise UserError(str(error))
 
-
 def deviations(cfg, jobs):
     """The deviation of each number of an embedding, to scale it with; 1 where the encoder does that itself."""
     if cfg.features:
@@ -228,7 +220,6 @@ def deviations(cfg, jobs):
         return [1.0] * embedded(job, cfg.features)[1].shape[2]
     encoder = load_encoder(cfg.encoder, None, cfg.weights, cfg.device)
     return encoder.fit(sample_tiles(cfg, jobs)).tolist() if encoder.scaled else [1.0] * encoder.embed_dim
-
 
 def listing(cfg, jobs):
     """out: the index's lines of all images that are done, of any shard, and how many are neither done nor failed."""
@@ -241,7 +232,6 @@ def listing(cfg, jobs):
         else:
             missing += not output(cfg, job, ".failed.txt").exists()
     return lines, missing
-
 
 def check(cfg):
     """out: i and n of --shard; (columns, rows) of --cut. raises: UserError if a setting is not what it may be."""
@@ -262,7 +252,6 @@ def check(cfg):
     if not cut:
         raise UserError(f"--cut={cfg.cut}: write columns x rows, as 3x2")
     return int(shard[1]), int(shard[2]), (int(cut[1]), int(cut[2]))
-
 
 def build(argv):
     """Cut images into pyramids. raises: UserError; SystemExit(1) in the end if some of several images failed."""
@@ -291,7 +280,6 @@ def build(argv):
         torch.distributed.destroy_process_group()
     if run.failed:
         sys.exit(1)
-
 
 if __name__ == "__main__":
     cli(build, __doc__)

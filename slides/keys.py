@@ -20,13 +20,11 @@ from zoom_vae import VQVAE, VAEConfig
 
 VAE, SUMMARIZER, UNET = "first_stage_model.", "cond_stage_model.", "model.diffusion_model."  # in a whole checkpoint
 
-
 # ----- 1. Sizes -----
 
 def has(state, start):
     """Whether there is a key that begins so."""
     return any(k.startswith(start) for k in state)
-
 
 def count_of(state, start):
     """How many numbers, from 0 on, follow `start` in the keys."""
@@ -35,7 +33,6 @@ def count_of(state, start):
         n += 1
     return n
 
-
 def size_of(state, key, dim, default, multiple=1):
     """The size of one tensor along `dim`, of a bias where one tells. A tensor that is missing, or cannot be, gives
     `default`: it is named afterwards, when the keys are checked."""
@@ -43,12 +40,10 @@ def size_of(state, key, dim, default, multiple=1):
     size = shape[dim] if len(shape) > dim else 0
     return size if size and size % multiple == 0 else default
 
-
 def build(kind, config):
     """A model without memory behind it: `load_official` gives it some, once the keys fit."""
     with torch.device("meta"):
         return kind(config)
-
 
 # ----- 2. VQ-VAE -----
 
@@ -58,13 +53,11 @@ VAE_NAMES = (("to_latent", "quant_conv"), ("from_latent", "post_quant_conv"), ("
              (".blocks.", ".block."), (".skip.", ".nin_shortcut."), (".down.conv", ".downsample.conv"),
              (".up.conv", ".upsample.conv"))
 
-
 def vae_name(name):
     """Our parameter name -> the published one."""
     for ours, theirs in VAE_NAMES:
         name = name.replace(ours, theirs)
     return name
-
 
 def load_vae(state, prefix=""):
     """VQVAE.from_official. A vq-f4 file of its own also holds the networks of its training loss, `loss.*`."""
@@ -82,7 +75,6 @@ def load_vae(state, prefix=""):
     load_official(vae, state, prefix, vae_name, ignore=("loss.",))
     return vae.eval()
 
-
 # ----- 3. Summarizer -----
 
 SUMMARIZER_NAMES = {"embed": "dim_reduce", "pad": "pad_token", "scale": "mag_embedding",
@@ -92,7 +84,6 @@ BLOCK_NAMES = (("norm1", "ln_1"), ("norm2", "ln_2"), ("qkv.", "self_attention.in
                ("out.", "self_attention.out_proj."), ("fc1", "mlp.0"), ("fc2", "mlp.3"))
 OLD_NAMES = ((".mlp.linear_1.", ".mlp.0."), (".mlp.linear_2.", ".mlp.3."))  # in very old torchvision
 LAYER = "encoder.layers.encoder_layer_"
-
 
 def summarizer_name(name):
     """Our parameter name -> the published one."""
@@ -104,7 +95,6 @@ def summarizer_name(name):
     for ours, theirs in BLOCK_NAMES:
         part = part.replace(ours, theirs)
     return f"{LAYER}{i}.{part}"
-
 
 def load_summarizer(state, prefix=""):
     """Summarizer.from_official."""
@@ -124,7 +114,6 @@ def load_summarizer(state, prefix=""):
     load_official(net, named, prefix, summarizer_name)
     return net.eval()
 
-
 # ----- 4. U-Net -----
 
 OUTER_NAMES = {"time1": "time_embed.0", "time2": "time_embed.2", "norm_out": "out.0", "conv_out": "out.2"}
@@ -138,7 +127,6 @@ INNER_NAMES = {  # what is not listed, norm, proj_in and proj_out of a transform
              "cross.q": DEEP + "attn2.to_q", "cross.k": DEEP + "attn2.to_k",
              "cross.v": DEEP + "attn2.to_v", "cross.out": DEEP + "attn2.to_out.0",
              "ff1": DEEP + "ff.net.0.proj", "ff2": DEEP + "ff.net.2"}}
-
 
 def unet_name(unet, name):
     """Our parameter name -> the published one. Ours have the form down.4.attn.cross.q.weight."""
@@ -161,7 +149,6 @@ def unet_name(unet, name):
         part = INNER_NAMES[kind].get(part, part)
     return f"{block}.{slot}.{part}.{tail}"
 
-
 def empty_unet(state, prefix=""):
     """A U-Net of the published sizes, without memory behind it. raises: UserError if there is none."""
     start = f"{prefix}input_blocks."
@@ -183,21 +170,17 @@ def empty_unet(state, prefix=""):
     channels = size_of(state, prefix + "out.2.bias", 0, 3)
     return build(UNet, UNetConfig(width, tuple(mult), len(levels[0]), tuple(attention), context, channels))
 
-
 def load_unet(state, prefix=""):
     """UNet.from_official. One head, which weights do not show."""
     unet = empty_unet(state, prefix)
     load_official(unet, state, prefix, partial(unet_name, unet))
     return unet.eval()
 
-
 def start_unet(unet, state):
     """Weights to start training `unet` from: a published latent diffusion model's, such as cin256-v2.ckpt.
-
     in:  a whole checkpoint's state dict, of which the raw U-Net counts, as in the papers; or the U-Net's alone
     out: {our name: tensor}; the keys of the class embedder, which has no place here and is dropped
-    raises: ValueError listing missing, unexpected and mis-shaped keys.
-    """
+    raises: ValueError listing missing, unexpected and mis-shaped keys."""
     prefix = UNET if has(state, UNET) else ""
     dropped = [k for k in state if k.startswith((SUMMARIZER, prefix + "label_emb."))]
     state = {k: v for k, v in state.items() if k not in dropped}
@@ -207,7 +190,6 @@ def start_unet(unet, state):
                         "--unet.groups=32: give these")
     return {ours: state[k] for ours, k in names.items()}, dropped
 
-
 # ----- 5. A whole checkpoint -----
 
 # keys that hold no weights: the schedule, recomputed here in float64, and EMA counters
@@ -215,7 +197,6 @@ BOOKKEEPING = {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cu
                "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
                "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
                "lvlb_weights", "model_ema.decay", "model_ema.num_updates"}
-
 
 def load_whole(source):
     """ZoomLDM.from_official. in: a path (.ckpt, .pt: tensors only; .safetensors) or a state dict, bare or under
@@ -239,11 +220,9 @@ def load_whole(source):
     model.ignored = sorted(ignored)
     return model.eval().requires_grad_(False)
 
-
 def averaged_name(unet, name):
     """Our name of a U-Net's parameter -> the key of its average: the name within `model.`, all dots removed."""
     return f"diffusion_model.{unet_name(unet, name)}".replace(".", "")
-
 
 # ----- 6. The CDM -----
 
@@ -253,7 +232,6 @@ DIT_NAMES = {"embed": "x_embedder", "pos": "pos_embed", "time1": "t_embedder.mlp
 DIT_BLOCK_NAMES = {"qkv": "attn.qkv", "out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
                    "modulation": "adaLN_modulation.1"}
 
-
 def dit_name(name):
     """Our parameter name -> the published one."""
     if name.startswith("blocks."):
@@ -261,7 +239,6 @@ def dit_name(name):
         return f"blocks.{i}.{DIT_BLOCK_NAMES[layer]}.{tail}"
     head, dot, tail = name.partition(".")
     return DIT_NAMES[head] + dot + tail
-
 
 def load_dit(state, prefix="", heads=None):
     """DiT.from_official. Of a whole checkpoint the "ema" weights count, which the published sampling uses."""
@@ -283,7 +260,6 @@ def load_dit(state, prefix="", heads=None):
     load_official(net, state, prefix, dit_name)
     return net.eval()
 
-
 def load_cdm(source, model=None, heads=None):
     """The published CDM from its file or state dict, to draw tokens with. raises: ValueError if keys do not fit, or its
     tokens are not as wide as those of `model`."""
@@ -294,14 +270,12 @@ def load_cdm(source, model=None, heads=None):
         made.check_fit(model, "the published file")
     return made.eval().requires_grad_(False)
 
-
 def main(argv):
     if len(argv) != 1:
         raise UserError(f"got {argv}: write python -m slides.keys CHECKPOINT")
     model = ZoomLDM.from_official(argv[0])
     for part in (model.vae, model.summarizer, model.unet):
         print(f"{type(part).__name__:<12}{sum(p.numel() for p in part.parameters()):>14,} parameters  {part.cfg}")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

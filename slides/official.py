@@ -29,7 +29,6 @@ LAYOUTS = {
     "naip": (("1x", "2x", "3x", "4x"), "dino_grid", "dinov2_reg"),
 }
 
-
 def layout_of(folder):
     """The name of the layout that a folder has, "" if it has none."""
     for name, (scales, _, _) in LAYOUTS.items():
@@ -37,11 +36,9 @@ def layout_of(folder):
             return name
     return ""
 
-
 class Samples:
     """An official folder, read like data.Pyramids: one long training slide, none held out, and latents of the
     published VAE on disk. Every sample that has latents counts, in order of its number.
-
     raises: UserError if there is none, or, on reading, naming a file that is missing, damaged or of another shape.
     """
     official = True
@@ -136,7 +133,6 @@ class Samples:
             out["e"] = e
         return out
 
-
 # ----- 2. Embeddings with coordinates -----
 
 def read_arrays(path):
@@ -164,15 +160,12 @@ def read_arrays(path):
         raise UserError(f"{path} holds no features with coordinates ({type(err).__name__}: {err}): give a file of CLAM "
                         f"or TRIDENT") from err
 
-
 def read_features(path, side=0):
     """Put the embeddings of one image on their grid.
-
     in:  SLIDE.h5, SLIDE.pt, or neither ending, to take whichever there is; side of a tile in pixels of level 0, for
     files that do not say it (0 = the largest that fits all coordinates).
     out: e (Gh,Gw,E) float16, 0 where there is no tile; there (Gh,Gw) bool; origin (x, y) and side in pixels of level 0.
-    raises: UserError for a damaged file, or tiles that overlap or lie on no common grid.
-    """
+    raises: UserError for a damaged file, or tiles that overlap or lie on no common grid."""
     files = [Path(f"{path}{end}") for end in (".h5", ".pt", "")]
     path = next((file for file in files if file.is_file()), files[-1])
     x, coords, told = read_arrays(path)
@@ -197,7 +190,6 @@ def read_features(path, side=0):
     there[index] = True
     return e.view(h, w, -1), there.view(h, w), tuple(origin.tolist()), side
 
-
 def main(argv):
     if len(argv) != 1:
         raise UserError("say what to look at: python -m slides.official FOLDER_OR_FILE")
@@ -210,7 +202,6 @@ def main(argv):
     else:
         e, there, origin, side = read_features(argv[0])
         print(f"{there.sum()} tiles of {side} pixels on a grid {tuple(e.shape)} that starts at {origin}")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

@@ -14,12 +14,10 @@ from slides.keys import VAE, has, load_vae, start_unet
 from slides.weights import load_state_dict
 from unet import UNet
 
-
 def published_vae(path):
     """The VAE of a published file, which may be a whole latent diffusion checkpoint. raises: UserError."""
     state = load_state_dict(path)
     return load_vae(state, VAE if has(state, VAE) else "")
-
 
 def start_weights(cfg, ranks, pyramids, base, resumed):
     """out: {name in train.LDMStage: tensor}. in: base, the model of another run, or None for a published file, which
@@ -43,7 +41,6 @@ def start_weights(cfg, ranks, pyramids, base, resumed):
               f"{', '.join(dropped) or 'nothing'}")
     return {f"unet.{k}": v for k, v in weights.items()}
 
-
 def check_start(base, cfg, pyramids):
     """raises: UserError if the model `base` of another run cannot go on with these settings and data."""
     parts = {"summarizer": cfg.summarizer, "unet": cfg.unet}
@@ -65,10 +62,8 @@ def check_start(base, cfg, pyramids):
         raise UserError(f"{cfg.data} does not suit --init_from={cfg.init_from}: embeddings by {here[0]}, {here[1]} "
                         f"wide, at {here[2]} scales, not by {there[0]}, {there[1]} wide, at {there[2]}; build it alike")
 
-
 def main(argv):
     raise UserError("this file is a part of train.py: python train.py PRESET --init_from=RUN_OR_FILE")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

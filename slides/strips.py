@@ -37,7 +37,6 @@ AHEAD = 2**28       # bytes of strips that may wait
 NUMBER = r"((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)?"  # or nothing
 LOW, HIGH = 10, 40  # bounds of the saturation that parts tissue from glass
 
-
 @dataclass(frozen=True)
 class Job:
     """One image to read, or a part of one."""
@@ -54,7 +53,6 @@ class Job:
     rows: int = 0               # strips to read at a time
     note: str = ""              # about its resolution, for people
 
-
 # ----- 1. Which images -----
 
 def below(root, out):
@@ -69,7 +67,6 @@ def below(root, out):
             found += [Path(folder) / f for f in files]
     return found
 
-
 def from_csv(path):
     """out: {image: (mpp or None, split or "")} of the columns path, mpp, split; paths are relative to the CSV."""
     with open(path, newline="", encoding="utf-8-sig") as f:
@@ -83,7 +80,6 @@ def from_csv(path):
                             f"(train, test or nothing)")
         found[path.parent / name] = float(mpp) if mpp else None, split
     return found
-
 
 def listed(images, out):
     """out: {image: (mpp or None, split or "")} of all there are. raises: UserError if there is none."""
@@ -106,12 +102,9 @@ def listed(images, out):
         raise UserError(f"--images={root} holds no image (PNG, JPEG, TIFF, SVS ...): give a folder that does")
     return rows
 
-
 def image_jobs(images, out, holdout, cut=(1, 1)):
     """A job for each image, or for each of its cut[0] columns x cut[1] rows of parts, sorted by name.
-
-    Those held out are the same ones whatever else is there. raises: UserError as `listed`, or for equal names.
-    """
+    Those held out are the same ones whatever else is there. raises: UserError as `listed`, or for equal names."""
     rows, jobs = listed(images, out), []
     base = images if Path(images).is_dir() else os.path.commonpath([p.absolute().parent for p in rows])
     for path, (mpp, split) in rows.items():
@@ -127,7 +120,6 @@ def image_jobs(images, out, holdout, cut=(1, 1)):
     jobs = [replace(job, split="test" if job.name in held else "train") for job in jobs]
     return sorted(jobs, key=lambda job: job.name)
 
-
 # ----- 2. Reading, in worker processes -----
 
 @lru_cache(1)
@@ -142,7 +134,6 @@ def opened(job):
     level = slide.grid(job.mpp)[0]
     slide.keep_tiles(max(CACHE, 6 * level.size[0] * level.tile[1]))            # two rows of tiles serve the next strip
     return slide
-
 
 def plan(job, mpp, patch, max_pixels=MAX_PIXELS):
     """Look at the header: the job with its size. raises: UserError if it cannot be read, or is too small."""
@@ -160,10 +151,8 @@ def plan(job, mpp, patch, max_pixels=MAX_PIXELS):
     task = TASK if slide.levels[0].tags else 4 * TASK                          # all workers unpack a whole image
     return replace(job, origin=(x, y), size=(w, h), rows=max(1, task // (w * patch)), note=note)
 
-
 def read_strips(job, encoder, first, rows):
     """Strips first .. first + rows of base tiles.
-
     in:  encoder, (name, std, weights) to embed with here, on the CPU, or None. out: pixels (rows*P,W,3) uint8; e
     (rows*Gw,E) float32 or None; {(i,j): why} of damaged base tiles."""
     P, (w, _), (x, y) = job.patch, job.size, job.origin
@@ -173,7 +162,6 @@ def read_strips(job, encoder, first, rows):
         tiles = pixels[:, :w // P * P].reshape(rows, P, w // P, P, 3).swapaxes(1, 2)  # (rows,Gw,P,P,3)
         e = torch.cat([embed(cpu_encoder(*encoder), row) for row in tiles]).numpy()
     return pixels, e, bad_tiles(job, slide, first, first + rows)
-
 
 def embedded(job, features):
     """Tiles of a job that were embedded elsewhere. out: the job, narrowed to the part they cover; their embeddings
@@ -190,7 +178,6 @@ def embedded(job, features):
                         f"give --patch={round(side / fine)}, another --mpp, or the image they were cut from")
     return replace(job, origin=(x, y), size=(gw * P, gh * P)), e[:gh, :gw].float(), there[:gh, :gw].numpy()
 
-
 def bad_tiles(job, slide, first, last):
     """{(i,j): why} of the base tiles of rows first to last over damaged tiles of the file."""
     bad, whole = {}, slide.grid(job.mpp)[2]
@@ -202,7 +189,6 @@ def bad_tiles(job, slide, first, last):
                 bad[i, j] = why
     return bad
 
-
 # ----- 3. Tissue -----
 
 def otsu(values):
@@ -212,13 +198,10 @@ def otsu(values):
     apart = (sums[-1] * below - sums * below[-1])**2 / np.maximum(below * (below[-1] - below), 1)
     return int(apart.argmax())
 
-
 def tissue_of(job):
     """Where tissue is: what has colour. out: share of each base tile (Gh,Gw) float32, and the mask (h,w) bool.
-
     Saturation, (max - min) / max over the bands of a small view (8 pixels across a tile, more of small images),
-    smoothed, above Otsu's threshold. That is held in bounds, for a slide without glass has but one class.
-    """
+    smoothed, above Otsu's threshold. That is held in bounds, for a slide without glass has but one class."""
     slide, P, (w, h) = opened(job), job.patch, job.size
     k = P // 8                                                                 # base pixels per pixel of the mask
     while k > 1 and max(w, h) < 1024 * k:
@@ -238,7 +221,6 @@ def tissue_of(job):
     sums = np.diff(np.diff(total[np.ix_(y, x)], axis=0), axis=1)
     return (sums / np.maximum(1, np.outer(np.diff(y), np.diff(x)))).astype(np.float32), mask
 
-
 # ----- 4. A few tasks ahead -----
 
 def start():
@@ -246,16 +228,13 @@ def start():
     torch.set_num_threads(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
-
 def end_with_parent():
     """Even one that was killed: a worker would else wait for work forever."""
     parent_process().join()
     os._exit(1)
 
-
 def ahead(jobs, dropped, encoder, tissue, submit, window):
     """Submit the tasks of all jobs in order, `window` ahead of need: yields (job, future).
-
     First of each job comes tissue_of, if wanted, then its strips. Jobs named in `dropped`, a growing set, are left.
     """
     waiting = deque()
@@ -270,7 +249,6 @@ def ahead(jobs, dropped, encoder, tissue, submit, window):
             if len(waiting) > min(window, AHEAD // (3 * job.size[0] * job.patch * job.rows)):
                 yield waiting.popleft()
     yield from waiting
-
 
 @contextmanager
 def workers(n):
@@ -292,7 +270,6 @@ def workers(n):
                         "--workers, it goes on where it stopped") from err
     finally:
         torch.set_num_threads(threads)
-
 
 if __name__ == "__main__":
     cli(lambda argv: print(__doc__), __doc__)

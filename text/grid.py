@@ -23,11 +23,9 @@ from common import UserError, at_least, cli, generator, load_tensors, summary
 from diffusion import ddim_sample, with_guidance
 from sample_joint import Canvas
 
-
 @dataclass
 class GridSizes(DiTConfig):
     vector: int = 0        # V, width of a caption's vector; 0 = the model knows no captions
-
 
 @dataclass
 class GridConfig(Config):
@@ -39,7 +37,6 @@ class GridConfig(Config):
     drop: float = 0.15         # share of regions trained without their caption, for guidance
     gap: float = 0.0           # variance of noise on (standardised) vectors; 0.1 bridges modalities (L §3.3)
 
-
 # ----- 1. Regions -----
 
 def embeddings(pyramids, slide, block):
@@ -48,14 +45,11 @@ def embeddings(pyramids, slide, block):
     e = pyramids.tensor(slide, "e")[row:row + rows, column:column + columns].float()
     return e * pyramids.rescale
 
-
 class Regions(Dataset):
     """k x k blocks of embeddings at random places of the slides, or of the regions that captions describe.
-
     Item n is a pure function of (seed, n). in: described, [Caption] with slide and block, and their vectors (n,V);
     drop, the share of items whose caption is left out. out: tokens (k*k,E), v (V,) and known: False without a caption.
-    raises: UserError if no slide holds such a block, or a caption describes less than one.
-    """
+    raises: UserError if no slide holds such a block, or a caption describes less than one."""
 
     def __init__(self, pyramids, k, seed, split="train", described=(), vectors=None, drop=0.0):
         self.pyramids, self.k, self.seed, self.drop = pyramids, k, seed, drop
@@ -89,7 +83,6 @@ class Regions(Dataset):
         e = embeddings(self.pyramids, i, (row, column, self.k, self.k))                  # (k,k,E)
         return {"tokens": e.flatten(0, 1), "v": v, "known": torch.tensor(known), "s": 0}
 
-
 # ----- 2. The network -----
 
 def plane_table(side, width):
@@ -97,7 +90,6 @@ def plane_table(side, width):
     line = place_table(side, width // 2)[0]                                              # (side,width/2)
     rows, columns = line[:, None].expand(-1, side, -1), line.expand(side, -1, -1)        # (side,side,width/2) each
     return torch.cat([rows, columns], 2).flatten(0, 1)[None]
-
 
 class GridDiT(DiT):
     """DiT over the cells of a square, told a caption's vector instead of a scale. Called (x, t, told): told is
@@ -125,7 +117,6 @@ class GridDiT(DiT):
         given = self.vector2(F.silu(self.vector1(v)))                                    # (B,W)
         return torch.where(known[:, None], given, self.null)
 
-
 # ----- 3. The model -----
 
 def regress(v, described, pyramids, made, damp=1e-3):
@@ -141,13 +132,10 @@ def regress(v, described, pyramids, made, damp=1e-3):
     penalty = damp * len(v) * torch.eye(v.shape[1]).double()
     return torch.linalg.solve(v.mT @ v + penalty, v.mT @ aim).float()
 
-
 class GridModel(Conditioner):
     """The grid model. mean, std (E,): embeddings are modelled as (e - mean) / std. v_mean, v_std (V,): the same for
     vectors, whose numbers may be as small as text encoders make them. says (V,E), see `regress`; 0 = not known.
-
-    info: encoder and std of the embeddings, the encoder of the captions (text), and shift.
-    """
+    info: encoder and std of the embeddings, the encoder of the captions (text), and shift."""
     kind, network, sizes, settings = "grid", GridDiT, GridSizes, GridConfig
     presets = PRESETS | {"smoke": PRESETS["smoke"] | {"side": 4}, "published": PRESETS["published"] | {"side": 16}}
     usual_shift = 16.0     # 64 cells agree on what a region shows: nearly all of it is decided early
@@ -225,12 +213,10 @@ class GridModel(Conditioner):
     @torch.no_grad()
     def grid(self, rows, columns, v=None, guidance=2.0, seed=0, steps=50, spread=0.0):
         """Draw the embeddings of rows x columns tiles: e (E,rows,columns), as data.py stores them, on the CPU.
-
         Grids larger than those it learnt are drawn in overlapping windows. v (V,): what the region shows, None =
         anything; guidance: of x0 towards v. spread: how far chance decides how much there is of what, over the head of
         v. At 0 no noise common to all tiles stays, and the mean of the estimates is what v says; chance only arranges.
-        source: L §3.3; spread is ours. raises: ValueError for a vector of another width.
-        """
+        source: L §3.3; spread is ours. raises: ValueError for a vector of another width."""
         cfg, aim = self.net.cfg, None
         if v is not None:
             if not cfg.vector or v.shape != (cfg.vector,):
@@ -265,7 +251,6 @@ class GridModel(Conditioner):
             out = with_guidance(null, cond, guidance)
         return out.float().mT.unflatten(2, canvas.window)
 
-
 def vector_of(made, caption="", file=""):
     """What a grid model is told: the vector (V,) of a caption, or of a file with v (V,); None without either."""
     if not caption and not file:
@@ -286,14 +271,12 @@ def vector_of(made, caption="", file=""):
                         f"({width},), all of them finite")
     return v.flatten().float()
 
-
 def main(argv):
     with torch.device("meta"):
         net = GridDiT(GridSizes(256, 1024, scales=0, vector=384, variance=False))
         summary(net, torch.randn(2, 256, 1024), torch.zeros(2), (torch.randn(2, 384), torch.zeros(2).bool()))
     e = GridModel(GridDiT(GridSizes(16, 8, 32, 2, 4, 64, 0))).grid(6, 6, steps=4)
     print(f"\ntiny draw on the CPU: a grid of 6 x 6 tiles in windows of 4 x 4 -> e {tuple(e.shape)}")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

@@ -31,7 +31,6 @@ def region_map(pyramids, k, block):
     row, col, rows, cols = (n * pyramids.patch // 4 for n in block)
     return region[row:row + rows, col:col + cols]
 
-
 def regions(pyramids, split, n, tiles, seed):
     """n regions at random, over the slides in turn: yields (slide, block, its map (h,w), a random.Random)."""
     slides = []
@@ -48,7 +47,6 @@ def regions(pyramids, split, n, tiles, seed):
         block = rng.randrange(high - tiles + 1), rng.randrange(wide - tiles + 1), tiles, tiles
         yield k, block, region_map(pyramids, k, block), rng
 
-
 def real_image(pyramids, k, block):
     """The pixels (1,3,h,w) of a block of base tiles; tiles that the data set did not keep are black."""
     row, col, rows, cols = block
@@ -60,19 +58,16 @@ def real_image(pyramids, k, block):
             x[0, :, top:top + P, left:left + P] = pyramids.read(k, 0, n)["x"]
     return x
 
-
 # ----- 2. Areas read off an image -----
 
 def box(x, side):
     """Mean over squares, near the border over the part inside. in, out: (N,C,h,w)."""
     return F.avg_pool2d(x, side, 1, side // 2, count_include_pad=False)
 
-
 def smooth(x):
     """Colours at a quarter of the resolution, smoothed over 36 pixels, more than a nucleus or the wall of a fat cell:
     (N,3,H,W) -> (N,H/4,W/4,3)."""
     return box(box(F.avg_pool2d(x.float(), 4), 5), 5).movedim(1, -1)
-
 
 def tissue_colours(pyramids, n=1024):
     """Colours of TISSUES (4,3), measured on training patches, and the metric (3,3) to compare by: in it all directions
@@ -92,7 +87,6 @@ def tissue_colours(pyramids, n=1024):
     metric = torch.linalg.cholesky(torch.linalg.inv(covariance + 1e-6 * torch.eye(3)))
     return mean @ metric, metric
 
-
 def fractions(x, colours):
     """Share of the area of each of TISSUES (N,4): the nearest of `tissue_colours` to each smoothed pixel, then the
     majority within 68 pixels, for the blurred rim of background looks like fat. in: x (N,3,H,W) in [-1,1]."""
@@ -101,18 +95,15 @@ def fractions(x, colours):
     votes = box(F.one_hot(found, len(TISSUES)).movedim(-1, 1).float(), 17)                  # (N,4,h,w)
     return F.one_hot(votes.argmax(1), len(TISSUES)).double().mean((1, 2))
 
-
 def centred_ranks(x):
     """Twice the rank of each number of a column about the middle, scaled to length 1; ties share their mean rank."""
     less = (x[:, None] < x[None]).double()                                                  # (n,n,k)
     rank = less.sum(0) - less.sum(1)
     return rank / rank.norm(dim=0).clamp(min=1e-12)
 
-
 def spearman(a, b):
     """Rank correlation of each column of a, b (n,k). out: (k,) float64, 0 if constant."""
     return (centred_ranks(torch.as_tensor(a)) * centred_ranks(torch.as_tensor(b))).sum(0)
-
 
 def agreement(truth, found, seed=0):
     """Hold shares (n,4) found in images against the true ones. out: dict of error (4,), spearman (4,), shuffled (4,),
@@ -124,14 +115,12 @@ def agreement(truth, found, seed=0):
     return {"error": (truth - found).abs().mean(0), "spearman": spearman(truth, found),
             "shuffled": spearman(other, found), "confusion": confusion}
 
-
 def print_agreement(table):
     print(f"{'':>10} {'error':>9} {'Spearman':>9} {'shuffled':>9}  dominant: found {' '.join(TISSUES)}")
     for t, name in enumerate(TISSUES):
         error, rank, other = (float(table[key][t]) for key in ("error", "spearman", "shuffled"))
         counts = [f"{n:>{len(word)}}" for n, word in zip(table["confusion"][t].tolist(), TISSUES)]
         print(f"{name:>10} {error:>9.3f} {rank:>9.3f} {other:>9.3f} {'':>16}", *counts)
-
 
 # ----- 3. How exactly -----
 
@@ -141,7 +130,6 @@ class Config:
     n: int = 64           # held-out regions
     tiles: int = 8        # side of a region in base tiles
     seed: int = 0
-
 
 def main(argv):
     """Show how exactly `fractions` reads held-out regions, whose maps are known."""
@@ -156,7 +144,6 @@ def main(argv):
         found.append(fractions(real_image(pyramids, k, block), colours)[0])
     print(f"{len(true)} held-out regions of {cfg.tiles} x {cfg.tiles} tiles; areas read off the real images:")
     print_agreement(agreement(torch.tensor(true), torch.stack(found)))
-
 
 if __name__ == "__main__":
     cli(main)

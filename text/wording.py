@@ -46,14 +46,11 @@ STYLES = {  # clauses, what is said of a tissue that is absent, and what joins t
     "labels": (("{noun}: {part}{where}", "{amount} {noun}{where}"), ("{noun}: none", "no {noun}"), (", ", " | "))}
 IMAGES = ("image", "picture", "region", "field")
 
-
 # ----- 2. From a region map to a caption -----
 
 def lie(mask):
     """Where a tissue lies, a key of PLACES or "". in: mask (h,w) bool, some of it True.
-
-    Decided by the mean and the spread of its coordinates, which run from -1 to 1.
-    """
+    Decided by the mean and the spread of its coordinates, which run from -1 to 1."""
     h, w = mask.shape
     share = mask.mean()
     if share > 0.8:
@@ -76,7 +73,6 @@ def lie(mask):
     cells = np.add.reduceat(rows, np.arange(4) * w // 4, 1)                    # (4,4) how much lies in each sixteenth
     return "scattered" if share < 0.5 and (cells > h * w / 1600).sum() >= 8 else ""
 
-
 def clause(style, share, mask, noun, image, rng):
     """One tissue in words. in: its share of the area, its mask (h,w), names for it and the image, a random.Random."""
     frames, absent, _ = STYLES[style]
@@ -89,11 +85,9 @@ def clause(style, share, mask, noun, image, rng):
     return rng.choice(frames).format(noun=noun, amount=rng.choice(amounts), part=rng.choice(parts), image=image,
                                      where=where)
 
-
 def shares_of(region):
     """Share of the area of each of TISSUES, [float]."""
     return [float((region == t).mean()) for t in range(len(TISSUES))]
-
 
 def describe(region, rng):
     """One of many captions of a region map. in: region (h,w), indices of TISSUES; rng, a random.Random."""
@@ -113,13 +107,11 @@ def describe(region, rng):
     text = join.join(said)
     return text[0].upper() + text[1:] + "." if join == ". " or rng.random() < 0.5 else text
 
-
 def main(argv):
     region, rng = toy_slide(0, 512)[1], random.Random(0)
     print("shares of the area: " + ", ".join(f"{t} {share:.2f}" for t, share in zip(TISSUES, shares_of(region))))
     for _ in range(8):
         print(describe(region, rng))
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

@@ -20,7 +20,6 @@ FINE, COARSE = (0.15, 0.95, 16), (0.15, 0.9, 6)  # red histograms, first and las
 PARTS = {"colour mean": 3, "colour deviation": 3, "colour layout": 2 * LAYOUT**2, "red histogram": FINE[2],
          "same per quadrant": COARSE[2] * QUADS**2, "edge energy": OCTAVES * QUADS**2, "edge orientation": 2 * OCTAVES}
 
-
 @torch.no_grad()
 def embed(encoder, tiles, device="cpu"):
     """Embed base tiles: (n,P,P,3) uint8 -> e (n,E) float32."""
@@ -33,14 +32,11 @@ def embed(encoder, tiles, device="cpu"):
         e.append(encoder(image).float().cpu())
     return torch.cat(e)
 
-
 class Stats(nn.Module):
     """Describe tiles by colour mean and deviation, colour layout, red histogram, edge energy and orientation.
-
     in:  image (B,3,H,W) in [0,1], H and W multiples of 16. out: (B,96) float32, divided by `std` when that is given;
     not centred: standardising a centred token would amplify noise near the mean.
-    raises: ValueError for another size or a `std` of another length.
-    """
+    raises: ValueError for another size or a `std` of another length."""
     name = "stats"
     embed_dim = sum(PARTS.values())
     scaled = True  # wants to be divided by the deviation over training tiles (`fit`)
@@ -71,25 +67,19 @@ class Stats(nn.Module):
     @torch.no_grad()
     def fit(cls, batches):
         """in: an iterable of tile batches (B,3,H,W). out: std (E,), the deviation of each number over all tiles.
-
-        The floor keeps a number that never varied in training (plain images) from exploding later.
-        """
+        The floor keeps a number that never varied in training (plain images) from exploding later."""
         e = torch.cat([cls()(x) for x in batches])
         return e.std(0, correction=0).clamp_min(0.01)
 
-
 def histogram(v, low, high, bins, grid):
     """Soft histogram per cell of a grid: in v (B,1,H,W), out (B,bins*grid*grid).
-
-    The root compresses rare, strong values, which would otherwise own the standardised token.
-    """
+    The root compresses rare, strong values, which would otherwise own the standardised token."""
     width = (high - low) / (bins - 1)
     hats = []
     for i in range(bins):
         near = F.relu(1 - (v - low - i * width).abs() / width)                  # (B,1,H,W)
         hats.append(F.adaptive_avg_pool2d(near, grid))
     return torch.cat(hats, 1).flatten(1).clamp_min(1e-8).sqrt()
-
 
 def edges(grey):
     """Edge energy per quadrant and double-angle orientation, per octave: in (B,1,H,W), out (B,12), (B,6)."""
@@ -106,7 +96,6 @@ def edges(grey):
         grey = F.avg_pool2d(grey, 2)
     return torch.cat(energy, 1), torch.cat(orientation, 1)
 
-
 def main(argv):
     at = 0
     for name, n in PARTS.items():
@@ -114,7 +103,6 @@ def main(argv):
         at += n
     tiles = torch.rand(4, 3, 64, 64)
     print(f"tiles {tuple(tiles.shape)} -> e {tuple(Stats()(tiles).shape)}")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

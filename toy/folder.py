@@ -16,14 +16,11 @@ import numpy as np
 from common import UserError, open_tensors, write_text
 from data import INDEX, read_index
 
-
 def begin(out, patch, encoder, source, defaults, fit_std):
     """Open or start a set: returns its index, whose "source" all its files are written with.
-
     in:  source, the settings that decide what is written; defaults of all settings, which count where a set does
          not name one, so that a new setting spoils no older folder; fit_std() -> deviations of the embeddings.
-    raises: UserError if the set was made with other settings.
-    """
+    raises: UserError if the set was made with other settings."""
     path = Path(out) / "index.json"
     if not path.exists():
         std = fit_std()
@@ -37,7 +34,6 @@ def begin(out, patch, encoder, source, defaults, fit_std):
             raise UserError(f"{out} holds a set made with other settings ({key}={a} there, {b} now): give another "
                             f"--out, or remove it")
     return index
-
 
 def finished(path, scales, meta=None):
     """Read what a file of an earlier run holds. out: patches per scale, its meta data; None if there is no file.
@@ -53,7 +49,6 @@ def finished(path, scales, meta=None):
                         f"--out")
     return counts, there
 
-
 def finish(out, index, slides):
     """List the slides in index.json and say what is there. raises: UserError if no patch is left."""
     counts = np.sum([slide["counts"] for slide in slides], 0).tolist()
@@ -67,12 +62,9 @@ def finish(out, index, slides):
         side = index["patch"] << s
         print(f"  scale {s} is dropped: no image holds a patch of {side} x {side} pixels")
 
-
 def write_safetensors(path, tensors, streams, meta):
     """Write a safetensors file by hand: pixels are copied from file to file, never held in memory.
-
-    in:  tensors {name: array}; streams {name: (shape, open file of bytes)}; meta, plain types.
-    """
+    in:  tensors {name: array}; streams {name: (shape, open file of bytes)}; meta, plain types."""
     names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # wide types first: all are aligned
     specs = []
     for name in names:

@@ -20,7 +20,6 @@ from toy.folder import begin, finish, finished
 from toy.task import task_slide, write_labels
 from toy.tissue import toy_slide
 
-
 @dataclass
 class ToyConfig:
     out: str = "data/toy"  # folder to write
@@ -36,10 +35,8 @@ class ToyConfig:
     workers: int = 2       # processes
     task: bool = False     # slides with labels for mil.py, see toy/task.py, which has other defaults
 
-
 TASK = ["--out=data/task", "--slides=240", "--test=0", "--size=512", "--scales=4", "--keep0=0", "--keep1=0"]
 FREE = ("out", "workers", "task")  # settings that do not decide what is written
-
 
 def load(name, std=None):
     """An encoder by name; only those of slides/encoders.py need that room."""
@@ -48,14 +45,12 @@ def load(name, std=None):
     from slides.encoders import load_encoder
     return load_encoder(name, std)
 
-
 def draw(cfg, k):
     """Toy slide k; held-out ones have seeds of their own, whatever the number of training slides."""
     seed = cfg.seed * 100_000 + k
     if k >= cfg.slides:
         seed += 50_000 - cfg.slides
     return task_slide(seed, cfg.size) if cfg.task else toy_slide(seed, cfg.size)
-
 
 def make_slide(cfg, index, k):
     """Write toy slide k, training slides first, unless an earlier run did; returns its line of the index."""
@@ -67,7 +62,6 @@ def make_slide(cfg, index, k):
     found = finished(path, cfg.scales, meta)
     counts = found[0] if found else write_toy(cfg, index, k, path, meta)
     return {"name": name, "file": path.name, "split": split, "size": [cfg.size] * 2, "counts": counts}
-
 
 def write_toy(cfg, index, k, path, meta):
     image, region, nuclei = draw(cfg, k)
@@ -83,7 +77,6 @@ def write_toy(cfg, index, k, path, meta):
     extra = {"region": region, "nuclei": nuclei}
     return write_slide(path, np.split(image, side), embed_row, cfg.patch, cfg.scales, meta, keep, extra)
 
-
 def deviations(cfg):
     """Deviation of each embedded number over a quarter of the tiles of 16 slides, for staining differs between them."""
     encoder = load(cfg.encoder)
@@ -96,7 +89,6 @@ def deviations(cfg):
             batches.append(torch.from_numpy(tiles[::4].copy()).movedim(-1, 1) / 255)
     return encoder.fit(batches).tolist()
 
-
 def check(cfg):
     """raises: UserError for sizes that do not fit together."""
     at_least(cfg, slides=1, test=0, size=64, patch=16, scales=1, workers=1, seed=0)
@@ -106,7 +98,6 @@ def check(cfg):
     if cfg.task and (cfg.size < 512 or cfg.size % 256 or cfg.test):
         raise UserError(f"got --size={cfg.size} --test={cfg.test}: with --task size is a multiple of 256 from 512 on, "
                         f"test 0")
-
 
 def make(argv):
     """Draw the toy set. raises: UserError for bad settings, or a folder that holds something else."""
@@ -127,7 +118,6 @@ def make(argv):
         return finish(cfg.out, index, [work(k) for k in tqdm(numbers)])
     with ProcessPoolExecutor(cfg.workers, get_context("spawn")) as workers:  # torch's threads survive no fork
         finish(cfg.out, index, list(tqdm(workers.map(work, numbers), total=len(numbers))))
-
 
 if __name__ == "__main__":
     cli(make)

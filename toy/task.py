@@ -18,13 +18,10 @@ CELL = 256                # pixels of a square with one structure: a patch of 64
 NOISE = 0.05              # share of wrong labels
 RADII = (4.6, 6.4)        # of small and large nuclei, in pixels; both lie within what toy.tissue draws
 
-
 def structures(seed, size):
     """What stands in the squares of a slide, and its labels.
-
     out: duct, large (size/256)^2 bool each, of both kinds one to all but one; label, true: int. As many slides are
-    positive as negative; neither the number of ducts nor that of large nuclei tells more than half of it.
-    """
+    positive as negative; neither the number of ducts nor that of large nuclei tells more than half of it."""
     n = (size // CELL) ** 2
     rng = np.random.default_rng([seed, size, 1])
     true = int(rng.random() < 0.5)
@@ -32,7 +29,6 @@ def structures(seed, size):
         duct, large = rng.random((2, n)) < 0.5
         if 0 < duct.sum() < n and 0 < large.sum() < n and (duct & large).any() == true:
             return duct, large, true if rng.random() >= NOISE else 1 - true, true
-
 
 def outlines(rng, duct):
     """Signed distances, > 0 inside, to what is solid and what is clear. in: duct (n,n) bool. out: (64n,64n) each."""
@@ -59,7 +55,6 @@ def outlines(rng, duct):
         solid = maximum(solid, body)
         clear = maximum(clear, hole)
     return enlarge(solid, 4), enlarge(clear, 4)
-
 
 def task_slide(seed, size=512):
     """Draw one slide. in: seed >= 0, seeds 2k and 2k+1 are one patient; size, a multiple of 256 from 512 on.
@@ -88,7 +83,6 @@ def task_slide(seed, size=512):
     image, nuclei = develop(rng, eosin, haem, np.concatenate(nuclei), 1 - in_clear, mottle, grain, dyes)
     region = np.select([in_clear > 0.5, in_solid > 0.5], [0, 2], 1)
     return image, region[2::4, 2::4].astype(np.uint8), nuclei
-
 
 def write_labels(path, first, n, size):
     """Write the CSV that mil.py reads: n slides as data.py names them, drawn from seeds first, first + 1, ..."""

@@ -14,13 +14,11 @@ from common import cli, save_png
 
 TISSUES = ("background", "stroma", "tumour", "fat")
 
-
 # ----- 1. Random fields -----
 
 def noise(rng, n):
     """White noise (n,n) float32."""
     return rng.standard_normal((n, n), dtype=np.float32)
-
 
 def spline(control, factor):
     """Up-sample by a uniform cubic B-spline: (n+3,m+3) control values -> (n*factor,m*factor), smooth everywhere."""
@@ -40,34 +38,27 @@ def spline(control, factor):
         control = fine.reshape(n * factor, -1).T
     return np.ascontiguousarray(control)
 
-
 def enlarge(a, factor):
     """(n,n) -> (n*factor,n*factor), smooth."""
     return spline(np.pad(a, ((1, 2), (1, 2)), mode="edge"), factor)
-
 
 def field(rng, size, cell):
     """Smooth random field (size,size), deviation about 1, its bumps about `cell` pixels apart."""
     n = -(-size // cell) + 3
     return spline(noise(rng, n) * 2.1, cell)[:size, :size]
 
-
 def distance(f, share):
     """Signed distance in pixels, > 0 inside, to the level line of `f` that has `share` of the area above it.
-
-    in:  f at quarter resolution. out: full resolution.
-    """
+    in:  f at quarter resolution. out: full resolution."""
     level = np.quantile(f, 1 - share)
     f = f - level.astype(np.float32)
     gy, gx = np.gradient(f)
     steep = hypot(gx, gy) + 0.02 * f.std()
     return enlarge(clip(4 * f / steep, -60, 60), 4)
 
-
 def inside(distance):
     """How much of a pixel lies inside (0 to 1), by its signed distance: an edge two pixels wide."""
     return clip(distance / 2 + 0.5, 0, 1)
-
 
 def strands(rng, angle):
     """Noise (n,n) smeared along the flow `angle` (n,n), ever further: fibres that follow it."""
@@ -84,7 +75,6 @@ def strands(rng, angle):
         f = f + moved
         f /= f.std()
     return f
-
 
 def walls(rng, n, cell):
     """Distance (n,n) to the nearest bent wall between Voronoi cells about `cell` pixels wide: fat cells."""
@@ -104,14 +94,11 @@ def walls(rng, n, cell):
         first = minimum(first, d)
     return second - first
 
-
 # ----- 2. Texture, nuclei, dyes -----
 
 def ground(rng, angle):
     """Stroma everywhere: fibres that follow `angle` (n,n), which is at half resolution.
-
-    out: textures strand, mottle, grain and thick, and the two dyes eosin and haem, each (2n,2n).
-    """
+    out: textures strand, mottle, grain and thick, and the two dyes eosin and haem, each (2n,2n)."""
     n = len(angle)
     strand = enlarge(strands(rng, angle), 2)
     mottle = enlarge(noise(rng, n), 2)
@@ -120,12 +107,10 @@ def ground(rng, angle):
     eosin = 0.46 + 0.10 * strand + 0.06 * thick + 0.03 * mottle
     return strand, mottle, grain, thick, eosin, 0.07 + 0.02 * grain
 
-
 def epithelium(eosin, haem, where, grain, mottle):
     """Blend violet cytoplasm into both dyes, in place; where (size,size) is its share of each pixel."""
     eosin += where * (0.42 + 0.05 * grain + 0.04 * mottle - eosin)
     haem += where * (0.24 + 0.05 * grain + 0.03 * mottle - haem)
-
 
 def scatter(rng, angle, chance, spacing, radius, spread, ratio, depth, along=False):
     """Nuclei (n,6) = x, y, half axes, angle, depth: a jittered hexagonal grid, thinned to `chance` (size,size)."""
@@ -148,7 +133,6 @@ def scatter(rng, angle, chance, spacing, radius, spread, ratio, depth, along=Fal
     depth = depth * rng.uniform(0.75, 1.2, n)
     return np.stack([x, y, minimum(r * k, 13), r / k, turn, depth], 1).astype(np.float32)
 
-
 def stamp(nuclei, size, reach=14):
     """Draw soft ellipses with a darker rim on a canvas (size,size); where two overlap the deeper one wins."""
     x, y, a, b, angle, depth = nuclei.T[:, :, None, None]                      # (n,1,1) each
@@ -168,7 +152,6 @@ def stamp(nuclei, size, reach=14):
     maximum.at(canvas, (row[keep], column[keep]), ink[keep].astype(np.float32))
     return canvas
 
-
 def stain(rng, haem, eosin, mottle):
     """Two dyes (h,w) absorb light (Beer-Lambert), more or less of each from slide to slide. out: (h,w,3) uint8."""
     haem = haem * rng.uniform(0.85, 1.15)
@@ -179,13 +162,10 @@ def stain(rng, haem, eosin, mottle):
     bands = [np.rint(white * np.exp(-h * haem - e * eosin) + 1.2 * mottle) for h, e in colours.T]
     return np.stack(bands, -1).astype(np.uint8)
 
-
 def develop(rng, eosin, haem, nuclei, tissue, mottle, grain, dyes=None):
     """Put nuclei (n,6) on top and shine light through.
-
     in:  tissue (size,size), its share of each pixel; dyes, random numbers for `stain`, by default rng.
-    out: image (size,size,3) uint8; nuclei (n,3) = x, y, mean radius.
-    """
+    out: image (size,size,3) uint8; nuclei (n,3) = x, y, mean radius."""
     size = len(eosin)
     ink = stamp(nuclei, size)
     haem += 1.05 * ink * (1 + 0.10 * mottle + 0.08 * grain)
@@ -196,13 +176,11 @@ def develop(rng, eosin, haem, nuclei, tissue, mottle, grain, dyes=None):
     x, y, a, b, *_ = nuclei.T
     return image, np.stack([x, y, np.sqrt(a * b)], 1)
 
-
 # ----- 3. The slide -----
 
 def bumps(rng, n, large, small):
     """A field (n,n) of large bumps with small ones on them."""
     return field(rng, n, large) + 0.35 * field(rng, n, small)
-
 
 def regions(rng, q):
     """Where tissue, tumour and fat lie. in: q, a quarter of the side.
@@ -217,7 +195,6 @@ def regions(rng, q):
     fat = minimum(fat, tissue - 7)
     return hill, tissue, tumour, minimum(fat, -tumour - 10)
 
-
 def flow(rng, hill):
     """Angle (2q,2q) of fibres that wrap around the hills (q,q)."""
     n = 2 * len(hill)
@@ -227,13 +204,10 @@ def flow(rng, hill):
     angle += 0.5 * field(rng, n, 32) + 0.25 * field(rng, n, 12)
     return angle
 
-
 def toy_slide(seed, size=1024):
     """Draw one synthetic slide.
-
     in:  seed >= 0; size, a multiple of 64. out: image (size,size,3) uint8; region (size/4,size/4) uint8, indices of
-    TISSUES; nuclei (n,3) float32: x, y, mean radius in pixels. The same seed and size give the same slide.
-    """
+    TISSUES; nuclei (n,3) float32: x, y, mean radius in pixels. The same seed and size give the same slide."""
     rng = np.random.default_rng([seed, size])
     hill, tissue, tumour, fat = regions(rng, size // 4)
     in_tissue, in_tumour, in_fat = inside(tissue), inside(tumour), inside(fat)
@@ -265,14 +239,12 @@ def toy_slide(seed, size=1024):
     region = np.select([in_tissue < 0.5, in_tumour > 0.5, in_fat > 0.5], [0, 2, 3], 1)
     return image, region[2::4, 2::4].astype(np.uint8), nuclei
 
-
 def main(argv):
     path = argv[0] if argv else "out/toy_slide.png"
     image, region, nuclei = toy_slide(0)
     save_png(path, image)
     areas = ", ".join(f"{name} {(region == k).mean():.0%}" for k, name in enumerate(TISSUES))
     print(f"{path}: {areas}; {len(nuclei)} nuclei")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)
