@@ -12,6 +12,7 @@ import struct
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import unescape
 from math import ceil
 
 import numpy as np
@@ -34,6 +35,9 @@ JPEG, JP2K, JP2K_YCBCR = 7, (33005, 34712), 33003
 WRAPPED = (1, 5, 8, 32773, 32946, 50000)  # plain, LZW, deflate, packbits, deflate, zstd: left to libtiff
 COLOURS = {JPEG: (1, 2, 6), JP2K_YCBCR: (2, 6)} | dict.fromkeys(JP2K, (1, 2, 6)) | dict.fromkeys(WRAPPED, (0, 1, 2))
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # what Pillow turns into RGB faithfully
+# OME's units, \xc5 for angstrom; the letter of micro has two codes, and is none where a file is not in UTF-8
+MICROMETRES = dict.fromkeys(("um", "\xb5m", "\u03bcm", "\ufffdm"), 1)
+MICROMETRES |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "\xc5": 1e-4}
 MAX_TILE, MAX_TAG, MAX_DIRECTORIES, MAX_ENTRIES = 2**24, 2**22, 500, 2000  # pixels of a tile; bytes of a value
 NONE = None, 0, 0  # a table of tiles that is missing
 
@@ -100,7 +104,13 @@ def number(tags, name, default=0):
 
 
 def text(tags, name):
-    return tags[name].tobytes().decode("latin-1").strip("\0 ") if name in tags else ""
+    return tags[name].tobytes().decode("utf-8", "replace").strip("\0 ") if name in tags else ""
+
+
+def amount(said):
+    """A number as people write it, with a decimal point or comma, maybe an exponent; 0 for anything else."""
+    said = said.strip().replace(",", ".")
+    return float(said) if re.fullmatch(r"\d*\.?\d+([eE][-+]?\d+)?", said) else 0.0
 
 
 def size_of(tags):
@@ -177,10 +187,16 @@ def resolution(tags):
     A magnification alone counts as 10 / mpp. Resolution tags of 20 to 2000 micrometres are those of screens and paper
     (72 dpi is 353), which programs write unasked: not believed.
     """
-    for pattern in (r"\bMPP *= *(\d*\.?\d+)", r"PhysicalSizeX=\"(\d*\.?\d+)\"", r"\bAppMag *= *(\d*\.?\d+)"):
-        said = re.search(pattern, text(tags, "description"))
-        if said and 1e-2 <= float(said[1]) <= 1e3:
-            return 10 / float(said[1]) if "Mag" in pattern else float(said[1])
+    said = unescape(text(tags, "description"))                                 # XML may write a micro sign as &#181;
+    pixels = "".join(re.findall(r"<(?:\w+:)?Pixels\b([^>]*)", said)[:1])
+    ome = dict(re.findall(r"(\w+) *= *[\"'](.*?)[\"']", pixels))
+    if "PhysicalSizeX" in ome:
+        mpp = amount(ome["PhysicalSizeX"]) * MICROMETRES.get(ome.get("PhysicalSizeXUnit", "um"), 0)
+        return mpp if 1e-3 <= mpp <= 1e3 else None                             # half understood is unknown
+    for name in ("MPP", "AppMag"):
+        value = amount("".join(re.findall(rf"\b{name} *= *([^|\r\n]*)", said)[:1]))
+        if 1e-2 <= value <= 1e3:
+            return value if name == "MPP" else 10 / value
     geo = tags.get("geo_keys", np.zeros(0)).tolist()
     keys, scale = dict(zip(geo[4::4], geo[7::4])), float(tags.get("geo_scale", (0,))[0])
     if keys.get(1024) == 1 and keys.get(3076) == 9001 and 1e-6 <= scale <= 1e3:

@@ -203,6 +203,25 @@ def test_resolution(tmp_path, tags, mpp):
     assert open_slide(slide.path, 0.7).mpp == 0.7
 
 
+def ome(size, unit=""):
+    unit = unit and f"PhysicalSizeXUnit='{unit}'"                              # single quotes, before the size: all XML
+    return f'<OME:OME><OME:Image><OME:Pixels {unit} SizeX="120" PhysicalSizeX="{size}"/>'
+
+
+# sizes and units as Bio-Formats and tifffile 2026.3.3 write them (Schemas/OME/2016-06: micrometres where no unit is
+# said); decimal commas as OpenSlide 4.0.1 reads them
+@pytest.mark.parametrize("said, mpp", [
+    (ome("250", "nm"), 0.25), (ome("0.25", "\xb5m"), 0.25), (ome("0.25", "\u03bcm"), 0.25), (ome("0.25", "um"), 0.25),
+    (ome("0.25", "&#181;m"), 0.25), (ome("2.5E-1"), 0.25), (ome("0.00025", "mm"), 0.25), (ome("5.0E-5", "cm"), 0.5),
+    (ome("2.5e-7", "m"), 0.25), (ome("2500", "\xc5"), 0.25), (ome("1.0", "pixel"), None),
+    (ome("0.25", "furlong"), None), (ome("0.25.1", "nm"), None), ("Aperio|AppMag = 20|MPP = 0,1725", 0.1725),
+    ("Aperio|MPP = 1,9", 1.9), ("Aperio|AppMag = 20|MPP = 5.015e-1|Left = 3", 0.5015), ("Aperio|MPP = 1.2.3", None)])
+def test_ome_units_and_numbers_in_text(tmp_path, said, mpp):
+    for coding in ("utf-8", "latin-1") if said.isascii() or "\xb5" in said else ("utf-8",):
+        slide = slide_of(tmp_path, plain(IMAGE, t270=(2, list(said.encode(coding) + b"\0"))))
+        assert slide.mpp == (mpp and pytest.approx(mpp)), coding
+
+
 # ----- 3. What goes wrong -----
 
 @pytest.mark.parametrize("how", [7, 33005, 8, 5, 1])
