@@ -1,13 +1,13 @@
 """Pyramids of patches: how images lie on disk, and the items a model trains on (Z §3.1, S8.1).
 
 A patch at scale s is P x P pixels of the image halved s times: it covers 2^s x 2^s base tiles, and the grid
-of their embeddings is its condition. A folder holds index.json and a safetensors file per image, memory-mapped:
-    e     (Gh,Gw,E) f16  embedding of every base tile   x{s} (n,P,P,3) u8       pixels of the patches
-    ij{s} (n,2) i32      row and column of each patch   z{s} (n,3,P/4,P/4) f16  latents: files of the same
-    p{s}  (n,8,8,E) f16  their grids pooled, s >= 4          names in a run folder, which train.py writes
+of their embeddings is its condition. A folder holds index.json and a safetensors file per image:
+    e     (Gh,Gw,E) f16   embedding of every base tile      x{s} (n,P,P,3) u8   pixels of the patches
+    p{s}  (n,8,8,E) f16   their grids pooled, s >= 4        ij{s} (n,2) i32     row and column of each patch
+Their latents, z{s} (n,3,P/4,P/4) f16, lie in RUN/latents, in files of the same names.
 
 in:  images of any size   out: items: x (3,P,P) in [-1,1] and/or z (3,P/4,P/4), tokens (64,E), mask (64,), s
-run: python data.py toy                                      synthetic tissue, about two minutes
+run: python data.py toy                                      synthetic tissue, a minute or two
      python data.py build --images=FOLDER --out=data/mine    your own slides, aerial tiles, photos
 read next: train.py
 """
@@ -197,8 +197,8 @@ class Pyramids:
 
 class PatchDataset(Dataset):
     """Random patches: a scale uniformly among those that have any, then one of its patches over all slides.
-    Item k is a pure function of (seed, k), k >= 0, whatever process reads it: resuming is exact, and ranks do not
-    overlap. in: want, any of "x", "z", "e" ("e" only with only_scale, for its shape varies); length, what len()
+    Item k is a pure function of (seed, k), k >= 0, whatever process reads it. So resuming is exact, and ranks
+    that take other k draw independently. in: want, any of "x", "z", "e" ("e" only with only_scale, for its shape varies); length, what len()
     says, by default the number of patches. raises: UserError if nothing fits."""
 
     def __init__(self, pyramids, split="train", seed=0, want=("z",), only_scale=None, length=None):

@@ -185,7 +185,7 @@ class Level:
         return self.canvas.average(lambda ij: self.encode(self.canvas.cut(x, ij)).to(x.dtype))
 
     def error(self, x):
-        """factor^2 A^T (y - A x). raises: ValueError if A x and y differ in size."""
+        """factor^2 A^T (y - A x): by it, x would meet y nearly. raises: ValueError if A x and y differ in size."""
         with full_precision(x):
             seen, y = self.A.down(x), self.target.to(x)
             if seen.shape != y.shape:

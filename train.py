@@ -5,8 +5,8 @@
     torchrun --standalone --nproc_per_node=6 train.py brca --data=DIR --vae_weights=FILE
 
 A run folder holds ema.safetensors (what everything loads), state.safetensors and state.1.safetensors (to go
-on from), config.json, log.jsonl (`python -m experiments.plot RUN` draws it) and samples/*.png. The result hangs on
-settings and seed, not on interruptions, nor (but for rounding) on the number of ranks.
+on from), config.json, log.jsonl (`python -m experiments.plot RUN` draws it) and samples/*.png. The result
+depends on settings and seed. Interruptions change nothing, the number of ranks only the rounding.
 
 read next: cdm.py
 """
@@ -79,7 +79,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
-# toys: small networks for 64-pixel patches; places, v and few channels a group are what makes minutes enough
+# toys: small networks for 64-pixel patches. Place codes, v and small groups make minutes of training enough
 # smoke: small rates and few codes, or 40 steps blow up rounding. brca, naip: as published. None: the default
 TABLE = {
     "preset":               ("smoke",      "toy",      "toy_long", "gpu24",       "brca",       "naip"),
