@@ -198,8 +198,8 @@ class Pyramids:
 class PatchDataset(Dataset):
     """Random patches: a scale uniformly among those that have any, then one of its patches over all slides.
     Item k is a pure function of (seed, k), k >= 0, whatever process reads it. So resuming is exact, and ranks
-    that take other k draw independently. in: want, any of "x", "z", "e" ("e" only with only_scale, for its shape varies); length, what len()
-    says, by default the number of patches. raises: UserError if nothing fits."""
+    that take other k draw independently. in: want, any of "x", "z", "e" ("e" only with only_scale, for its
+    shape varies); length, what len() says, by default the number of patches. raises: UserError if nothing fits."""
 
     def __init__(self, pyramids, split="train", seed=0, want=("z",), only_scale=None, length=None):
         self.pyramids, self.seed, self.want = pyramids, seed, want
