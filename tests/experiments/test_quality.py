@@ -10,8 +10,8 @@ from experiments import quality
 
 
 def table(ready, *args):
-    quality.main([str(ready), "--size=256", "--n=1", "--steps=2", "--methods=bicubic;independent", "--device=cpu",
-                  *args])
+    quality.main([str(ready), "--size=256", "--n=1", "--steps=1", "--methods=bicubic;independent", "--device=cpu",
+                  "--threads=1", *args])
     return {r["method"]: r for r in json.loads((ready / "bench" / "quality_256.json").read_text())["rows"]}
 
 
@@ -32,20 +32,16 @@ def test_rows_and_resume(ready, monkeypatch):
         table(ready, "--steps=4")
 
 
-def test_seams_by_tissue():
-    """catches: borders counted among the rest, a tissue's steps taken from its neighbour's."""
-    x, region = torch.rand(1, 3, 256, 256), torch.zeros(64, 64, dtype=torch.long)
-    region[:, 32:] = 2
-    x[..., 192:] += 5                                                              # a step at a border inside tissue 2
-    found = quality.seams_by_tissue(x, region, 64)
-    assert set(found) == {0, 2} and found[0] == pytest.approx(1, abs=0.02) and found[2] > 3
-
-
 def test_where_windows_begin():
     """catches: edges of overlapping windows sought where patches meet."""
-    cfg = quality.Config(run="r")
-    assert [quality.apart(cfg, name, 3, 16) for name in ("real", "independent", "bicubic", "S2, published", "x0",
-                                                         "x0+proxy", "multidiffusion")] == [16] * 4 + [13] * 3
+    names = ("real", "independent", "bicubic", "S2, published", "x0", "x0+proxy", "multidiffusion")
+    assert [quality.window_step(name, 16) for name in names] == [16] * 4 + [13] * 3
+
+
+def test_patches_and_back():
+    x = torch.rand(1, 3, 64, 96)
+    parts = quality.crops(x, 32)
+    assert torch.equal(parts[1], x[0, :, :32, 32:64]) and torch.equal(quality.uncrop(parts, (64, 96)), x)
 
 
 def test_images_with_gaps_are_no_ceiling(toy, monkeypatch):
@@ -58,17 +54,18 @@ def test_images_with_gaps_are_no_ceiling(toy, monkeypatch):
         quality.held_out(data, 0, 256)
 
 
-def test_bad_input(ready, tmp_path):
-    with pytest.raises(UserError, match="--methods=magic"):
-        table(ready, "--methods=magic")
-    with pytest.raises(UserError, match="lower --n or --size"):
-        table(ready, "--n=3")
-    for arg in ("--n=0", "--steps=0", "--size=0"):
-        with pytest.raises(UserError, match="all are at least 1"):
-            table(ready, arg)
-    with pytest.raises(UserError, match="multiple of 64"):
-        quality.main([str(ready), "--size=160", "--device=cpu"])
-    with pytest.raises(UserError, match="less than a patch of 64"):
-        quality.main([str(ready), "--size=64", "--n=1", "--device=cpu"])
+@pytest.mark.parametrize("args, words", [
+    (["--methods=magic"], "--methods=magic"), (["--n=3"], "lower --n or --size"), (["--n=0"], "--n=0: it must be"),
+    (["--steps=0"], "--steps=0: it must be"), (["--size=0"], "--size=0: it must be"),
+    (["--size=160"], "multiple of 64"), (["--size=64", "--n=1"], "less than a patch of 64")])
+def test_bad_input(ready, args, words):
+    """Refused before anything is measured or fitted."""
+    with pytest.raises(UserError, match=words):
+        quality.main([str(ready), "--size=256", "--device=cpu", *args])
+
+
+def test_plot_wants_tables(tmp_path):
     with pytest.raises(UserError, match="measure first"):
         quality.main([str(tmp_path), "--plot"])
+    with pytest.raises(UserError, match="say which run: python -m experiments.quality"):
+        quality.main([])

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from common import UserError
-from experiments import quality
-from experiments import speed as joint_table
+from experiments import quality, speed
 from large.proxy import Proxy
 
 
@@ -18,7 +17,7 @@ def printed(ready):
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(out):
         patched.setattr(quality.proxies, "load", lambda *args: Proxy())
-        joint_table.main(["speed", str(ready), "--size=128", "--steps=2", "--rounds=1", "--device=cpu", "--threads=1"])
+        speed.main(["speed", str(ready), "--size=128", "--steps=2", "--rounds=1", "--device=cpu", "--threads=1"])
     lines = out.getvalue().splitlines()
     far = next(line for line in lines if line.startswith("largest difference")).split(": ")[1]
     rows = {line[:16].strip(): [float(x) for x in line[16:].split()] for line in lines[-7:]}
@@ -53,14 +52,35 @@ def test_published_decoding(model):
         def decode(z):
             return z.repeat_interleave(4, 2).repeat_interleave(4, 3)
     z = torch.rand(1, 3, 32, 32)
-    assert (joint_table.published_decoding(Same, z, 16) - Same.decode(z)).abs().max() < 1e-5
+    assert (speed.published_decoding(Same, z, 16) - Same.decode(z)).abs().max() < 1e-5
 
 
-def test_bad_input(ready):
-    with pytest.raises(UserError, match="joint_table.py speed RUN"):
-        joint_table.main(["fast", str(ready)])
-    with pytest.raises(UserError, match="joint_table.py speed RUN"):
-        joint_table.main(["speed"])
-    for args in (["speed", "--rounds=0"], ["flat", "--guide=magic"], ["cosine", "--size=128"]):
-        with pytest.raises(UserError, match="guides are s1.*cosine takes 256 pixels"):
-            joint_table.main([args[0], str(ready), *args[1:]])
+def test_flat(ready, capsys, monkeypatch):
+    """catches: a canvas that was not drawn at the size told."""
+    monkeypatch.setattr(quality.proxies, "load", lambda *args: Proxy())
+    speed.main(["flat", str(ready), "--size=128", "--steps=1", "--device=cpu", "--threads=1"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [row[0] for row in rows] == ["128", "256", "512"] and all(float(row[1]) > 0 for row in rows)
+
+
+def test_cosine(ready, capsys, monkeypatch):
+    """catches: a direction that is no vector; columns mixed up."""
+    monkeypatch.setattr(quality.proxies, "load", lambda *args: Proxy())
+    monkeypatch.setattr(speed, "ddim_timesteps", lambda T, steps: [1, 501])
+
+    def one_step(levels, *args, callback, **options):
+        levels[-1].target = torch.zeros(1, 3, 64, 64)
+        callback(0, 501, levels)
+    monkeypatch.setattr(speed, "sample_levels", one_step)
+    speed.main(["cosine", str(ready), "--size=256", "--device=cpu", "--threads=1"])
+    t, *cosines, first, second, kept = map(float, capsys.readouterr().out.splitlines()[-1].split())
+    assert t == 1 and all(-1 <= c <= 1 for c in cosines) and kept > 1
+
+
+@pytest.mark.parametrize("args, words", [
+    (["fast", "RUN"], "experiments.speed speed RUN"), (["speed"], "experiments.speed speed RUN"),
+    (["speed", "RUN", "--rounds=0"], "--rounds=0: it must be"), (["flat", "RUN", "--steps=0"], "--steps=0: it must be"),
+    (["cosine", "RUN", "--size=128"], "--size=128: it must be at least 256")])
+def test_bad_input(args, words):
+    with pytest.raises(UserError, match=words):
+        speed.main(args)
