@@ -70,8 +70,10 @@ def transcribed(model, c, c_ctx, z, z_ctx, factor, steps, guidance=2.0, lam=0.5,
             canvas = uncrop(x, [n * factor for n in y.shape[2:]])
             u = crops(A.up(y - A.down(canvas)), side)
             step = largest(u)
-            e = (batches(model.encode, x + zeta * u / step) - batches(model.encode, x)) * step / zeta
-            g = (estimate(patches + delta * (e * (1 / largest(e))), i)[1] - z0_hat) / delta
+            moved = batches(model.encode, x + zeta * u / step)
+            e = (moved - batches(model.encode, x)) * step / zeta
+            _, moved = estimate(patches + delta * (e * (1 / largest(e))), i)
+            g = (moved - z0_hat) / delta
             patches = patches + lam * (g * (1 / largest(g)))
             eps, z0_hat = estimate(patches, i)
         patches = ddim_step(patches, z0_hat, eps, ab_prev[i])
