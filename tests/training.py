@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import torch._dynamo  # noqa: F401 - the first optimiser imports it, in two seconds: once here, for all that are forked
 import torch.nn as nn
 from torch.utils.data import Dataset
 
