@@ -1,5 +1,6 @@
 """data.py: strips to tiles, the format on disk, the index, single patches, the data set, every message."""
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -45,11 +46,9 @@ def noise(h, w):
 
 
 def test_halve():
-    x = noise(7, 9)
-    small, a = halve(x), x.astype(int)
-    assert small.shape == (3, 4, 3)
-    for i, j, c in np.ndindex(small.shape):  # + 2 rounds to nearest; + 0 would darken by 3/8 of a level per scale
-        assert small[i, j, c] == (a[2*i, 2*j, c] + a[2*i+1, 2*j, c] + a[2*i, 2*j+1, c] + a[2*i+1, 2*j+1, c] + 2) // 4
+    """+ 2 rounds to nearest; + 0 would darken by 3/8 of a level per scale."""
+    x, a = noise(7, 9), noise(7, 9)[:6, :8].astype(int)
+    assert np.array_equal(halve(x), (a[::2, ::2] + a[1::2, ::2] + a[::2, 1::2] + a[1::2, 1::2] + 2) // 4)
 
 
 @pytest.mark.parametrize("h,w", [(64, 64), (80, 112), (16, 200), (95, 33)])
@@ -91,18 +90,6 @@ def test_files_follow_the_format(folder):
         torch.testing.assert_close(t["e"].float(), e, atol=1e-3, rtol=2e-3)
         pooled = t["e"].float().view(8, 2, 8, 2, 96).mean((1, 3))
         torch.testing.assert_close(t["p4"][0].float(), pooled, atol=1e-7, rtol=5e-4)  # half's rounding
-
-
-def test_pooled_grids_on_disk_are_nearly_those_of_sampling(folder):
-    """Files hold block means rounded to float16, sampling pools in float32 (docs/differences.md). After standardising,
-    whose numbers have deviation 1 and reach 5, the largest difference is 0.0024 and the root mean square 0.0003."""
-    p = Pyramids(folder)
-    stored = torch.stack([p.read(k, 4, 0, ("e",))["e"] for k in range(5)])              # (5,96,8,8)
-    exact = torch.stack([p.tensor(k, "e").float().permute(2, 0, 1) for k in range(5)])  # (5,96,16,16)
-    off = standardize(stored) - standardize(exact)
-    rms, largest = off.square().mean().sqrt(), off.abs().max()
-    print(f"pooled in float16 and in float32: root mean square {rms:.1e}, largest difference {largest:.1e}")
-    assert 0 < largest < 5e-3 and rms < 5e-4, (largest, rms)
 
 
 # ----- 2. Reading -----
@@ -164,32 +151,26 @@ def same(a, b):
 
 
 def test_item_k_is_a_pure_function_of_seed_and_k(folder):
+    """In any order, in forked workers with maps that the parent opened, and in a copy that is sent to spawned ones."""
     p = Pyramids(folder)
-    d, again = PatchDataset(p, seed=7, want=("x",)), PatchDataset(Pyramids(folder), seed=7, want=("x",))
+    d, again = PatchDataset(p, seed=7, want=("x",), length=20), PatchDataset(Pyramids(folder), seed=7, want=("x",))
     backwards = {k: again[k] for k in reversed(range(20))}
     assert all(same(d[k], backwards[k]) for k in range(20))
+    assert same(d[10**12], pickle.loads(pickle.dumps(again))[10**12])  # any k, so that resuming needs no state
     other = PatchDataset(p, seed=8, want=("x",))
     assert sum(same(d[k], other[k]) for k in range(20)) < 5
-    assert same(d[10**12], again[10**12])  # any k, so that resuming needs no state
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_read_the_same(folder, context):
-    """Forked and spawned workers, opened maps in the parent."""
-    dataset = PatchDataset(Pyramids(folder), seed=1, want=("x",), length=32)
-    alone = list(DataLoader(dataset, 8))
-    loader = DataLoader(dataset, 8, num_workers=2 if context == "fork" else 1, multiprocessing_context=context)
-    assert all(same(a, b) for a, b in zip(alone, loader, strict=True))
+    loader = DataLoader(d, 4, num_workers=2, multiprocessing_context="fork")
+    assert all(same(a, b) for a, b in zip(DataLoader(d, 4), loader, strict=True))
 
 
 def test_scales_then_patches_are_uniform(folder):
     p = Pyramids(folder)
     d = PatchDataset(p, want=())
-    picks = [d[k] for k in range(3000)]
-    share = np.bincount([x["s"] for x in picks], minlength=5) / 3000
-    assert abs(share - 0.2).max() < 0.03, share  # 4 deviations
+    picks = [d[k] for k in range(2000)]
+    share = np.bincount([x["s"] for x in picks], minlength=5) / 2000
+    assert abs(share - 0.2).max() < 0.036, share  # 4 deviations
     hits = np.bincount([x["slide"] for x in picks if x["s"] == 0], minlength=3)
-    assert abs(hits / hits.sum() - 1 / 3).max() < 0.08
+    assert abs(hits / hits.sum() - 1 / 3).max() < 0.1
     seen = {(x["slide"], *x["ij"].tolist()) for x in picks if x["s"] == 1}
     assert len(seen) == 27  # every patch comes up
     assert len(d) == sum(p.count("train", s) for s in range(5)) and len(PatchDataset(p, length=9)) == 9
@@ -203,7 +184,7 @@ def test_slides_and_scales_without_patches_are_passed_over(copy):
     (copy / "index.json").write_text(json.dumps(index))
     d = PatchDataset(Pyramids(copy), want=())
     d.pyramids.item = lambda k, s, n, want: (k, s, n)
-    picks = {d[k] for k in range(1000)}
+    picks = {d[k] for k in range(600)}
     assert {(k, s) for k, s, _ in picks} == {(k, s) for k in (0, 2) for s in (0, 1, 3, 4)}
     assert {n for k, s, n in picks if (k, s) == (2, 1)} == set(range(9))
 
@@ -289,15 +270,6 @@ def test_a_set_from_before_a_setting_counts_as_its_default(copy):
     assert load_tensors(copy / "test_0001.safetensors")[1] == {"source": source}
     with pytest.raises(UserError, match="seed=0 there, 1 now"):
         data.main(["toy", f"--out={copy}", *SMALL, "--seed=1"])
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    def strips():
-        yield noise(16, 64)
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        data.write_slide(tmp_path / "a.safetensors", strips(), lambda tiles: torch.zeros(len(tiles), 4), 16, 2, {})
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -41,30 +41,33 @@ def test_published_parameter_counts(kind, count):
 @each
 @pytest.mark.parametrize("n", [1, 2, 37])
 def test_interface(name, n):
-    """Logits (C,), attention that sums to 1, in training too; a bag of one. Catches: softmax over the wrong axis."""
-    head, bag = mil.HEADS[name](12, 3), torch.randn(n, 12)
+    """Logits (C,), attention that sums to 1 and goes with its instance, in training too; a bag of one. Catches: softmax
+    over the wrong axis."""
+    head, bag, order = mil.HEADS[name](12, 3), torch.randn(n, 12), torch.randperm(n)
     for mode in (True, False):
         logits, a = head.train(mode)(bag)
         assert logits.shape == (3,) and a.shape in ((n,), (n, 3)) and (a >= 0).all()
         torch.testing.assert_close(a.sum(0), torch.ones(a.shape[1:]))
     assert head.loss(bag, torch.tensor(2)).isfinite()
-
-
-@each
-def test_order_of_instances_does_not_matter(name):
-    head, bag, order = mil.HEADS[name](12, 2).eval(), torch.randn(50, 12), torch.randperm(50)
-    (logits, a), (again, b) = head(bag), head(bag[order])
-    torch.testing.assert_close(logits, again)
-    torch.testing.assert_close(a[order], b)
+    again, b = head(bag[order])
+    torch.testing.assert_close((logits, a[order]), (again, b))
     assert not torch.allclose(logits, head(bag + 1)[0])
+    for bad in (torch.zeros(0, 12), torch.zeros(5, 11), torch.zeros(12)):
+        with pytest.raises(UserError, match=r"takes \(N,12\) with at least one patch"):
+            head(bad)
 
 
 @each
-def test_unusable_bags_are_refused(name):
-    head = mil.HEADS[name](12, 2)
-    for bag in (torch.zeros(0, 12), torch.zeros(5, 11), torch.zeros(12)):
-        with pytest.raises(UserError, match=r"takes \(N,12\) with at least one patch"):
-            head(bag)
+def test_memory_grows_with_the_bag_alone(name):
+    """What a training pass keeps for its gradients. Catches: instances against instances, as in self-attention."""
+    kept = {}
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    head, bag = mil.HEADS[name](64, 2, 32).train(), torch.randn(4000, 64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        head.loss(bag, torch.tensor(1)).backward()
+    assert sum(kept.values()) < 8 * bag.nbytes, (sum(kept.values()), bag.nbytes)
 
 
 def test_heads_compute_their_formulas():
@@ -122,24 +125,24 @@ NEUTRAL = torch.zeros(8), torch.ones(8)
 
 @each
 def test_attention_points_to_the_planted_instance(name):
-    items, keys = planted(90)                                              # 60 to train on, 30 to look at
-    head = mil.fit(mil.HEADS[name], items[:50], items[50:60], NEUTRAL, 2, Cfg(), 0)
+    items, keys = planted(60)                                              # 40 to train on, 20 to look at
+    head = mil.fit(mil.HEADS[name], items[:34], items[34:40], NEUTRAL, 2, Cfg(lr=6e-3, epochs=10), 0)
     found, right = 0, 0
     with torch.no_grad():
-        for (bags, slide, y), key in list(zip(items, keys))[60:]:
+        for (bags, slide, y), key in list(zip(items, keys))[40:]:
             logits, a = head(bags[slide])
             right += int(logits.argmax()) == y
             found += y and int((a if a.ndim == 1 else a[:, 1]).argmax()) == key
-    assert found >= 14 and right >= 27, (found, right)                      # of 15 and 30
+    assert found >= 9 and right >= 17, (found, right)                       # of 10 and 20
 
 
 # ----- 2. Training and cross-validation -----
 
 def test_fit_keeps_the_best_epoch_and_is_deterministic():
     items, _ = planted(30)
-    a, b = (mil.fit(mil.ABMIL, items[:20], items[20:], NEUTRAL, 2, Cfg(), 3) for _ in range(2))
+    a, b = (mil.fit(mil.ABMIL, items[:20], items[20:], NEUTRAL, 2, Cfg(epochs=5), 3) for _ in range(2))
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items()) and not a.training
-    longer = mil.fit(mil.ABMIL, items[:20], items[20:], NEUTRAL, 2, Cfg(epochs=25, patience=25), 3)
+    longer = mil.fit(mil.ABMIL, items[:20], items[20:], NEUTRAL, 2, Cfg(epochs=10), 3)
     with torch.no_grad():
         one, two = (sum(head.loss(bags[s], torch.tensor(y)) for bags, s, y in items[20:]) for head in (a, longer))
     assert two <= one + 1e-5                                               # more epochs never end on a worse one

@@ -4,16 +4,13 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import TINY, quick, vae_of
-from training import same
+from conftest import TINY, quick
 
 import common
-import data
 import sample_joint
 import train
 from common import Ranks, UserError, load_tensors, save_tensors
 from diffusion import ZoomLDM
-from unet import UNet, UNetConfig
 from zoom_vae import VAEConfig, VAEStage
 
 def log(out, stage="ldm"):
@@ -80,8 +77,7 @@ def test_a_finished_run_is_left_alone(toy, run):
 
 def test_each_stage_overfits_one_batch():
     """A broken gradient path would stop the loss from falling. One noise, too, so that it falls fast."""
-    cfg = configured("--vae_steps=24", "--vae_batch=4", "--batch=8", "--vae.width=8", "--summarizer.side=16",
-                     "--vae_crop=0")
+    cfg = configured("--vae_steps=24", "--batch=8", "--summarizer.side=16", "--vae_crop=0")
     cfg.summarizer.embed_dim, cfg.summarizer.scales, cfg.unet.context_dim = 12, 3, 32
     g = torch.Generator().manual_seed(0)
     coarse = torch.randn(4, 3, 4, 4, generator=g).clamp(-1, 1)
@@ -93,10 +89,9 @@ def test_each_stage_overfits_one_batch():
     z, s = torch.randn(8, 3, 8, 8, generator=g), torch.zeros(8, dtype=torch.long)
     tokens, mask = torch.randn(8, 64, 12, generator=g), torch.ones(8, 64, dtype=torch.bool)
     conditions = {"z": z, "tokens": tokens, "mask": mask, "s": s}
-    for net, item, steps, want in ((vae, {"x": x, "s": s[:4]}, 24, 0.8), (ldm, conditions, 16, 0.7),
-                                   (cnn, conditions, 16, 0.7)):
-        opt = torch.optim.AdamW(net.parameters(), 3e-3)
-        losses = []
+    for net, item, steps, want in ((vae, {"x": x, "s": s[:4]}, 24, 0.8), (ldm, conditions, 12, 0.7),
+                                   (cnn, conditions, 12, 0.7)):
+        opt, losses = torch.optim.AdamW(net.parameters(), 3e-3), []
         for step in range(steps):
             loss, values = net(item | net.noise(step if net is vae else 0))
             loss.backward()
@@ -105,17 +100,7 @@ def test_each_stage_overfits_one_batch():
             if net is vae:
                 net.after_step(step + 1, ranks)
             losses.append(float(values["loss"].mean()))
-        assert sum(losses[-5:]) / 5 < want * sum(losses[:3]) / 3, (type(net).__name__, losses[:3], losses[-3:])
-
-
-def test_data_with_deviations_of_its_own(toy, run, tmp_path):
-    """Conditions are divided by the deviations of the training set, whatever set they come from."""
-    data.main(["toy", f"--out={tmp_path}", "--slides=3", "--test=0", "--size=256", "--workers=1", "--seed=5"])
-    own, std = data.Pyramids(tmp_path), data.Pyramids(toy).std
-    used = data.Pyramids(tmp_path, std=std)
-    assert own.std != std == used.std
-    a, b = (p.read(0, 0, 0, ("e",))["e"][:, 0, 0] for p in (own, used))
-    assert torch.allclose(a * torch.tensor(own.std), b * torch.tensor(std), rtol=1e-4, atol=1e-6)
+        assert sum(losses[-5:]) / 5 < want * sum(losses[:3]) / 3, (type(net).__name__, losses)
 
 
 @pytest.mark.parametrize("args, says", [
@@ -123,6 +108,7 @@ def test_data_with_deviations_of_its_own(toy, run, tmp_path):
     (["smoke", "--stepz=3"], "--stepz"),
     (["smoke", "--steps=many"], "expected int"),
     (["gpu24", "--data=/nowhere"], "no index.json"),
+    (["toy", "PHOTOS"], "no index.json"),  # no toys are drawn into a folder that the user named
     (["smoke", "--batch=0"], "at least 1"),
     (["smoke", "--seed=-1"], "at least 0"),
     (["smoke", "--pred=z"], "known are eps"),
@@ -138,50 +124,10 @@ def test_data_with_deviations_of_its_own(toy, run, tmp_path):
     (["smoke", "--device=tpu"], "--device=tpu"),
 ])
 def test_settings_that_cannot_work(args, says, toy, tmp_path):
+    named = {"DATA": f"--data={toy}", "PHOTOS": f"--data={tmp_path / 'photos'}"}
     with pytest.raises(UserError, match=says):
-        train.main([f"--data={toy}" if a == "DATA" else a for a in [*args, f"--out={tmp_path}"]])
+        train.main([named.get(a, a) for a in [*args, f"--out={tmp_path}"]])
     assert not list(tmp_path.iterdir())
-
-
-def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(toy, run, tmp_path, monkeypatch):
-    real = train.lr_at
-
-    def explodes(step, *args):
-        return float("inf") if step == 4 else real(step, *args)
-    monkeypatch.setattr(train, "lr_at", explodes)
-    with pytest.raises(UserError, match="loss is no longer finite at step 6, on samples 20, 21, 22, 23 of"):
-        quick([*TINY, f"--data={toy}", f"--out={tmp_path}", vae_of(run, tmp_path)])
-    tensors, meta = load_tensors(tmp_path / "state.safetensors")
-    assert meta["step"] == 3 and all(torch.isfinite(v).all() for v in tensors.values() if v.is_floating_point())
-
-
-def test_no_steps_trains_the_vae_alone(toy, tmp_path):
-    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--steps=0", "--vae_steps=2", "--vae.width=8"])
-    assert (tmp_path / "vae.safetensors").exists() and not (tmp_path / "ema.safetensors").exists()
-
-
-def test_plot_draws_the_log(run):
-    pytest.importorskip("matplotlib")
-    from experiments import plot
-    plot.main([str(run)])
-    assert (run / "log.png").stat().st_size > 10_000
-
-
-def test_vae_of_another_run(toy, run, tmp_path):
-    quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--steps=0", f"--vae_weights={run}"])
-    assert same(run / "vae.safetensors", tmp_path / "vae.safetensors")
-
-
-def test_no_toys_in_a_folder_the_user_named(tmp_path):
-    with pytest.raises(UserError, match="no index.json"):
-        train.main(["toy", f"--data={tmp_path / 'photos'}", f"--out={tmp_path / 'run'}"])
-    assert not (tmp_path / "photos").exists()
-
-
-def test_a_log_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="could not write"):
-        common.write_line(tmp_path / "file" / "log.jsonl", {}, bool)
 
 
 def test_preset_without_a_vae_asks_for_one(toy, tmp_path):
@@ -205,12 +151,6 @@ def test_drawing_that_cannot_work(run, tmp_path, args, says):
                           if args else [])
 
 
-def test_a_cut_off_model_is_named(run, tmp_path):
-    (tmp_path / "ema.safetensors").write_bytes((run / "ema.safetensors").read_bytes()[:5000])
-    with pytest.raises(UserError, match="ema.safetensors is not a complete safetensors file"):
-        sample_joint.main([str(tmp_path)])
-
-
 def test_every_preset_builds():
     for name in train.PRESETS:
         cfg = train.configure(train.Config, [name], train.PRESETS, ("preset",))
@@ -222,39 +162,6 @@ def test_every_preset_builds():
             assert n == 400_920_579 + (38_656_000 if name == "brca" else 38_653_952) and cfg.vae == VAEConfig()
         if name == "gpu24":
             assert 50e6 < n < 75e6, n
-
-
-def small_unet(**more):
-    """A tiny U-Net of all kinds of layers that hears its condition, and a batch for it."""
-    net = UNet(UNetConfig(16, (1, 2), 1, (2,), 32, groups=4, positions=8, **more))
-    for p in net.parameters():
-        torch.nn.init.normal_(p, 0, 0.1)
-    return net, (torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 65, 32))
-
-
-def test_unet_compiles_as_one_graph():
-    """No graph break, forward and backward, and the same values. Catches: a branch on a tensor, a print, an .item()."""
-    net, batch = small_unet()
-    whole = torch.compile(net, backend="eager", fullgraph=True)
-    want = net(*batch)
-    assert torch.equal(whole(*batch), want)
-    whole(*batch).sum().backward()
-    assert all(p.grad is not None for p in net.parameters())
-    torch._dynamo.reset()
-
-
-def test_checkpointed_activations_give_equal_gradients():
-    """Bit for bit, with fewer activations kept. Catches: a stage that is run twice with another input."""
-    (net, batch), kept, grads = small_unet(), [0, 0], []
-    for on in (0, 1):
-        def pack(x, on=on):
-            kept[on] += x.numel()
-            return x
-        net.cfg.checkpoint = bool(on)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss = net(*batch).square().sum()
-        grads.append(torch.autograd.grad(loss, list(net.parameters())))
-    assert all(torch.equal(a, b) for a, b in zip(*grads)) and kept[1] < 0.5 * kept[0], kept
 
 
 def test_crops_are_where_their_corners_say(toy):

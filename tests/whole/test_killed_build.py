@@ -2,13 +2,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
-from conftest import ROOT
 from PIL import Image
+from training import start
 
 import data
 from slides import strips
@@ -26,16 +24,15 @@ def test_killed_and_started_again(tmp_path, monkeypatch):
         pixels = np.random.default_rng(k).integers(4, 256, (640, 640, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "in" / f"{k}.png", compress_level=1)
     options = [f"--images={tmp_path}/in", "--patch=32", "--scales=4"]
-    process = subprocess.Popen([sys.executable, ROOT / "data.py", "build", *options, f"--out={tmp_path}/a",
-                                "--workers=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process, = start(tmp_path, data.main, ["build", *options, f"--out={tmp_path}/a", "--workers=1"])
     try:
         end = time.time() + 120
         while not ((tmp_path / "a" / "2.png.safetensors").exists() and list((tmp_path / "a").glob(".*.tmp"))):
-            assert process.poll() is None and time.time() < end, "it ended too soon, or hangs"
+            assert process.is_alive() and time.time() < end, "it ended too soon, or hangs"
             time.sleep(0.002)
     finally:
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.join()
     done = len(list((tmp_path / "a").glob("*.safetensors")))
     assert 3 <= done < 6 and json.loads((tmp_path / "a" / "index.json").read_text())["slides"] == []
     data.main(["build", *options, f"--out={tmp_path}/b", "--workers=0"])

@@ -1,14 +1,10 @@
 """Large images on two ranks: the pictures that one draws, windows shared."""
-import os
-from datetime import timedelta
-
-import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from rule import assert_close
+from training import codes, start
 
-from common import load_tensors, save_tensors
+from common import load_tensors, save_tensors, setup
 from diffusion import Schedule
 from large.ranks import open_canvas
 from sample_joint import Level, Resize, sample_levels
@@ -52,38 +48,23 @@ def every_case():
     return out
 
 
-def on_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", timedelta(seconds=120), 2, rank)
-    save_tensors(f"{folder}/{rank}.safetensors", every_case())
-    dist.barrier()
-    os._exit(0)  # two Pythons that tidy up on two cores take seconds
+def on_rank(folder):
+    ranks = setup("cpu", False, 1)
+    save_tensors(f"{folder}/{ranks.rank}.safetensors", every_case())
+    ranks.leave()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """out: what each of two ranks found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(on_rank, (str(folder),), nprocs=2)
-    return [load_tensors(folder / f"{r}.safetensors")[0] for r in range(2)]
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one(ranks):
-    """Every rank gets the whole canvas. Catches: sums that are exchanged twice or not at all, a maximum of one rank's
-    windows."""
-    want = every_case()
+def test_two_ranks_equal_one(tmp_path):
+    """Every rank gets the whole canvas, and asks about its own half of the windows alone; one window is drawn by both.
+    Catches: sums that are exchanged twice or not at all, a maximum of one rank's windows."""
+    want, processes = every_case(), start(tmp_path, on_rank, tmp_path, ranks=2)
+    assert codes(processes) == [0, 0], (tmp_path / "text").read_text()[-2000:]
+    found = [load_tensors(tmp_path / f"{r}.safetensors")[0] for r in range(2)]
     for name in CASES:
-        for r, got in enumerate(ranks):
+        for r, got in enumerate(found):
             assert_close(got[name], want[name], 1e-9, f"{name}, rank {r}")
-        assert torch.equal(ranks[0][name], ranks[1][name])
-
-
-@pytest.mark.slow
-def test_two_ranks_share_the_windows(ranks):
-    """Each asks about its own half alone; one window is drawn by both."""
-    for name in CASES:
-        mine = [{tuple(p) for p in got[f"{name}, corners"].tolist()} for got in ranks]
+        assert torch.equal(found[0][name], found[1][name])
+        mine = [{tuple(p) for p in got[f"{name}, corners"].tolist()} for got in found]
         if name == "one window":
             assert mine == [{(0, 0)}, {(0, 0)}]
         else:
