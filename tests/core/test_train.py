@@ -77,7 +77,7 @@ def test_a_finished_run_is_left_alone(toy, run):
 
 def test_each_stage_overfits_one_batch():
     """A broken gradient path would stop the loss from falling. One noise, too, so that it falls fast."""
-    cfg = configured("--vae_steps=24", "--batch=8", "--summarizer.side=16", "--vae_crop=0")
+    cfg = configured("--vae_steps=24", "--vae.width=8", "--batch=8", "--summarizer.side=16", "--vae_crop=0")
     cfg.summarizer.embed_dim, cfg.summarizer.scales, cfg.unet.context_dim = 12, 3, 32
     g = torch.Generator().manual_seed(0)
     coarse = torch.randn(4, 3, 4, 4, generator=g).clamp(-1, 1)
