@@ -107,17 +107,22 @@ def child(env, text, function, args, more):
     cli(lambda argv: function(*args, **more))
 
 
-def start(folder, function, *args, ranks=1, **more):
-    """Run function(*args, **more) in as many processes; what they print goes to folder/text. out: the processes."""
+def forkserver(method=""):
+    """The context of such processes."""
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     context = get_context("forkserver")
     context.set_forkserver_preload(["training"])
+    return context
+
+
+def start(folder, function, *args, ranks=1, **more):
+    """Run function(*args, **more) in as many processes; what they print goes to folder/text. out: the processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     env = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    started = [context.Process(target=child, args=(env | {"RANK": str(r), "LOCAL_RANK": str(r)}, f"{folder}/text",
-                                                   function, args, more)) for r in range(ranks)]
+    started = [forkserver().Process(target=child, args=(env | {"RANK": str(r), "LOCAL_RANK": str(r)}, f"{folder}/text",
+                                                        function, args, more)) for r in range(ranks)]
     for p in started:
         p.start()
     return started

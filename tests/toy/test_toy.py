@@ -1,13 +1,11 @@
 """toy/: the drawing, the command, the descriptor, and that it tells the toy tissues and nuclei densities apart."""
 import json
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training import forkserver
 
 import data
 from common import UserError
@@ -15,7 +13,7 @@ from data import Pyramids
 from experiments.metrics import auc
 from slides import encoders
 from summarizer import standardize
-from toy import descriptor, task, tissue
+from toy import descriptor, make, task, tissue
 from toy.descriptor import PARTS, Stats
 from toy.tissue import TISSUES, toy_slide
 
@@ -43,7 +41,7 @@ def test_toy_slide_is_a_function_of_its_seed():
 
 
 def test_toy_slide_has_all_tissues_and_nuclei_where_they_say():
-    share = np.mean([np.bincount(toy_slide(k, 512)[1].ravel(), minlength=4) / 128**2 for k in range(6)], 0)
+    share = np.mean([np.bincount(toy_slide(k, 512)[1].ravel(), minlength=4) / 128**2 for k in range(4)], 0)
     assert (share > 0.05).all(), share
     image, region, nuclei = toy_slide(0, 512)
     x, y, _ = nuclei.astype(int).T
@@ -60,7 +58,7 @@ def test_preview(tmp_path, capsys):
 
 def test_labels_of_the_task_follow_the_structures(tmp_path):
     """Apart from the noise; both kinds occur in every slide, and neither alone tells the label."""
-    drawn = [task.structures(k, 512) for k in range(400)]
+    drawn = [task.structures(k, 512) for k in range(300)]
     for duct, large, _, true in drawn:
         assert true == (duct & large).any() and 0 < duct.sum() < 4 and 0 < large.sum() < 4
     true = np.array([d[3] for d in drawn])
@@ -100,7 +98,8 @@ def test_deviations_come_from_training_tiles(tmp_path):
     torch.testing.assert_close(torch.tensor(std), want, atol=1e-5, rtol=1e-4)
 
 
-def test_two_processes_draw_the_same(tmp_path):
+def test_two_processes_draw_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "get_context", forkserver)  # spawned ones would import torch, in seconds
     for workers in (1, 2):
         data.main(["toy", f"--out={tmp_path / str(workers)}", *SMALL, f"--workers={workers}"])
     for file in (tmp_path / "1").iterdir():
@@ -123,51 +122,37 @@ def test_an_encoder_of_your_own(tmp_path, monkeypatch):
     torch.testing.assert_close(p.tensor(1, "e").float(), want, atol=1e-3, rtol=0)
 
 
-def test_the_toy_needs_no_other_room(root, tmp_path):
-    """catches: slides imported for the encoder `stats`."""
-    for name in ("common.py", "summarizer.py", "data.py"):
-        shutil.copy(root / name, tmp_path)
-    shutil.copytree(root / "toy", tmp_path / "toy")
-    done = subprocess.run([sys.executable, "data.py", "toy", *SMALL], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and (tmp_path / "data" / "toy" / "index.json").exists(), done.stderr
-
-
 # ----- 3. The descriptor -----
-
-def tiles(n=4, side=64, seed=0):
-    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
-
 
 def part(e, name):
     at = sum(list(PARTS.values())[:list(PARTS).index(name)])
     return e[:, at:at + PARTS[name]]
 
 
-@pytest.mark.parametrize("side", [16, 80, 256])
+@pytest.mark.parametrize("side", [16, 80])
 def test_any_multiple_of_16(side):
-    x = tiles(3, side).requires_grad_()
+    """A tile does not depend on its batch, and has a gradient, which inversion needs; other shapes are refused."""
+    x = torch.rand(3, 3, side, side).requires_grad_()
     e = Stats()(x)
     assert e.shape == (3, Stats.embed_dim) and e.dtype == torch.float32 and torch.isfinite(e).all()
-    assert torch.equal(e, Stats()(x))
-    torch.testing.assert_close(e[1:2], Stats()(x[1:2]))  # a tile does not depend on its batch
+    torch.testing.assert_close(e[1:2], Stats()(x[1:2]))
     e.square().sum().backward()
-    assert torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0  # inversion needs it
+    assert torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
+    for bad in (x[0], x[:, :1], x[..., 1:]):
+        with pytest.raises(UserError, match="multiples of 16"):
+            Stats()(bad)
 
 
 def test_divides_by_the_training_deviation_without_centring():
-    x, std = tiles(), torch.linspace(0.5, 2, Stats.embed_dim)
+    x, std = torch.rand(8, 3, 64, 64), torch.linspace(0.5, 2, Stats.embed_dim)
     torch.testing.assert_close(Stats(std.tolist())(x), Stats()(x) / std)
-    fitted = Stats.fit([tiles(4, seed=1), tiles(4, seed=2)])
-    raw = Stats()(torch.cat([tiles(4, seed=1), tiles(4, seed=2)]))
-    torch.testing.assert_close(fitted, raw.std(0, correction=0).clamp_min(0.01))
-    plain = Stats.fit([torch.ones(4, 3, 16, 16)])
-    assert (plain == 0.01).all()  # never zero, nothing explodes
+    torch.testing.assert_close(Stats.fit(x.split(4)), Stats()(x).std(0, correction=0).clamp_min(0.01))
+    assert (Stats.fit([torch.ones(4, 3, 16, 16)]) == 0.01).all()  # never zero, nothing explodes
 
 
-def test_numbers_mean_what_they_are_called():
+def test_numbers_mean_what_they_are_called(capsys):
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
-    up, across = (0.5 + 0.3 * torch.sin(v / 3).expand(1, 3, 64, 64) for v in (x, y))
-    a, b = Stats()(up), Stats()(across)
+    a, b = (Stats()(0.5 + 0.3 * torch.sin(v / 3).expand(1, 3, 64, 64)) for v in (x, y))
     assert (part(a, "edge orientation")[0, 0::2] > 0).all() and (part(b, "edge orientation")[0, 0::2] < 0).all()
     energy, turned = (part(e, "edge energy").view(3, 2, 2) for e in (a, b))  # octave, quadrant
     torch.testing.assert_close(energy, turned.mT, atol=1e-5, rtol=1e-4)
@@ -177,35 +162,26 @@ def test_numbers_mean_what_they_are_called():
     torch.testing.assert_close(part(e, "colour mean")[0], torch.tensor([0.25, 0, 0]))
     layout = part(e, "colour layout").view(2, 4, 4)
     assert (layout[0, 0] == 1).all() and layout.sum() == 4
-
-
-@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 1, 64, 64), (1, 3, 64, 60)])
-def test_wrong_tiles(shape):
-    with pytest.raises(UserError, match="multiples of 16"):
-        Stats()(torch.zeros(shape))
-
-
-def test_table_of_the_numbers(capsys):
     descriptor.main([])
     assert f"-> e (4, {Stats.embed_dim})" in capsys.readouterr().out
 
 
 def labelled(seeds):
-    """Descriptors (n,96), area shares (n,4) and nuclei counts (n,) of all tiles of some slides."""
+    """Descriptors (n,96), area shares (n,4) and nuclei counts (n,) of all tiles of some slides of 512 px."""
     e, share, count = [], [], []
     for seed in seeds:
-        image, region, nuclei = toy_slide(seed)
+        image, region, nuclei = toy_slide(seed, 512)
         e.append(Stats()(base_tiles(image, 64)))
-        region = torch.from_numpy(region.reshape(16, 16, 16, 16).swapaxes(1, 2).reshape(256, 256).copy())
+        region = torch.from_numpy(region.reshape(8, 16, 8, 16).swapaxes(1, 2).reshape(64, 256).copy())
         share.append(torch.stack([(region == k).float().mean(1) for k in range(len(TISSUES))], 1))
-        cell = (nuclei[:, 1] // 64).astype(int) * 16 + (nuclei[:, 0] // 64).astype(int)
-        count.append(torch.from_numpy(np.bincount(cell, minlength=256)).float())
+        cell = (nuclei[:, 1] // 64).astype(int) * 8 + (nuclei[:, 0] // 64).astype(int)
+        count.append(torch.from_numpy(np.bincount(cell, minlength=64)).float())
     return torch.cat(e), torch.cat(share), torch.cat(count)
 
 
 def test_one_nearest_neighbour_tells_tissue_and_density():
     """On the whole toy set (128 training, 24 test slides): tissue 99.9 %, terciles 82 %. Fewer neighbours here."""
-    (e, share, count), (e2, share2, count2) = labelled(range(5000, 5006)), labelled(range(6000, 6002))
+    (e, share, count), (e2, share2, count2) = labelled(range(5000, 5010)), labelled(range(6000, 6004))
     std = e.std(0).clamp_min(0.01)
     e, e2 = (standardize((v / std)[:, :, None, None])[:, :, 0, 0] for v in (e, e2))
 
@@ -216,4 +192,4 @@ def test_one_nearest_neighbour_tells_tissue_and_density():
     cuts = torch.quantile(count[count > 0], torch.tensor([1 / 3, 2 / 3]))
     density = agree(torch.bucketize(count, cuts), torch.bucketize(count2, cuts), count > 0, count2 > 0)
     print(f"1-NN: tissue {tissues:.3f}, nuclei-density terciles {density:.3f}")
-    assert tissues >= 0.95 and density >= 0.72
+    assert tissues >= 0.95 and density >= 0.7
