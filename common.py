@@ -300,7 +300,7 @@ def setup(device="auto", amp=True, threads=0):
         torch.cuda.set_device(device)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)  # not where bf16 is slower
     if world > 1 and not dist.is_initialized():
-        from large.torchrun import join
+        from large.ranks import join
         join(rank, world, device)
     return Ranks(rank, world, device, torch.bfloat16 if amp and fast else None)
 

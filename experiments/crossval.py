@@ -16,13 +16,11 @@ from zlib import crc32
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from tqdm import tqdm
 
-import mil
-from common import UserError, at_least, cli, configure, generator, load_meta, load_tensors, save_tensors, write_text
+from common import UserError, at_least, cli, configure, load_meta, load_tensors, save_tensors, write_text
 from experiments.folds import Labels, few, make_splits, read_splits
+from mil import HEADS, cross_validate
 from slides.bags import files_of, open_bags, views
 
 @dataclass
@@ -43,7 +41,6 @@ class Config:
     lr: float = 5e-4           # of Adam; published: 2e-4 (CLAM), 1e-4 (DSMIL)
     dropout: float = 0.25
     seed: int = 0
-    shuffle: bool = False      # shuffle the labels: every AUC should lie near 0.5
     bootstrap: int = 1000      # draws of patients for the intervals
     workers: int = 2           # processes
     # map
@@ -54,36 +51,7 @@ class Config:
 # settings that change no single job
 FREE = ("features", "out", "heads", "views", "seeds", "fraction", "bootstrap", "workers", "slide", "data", "image")
 
-# ----- 1. Floors to compare heads with -----
-
-class MeanPool(nn.Module):
-    """The mean of all embedded patches, then a linear layer; attention is even."""
-    adam = mil.ABMIL.adam
-
-    def __init__(self, K, C, width=512, dropout=0.25):
-        super().__init__()
-        self.K, self.C = K, C
-        self.embed = nn.Sequential(nn.Linear(K, width), nn.ReLU(inplace=True), nn.Dropout(dropout))
-        self.out = nn.Linear(width, C)
-
-    def forward(self, bag):
-        h = self.embed(mil.checked(bag, self.K))                           # (N,width)
-        return self.out(h.mean(0)), torch.full_like(h[:, 0], 1 / len(h))
-
-    def loss(self, bag, y):
-        return F.cross_entropy(self(bag)[0], y)
-
-class MaxPool(MeanPool):
-    """The maximum over patches of each embedded channel; attention is the share of channels a patch is the maximum of.
-    (The maximum of the patches' logits trains badly: a patch that starts low is never looked at.)"""
-
-    def forward(self, bag):
-        h, at = self.embed(mil.checked(bag, self.K)).max(0)                # (width,), (width,)
-        return self.out(h), torch.bincount(at, minlength=len(bag)) / len(h)
-
-HEADS = mil.HEADS | {"mean": MeanPool, "max": MaxPool}
-
-# ----- 2. One cross-validation: a head on one view of one folder -----
+# ----- 1. One cross-validation: a head on one view of one folder -----
 
 @dataclass
 class Job:
@@ -103,12 +71,7 @@ class Job:
         return out_of(self.cfg) / name.replace(" ", "_")
 
     def labels(self):
-        """The labels of the slides; shuffled, if cfg says so, differently in each repetition."""
-        labels = Labels(self.cfg.labels, [f.stem for f in files_of(self.folder)])
-        if self.cfg.shuffle:
-            rng = generator(self.cfg.seed, self.repeat, 9)
-            labels.y = labels.y[torch.randperm(len(labels.y), generator=rng)]
-        return labels
+        return Labels(self.cfg.labels, [f.stem for f in files_of(self.folder)])
 
     def splits(self, labels):
         cfg = self.cfg
@@ -139,7 +102,7 @@ def run_job(job):
         return path
     torch.set_num_threads(1)
     bags = open_bags(job.folder, job.view)
-    scores, fold, heads = mil.cross_validate(HEADS[job.head], [bags], bags, labels, splits, job.cfg, job.repeat)
+    scores, fold, heads = cross_validate(HEADS[job.head], [bags], bags, labels, splits, job.cfg, job.repeat)
     tensors = {"scores": scores, "fold": fold, "y": labels.y}
     for k, (head, scaler) in enumerate(heads if job.repeat == 0 else ()):
         tensors |= {f"head.{k}.{key}": value for key, value in head.state_dict().items()}
@@ -147,7 +110,7 @@ def run_job(job):
     save_tensors(path, tensors, meta)
     return path
 
-# ----- 3. What the scores are worth -----
+# ----- 2. What the scores are worth -----
 
 def weighted_auc(scores, y, fold, weights):
     """AUC where slide i counts weights[:,i] times: mean over folds, and over classes if there are more than two.
@@ -182,7 +145,7 @@ def interval(draws):
     low, high = limits(draws)
     return f"{float(draws[0]):.3f} [{low:.2f},{high:.2f}]"
 
-# ----- 4. Tables -----
+# ----- 3. Tables -----
 
 def folders_of(cfg):
     """The folders of features. raises: UserError for settings that do not do, or folders of different slides."""
@@ -239,9 +202,9 @@ def measured(cfg, jobs, files, patients):
 def show(cfg, fraction, folds, draws, right, pairs):
     """Print one table, and below it how much features differ. pairs: which ones to compare; None: all."""
     heads, names = heads_of(cfg), list(dict.fromkeys(name for name, _, _ in draws))
-    width, shuffled = max(map(len, names)) + 2, ", LABELS SHUFFLED" if cfg.shuffle else ""
+    width = max(map(len, names)) + 2
     print(f"\nAUC [95 % interval over patients] and accuracy, mean of {cfg.seeds} x {folds} folds, {fraction:.0%} of "
-          f"the training slides{shuffled}")
+          f"the training slides")
     print(" " * width + "".join(f"{head:>27}" for head in heads))
     for name in names:
         cells = [f"{interval(draws[name, h, fraction]):>21} {right[name, h, fraction]:.3f}" for h in heads]

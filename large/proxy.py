@@ -5,9 +5,9 @@ from the decoder in half a minute, and their gradient costs next to nothing, so 
 Reductions beyond 4 follow by `Resize`. Its pupils are noisy estimates of every t, which is what it will be asked about.
 
 in:  scaled latents (B,3,h,w)   out: images (B,3,h,w) in [-1,1], and RUN/proxy.safetensors
-run: python -m large.proxy out/toy     read next: large/command.py
+read next: large/command.py
 """
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from common import UserError, cli, configure, generator, load_tensors, save_tensors, setup
-from data import PatchDataset, Pyramids
-from diffusion import ZoomLDM, to_eps, to_x0
+from common import UserError, generator, load_tensors, save_tensors
+from data import PatchDataset
+from diffusion import to_eps, to_x0
 from sample_joint import Resize, full_precision
 
 class Proxy(nn.Module):
@@ -63,9 +63,9 @@ def guide(level, z, t, ab, K, lam, delta, zeta):
     return z, z0, to_eps(z0, z, ab, "x0")
 
 @torch.no_grad()
-def lesson(model, pyramids, split, n, guidance, seed, ranks, t=None):
-    """What a sampler would ask: estimates z0_hat (n,3,h,w) from latents noised to random t (or to this one), and what
-    the decoder makes of them, reduced (n,3,h,w). All scales in turn."""
+def lesson(model, pyramids, split, n, guidance, seed, ranks):
+    """What a sampler would ask: estimates z0_hat (n,3,h,w) from latents noised to random t, and what the decoder
+    makes of them, reduced (n,3,h,w). All scales in turn."""
     data, A = PatchDataset(pyramids, split, seed, want=("x",)), Resize(model.vae.factor)
     z, x = [], []
     for k in range(0, n, 32):
@@ -75,10 +75,7 @@ def lesson(model, pyramids, split, n, guidance, seed, ranks, t=None):
         with ranks.autocast():
             z0 = model.encode(image).float()
             c = model.summarizer(tokens, mask, s).float()
-            ts = torch.randint(1000, (len(z0),), generator=rng)
-            if t is not None:
-                ts = torch.full_like(ts, t)
-            ts = ts.to(z0.device)
+            ts = torch.randint(1000, (len(z0),), generator=rng).to(z0.device)
             noise = torch.randn(z0.shape, generator=rng).to(z0)
             z_t = model.schedule.q_sample(z0, ts, noise)
             eps = model.guided(c, guidance)(z_t, ts)
@@ -118,7 +115,7 @@ def fingerprint(model):
     parts = (model.unet.conv_out.weight, model.vae.decoder.conv_out.weight)
     return sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in parts)).hexdigest()[:16]
 
-def load(folder, model, pyramids, ranks, guidance=2.0):
+def load(folder, model, pyramids, ranks):
     """The proxy of a run, saved beside the model; fitted now if there is none, or one of another model, to `pyramids`
     (None: refused then)."""
     path = Path(folder) / "proxy.safetensors"
@@ -133,44 +130,9 @@ def load(folder, model, pyramids, ranks, guidance=2.0):
     if pyramids is None:
         raise UserError(f"{path} is missing, or of another model, and there is no data to fit one to: give --data=, "
                         f"what the run was trained on, or another --guide")
-    proxy = fit(model, pyramids, ranks, guidance=guidance)
+    proxy = fit(model, pyramids, ranks)
     if ranks.rank == 0:
         save_tensors(path, proxy.state_dict(), {"model": fingerprint(model)})
         print(f"wrote {path}")
     ranks.barrier()
     return proxy
-
-@dataclass
-class Config:
-    run: str = ""           # run folder
-    data: str = ""          # data folder; default: the one the run was trained on
-    n: int = 256            # held-out patches to measure on
-    guidance: float = 2.0
-    device: str = "auto"
-    threads: int = 0
-
-def grey(x):
-    """Root of the mean square, in grey levels."""
-    return float(x.square().mean().sqrt()) * 127.5
-
-def main(argv):
-    """Fit if need be, and print the error on estimates of held-out slides at seven t."""
-    cfg = configure(Config, argv, words=("run",), doc=__doc__)
-    if not cfg.run:
-        raise UserError("say which run: python -m large.proxy out/toy")
-    ranks = setup(cfg.device, threads=cfg.threads)
-    model = ZoomLDM.from_run(cfg.run).to(ranks.device)
-    pyramids = Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
-    proxy = load(cfg.run, model, pyramids, ranks, cfg.guidance)
-    size = sum(p.numel() for p in proxy.parameters())
-    print(f"{size:,} parameters; on estimates of held-out patches: rms error in grey levels (and its share of the "
-          f"deviation within patches)\n{'t':>5}{'reduced 4x':>12}{'share':>8}{'8x':>8}{'16x':>8}")
-    for t in (0, 100, 300, 500, 700, 900, 999):
-        z, x = lesson(model, pyramids, "test", cfg.n, cfg.guidance, 2, ranks, t)
-        off = proxy(z) - x
-        wrong = [grey(F.avg_pool2d(off, k)) for k in (1, 2, 4)]
-        share = wrong[0] / grey(x - x.mean((2, 3), keepdim=True))
-        print(f"{t:>5}{wrong[0]:>12.2f}{share:>8.3f}{wrong[1]:>8.2f}{wrong[2]:>8.2f}", flush=True)
-
-if __name__ == "__main__":
-    cli(main)

@@ -1,13 +1,15 @@
-"""A canvas whose windows are shared over the ranks of torchrun.
+"""The processes that torchrun starts, joined over gloo on CPUs and nccl on GPUs; a canvas whose windows they share.
 
 Every rank holds the whole canvas and asks its networks about its own windows; sums go round. In float64 they hardly
 depend on their order, so that two ranks draw what one draws.
 
 run: torchrun --standalone --nproc_per_node=2 sample_joint.py out/toy --size=1024     read next: large/windows.py
 """
+import os
+from datetime import timedelta
+
 import torch.distributed as dist
 
-from common import cli
 from sample_joint import Canvas
 
 class RankCanvas(Canvas):
@@ -31,9 +33,13 @@ def open_canvas(*args, **options):
     ranks = dist.is_available() and dist.is_initialized()
     return (RankCanvas if ranks else Canvas)(*args, **options)
 
-def main(argv):
-    canvas = open_canvas(32, 32, 16, 4)
-    print(f"a canvas of 32 x 32 latents has windows of 16 x 16 at {canvas.ij}")
-
-if __name__ == "__main__":
-    cli(main, __doc__)
+def join(rank, world, device):
+    """Start the process group of `world` ranks, of which this one is `rank`."""
+    wait, store = timedelta(hours=2), None
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        # torchrun on one node, whose store outlives a restart of the ranks (PyTorch 2.13): they must not find the
+        # addresses of those that are dead
+        store = next(dist.rendezvous("env://", timeout=wait))[0]
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world)

@@ -4,7 +4,7 @@ A `Grid` holds one embedding per base tile under the image; `--swap` and `--past
 drawn there (L §3.2).
 
 in:  Conditions, settings of a large image   out: a Grid, as windows ask it for conditions
-run: python -m large.reference     what two edits do to a grid     read next: large/ranks.py
+read next: large/ranks.py
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from cdm import load_conditioner
-from common import UserError, cli, load_tensors
+from common import UserError, load_tensors
 from data import Pyramids
 from large.windows import Grid
 from slides.encoders import embed, load_encoder
@@ -154,11 +154,3 @@ def edited(e, cfg):
     for block in pastes:
         e = pasted(e, *block)
     return e
-
-def main(argv):
-    for swap, paste in (("", ""), ("0,0:2,3", ""), ("", "0,0:1,2:2,2")):
-        e = edited(torch.arange(12.0).view(1, 3, 4), Conditions(swap=swap, paste=paste))
-        print(f"swap={swap!r} paste={paste!r}:", *e[0].int().tolist(), sep="\n  ")
-
-if __name__ == "__main__":
-    cli(main, __doc__)

@@ -3,21 +3,19 @@
 common.py opens this door where there is a file to look at.
 
 in:  a file of a run   out: nothing, or a sentence that says what to do
-run: python -m large.resume RUN       the settings of its newest checkpoint     read next: train.py
+read next: train.py
 """
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 
 from safetensors import SafetensorError
 
-from common import UserError, checksum, cli, load_meta, load_tensors, newest_state, previous
+from common import UserError, checksum, load_meta, load_tensors, previous
 
 # what may differ when a run goes on: it changes where, how long and how loud it runs, not what it computes
 FREE = {"preset", "out", "device", "threads", "workers", "compile", "unet.checkpoint", "steps", "micro", "log_every",
-        "sample_every", "save_every", "run", "sheet",
-        "channels_last", "plot", "toy", "keep", "max_skips", "profile"}
+        "sample_every", "save_every", "run", "sheet"}
 GONE = {"disc_weight": 0.0, "lpips": "", "shares": []}  # settings of earlier versions that did change it
 
 def flat(settings, start=""):
@@ -70,16 +68,3 @@ def fall_back(path, ranks=None):
             if path.exists():
                 os.replace(path, f"{path}.damaged")
     return file, tensors, meta
-
-def main(argv):
-    if len(argv) != 1:
-        raise UserError(f"got {argv}: write python -m large.resume RUN")
-    found = newest_state(Path(argv[0], "state.safetensors"))
-    if found is None:
-        raise UserError(f"no checkpoint in {argv[0]}: give the folder of a training")
-    print(f"{found[0]}: step {found[2]['step']}")
-    for name, value in flat(found[2]["settings"]).items():
-        print(f"  {name}={value}")
-
-if __name__ == "__main__":
-    cli(main, __doc__)

@@ -1,7 +1,7 @@
 """A trained model behind the windows of sample_joint.py: their conditions, their eps, and decoding without a seam.
 
 in:  a ZoomLDM, embeddings of a region   out: `prepare`, Levels to sample; `decode_strips`, pixels from top to bottom
-run: python -m large.windows     conditions between tiles     read next: large/command.py
+read next: large/command.py
 """
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import default_collate
 
-from common import UserError, cli, generator
+from common import UserError, generator
 from diffusion import null_condition, with_guidance
 from large.ranks import open_canvas
 from sample_joint import Level, Resize, full_precision, ramps, starts
@@ -177,11 +177,3 @@ def decode_strips(decode, z, side, overlap, batch=8):
         ready = (after - i) * k
         carry = strip[..., ready:, :]
         yield strip[..., :ready, :].clamp(-1, 1)
-
-def main(argv):
-    grid = Grid(torch.randn(8, 3, 4, generator=generator(0)))
-    for i, j in ((1, 2), (1.25, 2), (1.25, 2.5)):
-        print(f"a window at tile ({i}, {j}): e[:4] = {[round(v, 2) for v in grid(0, i, j)[:4, 0, 0].tolist()]}")
-
-if __name__ == "__main__":
-    cli(main, __doc__)

@@ -1,7 +1,5 @@
 """Bags: the features of each slide, ours or what other tools wrote.
 
-    python -m slides.bags FILE     what a file of features holds
-
 in:  a folder of .safetensors, .pt, .npy or .h5 files   out: features (N,K) float32, a slide at a time
 """
 from functools import lru_cache
@@ -10,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import UserError, cli, load_tensors
+from common import UserError, load_tensors
 
 # ----- 1. One file -----
 
@@ -134,14 +132,3 @@ def one_scale(x, coords, meta, s):
 def open_bags(folder, view):
     """Bags that stay open, for what is asked for again and again."""
     return Bags(folder, view)
-
-def main(argv):
-    if len(argv) != 1:
-        raise UserError("say which file: python -m slides.bags FILE")
-    x, coords, meta = read_bag(argv[0])
-    print(f"{argv[0]}: {len(x)} patches, features of width {x.shape[1]}, mean {x.mean():.3g}, deviation {x.std():.3g}")
-    where = "none" if coords is None else f"from {coords.amin(0).tolist()} to {coords.amax(0).tolist()}"
-    print(f"coordinates: {where}", *(f"{key}: {value}" for key, value in meta.items()), sep="\n")
-
-if __name__ == "__main__":
-    cli(main, __doc__)

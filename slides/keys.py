@@ -5,13 +5,12 @@ are read off single tensors. Every key is then held against the model, so that o
 another shape is named.
 
 in:  a state dict, published name -> tensor, below a prefix   out: our model in eval mode, on the state dict's device
-run: python -m slides.keys CHECKPOINT     what a whole published checkpoint holds
 """
 from functools import partial
 
 import torch
 
-from common import UserError, cli
+from common import UserError
 from diffusion import ZoomLDM
 from slides.weights import check_official, load_official, load_state_dict
 from summarizer import Summarizer, SummarizerConfig
@@ -269,13 +268,3 @@ def load_cdm(source, model=None, heads=None):
     if model is not None:
         made.check_fit(model, "the published file")
     return made.eval().requires_grad_(False)
-
-def main(argv):
-    if len(argv) != 1:
-        raise UserError(f"got {argv}: write python -m slides.keys CHECKPOINT")
-    model = ZoomLDM.from_official(argv[0])
-    for part in (model.vae, model.summarizer, model.unet):
-        print(f"{type(part).__name__:<12}{sum(p.numel() for p in part.parameters()):>14,} parameters  {part.cfg}")
-
-if __name__ == "__main__":
-    cli(main, __doc__)

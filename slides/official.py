@@ -6,7 +6,7 @@ root/1x/17_vae.npy beside 17_dino_grid.npy) and gives the items that pyramids gi
 python data.py build --images=SLIDE --features=FILE_OR_FOLDER takes them instead of an encoder.
 
 in:  a folder; or SLIDE.h5, SLIDE.pt   out: items with tokens (64,E), mask (64,), s, z (3,h,w); or a grid (Gh,Gw,E)
-run: python -m slides.official FOLDER_OR_FILE     says what is there     read next: slides/build.py
+read next: slides/build.py
 """
 import io
 from math import gcd, isqrt
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import UserError, cli
+from common import UserError
 from data import GRID, Pyramids
 from summarizer import pack_grid, standardize
 
@@ -189,19 +189,3 @@ def read_features(path, side=0):
     there = torch.zeros(h * w, dtype=torch.bool)
     there[index] = True
     return e.view(h, w, -1), there.view(h, w), tuple(origin.tolist()), side
-
-def main(argv):
-    if len(argv) != 1:
-        raise UserError("say what to look at: python -m slides.official FOLDER_OR_FILE")
-    if Path(argv[0]).is_dir():
-        data = Samples(argv[0])
-        print(f"{data.layout}: {data.encoder} embeddings of {data.embed_dim} numbers, latents for {data.patch} pixels, "
-              f"pictures: {data.images}")
-        for name, ids in zip(data.folders, data.ids):
-            print(f"{name:>9}: {len(ids):,} samples")
-    else:
-        e, there, origin, side = read_features(argv[0])
-        print(f"{there.sum()} tiles of {side} pixels on a grid {tuple(e.shape)} that starts at {origin}")
-
-if __name__ == "__main__":
-    cli(main, __doc__)

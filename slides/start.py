@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, cli
+from common import UserError
 from slides.keys import VAE, has, load_vae, start_unet
 from slides.weights import load_state_dict
 from unet import UNet
@@ -61,9 +61,3 @@ def check_start(base, cfg, pyramids):
     if there != here or base.info.get("std") != pyramids.std:
         raise UserError(f"{cfg.data} does not suit --init_from={cfg.init_from}: embeddings by {here[0]}, {here[1]} "
                         f"wide, at {here[2]} scales, not by {there[0]}, {there[1]} wide, at {there[2]}; build it alike")
-
-def main(argv):
-    raise UserError("this file is a part of train.py: python train.py PRESET --init_from=RUN_OR_FILE")
-
-if __name__ == "__main__":
-    cli(main, __doc__)

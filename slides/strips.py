@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from common import UserError, cli
+from common import UserError
 from slides.encoders import embed, load_encoder
 from slides.official import read_features
 from slides.reader import CACHE, MAX_PIXELS, VENDORS, open_slide
@@ -270,6 +270,3 @@ def workers(n):
                         "--workers, it goes on where it stopped") from err
     finally:
         torch.set_num_threads(threads)
-
-if __name__ == "__main__":
-    cli(lambda argv: print(__doc__), __doc__)

@@ -1,14 +1,14 @@
 """Read checkpoints of others: files of tensors alone, and whether every key has its place in a model of ours.
 
 in:  a .safetensors, .ckpt, .pt, .pth or .bin file   out: a flat state dict, published name -> tensor
-run: python -m slides.weights FILE      lists what it holds     read next: slides/keys.py
+read next: slides/keys.py
 """
 from pathlib import Path
 from textwrap import shorten
 
 import torch
 
-from common import UserError, cli, load_tensors
+from common import UserError, load_tensors
 
 # old checkpoints name these classes beside their tensors; they are read as empty classes that do nothing
 INERT = [type("Namespace", (), {"__module__": "argparse"}),
@@ -72,12 +72,3 @@ def common_count(state, start):
     """1 + the largest number that follows `start` in the keys; 0 if there is none."""
     numbers = [k[len(start):].split(".")[0] for k in state if k.startswith(start)]
     return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
-
-def main(argv):
-    if len(argv) != 1:
-        raise UserError(f"got {argv}: write python -m slides.weights FILE")
-    for name, value in load_state_dict(argv[0]).items():
-        print(f"{name:<80}{tuple(getattr(value, 'shape', ()))}")
-
-if __name__ == "__main__":
-    cli(main, __doc__)

@@ -4,14 +4,11 @@ A caption says in coarse words how much of each tissue there is, and where it li
 put together in many ways should also understand them put together in others.
 
 in:  region (h,w), indices of TISSUES   out: a sentence, the same for the same random.Random
-run: python -m text.wording     captions of a toy slide     read next: tissues.py
+read next: tissues.py
 """
-import random
-
 import numpy as np
 
-from common import cli
-from toy.tissue import TISSUES, toy_slide
+from toy.tissue import TISSUES
 
 # ----- 1. The vocabulary -----
 
@@ -106,12 +103,3 @@ def describe(region, rng):
         said = [part[0].upper() + part[1:] for part in said]
     text = join.join(said)
     return text[0].upper() + text[1:] + "." if join == ". " or rng.random() < 0.5 else text
-
-def main(argv):
-    region, rng = toy_slide(0, 512)[1], random.Random(0)
-    print("shares of the area: " + ", ".join(f"{t} {share:.2f}" for t, share in zip(TISSUES, shares_of(region))))
-    for _ in range(8):
-        print(describe(region, rng))
-
-if __name__ == "__main__":
-    cli(main, __doc__)

@@ -4,14 +4,14 @@ They carry what a toy slide shows, so that the whole pipeline runs on a laptop. 
 slides/encoders.py.
 
 in:  tiles (B,3,P,P) float in [0,1], P a multiple of 16   out: e (B,96)
-run: python -m toy.descriptor     what each number is     read next: toy/make.py
+read next: toy/make.py
 """
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, cli
+from common import UserError
 
 LAYOUT = 4                        # layout of red and green on a 4x4 sub-grid; blue hardly varies under these stains
 QUADS = 2                         # edges, and a coarse histogram, on a 2x2 sub-grid
@@ -95,14 +95,3 @@ def edges(grey):
         orientation.append((tensor[:, 1:] / (root + 0.01)).mean((2, 3)))        # back to the unit of a gradient
         grey = F.avg_pool2d(grey, 2)
     return torch.cat(energy, 1), torch.cat(orientation, 1)
-
-def main(argv):
-    at = 0
-    for name, n in PARTS.items():
-        print(f"{name:<20}{n:>4} numbers, from number {at} on")
-        at += n
-    tiles = torch.rand(4, 3, 64, 64)
-    print(f"tiles {tuple(tiles.shape)} -> e {tuple(Stats()(tiles).shape)}")
-
-if __name__ == "__main__":
-    cli(main, __doc__)

@@ -134,23 +134,6 @@ def test_patients_are_drawn_whole():
     assert (w[1:, [0, 1, 3]].sum(1) == 3).all() and abs(float(w[1:].mean()) - 1) < 0.1
 
 
-def test_floors():
-    """Mean and maximum of embedded instances; even attention, and the share of channels an instance leads in."""
-    x = torch.randn(10, 4)
-    head = crossval.MeanPool(4, 2, 6).eval()
-    logits, a = head(x)
-    torch.testing.assert_close(logits, head.out(head.embed(x).mean(0)))
-    torch.testing.assert_close(a, torch.full((10,), 0.1))
-    head = crossval.MaxPool(4, 2, 6).eval()
-    logits, a = head(x)
-    h = head.embed(x)
-    torch.testing.assert_close(logits, head.out(h.amax(0)))
-    want = torch.tensor([sum(float(h[:, j].argmax() == i) for j in range(6)) / 6 for i in range(10)])
-    torch.testing.assert_close(a, want)
-    with pytest.raises(UserError, match=r"takes \(N,4\) with at least one patch"):
-        head(x[:0])
-
-
 def cv(folder, out, *more):
     argv = ["cv", f"--features={folder / 'pt'}", f"--labels={folder / 'labels.csv'}", f"--out={out}", "--width=16",
             "--folds=2", "--epochs=12", "--lr=3e-3", "--workers=1", "--bootstrap=50", *more]
@@ -161,10 +144,10 @@ def cv(folder, out, *more):
 def test_cv_command(folder, tmp_path, capsys):
     """The table; heads find what was planted; nothing is trained twice; test slides are scored by heads that did not
     see them."""
-    rows = cv(folder, tmp_path, "--heads=abmil,mean", "--seeds=2")
+    rows = cv(folder, tmp_path, "--heads=abmil,dsmil", "--seeds=2")
     said = capsys.readouterr().out
     assert "40 slides of 20 patients, classes benign (20), tumour (20)" in said and "mean of 2 x 2 folds, 100%" in said
-    assert [(r["head"], r["fraction"]) for r in rows] == [("abmil", 1.0), ("mean", 1.0)]
+    assert [(r["head"], r["fraction"]) for r in rows] == [("abmil", 1.0), ("dsmil", 1.0)]
     assert rows[0]["auc"] > 0.8 and rows[0]["interval"][0] <= rows[0]["auc"] <= rows[0]["interval"][1]
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 4
@@ -175,9 +158,9 @@ def test_cv_command(folder, tmp_path, capsys):
         scaler = Bags(folder / "pt").scaler([meta["slides"][i] for i in train])
         assert torch.equal(t[f"scaler.{k}"], torch.stack(scaler))          # of the training slides alone
     stamps = [f.stat().st_mtime_ns for f in files]
-    assert cv(folder, tmp_path, "--heads=abmil,mean", "--seeds=2") == rows
+    assert cv(folder, tmp_path, "--heads=abmil,dsmil", "--seeds=2") == rows
     assert [f.stat().st_mtime_ns for f in files] == stamps
-    cv(folder, tmp_path, "--heads=abmil,mean", "--seeds=2", "--epochs=1")  # other settings: trained again
+    cv(folder, tmp_path, "--heads=abmil,dsmil", "--seeds=2", "--epochs=1")  # other settings: trained again
     assert [f.stat().st_mtime_ns for f in files] != stamps
 
 
@@ -186,12 +169,13 @@ def test_shuffled_labels_are_not_learned(tmp_path):
     (tmp_path / "pt").mkdir()
     for k in range(120):
         np.save(tmp_path / "pt" / f"s{k:03d}.npy", torch.randn(4, 24, generator=generator(k)).numpy())
-    write_csv(tmp_path / "labels.csv", "slide_id,label", *(f"s{k:03d},{k % 2}" for k in range(120)))
-    heads = ",".join(crossval.HEADS)
-    rows = cv(tmp_path, tmp_path / "out", f"--heads={heads}", "--seeds=5", "--shuffle", "--epochs=1")
-    assert len(rows) == 5
-    for row in rows:
-        assert abs(row["auc"] - 0.5) < 0.06, row
+    found = []
+    for shuffle in range(5):
+        label = torch.randperm(120, generator=generator(shuffle)) % 2
+        write_csv(tmp_path / "labels.csv", "slide_id,label", *(f"s{k:03d},{label[k]}" for k in range(120)))
+        rows = cv(tmp_path, tmp_path / "out", "--heads=abmil,dsmil,clam", f"--seed={shuffle}", "--epochs=1")
+        found.append([row["auc"] for row in rows])
+    assert (torch.tensor(found).mean(0) - 0.5).abs().max() < 0.06, found
 
 
 def test_cv_messages(folder, tmp_path):

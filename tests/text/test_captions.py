@@ -10,7 +10,7 @@ import torch
 
 from common import UserError, load_tensors, save_tensors
 from data import Pyramids
-from text import captions, tissues, wording
+from text import captions, tissues
 from text.captions import ENCODER, encode_texts, load_vectors, locate, read_captions, read_lines, save_vectors
 from text.tissues import agreement, fractions, real_image, region_map, regions, spearman, tissue_colours
 from text.wording import AMOUNTS, NOUNS, PLACES, clause, describe, lie, shares_of
@@ -295,8 +295,6 @@ def test_commands(toy, capsys):
     tissues.main([str(toy), "--n=4", "--tiles=4"])
     out = capsys.readouterr().out
     assert "4 held-out regions" in out and all(t in out for t in TISSUES)
-    wording.main([])
-    assert "shares of the area: background" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("main, args, says", [

@@ -13,7 +13,7 @@ from data import Pyramids
 from experiments.metrics import auc
 from slides import encoders
 from summarizer import standardize
-from toy import descriptor, make, task, tissue
+from toy import make, task, tissue
 from toy.descriptor import PARTS, Stats
 from toy.tissue import TISSUES, toy_slide
 
@@ -150,7 +150,7 @@ def test_divides_by_the_training_deviation_without_centring():
     assert (Stats.fit([torch.ones(4, 3, 16, 16)]) == 0.01).all()  # never zero, nothing explodes
 
 
-def test_numbers_mean_what_they_are_called(capsys):
+def test_numbers_mean_what_they_are_called():
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     a, b = (Stats()(0.5 + 0.3 * torch.sin(v / 3).expand(1, 3, 64, 64)) for v in (x, y))
     assert (part(a, "edge orientation")[0, 0::2] > 0).all() and (part(b, "edge orientation")[0, 0::2] < 0).all()
@@ -162,8 +162,6 @@ def test_numbers_mean_what_they_are_called(capsys):
     torch.testing.assert_close(part(e, "colour mean")[0], torch.tensor([0.25, 0, 0]))
     layout = part(e, "colour layout").view(2, 4, 4)
     assert (layout[0, 0] == 1).all() and layout.sum() == 4
-    descriptor.main([])
-    assert f"-> e (4, {Stats.embed_dim})" in capsys.readouterr().out
 
 
 def labelled(seeds):
