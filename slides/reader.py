@@ -70,8 +70,9 @@ class Slide:
         """Where pixels of `mpp` micrometres come from (None: of level 0).
 
         out: the level, the coarsest that is fine enough; (rx,ry), how many of its pixels one spans; size (w,h) of the
-        image at that resolution. Within 5 % of a level, or of a whole multiple of level 0, that is what is meant: an
-        image of 0.499 is read as it is for 0.5. raises: UserError if the file does not say its own mpp, or is coarser.
+        image at that resolution. Within 5 % of a level, or of a whole multiple of level 0, the nearest of these is what
+        is meant: an image of 0.499 is read as it is for 0.5. A level of steps of 15.88 is not read for 16, for it would
+        be a pixel off at the end, but a finer one. raises: UserError if the file does not say its mpp, or is coarser.
         """
         if mpp is None:
             return self.levels[0], (1, 1), self.size
@@ -82,11 +83,13 @@ class Slide:
         if not 1 / NEAR <= f <= max(self.size):
             raise UserError(f"{self.path} has pixels of {self.mpp:.4g} micrometres, and {mpp:.4g} were asked for: give "
                             f"an --mpp between its own and that of the whole image in one pixel")
+        whole = max(1, round(f))
         near = min(self.levels, key=lambda level: abs(np.log(f / level.step[0])))
-        if 1 / NEAR <= f / near.step[0] <= NEAR:
+        off, other = abs(np.log([f / near.step[0], f / whole]))
+        if off <= np.log(NEAR) and (off < other or near.step == (whole, whole)):
             return near, (1, 1), near.size
-        f = round(f) if 1 / NEAR <= f / round(f) <= NEAR else f
-        level = [level for level in self.levels if max(level.step) <= f][-1]
+        f = whole if other <= np.log(NEAR) else f
+        level = [level for level in self.levels if NEAR * max(level.step) <= f][-1]
         w, h = self.size
         return level, (f / level.step[0], f / level.step[1]), (max(1, int(w / f)), max(1, int(h / f)))
 

@@ -27,7 +27,7 @@ SHORT, LONG, RATIONAL, LONG8 = 3, 4, 5, 16
 TAGS = dict(subfile=254, width=256, height=257, bits=258, compression=259, colours=262, description=270, bands=277,
             x_dots=282, y_dots=283, planar=284, dots_unit=296, predictor=317, tile_width=322, tile_height=323,
             offsets=324, lengths=325, sub_directories=330, sample_format=339, jpeg_tables=347, xmp=700,
-            geo_scale=33550, geo_keys=34735, hamamatsu=65420)
+            geo_scale=33550, geo_keys=34735, gdal=42112, nodata=42113, hamamatsu=65420)
 NAMES = {tag: name for name, tag in TAGS.items()}  # what is read; other tags are passed over
 WRITTEN = TAGS | dict(strip_offsets=273, strip_rows=278, strip_lengths=279, extra_bands=338, chroma=530)
 # compressions, and the colours that each may come with: 0, 1 grey; 2 RGB; 6 YCbCr
@@ -67,7 +67,7 @@ def read_directory(f, at, order, count, word):
             continue
         many *= 2 if kind == RATIONAL else 1
         name, kind = NAMES[tag], np.dtype(order + KINDS[kind])
-        size, table = many * kind.itemsize, name in ("offsets", "lengths")
+        size, table = many * kind.itemsize, name in ("offsets", "lengths", "gdal")  # GDAL's text may be long
         if size > MAX_TAG and not table:
             raise ValueError(f"{many} values of tag {tag}")
         place = value if size > word.itemsize else at - word.itemsize          # short values stand in the entry itself
@@ -140,14 +140,14 @@ class Level:
     lengths: np.ndarray | None = None
 
 
-def steps(whole, size):
-    """How many pixels of `whole` (w,h) one pixel of `size` (w,h) spans, in x and y.
+def steps(whole, size, ratio=False):
+    """How many pixels of `whole` (w,h) one pixel of `size` (w,h) spans, in x and y: the ratio of the sizes for GDAL.
 
-    An integer, where the size is what that leaves, rounded up or down: pyramids drop or repeat an odd last pixel, so
-    the ratio of the sizes (4443 / 1110 = 4.003) would place every pixel wrong, the last ones by most.
+    Of other programs an integer, where the size is what that leaves, rounded up or down: they drop or repeat an odd
+    last pixel, so the ratio (4443 / 1110 = 4.003) would place every pixel wrong, the last ones by most.
     """
     d = max(1, round(whole[0] / size[0]))
-    exact = all(n // d <= m <= ceil(n / d) for n, m in zip(whole, size))
+    exact = not ratio and all(n // d <= m <= ceil(n / d) for n, m in zip(whole, size))
     return (d, d) if exact else (whole[0] / size[0], whole[1] / size[1])
 
 
@@ -160,11 +160,12 @@ def levels_of(f, found):
     pages = [tags for tags in found if tiled(tags) and not number(tags, "subfile") & 12]  # 4: a mask; 9: Aperio's macro
     pages.sort(key=lambda tags: number(tags, "width") * number(tags, "height"), reverse=True)
     levels, end = [], np.uint64(f.seek(0, 2))
+    gdal = any(tags.keys() & {"geo_scale", "geo_keys", "gdal", "nodata"} for tags in found)
     for tags in pages:
         size, tile = size_of(tags), (number(tags, "tile_width"), number(tags, "tile_height"))
         if min(size + tile) < 1 or tile[0] * tile[1] > MAX_TILE:
             raise ValueError(f"an image of {size[0]} x {size[1]} pixels in tiles of {tile[0]} x {tile[1]}")
-        step = steps(levels[0].size, size) if levels else (1, 1)
+        step = steps(levels[0].size, size, gdal) if levels else (1, 1)
         other_aspect = abs(step[0] / step[1] - 1) > 0.01 + 2 / min(size)
         if levels and (other_aspect or size[0] >= levels[-1].size[0]):
             continue

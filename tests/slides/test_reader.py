@@ -149,6 +149,25 @@ def test_odd_sizes_keep_their_place(tmp_path):
     assert np.abs(slide.read(190, 90, 13, 11, 1.0).astype(int) - image[90:, 190:]).mean() < 3
 
 
+@pytest.mark.parametrize("tag", [{"t33550": (12, [1.0, 1.0, 0.0])}, {"t34735": (3, [1, 1, 0, 0])},
+                                 {"t42112": text("<GDALMetadata/>")}, {"t42113": text("0")}, {}])
+def test_gdal_overviews_lie_at_the_ratio_of_the_sizes(tmp_path, tag):
+    """Red rises by 7 a column, green by 7 a row. The overview is what GDAL 3.10.3 made of it (`build_overviews([2],
+    Resampling.average)` of rasterio 1.4.4): its pixels are 33 / 17 wide. Without a tag of GDAL's they count as 2."""
+    def ramps(values):
+        red, green = np.meshgrid(values, values)
+        return np.stack([red, green, 0 * red], -1).astype(np.uint8)
+    overview = ramps([3, 17, 31, 44, 58, 71, 85, 98, 112, 126, 139, 153, 166, 180, 193, 207, 221])
+    slide = slide_of(tmp_path, plain(ramps(range(0, 231, 7)), **tag), plain(overview, 1), mpp=1.0)
+    assert slide.levels[1].step == (pytest.approx((33 / 17, 33 / 17)) if tag else (2, 2))
+    thirds = ramps(range(7, 231, 21))                                          # the middle of every three
+    off = np.abs(slide.read(0, 0, 11, 11, 3.0).astype(int) - thirds).max()
+    assert (off <= 2) == bool(tag), off
+    assert np.array_equal(slide.read(0, 0, 17, 17, 33 / 17 if tag else 2.0), overview)  # when it is asked for itself
+    if tag:
+        assert np.array_equal(slide.read(0, 0, 16, 16, 2.0), ramps(range(4, 224, 14)))  # 3.5, 17.5, ... rounded up
+
+
 # ----- 2. Pages -----
 
 def test_levels_are_told_from_other_pictures(tmp_path):
