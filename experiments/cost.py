@@ -4,6 +4,7 @@ in:  a model, while it samples; or sizes alone   out: numbers, a table
 run: python -m experiments.cost (FLOPs of the full-size networks)     read next: plan.py
 """
 import time
+from functools import cache
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -55,6 +56,7 @@ def network_flops(unet, vae, side=64):
                 "encoder": row_flops(autoencoder.encoder, (3, pixels, pixels))}
 
 
+@cache
 def full_size():
     """FLOPs of the published networks on one patch of 256 x 256 pixels."""
     return network_flops(UNetConfig(), VAEConfig())

@@ -93,8 +93,9 @@ def uncrop(parts, size, apart=0):
 
 # ----- 2. Drawing -----
 
-def tflop(meter, full):
+def tflop(meter):
     """What the rows that a Profile has counted would cost at full size."""
+    full = full_size()
     return sum(rows * full.get(part, 0) for part, rows in meter.rows.items()) / 1e12
 
 def slug(name):
@@ -126,12 +127,12 @@ class Painter:
         mark = json.loads(json.dumps(mark))
         tensors, meta = load_tensors(file) if file.exists() else ({}, {})
         if meta.get("mark") != mark:
-            full, meter, began = full_size(), Profile(self.model, self.proxy), time.perf_counter()
+            meter, began = Profile(self.model, self.proxy), time.perf_counter()
             bicubic = Resize(2 ** self.cfg.context).up(shared).clamp(-1, 1)
             x = bicubic if name == "bicubic" else self.draw(name, grid)
             seconds = time.perf_counter() - began
             meter.close()
-            tensors, meta = {"x": to_uint8(x)[0]}, {"mark": mark, "seconds": seconds, "TFLOP": tflop(meter, full)}
+            tensors, meta = {"x": to_uint8(x)[0]}, {"mark": mark, "seconds": seconds, "TFLOP": tflop(meter)}
             save_tensors(file, tensors, meta)
         return tensors["x"].movedim(-1, 0)[None] / 127.5 - 1, meta["seconds"], meta["TFLOP"]
 

@@ -16,7 +16,7 @@ import torch
 from common import UserError, at_least, cli, configure
 from diffusion import ddim_step, ddim_timesteps, noise_levels, to_x0
 from experiments import metrics as M
-from experiments.cost import Profile, full_size
+from experiments.cost import Profile
 from experiments.quality import crops, held_out, open_run, tflop, uncrop
 from large.command import Settings, draw_large, pixels
 from large.windows import decode_strips, prepare
@@ -136,7 +136,7 @@ class Bench:
         call()
         seconds = time.perf_counter() - began
         meter.close()
-        return seconds, tflop(meter, full_size())
+        return seconds, tflop(meter)
 
 WAYS = {  # what is timed beside the transcription: arguments of Bench.ours
     "s2, float32": dict(guide="s2", lam=0.5, amp=False),
