@@ -1,10 +1,9 @@
 """slides/bags.py: features as other tools write them, a slide at a time."""
-import builtins
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT  # noqa: F401 - puts the repository on the path
 
 from common import UserError, save_tensors
 from slides.bags import Bags, read_bag, views
@@ -12,31 +11,25 @@ from slides.bags import Bags, read_bag, views
 
 def test_readers(tmp_path, monkeypatch):
     """What tools write, to the bit. Catches: coordinates of another length, (1,N,K) not squeezed."""
-    x, ij = torch.randn(5, 3), torch.arange(10).reshape(5, 2)
+    x, ij = torch.randn(5, 3).half().float(), torch.arange(10).reshape(5, 2)
     save_tensors(tmp_path / "a.safetensors", {"features": x, "coords": ij.int()}, {"patch": 64})
     torch.save(x, tmp_path / "b.pt")
     np.save(tmp_path / "c.npy", x.half().numpy())
     torch.save({"features": x[None], "coords": ij}, tmp_path / "d.pt")
-    got, coords, meta = read_bag(tmp_path / "a.safetensors")
-    assert torch.equal(got, x) and torch.equal(coords, ij) and meta == {"patch": 64}
-    assert torch.equal(read_bag(tmp_path / "b.pt")[0], x) and read_bag(tmp_path / "b.pt")[1] is None
-    assert torch.equal(read_bag(tmp_path / "c.npy")[0], x.half().float())
-    got, coords, _ = read_bag(tmp_path / "d.pt")
-    assert torch.equal(got, x) and torch.equal(coords, ij)
-    real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", lambda name, *a: real("no_h5py" if name == "h5py" else name, *a))
-    (tmp_path / "e.h5").write_bytes(b"")
-    with pytest.raises(UserError, match=r"e.h5 needs the extra: pip install -e '.\[h5\]'"):
+    for name, where in (("a.safetensors", ij), ("b.pt", None), ("c.npy", None), ("d.pt", ij)):
+        got, coords, meta = read_bag(tmp_path / name)
+        assert torch.equal(got, x) and got.dtype == torch.float32
+        assert coords is None if where is None else torch.equal(coords, where)
+        assert name[0] != "a" or meta == {"patch": 64}
+    with monkeypatch.context() as m, pytest.raises(UserError, match=r"e.h5 needs the extra: pip install -e '.\[h5\]'"):
+        m.setitem(sys.modules, "h5py", None)
+        (tmp_path / "e.h5").write_bytes(b"")
         read_bag(tmp_path / "e.h5")
-
-
-def test_h5_reader(tmp_path):
     h5py = pytest.importorskip("h5py", reason="the extra h5 is not installed")
-    x, ij = torch.randn(1, 5, 3), torch.arange(10).reshape(5, 2)
-    with h5py.File(tmp_path / "a.h5", "w") as f:
-        f["features"], f["coords"] = x.numpy(), ij.numpy()
-    got, coords, _ = read_bag(tmp_path / "a.h5")
-    assert torch.equal(got, x[0]) and torch.equal(coords, ij)
+    with h5py.File(tmp_path / "e.h5", "w") as f:
+        f["features"], f["coords"] = x[None].numpy(), ij.numpy()
+    got, coords, _ = read_bag(tmp_path / "e.h5")
+    assert torch.equal(got, x) and torch.equal(coords, ij)
 
 
 def test_unusable_files_are_named(tmp_path):

