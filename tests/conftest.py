@@ -69,6 +69,43 @@ def cnn(toy, run, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def conditioned(run, toy, tmp_path_factory):
+    """A copy of the tiny run with all conditioning models, the grid's told by captions with made-up vectors."""
+    from cdm_runs import go, new_home
+    from text import captions
+    folder = new_home(run, tmp_path_factory.mktemp("conditioned") / "run")
+    captions.main(["toy", str(toy), f"--out={folder}", "--n=2", "--heldout=3", "--tiles=4"])
+    for name in ("captions", "heldout"):
+        texts = [c.text for c in captions.read_lines(folder / f"{name}.tsv")]
+        v = torch.stack([torch.tensor([len(t) / 50, t.count("a") / 5, t.count("t") / 5]) for t in texts])
+        captions.save_vectors(folder / f"{name}.safetensors", texts, v, "letters")
+    told = f"--captions={folder}/captions.tsv", f"--vectors={folder}/captions.safetensors"
+    for kind, more in (("cdm", ()), ("edm", ()), ("grid", told)):
+        go(folder, kind, "--steps=3", "--sheet=0", *more)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory):
+    """Eight slides of the task, and a run folder whose networks were never trained, but whose layers all act."""
+    import data
+    from diffusion import ZoomLDM
+    from summarizer import Summarizer, SummarizerConfig
+    from unet import UNet, UNetConfig
+    from zoom_vae import VQVAE, VAEConfig
+    out = tmp_path_factory.mktemp("task")
+    data.main(["toy", "--task", f"--out={out / 'task'}", "--slides=8", "--scales=3", "--workers=1"])
+    torch.manual_seed(0)
+    vae, unet = VQVAE(VAEConfig(4, (1, 1, 1), 1, 16, groups=2)), UNet(UNetConfig(8, (1, 2), 1, (2,), 16, groups=4))
+    for p in unet.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    info = {"encoder": "stats", "std": [0.5] * 96, "patch": 64, "data": str(out / "task")}
+    ZoomLDM(vae, Summarizer(SummarizerConfig(96, 16, 1, 16, 3)), unet, 0.5, info=info).save(out / "run")
+    return out
+
+
 @pytest.fixture(scope="module")
 def ready(run, tmp_path_factory):
     """A copy of the tiny run, without a proxy. Its U-Net is shaken, for after six steps it hardly hears conditions."""

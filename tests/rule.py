@@ -1,15 +1,13 @@
 """Weights by rule: the golden files hold inputs and outputs only, and the tests rebuild the weights behind them.
 
-A weight is a function of its published name, its shape, a seed and a short list of gains, by way of numpy's frozen
-RandomState, so it has the same bits on every machine. Every tensor is u, uniform in [-1,1) from the seed
-crc32(name) ^ seed (for encoders, whose seed is a list, crc32 of Python's text for (seed, name)), scaled and shifted:
-1 + 0.3 u for a norm's scale, 0.1 u for a bias, else deviation `gain` ("std") or gain / sqrt(fan-in) ("fan"). A gain
-is [regex, mode, gain]; the first whose regex is found in the name counts.
+A weight is a function of its published name, its shape, a seed and a few gains, by numpy's frozen RandomState: u,
+uniform in [-1,1) from the seed crc32(name) ^ seed (for encoders, whose seed is a list, crc32 of Python's text for
+(seed, name)); then 1 + 0.3 u for a norm's scale, 0.1 u for a bias, else deviation `gain` ("std") or gain / sqrt(fan-in)
+("fan"). A gain is [regex, mode, gain]; the first whose regex is found in the name counts.
 
-The files in tests/golden were derived, at commit 3203289, from files that running the published ZoomLDM code made
-(CPU, float32, eval mode, torch 2.13). They leave out all weights, inputs that stand in another file already, and most
-of the large activations (every k-th element is kept, counted over the flattened tensor). Images of the encoders are
-kept as grey levels; those of their weights that follow no rule (tokens, positions, LayerScale) are kept themselves.
+The files in tests/golden were derived from what running the published ZoomLDM code made (CPU, float32, eval mode, torch
+2.13), at commit 3203289. Of large activations every k-th element is kept, counted over the flattened tensor; images of
+the encoders are grey levels; weights that follow no rule (tokens, positions, LayerScale) are kept themselves.
 """
 import gzip
 import json

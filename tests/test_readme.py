@@ -69,14 +69,13 @@ def test_function_exists(place):
     assert not line or any(n.lineno <= int(line) <= n.end_lineno for n in found), f"{file}: {name} is not at {line}"
 
 
-@pytest.mark.parametrize("file", sorted(set(re.findall(r"`((?:\w+/)?\w+\.py)`", TEXT))))
-def test_file_exists(file):
-    assert file in FILES, file
-
-
-@pytest.mark.parametrize("option", sorted(set(re.findall(r"`--([a-z_A-Z.]+)", TEXT)) - {"key"}))
-def test_option_exists(option):
-    assert option.split(".")[0] in OPTIONS, option
+def test_files_options_and_targets_exist():
+    for file in set(re.findall(r"`((?:\w+/)?\w+\.py)`", TEXT)):
+        assert file in FILES, file
+    for option in set(re.findall(r"`--([a-z_A-Z.]+)", TEXT)) - {"key"}:
+        assert option.split(".")[0] in OPTIONS, option
+    for target in set(re.findall(r"^make (\w+)", TEXT, re.M)):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
 
 
 def test_equations_are_told_where_they_stand():
@@ -92,14 +91,13 @@ def test_equations_are_told_where_they_stand():
                 assert re.search(rf"Eq\. (\d, |\d-)*{number}\b", told), f"{file}::{name}: Eq. {number}"
 
 
-def test_file_table_is_the_reading_order():
+def test_all_files_and_pages_are_told():
+    """The core in reading order; the rooms in docs/rooms.md; every page linked from README."""
     table = README[README.index("## The eleven files"):README.index("## Names")]
     assert re.findall(r"^\| `(\w+)\.py`", table, re.M) == list(CORE)
-
-
-def test_rooms_are_all_told():
     told = set(re.findall(r"^\| `(\w+/\w+\.py)`", PAGES["docs/rooms.md"], re.M))
     assert told == {name for name in FILES if "/" in name and not name.endswith("__init__.py")}
+    assert set(PAGES) - {"README.md"} <= set(re.findall(r"\]\((docs/\w+\.md)\)", README))
 
 
 def anchor(title):
@@ -108,32 +106,18 @@ def anchor(title):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_and_pictures_exist(page):
-    folder = (ROOT / page).parent
+def test_links_and_lengths(page):
+    """Every link and picture is there. What a command printed may be wide, and so may tables."""
+    lines, inside, folder = PAGES[page].splitlines(), False, (ROOT / page).parent
+    assert len(lines) <= BUDGET["readme_lines" if page == "README.md" else "page_lines"]
+    assert page != "README.md" or len(README.encode()) <= BUDGET["readme_bytes"]
+    for number, line in enumerate(lines, 1):
+        inside ^= line.startswith("```")
+        assert inside or len(line) <= 120 or line[:2] in ("| ", "!["), f"{page}:{number} is {len(line)} wide"
     for path, at in re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)]*))?\)", PAGES[page]):
         target = folder / path if path else ROOT / page
         assert target.exists(), f"{page}: {path}"
         assert not at or at in map(anchor, re.findall(r"^#+ (.*)", target.read_text(), re.M)), f"{page}: {path}#{at}"
-
-
-def test_every_page_is_linked_from_readme():
-    assert set(PAGES) - {"README.md"} <= set(re.findall(r"\]\((docs/\w+\.md)\)", README))
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_length(page):
-    lines = PAGES[page].splitlines()
-    assert len(lines) <= BUDGET["readme_lines" if page == "README.md" else "page_lines"]
-    assert page != "README.md" or len(README.encode()) <= BUDGET["readme_bytes"]
-    inside = False                                     # what a command printed may be wide, and so may tables
-    for number, line in enumerate(lines, 1):
-        inside ^= line.startswith("```")
-        assert inside or len(line) <= 120 or line[:2] in ("| ", "!["), f"{page}:{number} is {len(line)} wide"
-
-
-def test_make_targets_exist():
-    for target in set(re.findall(r"^make (\w+)", TEXT, re.M)):
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
 
 
 def test_messages_are_raised():

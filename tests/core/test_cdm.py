@@ -1,6 +1,7 @@
 """DiT and the CDM: against the published one, drawing, training, and what is refused."""
 import argparse
 import os
+import re
 import signal
 
 import pytest
@@ -11,16 +12,15 @@ from rule import assert_close, assert_golden, golden, manifest, state_dict
 import cdm
 from cdm import Conditioner, DiT, DiTConfig, place_table, respaced, toward_noise
 from common import UserError, load_tensors, save_tensors
-from data import Pyramids
+from data import PatchDataset, Pyramids
 from diffusion import Schedule, ZoomLDM, ddim_sample
 from slides.keys import load_cdm
 
 TINY = DiTConfig(9, 4, 16, 1, 2, 16, 5)
 
 
-def published(name="cdm_small"):
-    width = manifest(name)["x_embedder.bias"][0]
-    return state_dict(name) | {"pos_embed": place_table(65, width)}
+def published():
+    return state_dict("cdm_small") | {"pos_embed": place_table(65, manifest("cdm_small")["x_embedder.bias"][0])}
 
 
 def tokens_first(x):
@@ -57,32 +57,25 @@ def test_sampling():
     assert respaced(1000, 1000) == g["out/full_timestep_map"].tolist()
     z = ddim_sample(lambda z, t: net(z, t, y), x, schedule, pred="x0", timesteps=respaced(1000, 10), end="clean")
     assert_golden(tokens_first(z), "cdm_small", "resp10_ddim_loop", 2e-5)
-    for name, steps in (("full", 1000), ("resp200", 200)):
-        tau = respaced(1000, steps)
-        for key, eta in (("ddim_sample", 0.0), ("ddim_eta1_sample", 1.0)):
-            rows = []
-            for k, at in enumerate(g[f"in/{name}_t"].tolist()):  # one step from index `at` to the one before
-                one = []
-                ddim_sample(lambda z, t, k=k: net(z, t, y[k:k + 1]), x[k:k + 1], schedule, eta=eta, pred="x0",
-                            timesteps=tau[at - 1:at + 1], end="clean", noise=[noise[k:k + 1]] * 2,
-                            callback=lambda n, t, z, z0_hat, one=one: one.append(z))
-                rows.append(one[0])
-            assert_golden(tokens_first(torch.cat(rows)), "cdm_small", f"{name}_{key}", 2e-5)
+    for name, eta, key in (("full", 0.0, "ddim_sample"), ("resp200", 1.0, "ddim_eta1_sample")):
+        tau, rows = respaced(1000, 1000 if name == "full" else 200), []
+        for k, at in enumerate(g[f"in/{name}_t"].tolist()):  # one step from index `at` to the one before
+            one = []
+            ddim_sample(lambda z, t, k=k: net(z, t, y[k:k + 1]), x[k:k + 1], schedule, eta=eta, pred="x0",
+                        timesteps=tau[at - 1:at + 1], end="clean", noise=[noise[k:k + 1]] * 2,
+                        callback=lambda n, t, z, z0_hat, one=one: one.append(z))
+            rows.append(one[0])
+        assert_golden(tokens_first(torch.cat(rows)), "cdm_small", f"{name}_{key}", 2e-5)
 
 
-@pytest.mark.parametrize("key", ["pos_embed", "y_embedder.embedding_table.weight", "blocks.2.attn.qkv.bias",
-                                 "final_layer.linear.weight", "x_embedder.weight"])
-@pytest.mark.parametrize("how", ["missing", "renamed", "shape"])
-def test_keys(key, how):
-    """Every fault is named. catches: strict=False."""
+@pytest.mark.parametrize("key", ["pos_embed", "x_embedder.weight", "blocks.2.attn.qkv.bias", "final_layer.linear.bias"])
+def test_keys(key):
+    """A key that is missing, new or of another shape is named. catches: strict=False."""
     state = published()
-    value = state.pop(key)
-    if how == "renamed":
-        state[key + "x"] = value
-    elif how == "shape":
-        state[key] = torch.zeros(*value.shape[:-1], value.shape[-1] + 1)
-    with pytest.raises(ValueError, match=key.replace(".", r"\.") + ("x" if how == "renamed" else "")):
-        DiT.from_official(state)
+    for fault in ({k: v for k, v in state.items() if k != key}, state | {key + "_x": torch.zeros(1)},
+                  state | {key: torch.zeros(*state[key].shape[:-1], 7)}):
+        with pytest.raises(ValueError, match=re.escape(key)):
+            DiT.from_official(fault)
 
 
 def test_checkpoint_file(tmp_path, run):
@@ -99,27 +92,20 @@ def test_checkpoint_file(tmp_path, run):
 
 # ----- 2. Drawing -----
 
-def test_starts_at_zero():
-    """catches: adaLN without its zero."""
-    assert not DiT(TINY)(torch.randn(1, 9, 4), torch.tensor([3]), torch.tensor([0])).any()
-
-
-def test_scales_that_it_does_not_know():
-    """catches: an IndexError."""
+def test_what_it_cannot_draw():
+    """catches: an IndexError for a scale; a size that fails somewhere inside."""
     made = Conditioner(DiT(TINY))
-    for wrong in ([], [-1, 0], [7, 0, 5], [5]):
+    for wrong in ([], [-1, 0], [5]):
         with pytest.raises(UserError, match=r"got scales \[.*0 to 4"):
             made.tokens(wrong)
-
-
-@pytest.mark.parametrize("size", [{"heads": 0}, {"heads": -1}, {"depth": 0}, {"mlp": 0}, {"width": 0}, {"width": 18}])
-def test_sizes_that_cannot_work(size):
-    with pytest.raises(UserError, match=f"{next(iter(size))}="):
-        DiT(DiTConfig(**{"tokens": 4, "channels": 2, "width": 16, "depth": 1, "heads": 2, "mlp": 16} | size))
+    for size in ({"heads": 0}, {"depth": 0}, {"mlp": 0}, {"width": 0}, {"width": 18}):
+        with pytest.raises(UserError, match=f"{next(iter(size))}="):
+            DiT(DiTConfig(**{"tokens": 4, "channels": 2, "width": 16, "depth": 1, "heads": 2, "mlp": 16} | size))
 
 
 def test_tokens_depend_on_seed_and_place_alone():
-    """catches: noise that depends on the batch; scale labels shifted; time or scale not heard."""
+    """catches: adaLN without its zero; noise that depends on the batch; scale labels shifted; time or scale unheard."""
+    assert not DiT(TINY)(torch.randn(1, 9, 4), torch.tensor([3]), torch.tensor([0])).any()
     made = conditioner(DiTConfig(65, 8, 32, 1, 4, 64, 5))
     a, b = made.tokens([2, 1, 2], seed=1, steps=5), made.tokens([1, 2], seed=1, steps=5, first=1)
     assert_close(a[1:], b, 1e-5)
@@ -135,8 +121,7 @@ def test_times_are_moved_to_noise():
     tau = respaced(1000, 50, 9.0)
     assert tau[0] == 0 and tau[-1] == 999 and tau == sorted(set(tau)) and sum(t > 899 for t in tau) == 25
     assert len(respaced(1000, 1000, 9.0)) < 1000                              # those that fall together are one
-    u = torch.linspace(0, 1, 11, dtype=torch.double)
-    assert torch.equal(toward_noise(u, 1.0), u) and float(toward_noise(0.5, 9.0)) == pytest.approx(0.9)
+    assert toward_noise(0.3, 1.0) == pytest.approx(0.3) and toward_noise(0.5, 9.0) == pytest.approx(0.9)
     for shift, low, high in ((1.0, 0.45, 0.55), (9.0, 0.85, 0.95)):
         made = Conditioner(DiT(TINY), {"shift": shift}, cdm.Config(batch=256))
         t = made.noise(0)["t"].double() / 1000
@@ -184,10 +169,10 @@ def test_stopped_in_the_last_step(home, tmp_path, monkeypatch):
 
 def test_learns(home, toy, tmp_path):
     """The averaged network must beat zero, where it starts. catches: a stage that trains something else."""
-    go(new_home(home, tmp_path), "cdm", "--steps=150", "--lr=3e-3", "--shift=1", "--sample_every=1000",
-       "--save_every=1000", "--log_every=150", "--ema=0.9", "--sheet=0")
+    go(new_home(home, tmp_path), "cdm", "--steps=60", "--lr=5e-3", "--shift=1", "--sample_every=1000",
+       "--save_every=1000", "--log_every=60", "--ema=0.9", "--sheet=0")
     model = ZoomLDM.from_run(tmp_path)
-    made, dataset = cdm.load_conditioner(tmp_path, "cdm", model), cdm.PatchDataset(Pyramids(toy), "test", 0, ())
+    made, dataset = cdm.load_conditioner(tmp_path, "cdm", model), PatchDataset(Pyramids(toy), "test", 0, ())
     items = [dataset[k] for k in range(32)]
     tokens, mask, s = (torch.stack([torch.as_tensor(x[k]) for x in items]) for k in ("tokens", "mask", "s"))
     c = model.summarizer(tokens, mask, s)
@@ -236,8 +221,8 @@ def test_another_summarizer(noted, home, tmp_path):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["draw"], "cdm.py train"), (["train"], "give a run folder"),
-    (["train", "NONE", "smoke"], "no trained model"), (["sample"], "give a run folder"),
+    (["draw"], "cdm.py train"), (["train"], "give a run folder"), (["train", "NONE", "smoke"], "no trained model"),
+    (["sample"], "give a run folder"),
     (["train", "RUN", "smoke", "--captions=x.tsv"], "unknown option --captions"),
     (["train", "RUN", "smoke", "--model=gan"], "cdm, edm, grid")])
 def test_bad_input(args, says, home):
@@ -245,10 +230,10 @@ def test_bad_input(args, says, home):
         cdm.main([a.replace("RUN", str(home)).replace("NONE", str(home / "none")) for a in args])
 
 
-@pytest.mark.parametrize("arg", ["steps=0", "batch=0", "micro=-1", "seed=-1", "shift=-1.0", "log_every=0",
-                                 "save_every=0", "sample_every=0", "workers=-1", "betas=0.9", "lr=-1.0", "decay=foo",
-                                 "ema=2.0", "warmup=-5", "sheet=-1", "betas=(0.9,1.5)", "threads=-1"])
-def test_settings_that_cannot_work(arg):
+def test_settings_that_cannot_work():
     """Refused before anything is read. catches: a traceback, or a training that goes another way than was asked."""
-    with pytest.raises(UserError, match=f"--{arg.partition('=')[0]}="):
-        cdm.main(["train", "none", "smoke", "--device=cpu", f"--{arg}"])
+    for arg in ("steps=0", "batch=0", "micro=-1", "seed=-1", "shift=-1.0", "log_every=0", "save_every=0",
+                "sample_every=0", "workers=-1", "betas=0.9", "lr=-1.0", "decay=foo", "ema=2.0", "warmup=-5", "sheet=-1",
+                "betas=(0.9,1.5)", "threads=-1"):
+        with pytest.raises(UserError, match=f"--{arg.partition('=')[0]}="):
+            cdm.main(["train", "none", "smoke", "--device=cpu", f"--{arg}"])

@@ -45,17 +45,13 @@ def test_attention_starts_on_the_token_over_the_pixel(kind):
     assert near > 0.9
 
 
-def test_places_are_off_by_default():
+def test_places_are_off_by_default_and_fit_or_are_refused():
     """The published networks have none: same weights, same names."""
-    assert not any("place" in k for k in Summarizer(SummarizerConfig(12, 32, 1, 32)).state_dict())
-    with_places = Summarizer(SummarizerConfig(12, 32, 1, 32, positions=16)).state_dict()
-    assert with_places.keys() == Summarizer(SummarizerConfig(12, 32, 1, 32)).state_dict().keys()
-
-
-@pytest.mark.parametrize("positions", [6, 64])
-def test_places_that_do_not_fit(positions):
-    for kind in ("transformer", "cnn"):
+    plain, placed = (Summarizer(SummarizerConfig(12, 32, 1, 32, positions=n)).state_dict() for n in (0, 16))
+    assert placed.keys() == plain.keys() and not any("place" in k for k in plain)
+    for positions in (6, 64):
+        for kind in ("transformer", "cnn"):
+            with pytest.raises(UserError, match="multiple of 4"):
+                build(SummarizerConfig(12, 32, 1, 32, positions=positions, kind=kind))
         with pytest.raises(UserError, match="multiple of 4"):
-            build(SummarizerConfig(12, 32, 1, 32, positions=positions, kind=kind))
-    with pytest.raises(UserError, match="multiple of 4"):
-        UNet(UNetConfig(32, (1,), 1, (1,), 32, positions=positions))
+            UNet(UNetConfig(32, (1,), 1, (1,), 32, positions=positions))

@@ -30,10 +30,9 @@ def test_whitening_changes_the_latents_and_not_the_images(vae):
     assert torch.allclose(vae.decode(white, quantize=False), before, atol=1e-4)
     power = torch.linalg.eigvalsh(cov)
     assert float(power.max()) == pytest.approx(1, rel=1e-2) and float(power.min()) >= 0.0
-    again = vae.to_latent.weight.clone()
+    before = vae.to_latent.weight.clone()
     rebase(vae, white, whiten=True)  # where all is white already, nothing turns
-    assert torch.allclose(torch.linalg.eigvalsh(moments(vae.encode(x))[1])[-1], power[-1], rtol=1e-2)
-    assert vae.to_latent.weight.flatten() @ again.flatten() > 0
+    assert vae.to_latent.weight.flatten() @ before.flatten() > 0
 
 
 def test_moving_the_origin_keeps_every_code(vae):
@@ -64,18 +63,14 @@ def test_only_unused_codes_move_and_each_by_its_own_draw(vae):
     assert torch.equal(vae.codebook.weight[[3, 7]], moved[[3, 7]])
 
 
-def test_codes_are_the_same_under_autocast(vae):
-    """bf16 distances would pick other codes."""
+def test_codes_are_the_same_under_autocast_and_counted(vae):
+    """bf16 distances would pick other codes. Perplexity is the number of codes used evenly."""
     vae.codebook.weight.normal_()
     z = torch.randn(2, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         inside = vae.quantize(z)[1]
     assert torch.equal(inside, vae.quantize(z)[1])
-
-
-def test_perplexity():
-    assert perplexity(torch.ones(32)) == pytest.approx(32)
-    assert perplexity(torch.eye(32)[0] * 9) == pytest.approx(1)
+    assert perplexity(torch.ones(32)) == pytest.approx(32) and perplexity(torch.eye(32)[0] * 9) == pytest.approx(1)
 
 
 def test_loss(vae):

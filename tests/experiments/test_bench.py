@@ -4,13 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn as nn
 
 from common import UserError, setup
-from experiments import bench, cost
+from experiments import bench
 from summarizer import SummarizerConfig
 from unet import UNet, UNetConfig
-from zoom_vae import VQVAE, VAEConfig, layout
+from zoom_vae import VQVAE, VAEConfig
 
 TINY = UNetConfig(8, (1, 2), 1, (2,), 16, groups=4, heads=2), VAEConfig(8, (1, 2, 2), 1, 16, groups=4)
 TOLD = SummarizerConfig(8, 16, 1, 16, 3)
@@ -26,20 +25,17 @@ def small(monkeypatch):
     return setup("cpu", threads=torch.get_num_threads())
 
 
-def test_diffusers_is_skipped_with_a_reason(monkeypatch, small):
+def test_diffusers_is_skipped_or_compared(monkeypatch, small):
+    """Missing, with a reason; of another shape, not raced. catches: counts alone compared, FLOPs forgotten."""
     monkeypatch.setitem(sys.modules, "diffusers", None)
     text, same = bench.compared(TINY[0], 8)
     assert not same and "skipped" in text and "pip install -e '.[bench]'" in text
     with pytest.raises(UserError, match="cannot be imported"):
         bench.Diffusers(TINY[0])
     assert not any("diffusers" in name for name, _, _ in bench.unets(bench.Config(), small))
-
-
-def test_a_network_of_another_shape_is_not_compared(monkeypatch):
-    """Catches: counts alone compared, FLOPs forgotten."""
-    for other, same in ((UNetConfig(8, (1, 2), 1, (2,), 16, groups=4), True),  # heads: no weights, no FLOPs
-                        (UNetConfig(8, (1, 2), 1, (1,), 16, groups=4), False)):
-        monkeypatch.setattr(bench, "Diffusers", lambda cfg, other=other: UNet(other))
+    for attention, same in (((2,), True), ((1,), False)):
+        other = UNet(UNetConfig(8, (1, 2), 1, attention, 16, groups=4))        # one head for two: same weights, FLOPs
+        monkeypatch.setattr(bench, "Diffusers", lambda cfg, other=other: other)
         assert bench.compared(TINY[0], 8)[1] is same
 
 
@@ -63,7 +59,7 @@ def test_every_line_runs_and_is_told(small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "seconds_of", seconds)
     monkeypatch.setitem(bench.GROUPS, "peaks", lambda cfg, ranks: [("copy", 8, torch.zeros(8).clone)])
     monkeypatch.chdir(tmp_path)
-    bench.main(["--rounds=1", "--steps=1", "--batch=1"])
+    bench.main(["--rounds=1", "--steps=1", "--batch=1", "--groups=peaks"])
     assert not list(tmp_path.iterdir())
     bench.main(["--out=bench.md", "--rounds=1", "--steps=1", "--batch=1"])
     said, body = capsys.readouterr().out, (tmp_path / "bench.md").read_text()
@@ -73,27 +69,20 @@ def test_every_line_runs_and_is_told(small, monkeypatch, tmp_path, capsys):
     assert ("bf16 autocast" in body) == bool(small.amp)
 
 
-def test_peaks_count_what_they_do(small):
-    """The convolutions' lines by themselves: shapes, layouts, 2 * 9 * C^2 FLOP a pixel."""
+def test_lines_races_and_tables(small, monkeypatch):
+    """A convolution's line: shape, layout, 2 * 9 * C^2 FLOP a pixel; a race: medians of rounds in turn; shares of the
+    yardstick. catches: FLOPs of one product, lines timed one after the other, a mean."""
     name, work, call = bench.conv(small, 2, 3, 5, "fp32", torch.float32, torch.channels_last)
     assert name == "conv 2x3->3 @5 fp32 nhwc" and work == 2 * 2 * 9 * 3 * 3 * 25
     assert call().shape == (2, 3, 5, 5) and call.args[0].is_contiguous(memory_format=torch.channels_last)
-    assert cost.row_flops(nn.Conv2d(3, 3, 3, padding=1), (3, 5, 5)) * 2 == work
-
-
-def test_table_shares_and_times():
-    lines = [("matmul a", 100, None), ("one, fp32", 50, None), ("one, bf16", 50, None), ("two", 70, None)]
-    text = bench.rate_table("title", lines, {"matmul a": 1.0, "one, fp32": 1.0, "one, bf16": 0.25, "two": 7.0})
-    rows = text.splitlines()[1:]
-    assert [row.split()[-2:] for row in rows] == [["100.0%", "1.00"], ["50.0%", "1.00"], ["200.0%", "4.00"],
-                                                  ["10.0%", "1.00"]]
-
-
-def test_race_is_a_median_of_rounds_in_turn(monkeypatch):
     order, times = [], iter([9.0, 9.0, 1.0, 10.0, 3.0, 30.0, 2.0, 20.0])
     monkeypatch.setattr(bench, "seconds_of", lambda call, device: (call(), next(times))[1])
     lines = [(name, 1, partial(order.append, name)) for name in "ab"]
     assert bench.race(lines, 3, torch.device("cpu")) == {"a": 2.0, "b": 20.0} and order == list("abababab")
+    lines = [("matmul a", 100, None), ("one, fp32", 50, None), ("one, bf16", 50, None), ("two", 70, None)]
+    text = bench.rate_table("title", lines, {"matmul a": 1.0, "one, fp32": 1.0, "one, bf16": 0.25, "two": 7.0})
+    assert [row.split()[-2:] for row in text.splitlines()[1:]] == [["100.0%", "1.00"], ["50.0%", "1.00"],
+                                                                   ["200.0%", "4.00"], ["10.0%", "1.00"]]
 
 
 @pytest.mark.parametrize("args", [["nonsense"], ["--steps=0"], ["--groups=nonsense"], ["--steps=600"]])
@@ -103,15 +92,11 @@ def test_what_cannot_be_is_refused(args):
 
 
 def test_high_resolution_is_convolved_with_channels_last():
-    """And comes out as it always did. Catches: another layout of the result, one for the toy's small patches too."""
-    vae, x = VQVAE(TINY[1]).requires_grad_(False), torch.randn(1, 3, 128, 128)
-    seen = []
+    """And comes out as it always did. catches: another layout of the result, one for the toy's small patches too."""
+    vae, seen = VQVAE(TINY[1]).requires_grad_(False), []
     for part in (vae.encoder, vae.decoder):
-        part.conv_in.register_forward_pre_hook(lambda m, args: seen.append(
-            args[0].is_contiguous(memory_format=torch.channels_last) and not args[0].is_contiguous()))
-    z = vae.encode(x)
-    image = vae.decode(z, quantize=False)
-    assert seen == [True, True] and z.is_contiguous() and image.is_contiguous() and image.shape == x.shape
-    vae.encode(x[..., :64, :64])
-    vae.decode(z[..., :16, :16])
-    assert seen[2:] == [False, False] and layout(x.to("meta"), 256) == torch.contiguous_format
+        part.conv_in.register_forward_pre_hook(lambda m, args: seen.append(not args[0].is_contiguous()))
+    for side in (128, 64):
+        z = vae.encode(torch.randn(1, 3, side, side))
+        assert z.is_contiguous() and vae.decode(z, quantize=False).is_contiguous()
+    assert seen == [True, True, False, False]

@@ -1,43 +1,70 @@
-"""What conditions from nothing are worth: the measures in closed forms, and every command on a tiny run."""
+"""The EDM, patches from nothing, and what conditions from nothing are worth: on a tiny run with all models."""
 import json
 
 import pytest
 import torch
-from cdm_runs import go, new_home
 
 import cdm
+import sample_joint
 from common import UserError
 from data import Pyramids
+from diffusion import ZoomLDM
 from experiments import conditions
-from text import captions
+from experiments.edm import EDM, TokenDiT
 
+
+# ----- 1. The EDM -----
+
+def test_edm_hears_everything_told():
+    """Time and scale change the answer, and each token hears the others. catches: an input that is dropped."""
+    net = TokenDiT(cdm.DiTConfig(9, 4, 32, 2, 4, 64, 5))
+    assert not net(torch.randn(1, 9, 4), torch.tensor([3]), torch.tensor([0])).any()          # starts at zero
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x, t, s = torch.randn(2, 9, 4), torch.tensor([5, 5]), torch.tensor([1, 1])
+    base, moved = net(x, t, s), x.clone()
+    moved[:, 0] += 1
+    for other in (net(x, t + 300, s), net(x, t, s + 1), net(moved, t, s)):
+        assert (other[:, 1:] - base[:, 1:]).abs().max() > 1e-3
+
+
+def test_edm_loads(conditioned):
+    """catches: the CDM's schedule, or times moved to noise, where the EDM's do without."""
+    model = ZoomLDM.from_run(conditioned)
+    made = cdm.load_conditioner(conditioned, "edm", model)
+    assert isinstance(made, EDM) and made.shift == 1.0 and made.schedule.kind == "linear"
+    assert made.tokens([0, 2], steps=3).shape == (2, 65, model.summarizer.cfg.width)
+
+
+# ----- 2. Patches from nothing -----
+
+@pytest.mark.parametrize("command, args", [(cdm.main, ["sample", "HOME"]),
+                                           (cdm.main, ["sample", "HOME", "--model=edm"]),
+                                           (sample_joint.main, ["HOME", "--condition=cdm"])])
+def test_sample_writes_patches(command, args, conditioned, tmp_path):
+    """By either name. catches: a scale that is ignored; more or fewer files."""
+    more = ["--scale=1", "--n=2", "--steps=2", f"--out={tmp_path}", "--device=cpu"]
+    command([arg.replace("HOME", str(conditioned)) for arg in args] + more)
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["scale1_000.png", "scale1_001.png", "sheet.png"]
+
+
+@pytest.mark.parametrize("main, args, says", [
+    (cdm.main, ["sample", "HOME", "--model=grid"], "known are cdm, edm"), (cdm.main, ["sample"], "run folder"),
+    (cdm.main, ["sample", "RUN", "--model=edm"], "train one with"), (cdm.main, ["sample", "none"], "no trained model"),
+    (cdm.main, ["sample", "HOME", "--scale=9"], "scales 0 to 2"), (cdm.main, ["sample", "HOME", "--n=0"], "--n=0"),
+    (conditions.main, ["draw", "HOME"], "conditions"), (conditions.main, ["scales", "HOME"], "--single")])
+def test_bad_input(main, args, says, conditioned, run):
+    with pytest.raises(UserError, match=says):
+        main([arg.replace("HOME", str(conditioned)).replace("RUN", str(run)) for arg in args])
+
+
+# ----- 3. What they are worth -----
 
 def test_correlation_of_neighbours():
     """Repeated cells correlate fully, independent ones not at all. catches: an axis left out, a mean left in."""
     rows = torch.randn(200, 6, 1, 5).expand(-1, -1, 4, -1) + 7
     assert conditions.correlation(rows) == pytest.approx(0.5, abs=0.05)          # down: equal; across: independent
     assert conditions.correlation(rows[..., :1].expand(-1, -1, -1, 5)) == pytest.approx(1)
-    assert conditions.correlation(torch.randn(200, 6, 4, 5) + 7) == pytest.approx(0, abs=0.05)
-
-
-def test_mean_error():
-    assert conditions.mean_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))        # deviation sqrt 2, of two
-    assert conditions.mean_error([4.0])[0] == 4.0
-
-
-@pytest.fixture(scope="module")
-def home(run, toy, tmp_path_factory):
-    """A copy of the tiny run with all conditioning models, the grid's told by captions with made-up vectors."""
-    folder = new_home(run, tmp_path_factory.mktemp("conditions") / "run")
-    captions.main(["toy", str(toy), f"--out={folder}", "--n=2", "--heldout=3", "--tiles=4"])
-    for name in ("captions", "heldout"):
-        texts = [c.text for c in captions.read_lines(folder / f"{name}.tsv")]
-        v = torch.stack([torch.tensor([len(t) / 50, t.count("a") / 5, t.count("t") / 5]) for t in texts])
-        captions.save_vectors(folder / f"{name}.safetensors", texts, v, "letters")
-    told = f"--captions={folder}/captions.tsv", f"--vectors={folder}/captions.safetensors"
-    for kind, more in (("cdm", ()), ("edm", ()), ("grid", told)):
-        go(folder, kind, "--steps=3", "--sheet=0", *more)
-    return folder
 
 
 def found(home, command, *args):
@@ -45,41 +72,35 @@ def found(home, command, *args):
     return json.loads((home / "bench" / f"cdm_{command}.json").read_text())["found"]
 
 
-def test_kinds_of_condition(home):
+def test_kinds_of_condition(conditioned):
     """catches: a kind of condition that is left out, or drawn from another's tokens."""
-    rows = found(home, "conditions")
+    rows = found(conditioned, "conditions")
     assert [r["scale"] for r in rows] == [0, 1]                              # two held-out patches at scale 2
     for row in rows:
         values = [row[k]["rand"][0] for k in ("true", "cdm", "edm", "null", "floor")]
         assert len(set(values)) > 2 and values[0] != values[-1] and all(abs(v) < 1e6 for v in values)
+    assert conditions.mean_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))        # deviation sqrt 2, of two
 
 
-def test_memory_of_copies(home, monkeypatch):
+def test_memory_of_copies(conditioned, monkeypatch):
     """Training images drawn again lie at distance 0. catches: distances to the wrong split."""
-    assert found(home, "memory")["pixels"]["drawn"] > 0
-    data = Pyramids(cdm.ZoomLDM.from_run(home).info["data"])
+    assert found(conditioned, "memory")["pixels"]["drawn"] > 0
+    data = Pyramids(ZoomLDM.from_run(conditioned).info["data"])
     monkeypatch.setattr(conditions, "drawn", lambda *a: conditions.fixed_batch(data, "train", 2, 3)["x"])
-    again = found(home, "memory")
+    again = found(conditioned, "memory")
     assert all(again[space]["drawn"] == pytest.approx(0, abs=1e-5) for space in again)
 
 
-def test_scales(home):
+def test_scales(conditioned):
     """A model against itself. catches: two models that swap tokens, so that the same weights differ."""
-    row = found(home, "scales", f"--single={home}", "--scale=1")
+    row = found(conditioned, "scales", f"--single={conditioned}", "--scale=1")
     assert row["shared"] == row["alone"]
-    with pytest.raises(UserError, match="--single"):
-        found(home, "scales")
 
 
-def test_grids_and_text(home):
+def test_grids_and_text(conditioned):
     """catches: shares and captions out of step."""
-    sizes = ["--size=128", "--context=1"]
-    row = found(home, "grids", *sizes, "--grids=12", "--n=1")
+    sizes = ["--size=128", "--context=1", "--overlap=0", "--steps=1"]
+    row = found(conditioned, "grids", *sizes, "--grids=9", "--n=1")
     assert row["psnr"]["real"][0] > 0 and row["psnr"]["invented"][0] > 0
-    row = found(home, "text", *sizes, f"--captions={home}/heldout.tsv", "--n=2")
+    row = found(conditioned, "text", *sizes, f"--captions={conditioned}/heldout.tsv", "--n=2")
     assert len(row["texts"]) == 2 and sum(map(sum, row["confusion"])) == 4        # two seeds
-
-
-def test_unknown_command(home):
-    with pytest.raises(UserError, match="conditions"):
-        conditions.main(["draw", str(home)])

@@ -1,28 +1,22 @@
-"""Slide labels from the command line: labels and folds, tables, features of every kind, maps, claims."""
+"""Slide labels from the command line: labels and folds, tables, features of every kind, maps. Claims: tests/whole."""
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT  # noqa: F401 - puts the repository on the path
 from PIL import Image
 
-import data
 import mil
 from common import UserError, generator, load_tensors
 from data import Pyramids
-from diffusion import ZoomLDM
 from experiments import crossval
 from experiments import labels as claims
 from experiments.folds import Labels, make_splits, read_splits
 from experiments.metrics import auc
 from slides.bags import Bags
 from slides.encoders import load_encoder
-from summarizer import Summarizer, SummarizerConfig
 from toy import task as toy_task
-from unet import UNet, UNetConfig
-from zoom_vae import VQVAE, VAEConfig
 
 # ----- 1. Labels and folds -----
 
@@ -48,32 +42,32 @@ def folder(tmp_path_factory):
 
 
 def test_labels(tmp_path):
-    path = write_csv(tmp_path / "l.csv", "slide_id,label,case_id", "a,10,x", "b,2,x", "c,2,")
-    labels = Labels(path, ["a", "b", "c"])
+    """Classes in order of number, patients, and what is refused."""
+    rows = "slide_id,label,case_id", "a,10,x", "b,2,x", "c,2,"
+    labels = Labels(write_csv(tmp_path / "l.csv", *rows), ["a", "b", "c"])
     assert labels.classes == ["2", "10"] and labels.y.tolist() == [1, 0, 0] and labels.patients == ["x", "x", "c"]
-    for names, words in ((["a", "b", "c", "d"], "1 slides have features but no label .*: d;"),
-                         (["a", "b"], "1 slides have a label but no features .*: c;")):
-        with pytest.raises(UserError, match=words):
-            Labels(path, names)
-    for rows, words in ((["slide_id,class", "a,1"], "no column label"), (["slide_id,label"], "or no row"),
-                        (["slide_id,label", "a,1", "a,2"], "slide a has two different rows"),
-                        (["slide_id,label", "a,"], "slide a has no label"),
-                        (["slide_id,label", "a,1", "b,1"], "1 class")):
-        with pytest.raises(UserError, match=words):
-            Labels(write_csv(tmp_path / "m.csv", *rows), ["a", "b"] if "b,1" in rows else ["a"])
+    for names, lines, says in (("abcd", rows, "1 slides have features but no label .*: d;"),
+                               ("ab", rows, "1 slides have a label but no features .*: c;"),
+                               ("a", ["slide_id,class", "a,1"], "no column label"),
+                               ("a", ["slide_id,label"], "or no row"),
+                               ("a", ["slide_id,label", "a,1", "a,2"], "slide a has two different rows"),
+                               ("a", ["slide_id,label", "a,"], "slide a has no label"),
+                               ("ab", ["slide_id,label", "a,1", "b,1"], "1 class")):
+        with pytest.raises(UserError, match=says):
+            Labels(write_csv(tmp_path / "m.csv", *lines), list(names))
     with pytest.raises(UserError, match="nowhere.csv cannot be read as CSV"):
         Labels(tmp_path / "nowhere.csv", ["a"])
 
 
-def cohort(tmp_path, n=90, per=3, share=0.3):
-    """n slides, `per` of each patient, of two classes drawn slide by slide."""
+def cohort(tmp_path, n, share):
+    """n slides, three of each patient, of two classes drawn slide by slide."""
     rng = np.random.default_rng(0)
-    rows = [f"p{k // per},s{k},{int(rng.random() < share)}" for k in range(n)]
+    rows = [f"p{k // 3},s{k},{int(rng.random() < share)}" for k in range(n)]
     return Labels(write_csv(tmp_path / "c.csv", "case_id,slide_id,label", *rows), [f"s{k}" for k in range(n)])
 
 
 def test_folds_are_stratified_and_keep_patients_together(tmp_path):
-    labels = cohort(tmp_path)
+    labels = cohort(tmp_path, 90, 0.3)
     splits = make_splits(labels, 5, 1.0, 0.2, seed=0)
     assert sorted(k for _, _, test in splits for k in test) == list(range(90))             # every slide is tested once
     for train, val, test in splits:
@@ -88,20 +82,19 @@ def test_folds_are_stratified_and_keep_patients_together(tmp_path):
         assert test == c and set(train + val) < set(a + b) and 30 <= len(train + val) <= 42
 
 
-def test_unusable_splits_are_named(tmp_path, folder):
-    labels = cohort(tmp_path, 12, 3, 0.5)
-    with pytest.raises(UserError, match=r"class [01] has \d slides of \d patients, fewer than --folds=5"):
-        make_splits(labels, 5, 1.0, 0.2, 0)
+def test_splits_that_are_refused_or_read(tmp_path, folder):
     labels = Labels(folder / "labels.csv", [f"s{k:02d}" for k in range(40)])
-    with pytest.raises(UserError, match="fold 0: (train|val) has .* none of class"):
-        make_splits(labels, 4, 0.1, 0.2, 0)
-    good = write_csv(tmp_path / "splits_0.csv", ",train,val,test", "0,s00,s04,s08", "1,s01,s05,s09", "2,s02,,")
+    for args, says in (((cohort(tmp_path, 12, 0.5), 5, 1.0), r"class [01] has \d slides of \d patients, fewer than"),
+                       ((labels, 4, 0.1), "fold 0: (train|val) has .* none of class")):
+        with pytest.raises(UserError, match=says):
+            make_splits(*args, 0.2, 0)
+    rows = ",train,val,test", "0,s00,s04,s08", "1,s01,s05,s09"
+    good = write_csv(tmp_path / "splits_0.csv", *rows, "2,s02,,")
     assert read_splits(good, labels) == read_splits(tmp_path, labels) == [([0, 1, 2], [4, 5], [8, 9])]
     for row, words in ((",s10,,s10", "patient p5 is in train and in test"), (",s10,s11,", "patient p5 is in train and"),
                        (",s77,,", "names 1 slides without features or label: s77")):
         with pytest.raises(UserError, match=words):
-            read_splits(write_csv(tmp_path / "bad.csv", ",train,val,test", "0,s00,s04,s08", "1,s01,s05,s09", row),
-                        labels)
+            read_splits(write_csv(tmp_path / "bad.csv", *rows, row), labels)
     with pytest.raises(UserError, match="holds no splits_0.csv"):
         read_splits(folder, labels)
 
@@ -126,17 +119,14 @@ def test_weighted_auc_is_the_auc_of_repeated_slides():
     want = sum(auc(three[:, c], (y == c).long()) for c in range(3)) / 3
     got = crossval.weighted_auc(three, y, torch.zeros(30).long(), torch.ones(1, 30).double())
     assert float(got) == pytest.approx(want)
-
-
-def test_patients_are_drawn_whole():
-    w = crossval.patient_draws(["a", "b", "a", "c"], 200, 0)
+    w = crossval.patient_draws(["a", "b", "a", "c"], 200, 0)                               # patients are drawn whole
     assert w.shape == (201, 4) and (w[0] == 1).all() and torch.equal(w[:, 0], w[:, 2])
     assert (w[1:, [0, 1, 3]].sum(1) == 3).all() and abs(float(w[1:].mean()) - 1) < 0.1
 
 
 def cv(folder, out, *more):
     argv = ["cv", f"--features={folder / 'pt'}", f"--labels={folder / 'labels.csv'}", f"--out={out}", "--width=16",
-            "--folds=2", "--epochs=12", "--lr=3e-3", "--workers=1", "--bootstrap=50", *more]
+            "--folds=2", "--epochs=6", "--lr=1e-2", "--workers=1", "--bootstrap=50", *more]
     mil.main(argv)
     return json.loads((out / "cv.json").read_text())["rows"]
 
@@ -144,13 +134,12 @@ def cv(folder, out, *more):
 def test_cv_command(folder, tmp_path, capsys):
     """The table; heads find what was planted; nothing is trained twice; test slides are scored by heads that did not
     see them."""
-    rows = cv(folder, tmp_path, "--heads=abmil,dsmil", "--seeds=2")
-    said = capsys.readouterr().out
+    more = "--heads=abmil,dsmil", "--seeds=2"
+    rows = cv(folder, tmp_path, *more)
+    said, files = capsys.readouterr().out, sorted(tmp_path.glob("*.safetensors"))
     assert "40 slides of 20 patients, classes benign (20), tumour (20)" in said and "mean of 2 x 2 folds, 100%" in said
-    assert [(r["head"], r["fraction"]) for r in rows] == [("abmil", 1.0), ("dsmil", 1.0)]
+    assert [(r["head"], r["fraction"]) for r in rows] == [("abmil", 1.0), ("dsmil", 1.0)] and len(files) == 4
     assert rows[0]["auc"] > 0.8 and rows[0]["interval"][0] <= rows[0]["auc"] <= rows[0]["interval"][1]
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) == 4
     t, meta = load_tensors(tmp_path / "pt_abmil_1.0_0.safetensors")
     labels = Labels(folder / "labels.csv", meta["slides"])
     for k, (train, _, test) in enumerate(make_splits(labels, 2, 1.0, 0.2, 0)):
@@ -158,24 +147,23 @@ def test_cv_command(folder, tmp_path, capsys):
         scaler = Bags(folder / "pt").scaler([meta["slides"][i] for i in train])
         assert torch.equal(t[f"scaler.{k}"], torch.stack(scaler))          # of the training slides alone
     stamps = [f.stat().st_mtime_ns for f in files]
-    assert cv(folder, tmp_path, "--heads=abmil,dsmil", "--seeds=2") == rows
-    assert [f.stat().st_mtime_ns for f in files] == stamps
-    cv(folder, tmp_path, "--heads=abmil,dsmil", "--seeds=2", "--epochs=1")  # other settings: trained again
+    assert cv(folder, tmp_path, *more) == rows and [f.stat().st_mtime_ns for f in files] == stamps
+    cv(folder, tmp_path, *more, "--epochs=1")                              # other settings: trained again
     assert [f.stat().st_mtime_ns for f in files] != stamps
 
 
 def test_shuffled_labels_are_not_learned(tmp_path):
-    """Leakage: mean AUC over 5 shuffles within 0.5 ± 0.06, every head. Catches: test slides in training."""
+    """Leakage: mean AUC over two shuffles within 0.5 ± 0.12, every head; it is over 0.7 where test slides train."""
     (tmp_path / "pt").mkdir()
     for k in range(120):
         np.save(tmp_path / "pt" / f"s{k:03d}.npy", torch.randn(4, 24, generator=generator(k)).numpy())
     found = []
-    for shuffle in range(5):
+    for shuffle in range(2):
         label = torch.randperm(120, generator=generator(shuffle)) % 2
         write_csv(tmp_path / "labels.csv", "slide_id,label", *(f"s{k:03d},{label[k]}" for k in range(120)))
         rows = cv(tmp_path, tmp_path / "out", "--heads=abmil,dsmil,clam", f"--seed={shuffle}", "--epochs=1")
         found.append([row["auc"] for row in rows])
-    assert (torch.tensor(found).mean(0) - 0.5).abs().max() < 0.06, found
+    assert (torch.tensor(found).mean(0) - 0.5).abs().max() < 0.12, found
 
 
 def test_cv_messages(folder, tmp_path):
@@ -197,21 +185,6 @@ def test_cv_messages(folder, tmp_path):
 # ----- 4. Extraction, maps, the task, the experiments -----
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """Eight slides of the task, and a run folder whose networks were never trained, but whose layers all act."""
-    out = tmp_path_factory.mktemp("task")
-    data.main(["toy", "--task", f"--out={out / 'task'}", "--slides=8", "--scales=3", "--workers=1"])
-    torch.manual_seed(0)
-    vae, unet = VQVAE(VAEConfig(8, groups=4, codes=16)), UNet(UNetConfig(8, (1, 2), 1, (2,), 16, groups=4))
-    for p in unet.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.1)
-    info = {"encoder": "stats", "std": [0.5] * 96, "patch": 64, "data": str(out / "task")}
-    ZoomLDM(vae, Summarizer(SummarizerConfig(96, 16, 1, 16, 3)), unet, 0.5, info=info).save(out / "run")
-    return out
-
-
-@pytest.fixture(scope="module")
 def three(task):
     """The run, and the first three of the slides."""
     shutil.copytree(task / "task", task / "three" / "task")
@@ -229,21 +202,20 @@ def extract(task, out, *more):
 
 def test_extract_command(three, tmp_path, capsys):
     """One file a slide; what is there is kept; --batch changes nothing, for any kind. catches: noise of a batch."""
-    files = extract(three, tmp_path / "a", "--scales=0,2", "--batch=30")
+    files = extract(three, tmp_path / "a", "--scales=1,2", "--batch=7")
     assert "block 3, t = 100" in capsys.readouterr().out and len(files) == 3
     t, meta = load_tensors(files[1])
-    assert t["features"].shape == (64, 16) and meta["widths"] == [8, 8] and t["coords"][9].tolist() == [64, 64]
+    assert t["features"].shape == (16, 16) and meta["widths"] == [8, 8] and t["coords"][6].tolist() == [256, 128]
     stamp = files[0].stat().st_mtime_ns
     files[2].unlink()
-    again = extract(three, tmp_path / "a", "--scales=0,2", "--batch=64")
-    assert again == files and files[0].stat().st_mtime_ns == stamp
+    assert extract(three, tmp_path / "a", "--scales=1,2") == files and files[0].stat().st_mtime_ns == stamp
     assert len(Bags(tmp_path / "a", "2")["train_0001"]) == 4               # one row per coarse patch
     with pytest.raises(UserError, match="train_0000.safetensors was made .*with other settings"):
-        extract(three, tmp_path / "a", "--scales=0,2", "--t=50")
+        extract(three, tmp_path / "a", "--scales=1,2", "--t=50")
     for kind in ("drawn", "unet"):
         sets = []
         for batch in (3, 16):
-            more = f"--kind={kind}", "--scales=1", "--steps=1", f"--batch={batch}"
+            more = f"--kind={kind}", "--scales=2", "--steps=1", f"--batch={batch}"
             sets.append(load_tensors(extract(three, tmp_path / f"{kind}{batch}", *more)[0])[0]["features"])
         torch.testing.assert_close(*sets, atol=1e-4, rtol=1e-4)
     meta = load_tensors(tmp_path / "drawn3" / "train_0000.safetensors")[1]
@@ -259,11 +231,10 @@ def test_other_kinds_of_features(three, tmp_path):
     sets = [load_tensors(extract(three, tmp_path / k, f"--kind={k}", "--scales=2", "--steps=1")[2])[0]["features"]
             for k in ("untrained", "unet", "drawn")]
     assert [s.shape for s in sets] == [(4, 8), (4, 8), (4, 96)] and not torch.allclose(sets[0], sets[1])
-    for more, words in ((["--kind=x"], "known are unet"), (["--scales=2,0"], "finest first"),
-                        (["--block=4"], "blocks are middle"), (["--scales=9"], "give some of 0 to 2"),
-                        (["--t=1000"], "t is from 0 to 999")):
+    for more, words in (("--kind=x", "known are unet"), ("--scales=2,0", "finest first"), ("--block=4", "are middle"),
+                        ("--scales=9", "give some of 0 to 2"), ("--t=1000", "t is from 0 to 999")):
         with pytest.raises(UserError, match=words):
-            extract(three, tmp_path / "e", *more)
+            extract(three, tmp_path / "e", more)
     with pytest.raises(UserError, match="say which run"):
         mil.main(["extract"])
 
@@ -282,55 +253,22 @@ def test_attention_map(task, tmp_path, capsys):
     assert np.array_equal(picture[:, :512], slide)
     change = np.abs(picture[:, 512:] - slide).reshape(8, 64, 8, 64, 3).mean((1, 3, 4))
     assert change.max() > 20 > change.min()
+    Image.fromarray(slide.astype(np.uint8)).save(tmp_path / "slide.png")                   # the slide's own file
+    mil.main([*argv, "--slide=train_0003", f"--image={tmp_path / 'slide.png'}"])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "f_cv" / "map_train_0003_f_0+2_dsmil.png")), picture)
     for more, words in ((["--slide=x"], "features are of train_0000"), (["--slide=train_0001"], "what to draw on"),
                         (["--slide=train_0001", "--image=x.png"], "x.png")):
         with pytest.raises(UserError, match=words):
             mil.main([*argv, *more])
-    Image.fromarray(toy_task.task_slide(3)[0]).save(tmp_path / "slide.png")                # the slide's own file
-    mil.main([*argv, "--slide=train_0003", f"--image={tmp_path / 'slide.png'}"])
-    again = np.asarray(Image.open(tmp_path / "f_cv" / "map_train_0003_f_0+2_dsmil.png"))
-    assert np.array_equal(again, picture)
 
 
-@pytest.mark.slow
-def test_claims(task, tmp_path, capsys):
-    """The experiments run and say what holds, at the smallest size."""
-    labels = write_csv(tmp_path / "l.csv", "slide_id,label", *(f"train_{k:04d},{k % 2}" for k in range(8)))
-    small = [str(task / "run"), f"--data={task / 'task'}", f"--labels={labels}", f"--out={tmp_path / 'o'}",
-             "--cv.folds=2", "--cv.val=0.5", "--cv.epochs=1", "--cv.seeds=1", "--cv.workers=1", "--cv.width=8",
-             "--cv.heads=abmil,dsmil", "--cv.fraction=1", "--cv.bootstrap=20", "--extract.scales=1,2",
-             "--extract.steps=1", "--extract.device=cpu"]
-    claims.main(small)
-    said = capsys.readouterr().out
-    assert "unet 1+2 " in said and "untrained 2 " in said and said.count("diffusion features beat") == 4
-    assert said.count("two scales beat one") == 4
-    claims.main([*small, "--part=sweep", "--ts=50", "--blocks=middle"])
-    said = capsys.readouterr().out
-    assert "t50_default 1+2" in said and "t100_middle 1+2" in said
-    claims.main([*small, "--part=probe"])
-    rows = {tuple(r.split()[:2]): r.split()[2:] for r in capsys.readouterr().out.splitlines()[1:]}
-    assert rows.keys() >= {("descriptor", "1"), ("unet", "2"), ("t50_default", "1")} and all(
-        0 <= float(v) <= 1 for r in rows.values() for v in r[1:])
-    assert float(rows["descriptor", "2"][1]) > 0.9  # ducts are seen from afar
-    with pytest.raises(UserError, match="take more slides"):               # 10 % of eight slides
-        claims.main([*small, "--part=slides"])
-    with pytest.raises(UserError, match="known are table, sweep"):
-        claims.main([*small, "--part=x"])
-    with pytest.raises(UserError, match="no labels at nowhere"):
-        claims.main([*small, "--labels=nowhere"])
-
-
-def test_stain_shift_changes_colour_not_structure():
-    x = torch.rand(2, 3, 8, 8) * 2 - 1
-    y = claims.stain_shift(x)
-    assert y.abs().max() <= 1 and (y - x).abs().mean() > 0.05
-    for c in range(3):
-        assert torch.equal(x[:, c].flatten().argsort(), y[:, c].flatten().argsort())
-
-
-def test_patch_classifier_learns():
+def test_patch_classifier_learns_and_stains_shift():
+    """A shift of stain changes colour, and the order of grey levels in no channel."""
     x = torch.rand(60, 3, 16, 16) * 0.2
+    shifted = claims.stain_shift(x)
+    assert shifted.abs().max() <= 1 and (shifted - x).abs().mean() > 0.05
+    assert torch.equal(x.flatten(2).argsort(2), shifted.flatten(2).argsort(2))
     x[30:, 0] += 0.8
-    net = claims.classifier(x, torch.arange(60) // 30, 2, 0, epochs=20)
+    net = claims.classifier(x, torch.arange(60) // 30, 2, 0, epochs=10)
     with torch.no_grad():
         assert ((net(x).argmax(1) == torch.arange(60) // 30).double().mean()) > 0.95

@@ -7,28 +7,11 @@ import pytest
 import torch
 
 from common import UserError, generator
-from experiments import metrics
-from experiments.metrics import (
-    auc,
-    fit_palette,
-    frechet,
-    inception_features,
-    kernel_distance,
-    load_lpips,
-    lpips,
-    nearest,
-    nuclei_fraction,
-    paired_gain,
-    principal,
-    psnr,
-    random_features,
-    seam_ratio,
-    similarity,
-    ssim,
-    standard,
-    tissue_fractions,
-)
 from diffusion import layout_fidelity
+from experiments import metrics
+from experiments.metrics import auc, fit_palette, frechet, gms, inception_features, kernel_distance, load_lpips, lpips
+from experiments.metrics import nearest, nuclei_fraction, paired_gain, principal, psnr, random_features, seam_ratio
+from experiments.metrics import similarity, ssim, standard, tissue_fractions
 
 
 def normal(*shape, seed=0):
@@ -53,22 +36,14 @@ def with_moments(n, mean, cov, seed=0):
 
 def test_frechet_of_known_gaussians():
     """catches: a trace without the 2, biased covariance, |mu| not squared."""
-    zero, eye = torch.zeros(4).double(), torch.eye(4).double()
-    a = with_moments(50, zero, eye)
-    assert frechet(a, with_moments(70, zero + 1, 9 * eye, seed=1)) == pytest.approx(4 + 4 * (3 - 1) ** 2)
-    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
     # covariances that do not commute: 2x2, tr (S1 S2)^1/2 = sqrt(tr(S1 S2) + 2 sqrt(det S1 det S2))
     s1, s2 = torch.tensor([[2., .9], [.9, 1.]]).double(), torch.tensor([[1., -.5], [-.5, 3.]]).double()
     cross = ((s1 @ s2).trace() + 2 * (s1.det() * s2.det()).sqrt()).sqrt()
-    a, b = with_moments(40, zero[:2], s1), with_moments(60, zero[:2], s2, seed=1)
-    assert frechet(a, b) == pytest.approx(float(s1.trace() + s2.trace() - 2 * cross))
+    a, b = with_moments(40, torch.zeros(2), s1), with_moments(60, torch.ones(2), s2, seed=1)
+    assert frechet(a, b) == pytest.approx(2 + float(s1.trace() + s2.trace() - 2 * cross))
     assert frechet(a, b) == pytest.approx(frechet(b, a))
-
-
-def test_frechet_with_fewer_rows_than_columns_and_with_one_column():
+    # fewer rows than columns: the nuclear norm of the centred A B^T is the trace of the root
     a, b = normal(10, 30), normal(12, 30, seed=1) + 1
-    assert frechet(a, a) == pytest.approx(0, abs=1e-5)
-    # the nuclear norm of the centred A B^T is the trace of the root, without any root of a matrix
     left, right = ((x.double() - x.double().mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
     root = torch.linalg.svdvals(left @ right.T).sum()
     apart = (a.double().mean(0) - b.double().mean(0)).square().sum()
@@ -78,15 +53,13 @@ def test_frechet_with_fewer_rows_than_columns_and_with_one_column():
     assert frechet(a.numpy(), b) == frechet(a, b)
 
 
-@pytest.mark.parametrize("a, b", [
-    (torch.zeros(5), torch.zeros(5)), (torch.zeros(5, 3), torch.zeros(5, 4)),
-    (torch.zeros(1, 3), torch.zeros(5, 3)), (torch.zeros(5, 3), torch.zeros(2, 3, 3)),
-    (torch.full((5, 3), torch.nan), torch.zeros(5, 3)),
-    (torch.zeros(5, 3), torch.full((5, 3), torch.inf))])
-def test_features_that_cannot_be_compared(a, b):
-    for distance in (frechet, kernel_distance):
-        with pytest.raises(UserError, match=r"give features \(N,D\).* at least [23] rows, without NaN"):
-            distance(a, b)
+def test_features_that_cannot_be_compared():
+    good = torch.zeros(5, 3)
+    for a, b in ((good[:, 0], good[:, 0]), (good, good[:, :2]), (good[:1], good), (good, good[None]),
+                 (good * torch.nan, good), (good, good + torch.inf)):
+        for distance in (frechet, kernel_distance):
+            with pytest.raises(UserError, match=r"give features \(N,D\).* at least [23] rows, without NaN"):
+                distance(a, b)
 
 
 # ----- kernel distance -----
@@ -107,36 +80,19 @@ def test_kernel_distance_by_brute_force():
     assert error == pytest.approx((5 * np.var(left_a) + 4 * np.var(left_b)) ** 0.5)
 
 
-@pytest.mark.parametrize("shift, low, high", [(0, 1.0, 2.0), (0.5, 0.8, 1.4)])
-def test_kernel_distance_is_unbiased_and_its_error_is_honest(shift, low, high):
-    """The spread over 200 draws and the reported error; equal distributions give the documented sqrt(2)."""
-    found = torch.tensor([kernel_distance(normal(40, 4, seed=2 * i), normal(60, 4, seed=2 * i + 1) + shift)
-                          for i in range(200)])
-    spread, exact = float(found[:, 0].std()), 0.0
-    if shift:  # E k(x, y) for x ~ N(m, 1), y ~ N(m', 1), by a million draws
-        x, y, other, same = (normal(1_000_000, 4, seed=s) for s in (7, 8, 9, 10))
-        kernel = lambda x, y: ((x * y).double().sum(1) / 4 + 1).pow(3).mean()
-        exact = float(kernel(x, y) + kernel(other + shift, same + shift) - 2 * kernel(x, y + shift))
-    assert abs(float(found[:, 0].mean()) - exact) < 4 * spread / 200**0.5 + 0.01
-    assert low < float(found[:, 1].mean()) / spread < high
-
-
 # ----- projections, similarity, memorisation -----
 
 def test_principal_and_standard():
     train = normal(200, 5) * torch.tensor([1., 9., 3., .1, .01]) + 7
     low = principal(train, 2)(train)
-    assert low.shape == (200, 2) and torch.allclose(low.mean(0), torch.zeros(2).double(), atol=1e-9)
     assert torch.allclose(low.var(0), torch.linalg.eigvalsh(torch.cov(train.T.double())).flip(0)[:2])
-    assert principal(train, 5)(train[:3]).shape == (3, 5)
-    assert torch.allclose(torch.cdist(principal(train, 5)(train), principal(train, 5)(train[:1])),
-                          torch.cdist(train.double(), train[:1].double()))  # all components: a rotation
     for k in (0, 6):
         with pytest.raises(UserError, match="choose k from 1 to 5"):
             principal(train, k)
     with pytest.raises(UserError, match="one width"):
         principal(train, 2)(train[:, :4])
-    flat = standard(torch.cat([train, torch.ones(200, 1)], 1))(torch.cat([train, torch.ones(200, 1)], 1))
+    more = torch.cat([train, torch.ones(200, 1)], 1)
+    flat = standard(more)(more)
     assert torch.allclose(flat[:, :5].std(0), torch.ones(5).double())
     assert not flat[:, 5].any()  # a constant column: no 0 / 0
 
@@ -145,13 +101,11 @@ def test_similarity_and_paired_gain():
     a, b = normal(7, 4), normal(7, 4, seed=1)
     cosine = torch.nn.functional.normalize(a) @ torch.nn.functional.normalize(b).T
     assert similarity(a, b) == pytest.approx(float(cosine.diagonal().mean()), abs=1e-6)
-    assert similarity(a, 3 * a) == pytest.approx(1) and similarity(a, -a) == pytest.approx(-1)
     wrong = [float(cosine[i, j]) for i in range(7) for j in range(7) if i != j]
     assert paired_gain(a, b) == pytest.approx((similarity(a, b), np.mean(wrong)), abs=1e-6)
-    for bad in (lambda: similarity(a, b[:1]), lambda: paired_gain(a[:1], b[:1]),
-                lambda: paired_gain(a, b[:, :3])):
+    for bad in ((a, b[:1]), (a, b[:, :3])):
         with pytest.raises(UserError):
-            bad()
+            paired_gain(*bad)
 
 
 def test_nearest():
@@ -170,7 +124,6 @@ def test_auc_against_all_pairs():
     pairs = [(p > q) + 0.5 * (p == q) for p in ones for q in zeros]
     assert auc(scores, labels) == pytest.approx(np.mean(pairs))
     assert auc([1, 2, 3, 4], [0, 0, 1, 1]) == 1 and auc([1, 1, 1], [0, 1, 0]) == 0.5
-    assert auc(-scores, labels) == pytest.approx(1 - auc(scores, labels))
     nan = float("nan")
     for bad in (([1, 2], [1, 1]), ([1, 2, 3], [0, 1]), ([1, nan], [0, 1]), ([1, 2, 3], [0, 1, 2]), ([], [])):
         with pytest.raises(UserError, match="both 0 and 1"):
@@ -178,14 +131,6 @@ def test_auc_against_all_pairs():
 
 
 # ----- images -----
-
-def test_psnr():
-    a = images(2, 16)
-    assert psnr(a, a + 0.02) == pytest.approx(40, abs=1e-4)  # 10 log10(4 / 0.0004)
-    assert psnr(a[0], a[0] + 0.2) == pytest.approx(20, abs=1e-4)
-    assert psnr(a, a) == float("inf")
-    assert psnr(a, torch.stack([a[0] + 0.02, a[1] + 0.2])) == pytest.approx(30, abs=1e-4)  # a mean of dB
-
 
 def waves():
     """Pictures (40,48,3) in [0,1] that any program can make anew, and one that is noisy, brighter, or both flat."""
@@ -206,74 +151,51 @@ def test_ssim_and_psnr_against_scikit_image(name, ssim_01, psnr_01):
     a, b = (torch.from_numpy(x).movedim(-1, 0)[None] * 2 - 1 for x in waves()[name])
     assert ssim(a, b) == pytest.approx(ssim_01, abs=1e-9)
     assert psnr(a, b) == pytest.approx(psnr_01, abs=1e-9)
+    assert ssim(a, a) == pytest.approx(1) and psnr(a, a) == float("inf")
+    x = images(2, 16)
+    assert psnr(x, torch.stack([x[0] + 0.02, x[1] + 0.2])) == pytest.approx(30, abs=1e-4)      # a mean of dB
 
 
-def test_ssim_is_symmetric_and_1_for_equal_images():
-    a, noise = images(4, 32), 0.3 * normal(4, 3, 32, 32, seed=3)
-    assert ssim(a, a) == pytest.approx(1) and ssim(a, a + noise) == pytest.approx(ssim(a + noise, a))
-
-
-def test_distances_against_numpy_and_scipy():
-    """Fréchet by scipy 1.17.1's sqrtm of the product, the kernel distance by loops over pairs in numpy."""
-    row, column = np.arange(60)[:, None], np.arange(5)[None]
-    a = np.sin(1.7 * row * (column + 1)) + 0.1 * column
-    b = np.cos(1.3 * row * (column + 2)) * 1.2 - 0.2
-    assert frechet(a, b) == pytest.approx(0.9175858641966799, abs=1e-9)
-    assert kernel_distance(a, b)[0] == pytest.approx(0.4682458249307997, abs=1e-9)
-
-
-@pytest.mark.parametrize("bad", [
-    lambda: ssim(torch.zeros(1, 3, 10, 20), torch.zeros(1, 3, 10, 20)),
-    lambda: psnr(images(2, 16), images(1, 16)), lambda: psnr(images(1, 16) * torch.nan, images(1, 16)),
-    lambda: psnr(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)),
-    lambda: psnr(torch.zeros(3), torch.zeros(3)), lambda: psnr(*[torch.zeros(0, 3, 8, 8)] * 2),
-    lambda: layout_fidelity(images(1, 4), images(1, 4), 8), lambda: random_features(images(1, 16)),
-    lambda: seam_ratio(torch.zeros(3, 8, 8) * torch.nan, 4)])
-def test_images_that_cannot_be_compared(bad):
-    with pytest.raises(UserError, match=r"got numbers of shape .*: give images \(N,3,H,W\)"):
-        bad()
-
-
-def test_seam_ratio_against_cells():
-    """Cells of 4 pixels make steps at all multiples of 4, no more at those of 16: a seam to the plain ratio alone."""
-    x = normal(2, 3, 16, 16).repeat_interleave(4, 2).repeat_interleave(4, 3) + 0.1 * normal(2, 3, 64, 64)
-    assert seam_ratio(x, 16) > 2 and seam_ratio(x, 16, 4) == pytest.approx(1, abs=0.06)
-    x[..., 16:32, :] += 3
-    assert seam_ratio(x, 16, 4) > 1.3
-    with pytest.raises(UserError, match="every=16"):
-        seam_ratio(x, 16, 16)
+def test_images_that_cannot_be_compared():
+    for bad in (lambda: ssim(torch.zeros(1, 3, 10, 20), torch.zeros(1, 3, 10, 20)),
+                lambda: psnr(images(2, 16), images(1, 16)), lambda: psnr(images(1, 16) * torch.nan, images(1, 16)),
+                lambda: psnr(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)),
+                lambda: psnr(torch.zeros(3), torch.zeros(3)), lambda: psnr(*[torch.zeros(0, 3, 8, 8)] * 2),
+                lambda: random_features(images(1, 16)), lambda: seam_ratio(torch.zeros(3, 8, 8) * torch.nan, 4),
+                lambda: gms(images(1, 32), images(1, 16)), lambda: layout_fidelity(images(1, 4), images(1, 4), 8)):
+        with pytest.raises(UserError, match=r"give images \(N,3,H,W\)"):
+            bad()
 
 
 def test_seam_ratio():
-    """catches: borders one pixel off, the two axes swapped, a border counted inside."""
+    """catches: borders one pixel off, the two axes swapped, a border counted inside; `every` unheard."""
     assert seam_ratio(normal(4, 3, 64, 64), 16) == pytest.approx(1, abs=0.03)
     tiles = normal(1, 3, 4, 6).repeat_interleave(16, 2).repeat_interleave(16, 3)             # flat tiles
     assert seam_ratio(tiles, 16) == float("inf") and seam_ratio(tiles[..., 1:, 1:], 16) == 0
-    slopes = tiles + 0.01 * torch.arange(96)
-    assert seam_ratio(slopes, 16) > 50
     assert seam_ratio(torch.ones(1, 3, 8, 8), 4) == 1
     # by hand: steps 1 1 5 1 1 with the border in the middle; the other axis is one window, so has none
     x = torch.tensor([0., 1, 2, 7, 8, 9]).expand(1, 3, 3, 6)
     assert seam_ratio(x, 3) == pytest.approx(5) and seam_ratio(x.mT, 3) == pytest.approx(5)
-    for window in (1, 64, 100):
-        with pytest.raises(UserError, match="choose a window"):
-            seam_ratio(torch.zeros(1, 3, 32, 64), window)
+    # cells of 4 pixels make steps at all multiples of 4, no more at those of 16: a seam to the plain ratio alone
+    x = normal(2, 3, 16, 16).repeat_interleave(4, 2).repeat_interleave(4, 3) + 0.1 * normal(2, 3, 64, 64)
+    assert seam_ratio(x, 16) > 2 and seam_ratio(x, 16, 4) == pytest.approx(1, abs=0.06)
+    for args, says in (((1,), "choose a window"), ((64,), "choose a window"), ((16, 16), "every=16")):
+        with pytest.raises(UserError, match=says):
+            seam_ratio(torch.zeros(1, 3, 32, 64), *args)
 
 
 def test_layout_fidelity():
+    """catches: no centring per channel; rows and columns, or the grid, ignored."""
     real = images(40, 32)
-    for grid in (1, 2, 4, 8):
+    for grid in (1, 8):
         assert layout_fidelity(real, real, grid) == pytest.approx(1)
         tinted = 0.5 * real + torch.tensor([.1, -.2, .3])[:, None, None]
         assert layout_fidelity(tinted, real, grid) == pytest.approx(1)
         assert abs(layout_fidelity(images(40, 32, seed=1), real, grid)) < 0.3
-    # catches: no centring per channel. A stain that all share is no layout
     stain = torch.tensor([.8, 0, -.8])[:, None, None]
-    assert abs(layout_fidelity(0.1 * images(40, 32, seed=1) + stain, 0.1 * real + stain, 1)) < 0.3
-    # right colours in the wrong places: perfect at grid 1, nothing at grid 2
-    flipped = real.flip(2)
-    assert layout_fidelity(flipped, real, 1) == pytest.approx(1)
-    assert layout_fidelity(flipped, real, 8) < 0.5
+    assert abs(layout_fidelity(0.1 * images(40, 32, seed=1) + stain, 0.1 * real + stain, 1)) < 0.3  # all share it
+    assert layout_fidelity(real.flip(2), real, 1) == pytest.approx(1)      # right colours in the wrong places
+    assert layout_fidelity(real.flip(2), real, 8) < 0.5
     assert layout_fidelity(torch.zeros_like(real), real, 4) == 0
 
 
@@ -286,10 +208,9 @@ def test_tissues_and_nuclei():
     assert torch.allclose(fitted, palette.double(), atol=0.01)
     share = torch.stack([(regions == i).double().mean((1, 2)) for i in range(4)], 1)
     assert torch.allclose(tissue_fractions(x, fitted), share)
-    with pytest.raises(UserError, match="fit the palette on more patches"):
-        fit_palette(x, regions.clamp(max=2))
-    with pytest.raises(UserError, match="fit the palette on more patches"):
-        fit_palette(x[:2], regions)
+    for more in ((x, regions.clamp(max=2)), (x[:2], regions)):
+        with pytest.raises(UserError, match="fit the palette on more patches"):
+            fit_palette(*more)
     x = torch.full((2, 3, 32, 32), 0.8)
     x[1, :, 8:16, :] = torch.tensor([-.1, -.4, .5])[:, None, None]
     assert nuclei_fraction(x).tolist() == [0, 0.25]
@@ -302,24 +223,10 @@ def test_random_features_are_fixed():
     found = random_features(x)
     assert found.shape == (4, 240) and found.dtype == torch.float32
     torch.manual_seed(99)
-    assert torch.equal(found, random_features(x))
     assert torch.allclose(found[1:2], random_features(x[1:2]), atol=1e-6)
     known = torch.tensor([0.1857, 0.1586, 0.0357])  # if they change, old scores are no longer comparable
     assert torch.allclose(found[:, [0, 100, 239]].mean(0), known, atol=1e-4), found[:, [0, 100, 239]].mean(0)
     assert random_features(images(1, 48)[..., :40]).shape == (1, 240)
-
-
-def test_random_features_tell_textures_apart():
-    """One mean and deviation, two textures: the nearest row shares the texture; raw cosines are high."""
-    fine, coarse = normal(32, 3, 64, 64), images(32, 64)
-    both = torch.cat([fine, coarse])
-    both = (both - both.mean((2, 3), keepdim=True)) / both.std((2, 3), keepdim=True) / 3
-    found = random_features(both)
-    distance = torch.cdist(standard(found)(found), standard(found)(found)).fill_diagonal_(torch.inf)
-    assert ((distance.argmin(1) < 32) == (torch.arange(64) < 32)).all()
-    apart = standard(found)
-    assert similarity(found[:32], found[32:]) > 0.8  # why cosines are taken after `standard`:
-    assert similarity(apart(found[:32]), apart(found[32:])) < 0
 
 
 class FakeInception(torch.nn.Module):
@@ -330,20 +237,13 @@ class FakeInception(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_inception_takes_a_local_torchscript_file(tmp_path):
-    with pytest.raises(UserError, match="no Inception weights at .*: bring inception-2015-12-05.pt"):
-        inception_features(images(2, 32), tmp_path / "none.pt")
     (tmp_path / "bad.pt").write_bytes(b"not a script")
-    with pytest.raises(UserError, match="not TorchScript"):
-        inception_features(images(2, 32), tmp_path / "bad.pt")
+    for name, says in (("none", "no Inception weights at .*: bring inception-2015"), ("bad", "not TorchScript")):
+        with pytest.raises(UserError, match=says):
+            inception_features(images(2, 32), tmp_path / f"{name}.pt")
     torch.jit.script(FakeInception()).save(str(tmp_path / "net.pt"))
     found = inception_features(torch.ones(70, 3, 8, 8), tmp_path / "net.pt")
     assert found.shape == (70, 24) and (found == 255).all()
-
-
-def test_lpips_without_the_extra(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(UserError, match=r"pip install -e '\.\[metrics\]', and .*alex.pth as backbone"):
-        load_lpips(tmp_path / "alex.pth")
 
 
 def test_lpips_reads_torchvision_names(monkeypatch, tmp_path):
@@ -359,6 +259,9 @@ def test_lpips_reads_torchvision_names(monkeypatch, tmp_path):
 
         def forward(self, a, b):
             return (self.net.slice1(a) - self.net.slice1(b)).square().mean((1, 2, 3), keepdim=True)
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[metrics\]', and .*alex.pth as backbone"):
+        load_lpips(tmp_path / "alex.pth")
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=LPIPS))
     with pytest.raises(UserError, match="no checkpoint"):
         load_lpips(tmp_path / "none.pth")
@@ -378,26 +281,21 @@ def test_lpips_reads_torchvision_names(monkeypatch, tmp_path):
 def test_demo(capsys):
     metrics.main([])
     out = capsys.readouterr().out
-    assert "exactly 8" in out and "PSNR" in out and "nan" not in out
+    assert "exactly 8" in out and "nan" not in out
 
 
 # ----- Gradient-magnitude similarity -----
 
 def test_gms_of_a_ramp_by_hand():
-    """A ramp that rises by g a pixel has the Prewitt magnitude 2 * 2 g at half size (2 pixels apart, twice the step).
-    catches: c of another range, no halving, the squares left out."""
+    """A ramp rising by g has the Prewitt magnitude 4 g at half size. catches: c of another range, no halving."""
     x = torch.arange(32.0).expand(1, 3, 32, 32) / 64 - 0.25
     g, c = 4 / 64, 170 / 127.5 ** 2
-    assert metrics.gms(x, x) == pytest.approx(1)
-    assert metrics.gms(x, x / 2) == pytest.approx((g * g + c) / (1.25 * g * g + c), abs=1e-6)
-    assert metrics.gms(x, torch.zeros_like(x)) == pytest.approx(c / (g * g + c), abs=1e-6)
+    assert gms(x, x) == pytest.approx(1)
+    assert gms(x, x / 2) == pytest.approx((g * g + c) / (1.25 * g * g + c), abs=1e-6)
+    assert gms(x, torch.zeros_like(x)) == pytest.approx(c / (g * g + c), abs=1e-6)
 
-
-def test_gms_knows_where_edges_are():
-    """Symmetric; blur costs, and so do the same edges elsewhere."""
+    # symmetric; blur costs, and so do the same edges elsewhere
     x = images(2, 64)
     blurred = torch.nn.functional.avg_pool2d(x, 9, 1, 4, count_include_pad=False)
-    assert metrics.gms(x, blurred) == pytest.approx(metrics.gms(blurred, x)) and metrics.gms(x, blurred) < 0.999
-    assert metrics.gms(x, x.flip(2)) < metrics.gms(x, blurred)
-    with pytest.raises(UserError):
-        metrics.gms(x, x[..., :32])
+    assert gms(x, blurred) == pytest.approx(gms(blurred, x)) and gms(x, blurred) < 0.999
+    assert gms(x, x.flip(2)) < gms(x, blurred)

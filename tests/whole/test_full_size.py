@@ -3,8 +3,9 @@ import gc
 
 import pytest
 import torch
-from rule import assert_golden, golden, pack, state_dict
+from rule import assert_golden, golden, manifest, pack, state_dict
 
+from cdm import DiT, DiTConfig, place_table
 from summarizer import Summarizer
 from unet import UNet
 from zoom_vae import VQVAE
@@ -50,3 +51,13 @@ def test_full_unet():
     assert_golden(found[3], "full_unet_rule", "output_blocks_3", FULL)
     del unet
     gc.collect()
+
+
+@torch.no_grad()
+def test_full_cdm():
+    """catches: heads of another width; a size that is not inferred."""
+    g, width = golden("full_cdm_rule")[0], manifest("full_cdm_rule")["x_embedder.bias"][0]
+    net = DiT.from_official(state_dict("full_cdm_rule") | {"pos_embed": place_table(65, width)})
+    assert net.cfg == DiTConfig() and sum(p.numel() for p in net.parameters()) == 130_696_960
+    out = net(g["in/x"].transpose(1, 2), g["in/t"], g["in/y"])                           # published: (B,C,65)
+    assert_golden(out.transpose(1, 2), "full_cdm_rule", "out", 1e-4)
