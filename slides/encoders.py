@@ -11,9 +11,11 @@ run: python -m slides.encoders     a table of all encoders     read next: slides
 from dataclasses import dataclass
 from math import isqrt
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 from common import UserError, cli
 from slides.weights import common_count, common_size, load_official, load_state_dict
@@ -215,10 +217,13 @@ class Published(nn.Module):
     def prepare(self, image):
         if image.ndim != 4 or image.shape[1] != 3:
             raise UserError(f"got tiles of shape {tuple(image.shape)}, encoders take (B,3,H,W)")
-        image, size = image.float(), (self.side, self.side)
-        if image.shape[-2:] != size:  # as Pillow does, without rounding
-            image = F.interpolate(image, size=size, mode=self.resize, antialias=True).clamp(0, 1)
-        return (image - self.mean) / self.std
+        size = (self.side, self.side)
+        if image.shape[-2:] != size:  # official: Pillow's, which rounds and clips between its two passes
+            levels = (255 * image).round().clamp(0, 255).byte().movedim(1, -1).cpu().numpy()  # (B,P,P,3)
+            how = Image.Resampling[self.resize.upper()]
+            tiles = np.stack([Image.fromarray(tile).resize(size, how) for tile in levels])
+            image = torch.from_numpy(tiles).movedim(-1, 1).to(self.mean.device) / 255
+        return (image.float() - self.mean) / self.std
 
     def forward(self, image):
         return self.net(self.prepare(image))
