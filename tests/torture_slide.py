@@ -3,7 +3,6 @@
 Also makes the small TIFFs of all kinds that test_reader.py reads: no library at hand writes tiled ones.
 """
 import io
-import multiprocessing
 import resource
 import struct
 import sys
@@ -37,10 +36,9 @@ def packed(tile, how, **options):
     """The bytes of one tile (h,w,bands), as compression `how` stores them."""
     image, out = Image.fromarray(tile.squeeze()), io.BytesIO()
     if how == 7:  # the colours as they are, or turned to YCbCr; tables apart; no marker says which
-        colours, rgb = options.get("colours", 6), image.convert("YCbCr") if options.get("colours", 6) == 6 else image
+        rgb = image.convert("YCbCr") if options.get("colours", 6) == 6 else image
         rgb = Image.frombytes("RGB", rgb.size, rgb.tobytes()) if image.mode == "RGB" else image
-        rgb.save(out, "JPEG", quality=options.get("quality", 95), subsampling=0, keep_rgb=True, streamtype=2)
-        assert colours in (1, 2, 6)
+        rgb.save(out, "JPEG", quality=95, subsampling=0, keep_rgb=True, streamtype=2)
     elif how in (33003, 33005):
         ycc = image.convert("YCbCr") if how == 33003 else image
         Image.frombytes("RGB", image.size, ycc.tobytes()).save(out, "JPEG2000", no_jp2=True, mct=int(how == 33005))
@@ -57,9 +55,9 @@ def packed(tile, how, **options):
     return out.getvalue(), options.get("predictor", 1)
 
 
-def tables(quality=95):
+def tables():
     out = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(out, "JPEG", quality=quality, subsampling=0, keep_rgb=True, streamtype=1)
+    Image.new("RGB", (16, 16)).save(out, "JPEG", quality=95, subsampling=0, keep_rgb=True, streamtype=1)
     return out.getvalue()
 
 
@@ -173,56 +171,31 @@ def examine(path):
     return "image"
 
 
-def worker(path, jobs, pipe):
-    """Examine mutants in a process of its own, so that a crash or a flood of memory shows."""
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for name, data, seed in jobs:
-        target = path / f"mutant_{name}"
-        target.write_bytes(mutate(data, np.random.default_rng(seed)))
-        start = time.process_time()  # others may keep the machine busy
+def torture(count, folder, seed=0):
+    """out: {outcome: count} and a list of faults, over `count` mutants: seconds of this process (others may keep the
+    machine busy), and how far its peak of memory rose."""
+    made = [(p.name, p.read_bytes()) for p in specimens(folder)]
+    outcomes, faults = {"image": 0, "refused": 0}, []
+    for k in range(count):
+        name, data = made[k % len(made)]
+        target = folder / f"mutant_{name}"
+        target.write_bytes(mutate(data, np.random.default_rng([seed, k])))
+        peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         try:
             outcome = examine(target)
         except Exception as err:
             outcome = f"{type(err).__name__}: {err}"
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024  # kB on Linux
-        pipe.send((seed, name, outcome, time.process_time() - start, grown))
-    pipe.close()
-
-
-def torture(count, folder, seed=0, batch=50):
-    """out: {outcome: count} and a list of faults, over `count` mutants."""
-    made = [(p.name, p.read_bytes()) for p in specimens(folder)]
-    jobs = [(*made[k % len(made)], [seed, k]) for k in range(count)]
-    outcomes, faults, context = {"image": 0, "refused": 0}, [], multiprocessing.get_context("fork")
-    for k in range(0, count, batch):
-        here, there = context.Pipe(False)
-        process = context.Process(target=worker, args=(folder, jobs[k:k + batch], there))
-        process.start()
-        there.close()
-        done = 0
-        try:
-            while here.poll(60):
-                key, name, outcome, seconds, grown = here.recv()
-                done += 1
-                if outcome in outcomes and seconds <= SECONDS and grown <= MEGABYTES:
-                    outcomes[outcome] += 1
-                else:
-                    faults.append(f"{name}, seed {key}: {outcome}, {seconds:.1f} s, {grown:.0f} MB")
-        except EOFError:
-            pass
-        process.kill()
-        process.join()
-        if done < len(jobs[k:k + batch]):
-            faults.append(f"{jobs[k + done][0]}, seed {jobs[k + done][2]}: crashed or took over a minute")
+        seconds = time.process_time() - start
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024  # kB on Linux
+        if outcome in outcomes and seconds <= SECONDS and grown <= MEGABYTES:
+            outcomes[outcome] += 1
+        else:
+            faults.append(f"{name}, seed {seed}, {k}: {outcome}, {seconds:.1f} s, {grown:.0f} MB")
     return outcomes, faults
 
 
-def main():
+if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         outcomes, faults = torture(2000, Path(folder))
     print(f"2000 damaged files: {outcomes}, {len(faults)} faults", *faults, sep="\n  ")
     sys.exit(bool(faults))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,4 @@
-"""Trainings that are killed, starved, damaged, poisoned, or spread over ranks, in real processes; torture_train.py does
-the same to train.py itself, for minutes."""
+"""Trainings that are killed, starved, damaged, poisoned, or spread over ranks, in real processes."""
 import json
 import os
 import random
