@@ -48,6 +48,7 @@ def test_diffusers_is_the_published_shape():
     assert net(torch.randn(1, 3, 8, 8), torch.tensor([3]), torch.randn(1, 65, 16)).shape == (1, 3, 8, 8)
 
 
+@pytest.mark.slow
 def test_every_line_runs_and_is_told(small, monkeypatch, tmp_path, capsys):
     """The whole command, tiny. Catches: a line that cannot be built, a share of the wrong yardstick, a committed file
     written without being asked for."""
