@@ -25,6 +25,7 @@ MAX_PIXELS = 178_956_970  # of an image that must be decoded as a whole: 0.7 GB 
 CACHE = 2**25             # bytes of decoded tiles kept, of each level; openslide keeps as many
 NEAR = 1.05               # resolutions this close count as the same: scanners differ by more, and resampling would blur
 BLOCK = 1024              # pixels of the finer level, in x and y, that are reduced at a time
+TILE, BACK = 512, 3072    # pixels that openslide reads at a time, and at most before them; it splits windows at 4096
 VENDORS = {".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}  # left to openslide
 FORMATS = ("PNG", "JPEG", "TIFF", "JPEG2000", "WEBP", "BMP", "PPM", "GIF")  # not EPS, which would start a program
 
@@ -57,13 +58,15 @@ class Slide:
 
     def keep_tiles(self, room):
         """Keep as many decoded tiles of each level as fit into `room` bytes, those used last."""
-        for level in self.levels if self.file else ():
-            most = max(1, room // (3 * level.tile[0] * level.tile[1]))
-            level.region = partial(self._region, level, lru_cache(most)(partial(self._tile, level)))
+        for level in self.levels:
+            if min(level.tile):
+                most = max(1, room // (3 * level.tile[0] * level.tile[1]))
+                tile_of = level.tile_of or partial(self._tile, level)
+                level.region = partial(self._region, level, lru_cache(most)(tile_of))
 
     def close(self):
+        self.keep_tiles(0)
         if self.file:
-            self.keep_tiles(0)
             self.file.close()
 
     def grid(self, mpp=None):
@@ -231,15 +234,39 @@ def by_openslide(path, mpp, damaged):
         handle = openslide.OpenSlide(str(path))
     sizes, said = handle.level_dimensions, handle.properties.get("openslide.mpp-x")
 
-    def region(n, x, y, w, h):
-        at = round(x * sizes[0][0] / sizes[n][0]), round(y * sizes[0][1] / sizes[n][1])  # in level-0 pixels
+    def tile(n, step, columns, rows, column, row):
+        x, y = columns[column], rows[row]
+        left, top = column * TILE - x, row * TILE - y
         with readable(path):
-            image = handle.read_region(at, n, (w, h))
+            image = handle.read_region((round(x * step), round(y * step)), n, (left + TILE, top + TILE))
+        image = image.crop((left, top, left + TILE, top + TILE))
         paper = Image.new("RGB", image.size, "white")                          # where nothing was scanned
         paper.paste(image, mask=image.getchannel("A"))
         return np.asarray(paper)
-    levels = [Level(size, steps(sizes[0], size), partial(region, n)) for n, size in enumerate(sizes)]
+    levels = []
+    for n, (size, step) in enumerate(zip(sizes, handle.level_downsamples)):
+        (columns, across), (rows, down) = starts(size[0], step), starts(size[1], step)
+        if max(across, down) <= 1 / 16:                                        # else a finer level serves
+            tile_of = partial(tile, n, step, columns, rows)
+            levels.append(Level(size, steps(sizes[0], size), tile=(TILE, TILE), tile_of=tile_of))
     return Slide(path, levels, mpp or (float(said) if said else None), True, None, damaged)
+
+
+def starts(size, step):
+    """Where to begin, so that openslide does not blend the tiles of a level along an axis.
+
+    It takes positions in pixels of level 0, and mixes neighbours where they fall between pixels of the level; less than
+    1/512 from a whole one it does not. So a tile is read from such a position on, at or before it, and cut.
+    in: pixels of the level; step, pixels of level 0 that one spans. out: a position for each tile, in pixels of the
+    level; how far from a whole one the worst lies, as large slides have none nearby.
+    """
+    pixels = np.arange(size)
+    off = abs(np.round(pixels * step) / step - pixels)                         # (size,)
+    found = []
+    for x in range(0, size, TILE):
+        before = off[max(0, x - BACK):x + 1][::-1]
+        found.append(x - int(np.argmin(before > 1 / 512)))                     # the nearest; x itself if there is none
+    return found, off[found].max()
 
 
 @dataclass

@@ -138,6 +138,7 @@ class Level:
     tile: tuple = (0, 0)               # (w,h)
     offsets: np.ndarray | None = None  # (n,) uint64, row by row
     lengths: np.ndarray | None = None
+    tile_of: object = None             # (column, row) -> (th,tw,3) uint8, where openslide reads them
 
 
 def steps(whole, size, ratio=False):

@@ -343,7 +343,8 @@ def test_what_needs_openslide(tmp_path, monkeypatch, kinds):
         write(tmp_path / name, [each])
 
     class Handle:
-        level_dimensions, properties = ((120, 90), (60, 45)), {"openslide.mpp-x": "0.25"}
+        level_dimensions, level_downsamples = ((120, 90), (60, 45)), (1.0, 2.0)
+        properties = {"openslide.mpp-x": "0.25"}
 
         def read_region(self, at, level, size):
             step, x = 1 + level, np.zeros((90, 120, 4), np.uint8)
@@ -362,6 +363,55 @@ def test_what_needs_openslide(tmp_path, monkeypatch, kinds):
         found = slide.read(50, 10, 20, 8)
         assert (found[:, :10] == 255).all() and (found[:, 10:] == (200, 0, 0)).all()
         assert (slide.read(30, 20, 4, 4, 0.5) == (200, 0, 0)).all()
+
+
+class Blending:
+    """A slide as OpenSlide 4.0.1 reads it. Positions are pixels of level 0, divided by one factor for both axes, the
+    mean ratio; within 1/512 of a pixel it gives stored ones, elsewhere it blends (half-way between 0 and 200: 100)."""
+    properties = {}
+
+    def __init__(self, levels):
+        self.levels, self.level_dimensions = levels, [(x.shape[1], x.shape[0]) for x in levels]
+        (W, H), *_ = self.level_dimensions
+        self.level_downsamples = [(W / w + H / h) / 2 for w, h in self.level_dimensions]
+
+    def read_region(self, at, level, size):
+        assert max(size) <= 4096 and all(isinstance(n, int) for n in (*at, *size))
+        stored = np.pad(self.levels[level], ((0, 4097), (0, 4097), (0, 0)), constant_values=255).astype(float)
+        for axis in (0, 1):
+            place, n = at[1 - axis] / self.level_downsamples[level], size[1 - axis]
+            first, part = (round(place), 0) if abs(place - round(place)) < 1 / 512 else (int(place), place % 1)
+            both = (stored.take(range(first + k, first + k + n), axis) for k in (0, 1))
+            stored = next(both) * (1 - part) + next(both) * part
+        return Image.fromarray(np.dstack([stored, np.full(stored.shape[:2], 255)]).round().astype(np.uint8))
+
+
+SIZES = (1001, 777), (500, 388), (250, 194)
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_openslide_gives_the_stored_pixels(tmp_path, monkeypatch, real):
+    """Of levels whose steps are 2.0023 and 4.0046 on noise, in any window."""
+    levels, rng = [noise(h, w, k) for k, (w, h) in enumerate(SIZES)], np.random.default_rng(0)
+    write(tmp_path / "a.tif", [page(x, (256, 256), 8, kind=k > 0) for k, x in enumerate(levels)])
+    if real:
+        pytest.importorskip("openslide", reason="pip install openslide-python openslide-bin enables this")
+    else:
+        monkeypatch.setitem(sys.modules, "openslide", SimpleNamespace(OpenSlide=lambda path: Blending(levels)))
+    slide = reader.by_openslide(tmp_path / "a.tif", 1.0, None)
+    for n, (stored, (w, h)) in enumerate(zip(levels, SIZES)):
+        assert slide.levels[n].size == (w, h)
+        for _ in range(8):
+            (x, right), (y, bottom) = (sorted(rng.choice(end + 1, 2, replace=False)) for end in (w, h))
+            found = slide.levels[n].region(x, y, right - x, bottom - y)
+            assert np.array_equal(found, stored[y:bottom, x:right]), (n, x, y)
+
+
+def test_openslide_levels_that_it_blends_are_passed_over():
+    """40,001 in 20,000: pixels 10,000 and more from the start lie a quarter between those of level 0."""
+    assert reader.starts(20_000, 2.00005)[1] > 0.2 and reader.starts(20_000, 2.0) == (list(range(0, 20_000, 512)), 0)
+    found, off = reader.starts(1251, 2.0004)
+    assert found == [0, 9, 9] and off < 1 / 512
 
 
 def test_damaged_files_end_well(tmp_path):
