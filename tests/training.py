@@ -128,7 +128,7 @@ def start(folder, function, *args, ranks=1, **more):
     return started
 
 
-def codes(processes, seconds=300):
+def codes(processes, seconds=120):
     """Their exit codes, once all have ended."""
     for p in processes:
         p.join(seconds)
