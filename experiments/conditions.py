@@ -44,7 +44,6 @@ class Config:
     guide: str = "x0"       # and how the one guides the other
     overlap: int = -1       # and what their windows share; 0 halves the time
     captions: str = ""      # text: held-out captions with the shares they state; default DATA/heldout.tsv
-    emphasis: float = 2.0   # text: guidance of the grid model towards its caption
     spread: float = 0.0     # text: how much chance may change the amounts it states
     single: str = ""        # scales: the run that was trained on one scale alone (train.py --only_scale)
     scale: int = 3          # scales: that scale
@@ -137,8 +136,7 @@ def scales(cfg, model, pyramids, ranks):
     return {"scale": cfg.scale} | found
 
 def memory(cfg, model, pyramids, ranks):
-    """Distance of each CDM sample at the coarsest scale to its nearest training image, against that of held-out real
-    images (Z S9.1). Copies would lie nearer."""
+    """Distance of CDM samples at the coarsest scale, and of held-out images, to the nearest training image (Z S9.1)."""
     s, A, out = pyramids.scales - 1, Resize(4, "box"), {}
     tokens = load_conditioner(cfg.run, "cdm", model).tokens([s] * cfg.n, 0)
     sets = {"drawn": drawn(model, tokens, cfg, ranks, 0), "real": fixed_batch(pyramids, "test", s, cfg.n)["x"]}
@@ -171,8 +169,7 @@ def correlation(e):
     return sum(float((a * b).mean() / (a.square().mean() * b.square().mean()).sqrt()) for a, b in pairs) / 2
 
 def coherence(cfg, model, pyramids, ranks, grids, seed=0):
-    """Draw a large image for each Grid, the k-th with noise of seed + k. out: images (N,3,size,size), and dB of
-    A(image) against its context."""
+    """A large image for each Grid. out: images (N,3,size,size), and dB of A(image) against its context."""
     A, images, psnr = Resize(2 ** cfg.context), [], []
     proxy = proxies.load(cfg.run, model, pyramids, ranks) if "proxy" in cfg.guide else None
     for k, grid in enumerate(grids):
@@ -219,16 +216,14 @@ def text(cfg, model, pyramids, ranks):
     path = Path(cfg.captions or pyramids.folder / "heldout.tsv")
     described = captions.read_captions(path, pyramids, "test")[:cfg.n]
     if any(not c.truth for c in described):
-        raise UserError(f"--captions={path} must state what share each of {', '.join(TISSUES)} has: the file that "
-                        f"python -m text.captions toy writes does")
+        raise UserError(f"--captions={path} must state the shares of {', '.join(TISSUES)}, as text.captions toy does")
     texts, file = [c.text for c in described], path.with_suffix(".safetensors")
     vectors = (captions.load_vectors(file, texts, made.info.get("text"))[0] if file.exists() else
                captions.encode_texts(texts))
     colours, truth = tissue_colours(pyramids), torch.tensor([c.truth for c in described])
     tables, pooled, db = [], [], []
     for seed in range(0, 1000 * cfg.seeds, 1000):
-        invented = [Grid(made.grid(k, k, v, cfg.emphasis, seed=seed + i, spread=cfg.spread))
-                    for i, v in enumerate(vectors)]
+        invented = [Grid(made.grid(k, k, v, seed=seed + i, spread=cfg.spread)) for i, v in enumerate(vectors)]
         images, values = coherence(cfg, model, pyramids, ranks, invented, seed)
         found = fractions(images, colours)
         tables.append(agreement(truth, found, seed // 1000))

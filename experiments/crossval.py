@@ -2,9 +2,7 @@
 
     python mil.py cv --features=DIR[,DIR...] --labels=FILE
 
-Scores and trained heads are kept, and nothing is trained twice. An interval says how much the choice of the test
-patients matters, not that of the training patients.
-
+Nothing is trained twice. An interval says how much the choice of the test patients matters, not of the training ones.
 in:  folders of features (mil.py extract, CLAM, TRIDENT), a CSV of labels   out: tables, OUT/cv.json, OUT/*.safetensors
 """
 import json
@@ -128,8 +126,7 @@ def weighted_auc(scores, y, fold, weights):
     return torch.stack(found).nanmean(0)
 
 def patient_draws(patients, n, seed):
-    """How often each slide counts if patients are drawn with replacement. in: a patient per slide. out: (1+n,slides),
-    the first row all ones."""
+    """How often each slide counts if patients are drawn with replacement. out: (1+n,slides), the first row all ones."""
     _, patient = np.unique(patients, return_inverse=True)                  # (slides,) numbers
     P, rows = patient.max() + 1, [np.ones(len(patient))]
     for draw in np.random.default_rng([seed, 5]).integers(0, P, (n, P)):
@@ -164,8 +161,7 @@ def folders_of(cfg):
     for folder in folders[1:]:
         odd = sorted({f.stem for f in files_of(folder)} ^ set(slides))
         if odd:
-            raise UserError(f"{folder} and {folders[0]} hold different slides ({few(odd)}): extract both from the "
-                            f"same ones")
+            raise UserError(f"{folder} and {folders[0]} hold different slides ({few(odd)}): extract the same ones")
     return folders
 
 def heads_of(cfg):
@@ -219,8 +215,7 @@ def show(cfg, fraction, folds, draws, right, pairs):
 
 def tables(cfg, pairs=None):
     """Train what cfg asks for and print tables. out: {(features, head, fraction): draws (1+n,) of the AUC}.
-    pairs: names of features whose difference to print; default: all. raises: UserError for unusable features, labels
-    or settings."""
+    pairs: names of features whose difference to print; default: all. raises: UserError for what does not do."""
     jobs = jobs_of(cfg)
     labels, out = Labels(cfg.labels, [f.stem for f in files_of(jobs[0].folder)]), out_of(cfg)
     counts = torch.bincount(labels.y).tolist()

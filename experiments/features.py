@@ -2,11 +2,7 @@
 
     python mil.py extract RUN --data=DIR --scales=0,2 --out=DIR
 
-Beside the papers' features there are three to compare them with: the same of a random U-Net, the encoder's view of the
-patch itself, and its view of a patch drawn from the condition.
-
-in:  a run, pyramids   out: OUT/SLIDE.safetensors: features (N,K), coords (N,2), x and y of corners at full size
-"""
+in:  a run, pyramids   out: OUT/SLIDE.safetensors: features (N,K), coords (N,2), x and y of corners at full size"""
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +15,7 @@ from common import UserError, at_least, cli, configure, fingerprint, one_of, sav
 from data import Pyramids
 from diffusion import ZoomLDM, ddim_sample
 from mil import Activations
+from sample_joint import known_data
 from slides.encoders import load_encoder
 from toy.folder import finished
 from unet import UNet
@@ -121,19 +118,9 @@ def slide_features(source, k, scales, batch_size):
 
 def open_pyramids(cfg, model):
     """The pyramids to take features from. raises: UserError if the run was not trained on the like of them."""
-    info = model.info if model else {}
-    found = Pyramids(cfg.data or info.get("data", ""), std=info.get("std"))
-    top = found.scales
-    if model:
-        known = model.summarizer.cfg
-        top = min(top, known.scales)
-        here = (found.patch, found.encoder, found.embed_dim)
-        there = (info.get("patch"), info.get("encoder"), known.embed_dim)
-        if here != there:
-            raise UserError(f"{found.folder} has patches, encoder and width {here}, the run was trained on {there}: "
-                            f"build it with these")
-    if not cfg.scales or list(cfg.scales) != sorted(set(cfg.scales) & set(range(top))):
-        raise UserError(f"--scales={cfg.scales}: give some of 0 to {top - 1}, finest first")
+    found = known_data(model, cfg.data or model.info.get("data", "")) if model else Pyramids(cfg.data)
+    if not cfg.scales or list(cfg.scales) != sorted(set(cfg.scales) & set(range(found.scales))):
+        raise UserError(f"--scales={cfg.scales}: give some of 0 to {found.scales - 1}, finest first")
     return found
 
 def source_of(cfg, model, pyramids, ranks):
@@ -162,8 +149,7 @@ def extract(cfg):
     one_of(cfg, kind=("unet", "untrained", "descriptor", "drawn"))
     at_least(cfg, batch=1, steps=1, seed=0)
     if not cfg.run and (cfg.kind != "descriptor" or not cfg.data):
-        raise UserError("say which run: python mil.py extract RUN --data=DIR (only --kind=descriptor --data=DIR --out="
-                        "DIR needs none)")
+        raise UserError("say which run: python mil.py extract RUN --data=DIR (--kind=descriptor --data=DIR needs none)")
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device) if cfg.run else None
     pyramids = open_pyramids(cfg, model)

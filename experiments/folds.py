@@ -40,13 +40,11 @@ class Labels:
             slide, label = row["slide_id"].strip(), row["label"].strip()
             entry = label, (row.get("case_id") or slide).strip()
             if not label or rows.setdefault(slide, entry) != entry:
-                raise UserError(f"{path}: slide {slide} has {'two different rows' if label else 'no label'}: give each "
-                                f"slide one label and one case_id")
+                raise UserError(f"{path}: slide {slide} has {'two different rows' if label else 'no label'}: give one")
         bare, extra = sorted(set(names) - set(rows)), sorted(set(rows) - set(names))
         for what, which in (("features but no label", bare), ("a label but no features", extra)):
             if which:
-                raise UserError(f"{len(which)} slides have {what} in {path}: {few(which)}; complete them, or take them "
-                                f"out")
+                raise UserError(f"{len(which)} slides have {what} in {path}: {few(which)}; complete or remove them")
         self.names = list(names)
         self.classes = sorted({rows[n][0] for n in names}, key=lambda v: (len(v), v))      # 2 before 10
         if len(self.classes) < 2:
@@ -86,8 +84,7 @@ def check_split(labels, split, where):
                             f"slides, a larger --fraction or --val, or fewer --folds")
         for patient in (labels.patients[k] for k in part):
             if owner.setdefault(patient, name) != name:
-                raise UserError(f"{where}: patient {patient} is in {owner[patient]} and in {name}: put all slides of a "
-                                f"patient into one of them")
+                raise UserError(f"{where}: patient {patient} is in {owner[patient]} and in {name}: put all into one")
 
 def make_splits(labels, folds, fraction, val, seed):
     """Cross-validation, stratified and grouped by patient: [(train, val, test)] of slide numbers, one per fold; a share
@@ -96,8 +93,7 @@ def make_splits(labels, folds, fraction, val, seed):
     for i, c in enumerate(labels.classes):
         mine = [patient for patient, y in zip(labels.patients, labels.y.tolist()) if y == i]
         if len(set(mine)) < folds:
-            raise UserError(f"class {c} has {len(mine)} slides of {len(set(mine))} patients, fewer than --folds={folds}"
-                            f": take fewer folds, or leave the class out")
+            raise UserError(f"class {c} has {len(mine)} slides, {len(set(mine))} patients, fewer than --folds={folds}")
     slides, out = range(len(labels.names)), []
     for k, test in enumerate(deal(labels, slides, [1 / folds] * folds, seed)):
         rest = sorted(set(slides) - set(test))

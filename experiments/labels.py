@@ -27,6 +27,7 @@ from experiments.crossval import HEADS, heads_of, interval, limits, patient_draw
 from experiments.evaluate import truth
 from experiments.folds import Labels, make_splits
 from mil import cross_validate
+from sample_joint import Config as Drawing, draw_patches
 from slides.bags import Bags, files_of, read_bag, views
 from toy.task import CELL, structures
 
@@ -43,7 +44,6 @@ class Config:
     cv: crossval.Config = field(default_factory=lambda: crossval.Config(seeds=3, fraction=(0.25, 1.0)))  # but for files
     ts: tuple = (10, 50, 100, 300, 600)  # of the sweep
     blocks: str = "middle,1,2,3"         # of the sweep, at t = extract.t
-    toy: str = ""             # of part patches: pyramids with region maps; default: those of the run
     scale: int = 1            # of part patches
     n: int = 2000             # training patches, and as many test patches, if there are
 
@@ -76,8 +76,6 @@ def table(cfg):
             text = "diffusion features beat" if a.split()[0] != b.split()[0] else "two scales beat one"
             gaps = [draws[a, h, share] - draws[b, h, share] for h in heads_of(cfg.cv)]
             verdict(f"  {text}: {a} - {b}", torch.stack(gaps).mean(0))
-    if len(scales) == 1:
-        print("one scale was extracted: nothing is said about two")
 
 def sweep(cfg):
     """Diffusion features over t, and over the block of the U-Net; the first head, all training slides, all scales."""
@@ -87,8 +85,7 @@ def sweep(cfg):
                             fraction=(1.0,), views=views(folders[0])[-1], heads=heads_of(cfg.cv)[0]), pairs=[])
 
 def squares(file, source):
-    """The mean features of each square of a toy slide, with what is in it. out: {scale: [(x (K,), has it a duct, has
-    it large nuclei, fold)]}."""
+    """Each square of a toy slide: {scale: [(its mean features (K,), has it a duct, has it large nuclei, fold)]}."""
     k, found = int(file.stem.removeprefix("train_")), {}
     duct, large = structures(source["seed"] * 100_000 + k, source["size"])[:2]
     x, coords, meta = read_bag(file)
@@ -109,8 +106,7 @@ def ridge_auc(x, y, fold):
     return float(weighted_auc(score, y.long(), fold, torch.ones(1, len(y)).double()))
 
 def probe(cfg):
-    """What all features extracted so far know of the toy slides: is a square a duct, has it large nuclei? AUC on
-    held-out fifths of the patients."""
+    """Is a square a duct, has it large nuclei? AUC on held-out fifths of the patients, for all features so far."""
     source = json.loads((Path(cfg.data) / "index.json").read_text()).get("source", {})
     if source.get("command") != "task":
         raise UserError(f"{cfg.data} are not the toy slides whose ducts are known: python data.py toy --task")
@@ -171,15 +167,6 @@ def classifier(x, y, classes, seed, epochs=30):
         opt.step()
     return net.eval()
 
-def redrawn(model, batch, cfg, ranks):
-    """A patch for each condition of the batch: (N,3,P,P) in [-1,1] on the CPU."""
-    tokens, mask, s = (batch[key].to(ranks.device) for key in ("tokens", "mask", "s"))
-    side = batch["x"].shape[-1] // model.vae.factor
-    with ranks.autocast(), torch.no_grad():
-        parts = zip(*(v.split(cfg.batch) for v in (tokens, mask, s)))
-        c = torch.cat([model.summarizer(*part).float() for part in parts])                 # (N,65,D)
-        return model.draw(c, side, cfg.guidance, cfg.steps, 0, cfg.batch)
-
 def balanced(net, x, y):
     """Accuracy, every class counted equally."""
     with torch.no_grad():
@@ -191,10 +178,11 @@ def patches(cfg):
     both; balanced accuracy on held-out patches, as they are and stained otherwise. 10 % and all of --n."""
     ranks = setup(cfg.extract.device, cfg.extract.amp, cfg.extract.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
-    pyramids = Pyramids(cfg.toy or model.info["data"], std=model.info["std"])
+    pyramids = Pyramids(model.info["data"], std=model.info["std"])
     train, test = (fixed_batch(pyramids, split, cfg.scale, cfg.n) for split in ("train", "test"))
     y, want = (truth(pyramids, b, pyramids.patch)[0].argmax(1) for b in (train, test))
-    x, fake = train["x"], redrawn(model, train, cfg.extract, ranks)
+    drawing = Drawing(guidance=cfg.extract.guidance, steps=cfg.extract.steps)
+    x, fake = train["x"], draw_patches(model, train, drawing, ranks)
     counts = torch.bincount(want).tolist()
     print(f"{len(x)} training and {len(want)} test patches of scale {cfg.scale}, by tissue {counts}")
     C, stains = int(max(y.max(), want.max())) + 1, {"same stain": test["x"], "other stain": stain_shift(test["x"])}
@@ -221,8 +209,7 @@ def main(argv):
     cfg.out = cfg.out or str(Path(cfg.run) / "bench" / "mil")
     cfg.labels = cfg.labels or f"{cfg.data}/labels.csv"
     if cfg.part != "patches" and not Path(cfg.labels).is_file():
-        raise UserError(f"no labels at {cfg.labels}: draw slides with labels with python data.py toy --task --out="
-                        f"{cfg.data}")
+        raise UserError(f"no labels at {cfg.labels}: draw some: python data.py toy --task --out={cfg.data}")
     PARTS[cfg.part](cfg)
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@
     python sample_joint.py out/toy --size=512 --context=3 --condition=grid     # no image behind it (python cdm.py)
 
 in:  a run folder and Settings   out: .png, .tif (pyramid) or .dzi, and the coarse views it was drawn with beside it
-An image that was interrupted goes on where it was a minute before, by the same command.     read next: large/proxy.py
-"""
+The same command goes on with an image that was interrupted.     read next: large/proxy.py"""
 import inspect
 import json
 import math
@@ -108,8 +107,7 @@ def enough_memory():
         known = ("not enough memory", "can't allocate memory", "could not create a primitive")
         if type(err) is RuntimeError and not any(text in str(err) for text in known):
             raise
-        raise UserError("memory does not suffice: give a smaller --batch (windows per network call), close other "
-                        "programs, or take another --device") from err
+        raise UserError("memory does not suffice: give a smaller --batch, or another --device") from err
 
 def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
     """Sample one large image as cfg, a Settings, says. condition: see windows.contexts; resume: a file that keeps the
@@ -183,8 +181,7 @@ def check(cfg, schedule):
         raise UserError(f"--size={cfg.size} --guided={cfg.guided} --at={cfg.at} --lam={cfg.lam}: give two numbers, "
                         f"whole ones for at, one or two for lam and size")
     if cfg.eval or cfg.sampler != "ddim":
-        raise UserError(f"--eval={cfg.eval} --sampler={cfg.sampler}: large images are drawn with ddim, --eval is for "
-                        f"patches")
+        raise UserError(f"--eval={cfg.eval} --sampler={cfg.sampler}: large images take ddim and no --eval")
     S.guide_of(cfg.guide, cfg.inner, lams(cfg), cfg.delta, cfg.zeta)
     ddim_timesteps(schedule.T, cfg.steps)
     check_place(out)

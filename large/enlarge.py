@@ -101,8 +101,7 @@ def check(cfg, known):
     if not 0 <= cfg.scale < known:
         raise UserError(f"--scale={cfg.scale}: say at which scale the image is, 0 (finest) to {known - 1} for this run")
     if cfg.scale == 0 and cfg.sr != 1 and (cfg.sr or not cfg.variations):
-        raise UserError("--scale=0 is the finest scale, so nothing finer can be drawn: give the --scale that the image "
-                        "really has, or --sr=1 --variations=4")
+        raise UserError("--scale=0 is the finest scale: give the image's real --scale, or --sr=1 --variations=4")
     factor = cfg.sr or 2 ** cfg.scale
     if factor not in [2 ** n for n in range(cfg.scale + 1)]:
         raise UserError(f"--sr={cfg.sr}: from --scale={cfg.scale} give a power of 2 up to {2 ** cfg.scale}")
@@ -154,12 +153,12 @@ def vary(cfg, model, x, e, P, ranks):
             out.append((image, paint(model, Grid(e), fine, 0, seed=cfg.seed + n, overlap=0, **how)))
     return out
 
-def write_variations(out, x, varied):
-    for n, (image, cells) in enumerate(varied):
-        save_png(out / f"variation_{n}.png", to_uint8(image[0]).numpy())
-        save_png(out / f"cells_{n}.png", to_uint8(cells[0]).numpy())
-    save_grid(out / "variations.png", [torch.cat([x[None], *(image.cpu() for image, _ in varied)])])
-    return [f"{name}_{n}.png" for name in ("variation", "cells") for n in range(len(varied))] + ["variations.png"]
+def write_variations(out, varied):
+    """Write images, and their cells. out: names of files."""
+    for n, pair in enumerate(varied):
+        for name, image in zip(("variation", "cells"), pair):
+            save_png(out / f"{name}_{n}.png", to_uint8(image[0]).numpy())
+    return [f"{name}_{n}.png" for name in ("variation", "cells") for n in range(len(varied))]
 
 def write_enlarged(cfg, out, x, sr):
     """Write the finer image sr (3,H,W), and beside it the input, enlarged in the usual ways. out: names of files."""
@@ -200,7 +199,7 @@ def main(argv):
             save_tensors(out / "e.safetensors", {"e": e.movedim(0, -1)}, {"image": cfg.image, "scale": s})
             written.append("e.safetensors")
         written += write_enlarged(cfg, out, x, sr) if sr is not None else []
-        written += write_variations(out, x, varied) if varied else []
+        written += write_variations(out, varied)
         print(f"wrote {out}: {', '.join(written)}")
     ranks.barrier()
 

@@ -1,11 +1,8 @@
 """A proxy for A Dec: a small convolutional map from latents straight to the decoded image at a quarter of its side.
 
-The constraint of joint sampling only ever sees a 4- to 16-fold reduced decode. A few thousand parameters can learn that
-from the decoder in half a minute, and their gradient costs next to nothing, so that decoder and encoder leave the loop.
-Reductions beyond 4 follow by `Resize`. Its pupils are noisy estimates of every t, which is what it will be asked about.
-
-in:  scaled latents (B,3,h,w)   out: images (B,3,h,w) in [-1,1], and RUN/proxy.safetensors
-read next: large/command.py
+A few thousand parameters learn that in half a minute, and their gradient costs next to nothing, so that decoder and
+encoder leave the loop. Reductions beyond 4 follow by `Resize`. It is taught on noisy estimates of every t.
+in:  scaled latents (B,3,h,w)   out: images (B,3,h,w) in [-1,1]; RUN/proxy.safetensors     read next: large/command.py
 """
 from dataclasses import replace
 from hashlib import sha256
@@ -116,8 +113,7 @@ def fingerprint(model):
     return sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in parts)).hexdigest()[:16]
 
 def load(folder, model, pyramids, ranks):
-    """The proxy of a run, saved beside the model; fitted now if there is none, or one of another model, to `pyramids`
-    (None: refused then)."""
+    """The proxy of a run, saved beside the model; fitted to `pyramids`, if there are any, where none fits the model."""
     path = Path(folder) / "proxy.safetensors"
     proxy = Proxy(model.vae.factor)
     state, meta = load_tensors(path) if path.exists() else ({}, {"model": None})

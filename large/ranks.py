@@ -1,10 +1,7 @@
-"""The processes that torchrun starts, joined over gloo on CPUs and nccl on GPUs; a canvas whose windows they share.
+"""The processes that torchrun starts, joined; a canvas whose windows they share.
 
 Every rank holds the whole canvas and asks its networks about its own windows; sums go round. In float64 they hardly
-depend on their order, so that two ranks draw what one draws.
-
-run: torchrun --standalone --nproc_per_node=2 sample_joint.py out/toy --size=1024     read next: large/windows.py
-"""
+depend on their order, so that two ranks draw what one draws.     read next: large/windows.py"""
 import os
 from datetime import timedelta
 
@@ -13,8 +10,7 @@ import torch.distributed as dist
 from sample_joint import Canvas
 
 class RankCanvas(Canvas):
-    """Attributes: ij, the windows of this rank; shared: whether there are enough of them for every rank. If not, each
-    rank does them all."""
+    """Attributes: ij, the windows of this rank; shared: False if there are too few, and each rank does them all."""
 
     def __post_init__(self):
         super().__post_init__()

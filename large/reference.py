@@ -1,11 +1,6 @@
 """Whose conditions a large image has: embeddings of a held-out slide, of any image, of a file, or invented; and edits.
 
-A `Grid` holds one embedding per base tile under the image; `--swap` and `--paste` move its cells, which moves what is
-drawn there (L §3.2).
-
-in:  Conditions, settings of a large image   out: a Grid, as windows ask it for conditions
-read next: large/ranks.py
-"""
+in:  Conditions, settings of a large image   out: a Grid, one embedding per base tile     read next: large/ranks.py"""
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +52,7 @@ def from_image(cfg, model, pyramids, need):
     if not Path(name).is_file():
         raise UserError(f"--reference={name} does not exist: give an image, or a .safetensors grid")
     if "encoder" not in info:
-        raise UserError(f"{cfg.run or 'the model'} does not say which encoder it knows: give --reference as a grid, a "
-                        f".safetensors file")
+        raise UserError(f"{cfg.run or 'the model'} knows no encoder: give --reference as a .safetensors file")
     slide, mpp = open_slide(name), None
     if slide.said:
         mpp = info.get("mpp") if pyramids is None else pyramids.mpp
@@ -66,8 +60,7 @@ def from_image(cfg, model, pyramids, need):
             print(f"{name} is read at its own resolution, for its run does not say which one it knows: give --data=")
     width, height = slide.grid(mpp)[2]
     if min(width, height) < patch:
-        raise UserError(f"{name} is {width} x {height} pixels, smaller than a patch of {patch}: take a larger "
-                        f"--reference")
+        raise UserError(f"{name} is {width} x {height} pixels, a patch is {patch}: take a larger --reference")
     inside(name, cfg, (height // patch, width // patch), need)
     encoder, rows = load_encoder(info["encoder"], info["std"], cfg.weights or info.get("weights")), []
     for row in range(cfg.at[0], cfg.at[0] + need[0]):
@@ -89,8 +82,7 @@ def load_grid(cfg, model, pyramids, need):
     raises: UserError if there are not as many tiles, or the embeddings have another width or are no numbers."""
     name, whole = cfg.reference, False
     if cfg.condition != "grid" and (cfg.caption or cfg.vector) or cfg.condition == "grid" and cfg.reference:
-        raise UserError(f"--condition={cfg.condition}: --caption and --vector go with --condition=grid, --reference "
-                        f"does not go with --condition=grid")
+        raise UserError(f"--condition={cfg.condition}: --caption and --vector go with grid, --reference does not")
     if cfg.condition == "grid":
         from text.grid import vector_of
         made, name = load_conditioner(cfg.run, "grid", model), "the invented grid"
@@ -108,8 +100,7 @@ def load_grid(cfg, model, pyramids, need):
         e = e[i:i + h, j:j + w]
     e = e.float().movedim(-1, 0)                                                        # (E,rows,columns)
     if not e.isfinite().all():
-        raise UserError(f"{name} holds embeddings that are no finite numbers under the image: make it again, or take "
-                        f"another --at")
+        raise UserError(f"{name} holds embeddings that are no finite numbers under the image: take another --at")
     return Grid(edited(e, cfg))
 
 # ----- 2. Edits (L §3.2) -----

@@ -1,10 +1,6 @@
 """Going on with a run: are its settings those it began with, and is its newest checkpoint whole?
 
-common.py opens this door where there is a file to look at.
-
-in:  a file of a run   out: nothing, or a sentence that says what to do
-read next: train.py
-"""
+in:  a file of a run   out: nothing, or a sentence that says what to do     read next: train.py"""
 import json
 import os
 from dataclasses import asdict

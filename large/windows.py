@@ -116,15 +116,12 @@ def sides(size, scales, patch, factor, known):
         raise UserError(f"--size={size}, scales {scales}: give a side, or height,width, in pixels, and whole scales")
     finest, coarsest = scales[-1], scales[0]                # the command sorts all but the finest
     if scales != sorted({*scales}, reverse=True) or finest < 0 or coarsest >= known:
-        raise UserError(f"scales {scales}: the run knows 0 to {known - 1}; --context lists coarser ones than --scale, "
-                        f"each once")
+        raise UserError(f"scales {scales}: give some of 0 to {known - 1}, --context coarser than --scale, each once")
     block = factor * 2 ** (coarsest - finest)
     if any(n % block for n in size):
-        raise UserError(f"--size={size} does not divide: with --context={coarsest} both sides must be multiples of "
-                        f"{block}")
+        raise UserError(f"--size={size}: with --context={coarsest} both sides must be multiples of {block}")
     if min(size) < patch * block // factor:
-        raise UserError(f"--size={size} is at scale {coarsest} less than a patch of {patch}: take a larger --size, or "
-                        f"a smaller --context")
+        raise UserError(f"--size={size} is less than a patch at scale {coarsest}: a larger --size or less --context")
     out = []
     for s in scales:
         latent = factor * 2 ** (s - finest)                 # pixels of the image per latent of that scale

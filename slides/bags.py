@@ -48,8 +48,7 @@ def contents(path):
         raise
     except Exception as err:  # damaged files raise nearly anything
         why = (str(err).splitlines() or [""])[0]
-        raise UserError(f"{path} cannot be read ({type(err).__name__}: {why}): it is damaged or holds more than "
-                        f"tensors; make it again") from err
+        raise UserError(f"{path} cannot be read ({type(err).__name__}: {why}): make it again, of tensors") from err
     return found if isinstance(found, dict) else {"features": found}, {}
 
 def read_h5(path):
@@ -73,8 +72,7 @@ def files_of(folder):
     folder = Path(folder)
     files = sorted(f for f in folder.glob("*") if f.suffix in SUFFIXES and not f.name.startswith("."))
     if not files:
-        raise UserError(f"{folder} holds no features ({', '.join(SUFFIXES)}): make them with python mil.py extract, or "
-                        f"give the folder that holds them, as {folder}/h5_files")
+        raise UserError(f"{folder} holds no features ({', '.join(SUFFIXES)}): make them with python mil.py extract")
     for a, b in zip(files, files[1:]):
         if a.stem == b.stem:
             raise UserError(f"{a} and {b} are features of one slide: take one of them out")

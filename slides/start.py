@@ -1,9 +1,6 @@
 """Start a training from another run, or from a published VAE or U-Net, as the papers did (cin256-v2.ckpt).
 
-train.py opens this door for --init_from and --vae_weights. What does not fit is refused before anything is trained.
-
-run: python train.py PRESET --init_from=RUN_OR_FILE
-"""
+run: python train.py PRESET --init_from=RUN_OR_FILE"""
 from dataclasses import asdict
 from pathlib import Path
 

@@ -76,8 +76,7 @@ def from_csv(path):
         row = {(k or "").strip(): v.strip() for k, v in row.items() if isinstance(v, str)}
         name, mpp, split = (row.get(key, "") for key in ("path", "mpp", "split"))
         if not name or split not in ("", "train", "test") or not re.fullmatch(NUMBER, mpp):
-            raise UserError(f"{path}, line {n}: give a column path, and if need be mpp (a number or nothing) and split "
-                            f"(train, test or nothing)")
+            raise UserError(f"{path}, line {n}: give path, and if need be mpp, a number, and split, train or test")
         found[path.parent / name] = float(mpp) if mpp else None, split
     return found
 
@@ -266,7 +265,6 @@ def workers(n):
             torch.set_num_threads(1)                                           # as workers have: the same bytes
             yield later
     except BrokenProcessPool as err:
-        raise UserError("a worker process was killed, as when memory runs out: run the same command with fewer "
-                        "--workers, it goes on where it stopped") from err
+        raise UserError("a worker process was killed, as when memory runs out: go on with fewer --workers") from err
     finally:
         torch.set_num_threads(threads)

@@ -63,8 +63,7 @@ def load_official(module, state, prefix, rename, ignore=()):
     module.load_state_dict({name: state[key] for name, key in names.items()})
 
 def common_size(state, dim, *names):
-    """The size along `dim` that most of these tensors of a state dict have, so that one that is missing or damaged does
-    not mislead; None if there is none."""
+    """The size along `dim` that most of these tensors have: one that is damaged does not mislead; None without any."""
     sizes = [state[n].shape[dim] for n in names if n in state and state[n].ndim > dim]
     return max(sizes, key=sizes.count, default=None)
 

@@ -1,13 +1,9 @@
 """Captions of images and their vectors, from any text encoder: what a model drawn to a text is trained on (L §3.3).
 
-captions.tsv has a line image<TAB>caption for each caption. image is a name of the data set (index.json), alone for the
-whole image or as name@row,col,rows,cols for a part, counted in base tiles from the upper left. The vectors lie in a
-safetensors file, v (n,d), with the captions and the name of their encoder beside them.
-
+captions.tsv has a line image<TAB>caption for each caption. image is a name of the data set (index.json), alone or as
+name@row,col,rows,cols for a part, in base tiles. The vectors v (n,d) lie in a safetensors file with the captions.
 run: python -m text.captions toy data/toy                    captions of toy slides: captions.tsv, heldout.tsv
-     python -m text.captions embed data/toy/captions.tsv     their vectors: captions.safetensors (extra: text)
-read next: grid.py
-"""
+     python -m text.captions embed data/toy/captions.tsv     their vectors: captions.safetensors (extra: text)"""
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +87,7 @@ def read_captions(path, pyramids, split="train"):
     captions = [c for c in every if pyramids.slides[c.slide]["split"] == split]
     if not captions:
         raise UserError(f"{path}: none of its {len(every)} captions is of a {split!r} image of {pyramids.folder}")
-    have = {c.slide for c in captions}
-    other, lack = len(every) - len(captions), len(pyramids.names(split)) - len(have)
-    print(f"{path}: {len(captions)} captions of {len(have)} {split!r} images; {other} captions are of other images, "
-          f"{lack} images have none")
+    print(f"{path}: {len(captions)} captions of {len({c.slide for c in captions})} {split!r} images")
     return captions
 
 # ----- 2. Vectors -----
@@ -127,15 +120,13 @@ def load_vectors(path, texts, encoder=None):
         raise UserError(f"{path} holds no v (n,d) of finite numbers with the n captions and the encoder: make it "
                         f"with python -m text.captions embed, or text/captions.py::save_vectors")
     if encoder not in (None, name):
-        raise UserError(f"{path} holds vectors of {name}, but those of {encoder} are needed: encode the captions with "
-                        f"that")
+        raise UserError(f"{path} holds vectors of {name}, not of {encoder}: encode the captions with that")
     if known == list(texts):  # the vectors of images, say, of which two may share a caption
         return v.float(), name
     row = {text: i for i, text in enumerate(known)}
     lack = [text for text in texts if text not in row]
     if lack:
-        raise UserError(f"{path} lacks {len(lack)} of {len(texts)} captions, such as {lack[0][:60]!r}: make it again "
-                        f"with python -m text.captions embed")
+        raise UserError(f"{path} lacks {len(lack)} of {len(texts)} captions, such as {lack[0][:60]!r}: make it again")
     return v[[row[text] for text in texts]].float(), name
 
 # ----- 3. Commands -----

@@ -1,14 +1,10 @@
 """The grid model: invents the embeddings of a region, k x k tiles at a time, from a caption or from nothing (L §3.3).
 
-The CDM makes the tokens of one patch. A large image needs an embedding for every tile, and neighbours that agree.
-
     python cdm.py train out/toy --model=grid                       # from nothing; more settings: --help
     python cdm.py train out/toy --model=grid --captions=data/toy/captions.tsv --vectors=data/toy/captions.safetensors
     python sample_joint.py out/toy --condition=grid --size=512 --context=3 --caption="mostly fat"
 
-in:  noise, and a caption's vector v (V,) or None   out: e (E,rows,columns); RUN/grid.safetensors
-run: python -m text.grid     read next: captions.py
-"""
+in:  noise, and a caption's vector v (V,) or None   out: e (E,rows,columns); RUN/grid.safetensors"""
 import random
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +19,8 @@ from common import UserError, at_least, cli, generator, load_tensors, summary
 from diffusion import ddim_sample, with_guidance
 from sample_joint import Canvas
 
+DROP = 0.15  # share of regions trained without their caption, for guidance
+
 @dataclass
 class GridSizes(DiTConfig):
     vector: int = 0        # V, width of a caption's vector; 0 = the model knows no captions
@@ -34,7 +32,6 @@ class GridConfig(Config):
     side: int = 8              # k, tiles a side of the regions it learns
     captions: str = ""         # a captions.tsv (image, caption); empty = it learns no captions
     vectors: str = ""          # the captions' vectors (python -m text.captions embed)
-    drop: float = 0.15         # share of regions trained without their caption, for guidance
     gap: float = 0.0           # variance of noise on (standardised) vectors; 0.1 bridges modalities (L §3.3)
 
 # ----- 1. Regions -----
@@ -165,12 +162,9 @@ class GridModel(Conditioner):
     @classmethod
     def prepare(cls, cfg, model, pyramids):
         """out: an untrained one of the sizes that settings and data ask for, and its data set."""
-        at_least(cfg, side=1, gap=0, drop=0)
-        if cfg.drop > 1:
-            raise UserError(f"--drop={cfg.drop}: a share, it must be at most 1")
+        at_least(cfg, side=1, gap=0)
         if getattr(pyramids, "official", False):
-            raise UserError(f"--model=grid learns from whole images, {pyramids.folder} holds single samples: give "
-                            f"--data=")
+            raise UserError(f"--model=grid learns from whole images, {pyramids.folder} has none: give --data=")
         if bool(cfg.captions) != bool(cfg.vectors):
             raise UserError(f"--captions={cfg.captions} --vectors={cfg.vectors}: give both, or neither (python -m "
                             f"text.captions embed {cfg.captions or 'captions.tsv'} makes the vectors)")
@@ -182,7 +176,7 @@ class GridModel(Conditioner):
             vectors, info["text"] = load_vectors(cfg.vectors, [c.text for c in described])
             cfg.dit.vector = vectors.shape[1]
         cfg.dit.tokens, cfg.dit.channels, cfg.dit.scales = cfg.side ** 2, pyramids.embed_dim, 0
-        dataset = Regions(pyramids, cfg.side, cfg.seed, "train", described, vectors, cfg.drop)
+        dataset = Regions(pyramids, cfg.side, cfg.seed, "train", described, vectors, DROP)
         made = cls(cls.network(cfg.dit), info, cfg)
         made.measure(Regions(pyramids, cfg.side, cfg.seed + 1), vectors, described)
         return made, dataset
@@ -257,8 +251,7 @@ def vector_of(made, caption="", file=""):
         return None
     text = made.info.get("text")
     if text is None:
-        raise UserError("this grid model was trained without captions: train it with --captions and --vectors, or "
-                        "leave --caption and --vector out")
+        raise UserError("this grid model was trained without captions: leave --caption and --vector out")
     if caption:
         from text.captions import ENCODER, encode_texts
         if text != ENCODER:

@@ -1,11 +1,8 @@
 """Truth of toy images: the share of the area of each tissue, by the region map, or read off the image by its colours.
 
-An image drawn to a caption can so be held against the caption (L Fig. 4). Colours are learnt from training slides. On
-held-out slides the areas read off the real image can be held against their map, which says how far to believe them.
-
+Colours are learnt from training slides. The command holds areas read off real held-out images against their maps.
 in:  x (N,3,H,W) in [-1,1]   out: shares (N,4), in the order of TISSUES
-run: python -m text.tissues data/toy     read next: captions.py
-"""
+run: python -m text.tissues data/toy     read next: captions.py"""
 import random
 from dataclasses import dataclass
 
@@ -38,8 +35,7 @@ def regions(pyramids, split, n, tiles, seed):
         if slide["split"] == split and min(slide["size"]) >= tiles * pyramids.patch:
             slides.append(k)
     if tiles < 1 or n and not slides:
-        raise UserError(f"{pyramids.folder} has no {split!r} slide of {tiles} x {tiles} base tiles: take fewer "
-                        f"--tiles, or make toy slides with some of that split")
+        raise UserError(f"{pyramids.folder} has no {split!r} slide of {tiles} x {tiles} base tiles: take fewer --tiles")
     for i in range(n):
         k = slides[i % len(slides)]
         high, wide = (side // pyramids.patch for side in pyramids.slides[k]["size"])
@@ -65,8 +61,7 @@ def box(x, side):
     return F.avg_pool2d(x, side, 1, side // 2, count_include_pad=False)
 
 def smooth(x):
-    """Colours at a quarter of the resolution, smoothed over 36 pixels, more than a nucleus or the wall of a fat cell:
-    (N,3,H,W) -> (N,H/4,W/4,3)."""
+    """Colours smoothed over 36 pixels, more than a nucleus or a fat cell's wall: (N,3,H,W) -> (N,H/4,W/4,3)."""
     return box(box(F.avg_pool2d(x.float(), 4), 5), 5).movedim(1, -1)
 
 def tissue_colours(pyramids, n=1024):
@@ -79,8 +74,7 @@ def tissue_colours(pyramids, n=1024):
     label = torch.from_numpy(np.stack(maps)).flatten().long()                               # (n,)
     pixels = smooth(batch["x"]).reshape(-1, 3)                                              # (n,3)
     if pyramids.patch < 32 or len(label.unique()) < len(TISSUES):
-        raise UserError(f"{pyramids.folder}: tissues are told apart on patches of at least 32 pixels that show all of "
-                        f"{', '.join(TISSUES)}")
+        raise UserError(f"{pyramids.folder}: give patches of at least 32 pixels that show all of {TISSUES}")
     mean = torch.stack([pixels[label == t].mean(0) for t in range(len(TISSUES))])           # (4,3)
     spread = pixels - mean[label]                                                           # (n,3)
     covariance = spread.T @ spread / len(spread)

@@ -1,10 +1,6 @@
-"""Captions of toy slides: what a region map holds, in words, in many phrasings.
+"""Captions of toy slides: how much of each tissue there is, and where it lies, in coarse words and many phrasings.
 
-A caption says in coarse words how much of each tissue there is, and where it lies. A model that has seen these words
-put together in many ways should also understand them put together in others.
-
-in:  region (h,w), indices of TISSUES   out: a sentence, the same for the same random.Random
-read next: tissues.py
+in:  region (h,w), indices of TISSUES   out: a sentence, the same for the same random.Random     read next: tissues.py
 """
 import numpy as np
 

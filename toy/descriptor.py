@@ -1,11 +1,6 @@
 """What a tile looks like, in 96 numbers that need no weights: colour, its layout, edges.
 
-They carry what a toy slide shows, so that the whole pipeline runs on a laptop. Encoders for real images stand in
-slides/encoders.py.
-
-in:  tiles (B,3,P,P) float in [0,1], P a multiple of 16   out: e (B,96)
-read next: toy/make.py
-"""
+in:  tiles (B,3,P,P) float in [0,1], P a multiple of 16   out: e (B,96)     read next: toy/make.py"""
 import numpy as np
 import torch
 import torch.nn as nn
@@ -51,8 +46,7 @@ class Stats(nn.Module):
 
     def forward(self, image):
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % 16 or image.shape[3] % 16:
-            raise UserError(f"got tiles of shape {tuple(image.shape)}, the encoder 'stats' takes (B,3,H,W) with H and "
-                            f"W multiples of 16: choose another --patch")
+            raise UserError(f"got tiles {tuple(image.shape)}, stats takes (B,3,H,W), multiples of 16: see --patch")
         image = image.float()
         cells = F.adaptive_avg_pool2d(image, LAYOUT)                            # (B,3,4,4)
         mean = cells.mean((2, 3), keepdim=True)                                 # (B,3,1,1)

@@ -2,11 +2,7 @@
 
 index.json is written first, with the settings; then a file per image, whole or not at all; in the end index.json again,
 with the list of files. A command that was stopped goes on with the files that lack.
-
-Here too is the stream that writes a file of more pixels than memory holds.
-
-in:  settings   out: index.json     read next: toy/make.py
-"""
+in:  settings   out: index.json     read next: toy/make.py"""
 import json
 import shutil
 from pathlib import Path
@@ -31,8 +27,7 @@ def begin(out, patch, encoder, source, defaults, fit_std):
     for key in sorted(there | now):
         a, b = there.get(key), now.get(key)
         if a != b:
-            raise UserError(f"{out} holds a set made with other settings ({key}={a} there, {b} now): give another "
-                            f"--out, or remove it")
+            raise UserError(f"{out} was made with other settings ({key}={a} there, {b} now): give another --out")
     return index
 
 def finished(path, scales, meta=None):
@@ -45,8 +40,7 @@ def finished(path, scales, meta=None):
         names = set(f.keys())
         counts = [f.get_slice(f"ij{s}").get_shape()[0] if f"ij{s}" in names else 0 for s in range(scales)]
     if there | (meta or {}) != there:
-        raise UserError(f"{path} was made from another image or with other settings: remove it, or give another "
-                        f"--out")
+        raise UserError(f"{path} was made from another image or with other settings: remove it")
     return counts, there
 
 def finish(out, index, slides):

@@ -96,8 +96,7 @@ def check(cfg):
         raise UserError(f"got --size={cfg.size} --patch={cfg.patch} --seed={cfg.seed}: size is a multiple of 64 and of "
                         f"patch, patch one of 16, seed below 10000")
     if cfg.task and (cfg.size < 512 or cfg.size % 256 or cfg.test):
-        raise UserError(f"got --size={cfg.size} --test={cfg.test}: with --task size is a multiple of 256 from 512 on, "
-                        f"test 0")
+        raise UserError(f"--size={cfg.size} --test={cfg.test}: --task needs a multiple of 256 from 512 on, test 0")
 
 def make(argv):
     """Draw the toy set. raises: UserError for bad settings, or a folder that holds something else."""

@@ -1,13 +1,10 @@
 """Toy slides with a label that needs two scales: is there a duct with large nuclei?
 
 A slide holds one structure in each square of 256 pixels: a duct (epithelium around a lumen) or a nest (solid, in a
-cleft that stains as little as a lumen), with small or large nuclei. Large nuclei alone mean nothing, and neither do
-ducts. Nuclei are told apart at scale 0, where a patch never shows the whole structure; the structure at scale 2, where
-nuclei, whose share of the area is the same for both sizes, are about a pixel. Two slides of one patient share a stain.
-
+cleft that stains as little as a lumen), with small or large nuclei. Nuclei are told apart at scale 0, where a patch
+never shows the whole structure; the structure at scale 2, where nuclei are about a pixel.
 in:  a seed   out: as toy.tissue.toy_slide; labels.csv (case_id, slide_id, label) with 5 % of the labels wrong
-run: python data.py toy --task     read next: mil.py
-"""
+run: python data.py toy --task     read next: mil.py"""
 import numpy as np
 from numpy import clip, hypot, maximum, minimum
 

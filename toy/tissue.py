@@ -1,12 +1,9 @@
 """Toy slides: numpy draws something like stained tissue, so that everything can be tried without a download.
 
 Level lines of smooth random fields cut the slide into background, stroma, tumour and fat; each gets its texture and
-its nuclei; two dyes then absorb light. Coarse scales show how the regions lie, fine scales fibres and nuclei, which is
-what a multi-scale model is for. Where the regions and nuclei are is kept, so that claims can be checked.
-
+its nuclei; two dyes then absorb light. Where the regions and nuclei are is kept, so that claims can be checked.
 in:  a seed   out: image (size,size,3) uint8, region (size/4,size/4) uint8, nuclei (n,3)
-run: python -m toy.tissue out/toy_slide.png     read next: toy/make.py
-"""
+run: python -m toy.tissue out/toy_slide.png     read next: toy/make.py"""
 import numpy as np
 from numpy import clip, hypot, maximum, minimum
 

@@ -84,7 +84,7 @@ def test_folds_are_stratified_and_keep_patients_together(tmp_path):
 
 def test_splits_that_are_refused_or_read(tmp_path, folder):
     labels = Labels(folder / "labels.csv", [f"s{k:02d}" for k in range(40)])
-    for args, says in (((cohort(tmp_path, 12, 0.5), 5, 1.0), r"class [01] has \d slides of \d patients, fewer than"),
+    for args, says in (((cohort(tmp_path, 12, 0.5), 5, 1.0), r"class [01] has \d slides, \d patients, fewer than"),
                        ((labels, 4, 0.1), "fold 0: (train|val) has .* none of class")):
         with pytest.raises(UserError, match=says):
             make_splits(*args, 0.2, 0)

@@ -72,7 +72,7 @@ def test_folders_with_loops_patterns_and_lists(slides, tmp_path, capsys):
                                                         ("sub/a.png", 0.5, "test")]
     for text, line in (("path,mpp\na.png,x\n", 2), ("file\na.png\n", 2), ("path,split\na.png,\nb.png,held\n", 3)):
         (slides / "list.csv").write_text(text)
-        with pytest.raises(UserError, match=f"list.csv, line {line}: give a column path"):
+        with pytest.raises(UserError, match=f"list.csv, line {line}: give path"):
             names(slides / "list.csv")
     (slides / "sub__a.png").write_bytes((slides / "a.png").read_bytes())
     with pytest.raises(UserError, match="two images the same name"):

@@ -77,7 +77,7 @@ def test_a_start_that_does_not_fit(toy, run, tmp_path):
     args = [*TINY, *PLAIN, f"--data={toy}", f"--out={tmp_path / 'a'}", f"--vae_weights={run}"]
     for more, says in (([f"--init_from={bad}"], "1 missing: model.diffusion_model.out.2.bias"),
                        ([f"--init_from={good}", "--unet.width=64"], "of another shape"),
-                       ([f"--init_from={good}", "--unet.groups=16"], "weights do not show heads and groups")):
+                       ([f"--init_from={good}", "--unet.groups=16"], "with --unet.heads=1 and --unet.groups=32")):
         with pytest.raises(UserError, match=says):
             quick([*args, *more])
     assert not (tmp_path / "a").exists()
