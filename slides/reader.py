@@ -253,13 +253,11 @@ def by_openslide(path, mpp, damaged):
 
 
 def starts(size, step):
-    """Where to begin, so that openslide does not blend the tiles of a level along an axis.
+    """Where to begin each tile along an axis of a level, at or before it, so that openslide does not blend.
 
-    It takes positions in pixels of level 0, and mixes neighbours where they fall between pixels of the level; less than
-    1/512 from a whole one it does not. So a tile is read from such a position on, at or before it, and cut.
-    in: pixels of the level; step, pixels of level 0 that one spans. out: a position for each tile, in pixels of the
-    level; how far from a whole one the worst lies, as large slides have none nearby.
-    """
+    It takes positions in pixels of level 0, and mixes neighbours where they are not whole at the level to within 1/512.
+    in: pixels of the level; step, of level 0 in one. out: positions, in pixels of the level; how far the worst is from
+    whole, as large slides have none nearby."""
     pixels = np.arange(size)
     off = abs(np.round(pixels * step) / step - pixels)                         # (size,)
     found = []

@@ -4,7 +4,7 @@ A hostile file ends in an exception: nothing is read beyond the file's end, noth
 tag, no loop is followed. Pillow decodes the bytes of a tile: JPEG, JPEG-2000, or what libtiff undoes.
 
 in:  an open TIFF, BigTIFF, SVS or GeoTIFF   out: levels; tiles (th,tw,3) uint8
-run: python -m slides.tiff FILE     every directory of it     read next: slides/reader.py
+read next: slides/reader.py
 """
 import io
 import re
@@ -18,7 +18,7 @@ from math import ceil
 import numpy as np
 from PIL import Image, Jpeg2KImagePlugin, JpegImagePlugin, TiffImagePlugin
 
-from common import UserError, cli
+from common import UserError
 
 TIFF = {b"II*\0": "<", b"II+\0": "<", b"MM\0*": ">", b"MM\0+": ">"}  # how a file begins -> byte order; + is BigTIFF
 # TIFF's types of values, for numpy; a RATIONAL is two numbers
@@ -303,16 +303,3 @@ def halved_chroma(f, level):
     start = f.read(51)                                                         # to the third component
     steps_of = {*start[43:45], *start[46:48], *start[49:]}                     # of three components, in x and y
     return start[:4] == b"\xff\x4f\xff\x51" and start[41:42] == b"\3" and steps_of != {1}
-
-
-def main(argv):
-    for path in argv:
-        with readable(path), open(path, "rb") as f:
-            found = directories(f)
-            for tags in found:
-                print("page", tags["page"], size_of(tags), "compression", number(tags, "compression", 1), tiled(tags))
-            print("levels:", [level.size for level in levels_of(f, found)], "mpp:", resolution(found[0]))
-
-
-if __name__ == "__main__":
-    cli(main, __doc__)

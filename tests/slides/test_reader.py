@@ -1,6 +1,5 @@
 """tiff.py, reader.py: every compression, levels, resolutions and reductions by another road, and what is refused."""
 import os
-import re
 import struct
 import sys
 from pathlib import Path
@@ -454,8 +453,3 @@ def test_commands(tmp_path, kinds, capsys):
     said = capsys.readouterr().out
     assert "0.5 micrometres per pixel" in said and "level 1: 60 x 45, steps of 2, tiles of 32 x 48" in said
     assert Image.open(tmp_path / "view.png").size == (60, 45)
-    tiff.main([str(kinds[0])])
-    assert re.search(r"levels: \[\(120, 90\), \(60, 45\)\] mpp: 0.5", capsys.readouterr().out)
-    for path in (kinds[-1], tmp_path / "none"):
-        with pytest.raises(UserError, match="cannot be read"):
-            tiff.main([str(path)])
