@@ -3,8 +3,8 @@
 #
 # Guess: each step ends at the noise level of the next time in scheduler.timesteps, whatever the spacing.
 # What is: a step goes from t to t - 1000 // steps. "linspace" times lie (1000 - 1) / (steps - 1) apart, which is
-#   more, so the sample is noisier than the network is told, most of all at the end, where noise is small. "leading" agrees exactly;
-#   "trailing" only where the number of steps divides 1000.
+#   more, so the sample is noisier than the network is told, most of all at the end, where noise is small. "leading"
+#   agrees exactly; "trailing" only where the number of steps divides 1000.
 # Versions: diffusers 0.42.1, torch 2.13.0.
 # Seen, for a data set of one point, whose noise is known exactly (noise left / noise of the time told, largest):
 #   leading  10: 1.000  30: 1.000  50: 1.000
