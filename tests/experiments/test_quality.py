@@ -57,7 +57,7 @@ def test_images_with_gaps_are_no_ceiling(toy, monkeypatch):
 @pytest.mark.parametrize("args, words", [
     (["--methods=magic"], "--methods=magic"), (["--n=3"], "lower --n or --size"), (["--n=0"], "--n=0: it must be"),
     (["--steps=0"], "--steps=0: it must be"), (["--size=0"], "--size=0: it must be"),
-    (["--size=160"], "multiple of 64"), (["--size=64", "--n=1"], "less than a patch of 64")])
+    (["--size=160"], "multiple of 64"), (["--size=64", "--n=1"], "less than a patch")])
 def test_bad_input(ready, args, words):
     """Refused before anything is measured or fitted."""
     with pytest.raises(UserError, match=words):
