@@ -174,8 +174,7 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
         bar = tqdm(range(start, steps), log.stage, steps, initial=start, disable=ranks.rank > 0)
         for step in bar:
             rate = lr_at(step, steps, lr, min(optim.warmup, steps // 5), optim.decay)
-            for group in opt.param_groups:
-                group["lr"] = rate
+            opt.param_groups[0]["lr"] = rate
             noise = net.noise(step)                                     # of the whole global batch
             for at in places:                                           # where a micro-batch begins in it
                 item = next(batches) | {k: v[at:at + micro] for k, v in noise.items()}
@@ -195,6 +194,7 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
             if (stop or save) and ranks.rank == 0:
                 save_state(state_file, cfg, done, net, ema, opt)
             if stop:
+                del wrapped         # before its group: in PyTorch 2.13 gloo and a DDP that outlives it wait for ever
                 ranks.leave(f"SIGTERM: saved step {done} of {steps}; the same command goes on from there")
             if sample and on_sample and ranks.rank == 0:
                 on_sample(done, ema or net.state_dict())
