@@ -10,7 +10,6 @@ from large.ranks import open_canvas
 from large.windows import WindowEps, contexts
 from sample_joint import Level, sample_levels
 
-
 def layout(cfg, scales, window, overlap):
     """What --method draws. out: size in pixels, scales, overlap of windows, fade. None of them is guided."""
     if cfg.method == "bicubic":                    # the context alone, enlarged afterwards
@@ -19,7 +18,6 @@ def layout(cfg, scales, window, overlap):
     if cfg.method == "independent":                # patches side by side
         return cfg.size, scales[-1:], 0, cfg.fade
     return cfg.size, scales[-1:], 3 * window // 4 if cfg.overlap < 0 else overlap, False   # multidiffusion (L §3.2)
-
 
 @torch.no_grad()
 def repair(model, condition, level, s, *, guidance=2.0, seed=0, batch=64, start=300, step=50):
@@ -34,10 +32,8 @@ def repair(model, condition, level, s, *, guidance=2.0, seed=0, batch=64, start=
     sample_levels([mended], model.schedule, timesteps=list(range(step, start + 1, step)), end="clean")
     return mended
 
-
 def main(argv):
     print(__doc__)
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

@@ -40,7 +40,6 @@ from zoom_vae import VQVAE, VAEConfig
 SIDE = 64  # latents of a patch of 256 pixels
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 
-
 @dataclass
 class Config:
     full: bool = False      # the published widths; False: a third or a quarter of them
@@ -53,13 +52,11 @@ class Config:
     groups: str = ""        # of GROUPS, with "," between; empty = all
     out: str = ""           # a file to write as well; empty = the screen alone
 
-
 def sizes(full):
     """Configs of U-Net, VAE and Summarizer: as published, or so that a call takes a fraction of a second."""
     if full:
         return UNetConfig(), VAEConfig(), SummarizerConfig()
     return UNetConfig(64), VAEConfig(32), SummarizerConfig(depth=2)
-
 
 # ----- 1. The U-Net of diffusers -----
 
@@ -83,7 +80,6 @@ class Diffusers(nn.Module):
     def forward(self, z, t, c):
         return self.net(z, t, c, return_dict=False)[0]
 
-
 def compared(cfg, side):
     """Is there a network of diffusers to compare with? in: a UNetConfig, the side of latents. out: a sentence; and
     whether its network has the same shape, that is weights of the same sizes and the same FLOPs to a thousandth."""
@@ -98,19 +94,16 @@ def compared(cfg, side):
     said = "the same shape" if same else "another shape, so it is skipped"
     return f"diffusers: {work[1] / 1e9:.2f} GFLOP a row, ours {work[0] / 1e9:.2f}: {said}", same
 
-
 # ----- 2. What is timed: groups of lines (name, FLOP or bytes of a call, the call) -----
 
 def kinds(ranks):
     """The arithmetic that the device has."""
     return {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if ranks.amp else {})
 
-
 def matmul(ranks, full, kind, dtype):
     n = 4096 if full else 2048
     a, b = torch.randn(2, n, n, dtype=dtype, device=ranks.device)
     return f"matmul {n} {kind}", 2 * n ** 3, partial(torch.mm, a, b)
-
 
 def conv(ranks, batch, channels, side, kind, dtype, order=FIRST):
     """The line of a 3 x 3 convolution."""
@@ -118,7 +111,6 @@ def conv(ranks, batch, channels, side, kind, dtype, order=FIRST):
     w = torch.randn(channels, channels, 3, 3, dtype=dtype, device=ranks.device).to(memory_format=order)
     name = f"conv {batch}x{channels}->{channels} @{side} {kind}" + (" nhwc" if order == LAST else "")
     return name, 2 * 9 * batch * channels ** 2 * side ** 2, partial(F.conv2d, x, w, padding=1)
-
 
 def peaks(cfg, ranks):
     """The best this machine does."""
@@ -129,7 +121,6 @@ def peaks(cfg, ranks):
                 yield conv(ranks, *shape, kind, dtype, order)
     memory = torch.zeros(1 << 28, dtype=torch.int8, device=ranks.device)
     yield "copy, bytes read and written", 2 << 28, memory.clone
-
 
 def unet_call(net, cfg, batch, dtype, order, amp, backward):
     """One forward pass, or a forward and a backward one. cfg: a UNetConfig."""
@@ -145,7 +136,6 @@ def unet_call(net, cfg, batch, dtype, order, amp, backward):
             out.float().square().mean().backward()
             net.zero_grad()
     return call
-
 
 def unets(cfg, ranks, backward=False):
     """Our U-Net and diffusers', in every arithmetic and layout that pays somewhere."""
@@ -169,7 +159,6 @@ def unets(cfg, ranks, backward=False):
                 net.compile()
                 yield f"ours, compiled, {way}", work, unet_call(net, shape, cfg.batch, dtype, order, amp, backward)
 
-
 def vae_call(vae, encode, x, amp, order):
     """Encode or decode one patch. order: how a CPU convolves, None = as zoom_vae.layout says."""
     f = vae.encode if encode else partial(vae.decode, quantize=False)
@@ -180,7 +169,6 @@ def vae_call(vae, encode, x, amp, order):
             with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
                 f(x)
     return call
-
 
 def vaes(cfg, ranks):
     """Encoding and decoding one patch. On a CPU it convolves with channels last by itself: see zoom_vae.layout."""
@@ -201,13 +189,11 @@ def vaes(cfg, ranks):
             call = vae_call(vae, name == "encode", x.to(ranks.device, dtype), amp, order)
             yield f"{name}, {way}", work[f"{name}r"], call
 
-
 def random_model(cfg, ranks):
     unet, vae, told = sizes(cfg.full)
     patch = SIDE * 2 ** (len(vae.mult) - 1)
     model = ZoomLDM(VQVAE(vae), Summarizer(told), UNet(unet), info={"patch": patch})
     return model.to(ranks.device).eval().requires_grad_(False)
-
 
 def samplers(cfg, ranks):
     """Steps of 50: guided patches, and four windows drawn together with one context of the same size."""
@@ -234,7 +220,6 @@ def samplers(cfg, ranks):
         rows = rows_of_step(4, 1, guide)
         yield f"joint, {guide}", cfg.steps * sum(n * one[name] for name, n in rows.items()), partial(joint, guide)
 
-
 def training_step(unet, summarizer, side, batch, ranks, compiled=False):
     """A function that takes one whole training step on random samples: forward, backward, AdamW, EMA."""
     net = LDMStage(TrainConfig(unet=unet, summarizer=summarizer, batch=batch, compile=compiled), side)
@@ -257,7 +242,6 @@ def training_step(unet, summarizer, side, batch, ranks, compiled=False):
             torch._foreach_lerp_(averages, weights, 0.001)
     return step
 
-
 def training(cfg, ranks):
     """A whole step of train.py: U-Net and Summarizer forward and backward, AdamW, EMA."""
     unet, _, told = sizes(cfg.full)
@@ -268,10 +252,8 @@ def training(cfg, ranks):
     if cfg.compile:
         yield "step, compiled", work, training_step(unet, told, SIDE, cfg.batch, ranks, True)
 
-
 GROUPS = {"peaks": peaks, "U-Net forward": unets, "U-Net forward and backward": partial(unets, backward=True),
           "VAE": vaes, "sampling": samplers, "training": training}
-
 
 # ----- 3. Timing, and saying what came out -----
 
@@ -285,7 +267,6 @@ def seconds_of(call, device):
         torch.cuda.synchronize(device)
     return time.perf_counter() - began
 
-
 def race(lines, rounds, device):
     """Median seconds of each line, {name: seconds}: all are called in turn, a round that does not count first."""
     spent = {name: [] for name, _, _ in lines}
@@ -293,7 +274,6 @@ def race(lines, rounds, device):
         for name, _, call in lines:
             spent[name].append(seconds_of(call, device))
     return {name: median(times[1:]) for name, times in spent.items()}
-
 
 def rate_table(title, lines, seconds):
     """Text of a group: seconds, rate, its share of the rates of matmul or conv, which lead the lines, and how much
@@ -309,14 +289,12 @@ def rate_table(title, lines, seconds):
         text.append(f"{name:<42}{seconds[name]:>10.4f}{rate[name] / 1e9:>12.1f}{shares}{base / seconds[name]:>8.2f}")
     return "\n".join(text)
 
-
 def machine(ranks):
     """What it ran on: the processor or the card, versions, the date."""
     card = f", {torch.cuda.get_device_name()}" if ranks.device.type == "cuda" else ""
     bf16 = "with bf16 arithmetic" if ranks.amp else "without bf16 arithmetic, so there are no lines for it"
     return (f"{platform.machine()}{card}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {bf16}; torch "
             f"{torch.__version__}, Python {platform.python_version()}; {date.today()}")
-
 
 def main(argv):
     cfg = configure(Config, argv, doc=__doc__)
@@ -342,7 +320,6 @@ def main(argv):
         body = "\n\n".join(tables)
         write_text(cfg.out, f"# `{command}`\n\n" + "\n".join(text) + f"\n```\n{body}\n```\n")
         print(f"wrote {cfg.out}")
-
 
 if __name__ == "__main__":
     cli(main)

@@ -21,7 +21,6 @@ from zoom_vae import VQVAE, VAEConfig
 # What a guide asks for K times a step, beside the one estimate of every window: (estimates, decodes, encodes)
 CORRECTION = {"s2": (2, 1, 2), "x0": (0, 1, 2), "x0+proxy": (0, 0, 0)}
 
-
 # ----- 1. Counted -----
 
 def flops(call):
@@ -34,7 +33,6 @@ def flops(call):
         call()
     return counter.get_total_flops()
 
-
 @torch.no_grad()
 def row_flops(net, shape, width=0, length=65):
     """FLOPs of one forward pass of a network on one row of this shape; width, length: of c, if it takes one."""
@@ -43,7 +41,6 @@ def row_flops(net, shape, width=0, length=65):
     if width:
         inputs += [torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, length, width, device=device)]
     return flops(lambda: net(*inputs))
-
 
 def network_flops(unet, vae, side=64):
     """FLOPs of the networks of these configs on one patch, latents of `side`."""
@@ -55,12 +52,10 @@ def network_flops(unet, vae, side=64):
                 "decoder": row_flops(autoencoder.decoder, latent),
                 "encoder": row_flops(autoencoder.encoder, (3, pixels, pixels))}
 
-
 @cache
 def full_size():
     """FLOPs of the published networks on one patch of 256 x 256 pixels."""
     return network_flops(UNetConfig(), VAEConfig())
-
 
 def training_flops(unet, side=64, summarizer=None):
     """FLOPs of the forward and backward pass on one sample, latents of `side`. in: configs; summarizer None = without.
@@ -76,7 +71,6 @@ def training_flops(unet, side=64, summarizer=None):
             condition = c if summarizer is None else told(tokens, mask, t)
             net(z, t, condition).sum().backward()
         return flops(step)
-
 
 class Profile:
     """Counts rows and seconds of the networks by hooks, while it is open; FLOPs come from the shapes it saw."""
@@ -122,7 +116,6 @@ class Profile:
                 large[name] = self.rows[name] * full.get(name, 0)
         return mine, large
 
-
 # ----- 2. Reckoned -----
 
 def rows_of_step(n, views, guide="s2", inner=1, guidance=2.0):
@@ -135,7 +128,6 @@ def rows_of_step(n, views, guide="s2", inner=1, guidance=2.0):
     return {"U-Net": branches * (n * (1 + inner * estimates) + views), "decoder": n * inner * decodes + views,
             "encoder": n * inner * encodes}
 
-
 def rows_of_image(size, guide="s2", steps=50, patch=256, context=4, window=64):
     """Rows for a square image of `size` pixels with one coarser scale, decoded at the end in tiles half as large again
     as a patch, which count by their area. window: in latents."""
@@ -146,13 +138,11 @@ def rows_of_image(size, guide="s2", steps=50, patch=256, context=4, window=64):
     rows["decoder"] += tiles ** 2 * 1.5 ** 2
     return rows
 
-
 def bytes_of_sample(patch=256, embed_dim=1024, scales=8):
     """Bytes a training sample takes from disk, per scale: latents 3 (P/4)^2, embeddings of its 4^s base tiles, or the
     8 x 8 they are pooled to, both float16, and two int32 that say where it lies."""
     latents = 2 * 3 * (patch // 4) ** 2
     return [latents + 2 * min(4 ** s, GRID ** 2) * embed_dim + 8 for s in range(scales)]
-
 
 def bytes_on_disk(patches, patch=256, embed_dim=1024, scales=8):
     """Latents and embeddings of a set with so many patches at scale 0 and 4^s times fewer at scale s, bytes. Every base
@@ -163,22 +153,18 @@ def bytes_on_disk(patches, patch=256, embed_dim=1024, scales=8):
         total += patches / 4 ** s * (latents + (pooled if 4 ** s > GRID ** 2 else 0))
     return total
 
-
 def bytes_reduced(parameters, ranks):
     """Bytes each rank sends, and receives, in a ring all-reduce of float32 gradients: 4 N 2 (n-1)/n."""
     return 4 * parameters * 2 * (ranks - 1) / ranks
-
 
 def step_seconds(compute, reduce, hidden=2 / 3):
     """Seconds of a training step on many ranks: compute + what of the all-reduce is not hidden behind the share
     `hidden` of it, the backward pass, during which gradients that are ready travel. hidden 0: none is."""
     return compute + max(0.0, reduce - hidden * compute)
 
-
 def main(argv):
     for name, n in full_size().items():
         print(f"{name:>8}{n / 1e12:>8.3f} TFLOP for a patch of 256 x 256 pixels, one pass")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

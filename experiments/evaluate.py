@@ -22,7 +22,6 @@ from zoom_vae import perplexity
 
 KINDS = ("fake", "real", "vae", "null")  # what is measured: drawn, real, real but coded, drawn without a condition
 
-
 # ----- 1. What toy slides say of themselves -----
 
 def truth(pyramids, batch, size):
@@ -41,7 +40,6 @@ def truth(pyramids, batch, size):
         areas.append(torch.pi * radius[inside].square().sum() / side ** 2)
     return torch.stack(shares), torch.stack(areas)
 
-
 def palette_of(pyramids):
     """Mean colour of each tissue, from training patches at scale 2 and their region maps; None for other data."""
     with open_tensors(pyramids.folder / pyramids.slides[0]["file"]) as f:
@@ -58,7 +56,6 @@ def palette_of(pyramids):
         print(f"tissues are not measured: {err}")
         return None
 
-
 # ----- 2. One scale -----
 
 @torch.no_grad()
@@ -72,7 +69,6 @@ def coded(model, real, batch, ranks):
         indices = model.vae.quantize(z)[1].flatten()
         used = used + torch.bincount(indices, minlength=len(model.vae.codebook.weight))
     return torch.cat(images), perplexity(used)
-
 
 def in_space(name, feature, sets, train):
     """Similarities and distances in one feature space. in: sets {kind: images}. out: {column: value}."""
@@ -93,7 +89,6 @@ def in_space(name, feature, sets, train):
         row[f"dist_{name}_{kind}"] = far
     return row
 
-
 def by_colour(sets, batch, pyramids, palette, s):
     """Mean absolute errors of what colours say of tissues and nuclei. out: {column: value}."""
     shares, area = truth(pyramids, batch, pyramids.patch)
@@ -104,7 +99,6 @@ def by_colour(sets, batch, pyramids, palette, s):
         row[f"tissue_{kind}"] = float((found - shares).abs().mean())
         row[f"nuclei_{kind}"] = float((M.nuclei_fraction(sets[kind]) - area).abs().mean())
     return row
-
 
 def measure(model, pyramids, cfg, ranks, s, describe, palette):
     """All columns of scale s. out: the row; the real and the drawn patches."""
@@ -123,7 +117,6 @@ def measure(model, pyramids, cfg, ranks, s, describe, palette):
     if palette is not None:
         row |= by_colour(sets, batch, pyramids, palette, s)
     return row, real, fake
-
 
 # ----- 3. All scales -----
 
@@ -154,7 +147,6 @@ def evaluate(model, pyramids, cfg, ranks):
     print(f"\nwrote {out}/eval.json and sheet.png; guidance {cfg.guidance}, {cfg.steps} {cfg.sampler} steps, "
           f"seed {cfg.seed}")
 
-
 def as_cell(value):
     """A number as the table shows it; a distance with its error."""
     if isinstance(value, tuple):
@@ -162,7 +154,6 @@ def as_cell(value):
     if isinstance(value, int):
         return str(value)
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
 
 def print_table(table):
     """Two blocks, three for toy data, a row per scale."""
@@ -184,11 +175,9 @@ def print_table(table):
         for row in table:
             print(" ".join(f"{as_cell(row[key]):>14}" for key in keys))
 
-
 def main(argv):
     import sample_joint
     sample_joint.main([*argv, "--eval"])
-
 
 if __name__ == "__main__":
     cli(main)

@@ -16,11 +16,9 @@ from common import UserError, cli, generator, to_uint8
 from slides.weights import load_official, load_state_dict
 from diffusion import layout_fidelity
 
-
 def need(ok, text):
     if not ok:
         raise UserError(text)
-
 
 def as_features(*sets, rows=1):
     """Sets of features as float64 matrices of one width."""
@@ -32,7 +30,6 @@ def as_features(*sets, rows=1):
                                           f"of one width D, in at least {rows} rows, without NaN or infinity")
     return sets
 
-
 def as_images(*sets, side=1):
     """Sets of images as float64 (N,3,H,W) of one shape."""
     sets = [torch.as_tensor(x).detach().double() for x in sets]
@@ -43,7 +40,6 @@ def as_images(*sets, side=1):
              f"got numbers of shape {[tuple(x.shape) for x in sets]}: give images (N,3,H,W) of one shape, at least "
              f"{side} pixels a side, without NaN or infinity")
     return [x.reshape(-1, *shape[-3:]) for x in sets]
-
 
 # ----- 1. Sets of features -----
 
@@ -64,14 +60,12 @@ def frechet(a, b):
     distance = apart + cov_a.trace() + cov_b.trace() - 2 * shared.sqrt().sum()
     return float(distance.clamp(min=0))
 
-
 def without_row(kernel):
     """Mean of a kernel (N,N) off its diagonal, and the same with row and column i left out, (N,)."""
     n = len(kernel)
     rows = kernel.clone().fill_diagonal_(0).sum(1)                                          # (N,)
     total = rows.sum()
     return total / (n * (n - 1)), (total - 2 * rows) / ((n - 1) * (n - 2))
-
 
 def kernel_distance(a, b):
     """Unbiased squared MMD under (x.y / D + 1)^3, which is KID without subsets (Binkowski 2018).
@@ -91,7 +85,6 @@ def kernel_distance(a, b):
     variance = (n - 1) * less_a.var(correction=0) + (m - 1) * less_b.var(correction=0)
     return float(mean_a + mean_b - 2 * between.mean()), float(variance.sqrt())
 
-
 def principal(train, k=16):
     """Return a function that projects features (N,D) on the first k principal components of train: (N,k)."""
     train, = as_features(train, rows=2)
@@ -105,7 +98,6 @@ def principal(train, k=16):
         return (as_features(train, x)[1] - mean) @ axes
     return project
 
-
 def standard(train):
     """Return a function that centres features on train and divides by its deviations, to take cosines of."""
     train, = as_features(train, rows=2)
@@ -116,13 +108,11 @@ def standard(train):
         return (as_features(train, x)[1] - mean) / std.clamp(min=least)
     return centre
 
-
 def similarity(a, b):
     """Mean cosine between row i of a (N,D) and row i of b (N,D)."""
     need(len(a) == len(b), f"got {len(a)} and {len(b)} rows: pairs need as many of each")
     a, b = as_features(a, b)
     return float(F.cosine_similarity(a, b).mean())
-
 
 def paired_gain(a, b):
     """Mean cosine of the N pairs (a_i, b_i), and of the N (N-1) wrong pairs. in: a, b (N,D), N at least 2."""
@@ -133,13 +123,11 @@ def paired_gain(a, b):
     all_pairs, right_pairs = a.sum(0) @ b.sum(0), (a * b).sum()
     return right, float((all_pairs - right_pairs) / (n * (n - 1)))
 
-
 def nearest(a, train):
     """Distance (N,) of each row of a (N,D) to the nearest row of train (M,D): near 0 = a memorised image."""
     a, train = as_features(a, train)
     exact = "donot_use_mm_for_euclid_dist"  # the fast form rounds small distances away, and those matter
     return torch.cat([torch.cdist(part, train, compute_mode=exact).amin(1) for part in a.split(256)])
-
 
 def auc(scores, labels):
     """Area under the ROC curve: the chance that a 1 outscores a 0, ties half. in: (N,), (N,) of 0 and 1."""
@@ -154,7 +142,6 @@ def auc(scores, labels):
     wins = (rank * labels).sum() - ones * (ones + 1) / 2
     return float(wins / (ones * (len(labels) - ones)))
 
-
 # ----- 2. Pairs of images -----
 
 def psnr(a, b):
@@ -162,7 +149,6 @@ def psnr(a, b):
     a, b = as_images(a, b)
     error = (a - b).square().mean((1, 2, 3))                                                # (N,)
     return float((10 * torch.log10(4 / error)).mean())
-
 
 def ssim(a, b):
     """Structural similarity (Wang 2004): windows of 11 x 11 under a Gaussian of 1.5, only those inside the image, mean
@@ -188,7 +174,6 @@ def ssim(a, b):
     structure = (2 * covariance + c2) / (variances + c2)
     return float((brightness * structure).mean())
 
-
 def gms(a, b):
     """Gradient-magnitude similarity (Xue 2014), mean over the image: 1 = the same edges in the same places.
 
@@ -204,7 +189,6 @@ def gms(a, b):
     a, b = steepness
     c = 170 / 127.5 ** 2
     return float(((2 * a * b + c) / (a * a + b * b + c)).mean())
-
 
 def seam_ratio(x, window, every=1):
     """Mean absolute step across window borders, over that between other neighbours: 1 = no seams.
@@ -230,7 +214,6 @@ def seam_ratio(x, window, every=1):
         return float("inf") if at_border else 1.0
     return at_border / inside
 
-
 # ----- 3. What colours say of toy slides -----
 
 def fit_palette(images, regions, tissues=4):
@@ -243,7 +226,6 @@ def fit_palette(images, regions, tissues=4):
     pixels = F.adaptive_avg_pool2d(images, regions.shape[1:]).movedim(1, -1)                # (N,h,w,3)
     return torch.stack([pixels[regions == i].mean(0) for i in range(tissues)])
 
-
 def tissue_fractions(x, palette, cell=8):
     """Share (N,K) of each tissue: the palette colour (K,3) nearest to the mean of cell x cell pixels.
 
@@ -255,12 +237,10 @@ def tissue_fractions(x, palette, cell=8):
     label = torch.cdist(cells, colours).argmin(-1)                                          # (N,cells)
     return F.one_hot(label, len(palette)).double().mean(1)
 
-
 def nuclei_fraction(x, red=0.35):
     """Share (N,) of nuclear pixels: those of little red, which haematoxylin absorbs and eosin hardly."""
     x, = as_images(x)
     return (x[:, 0] < red).double().mean((1, 2))
-
 
 # ----- 4. Feature spaces -----
 
@@ -278,7 +258,6 @@ def random_features(x):
         out += [h.mean((2, 3)), h.std((2, 3))]
     return torch.cat(out, 1)
 
-
 @torch.no_grad()
 def inception_features(x, weights):
     """Features (B,2048) for a true FID. in: weights, NVIDIA's inception-2015-12-05.pt, a TorchScript file."""
@@ -290,7 +269,6 @@ def inception_features(x, weights):
     except (RuntimeError, ValueError) as err:
         raise UserError(f"{weights} is not TorchScript: bring NVIDIA's inception-2015-12-05.pt") from err
     return torch.cat([net(part, return_features=True) for part in pixels.split(64)])
-
 
 def load_lpips(weights):
     """LPIPS as a frozen module (a, b) -> (B,1,1,1). in: weights, a file of torchvision's VGG16 or AlexNet."""
@@ -308,12 +286,10 @@ def load_lpips(weights):
     load_official(net.net, state, "", their_name, ignore=("classifier.",))
     return net.eval().requires_grad_(False)
 
-
 def lpips(a, b, weights):
     """Mean LPIPS of two image batches, weights as for load_lpips."""
     a, b = as_images(a, b)
     return float(load_lpips(weights)(a.float(), b.float()).mean())
-
 
 def main(argv):
     print("two Gaussians one apart in 8 dimensions, and noise against half the noise:")
@@ -323,7 +299,6 @@ def main(argv):
     print(f"Fréchet {frechet(a, b):.2f} (exactly 8)   kernel distance, error", kernel_distance(a, b))
     print(f"PSNR {psnr(x, x / 2):.2f} dB   SSIM {ssim(x, x / 2):.3f}   seams {seam_ratio(x, 16):.3f}   "
           f"layout {layout_fidelity(x / 2, x, 4):.3f}   cosine of right, wrong pairs", paired_gain(a, a + b))
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

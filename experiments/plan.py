@@ -22,7 +22,6 @@ from experiments.cost import step_seconds, training_flops
 from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
 
-
 @dataclass
 class Config:
     run: str = ""              # run folder whose log tells the speed
@@ -36,13 +35,11 @@ class Config:
     size: int = 4096           # their side in pixels
     image_s: float = 0.0       # seconds one takes on one GPU; 0 = by FLOPs, at the rate of training
 
-
 def parameters():
     """Of what is trained at full size: U-Net and Summarizer."""
     with torch.device("meta"):
         nets = UNet(UNetConfig()), Summarizer(SummarizerConfig())
     return sum(p.numel() for net in nets for p in net.parameters())
-
 
 def speed(cfg):
     """Samples per second of full size that one GPU trains on, and where that number comes from. A speed of smaller
@@ -58,7 +55,6 @@ def speed(cfg):
     mine = training_flops(model.unet.cfg, side, model.summarizer.cfg)
     full = training_flops(UNetConfig(), 64, SummarizerConfig())
     return rate * mine / full, f"{rate:.1f} samples/s of {cfg.run}, which ran on one device, by FLOPs"
-
 
 def plan_training(cfg, img_s, flop):
     """What the training takes. img_s: samples a GPU and second, of `flop` each. out: {name: number}."""
@@ -84,7 +80,6 @@ def plan_training(cfg, img_s, flop):
           f"  disk      {out['stored'] / 1e12:.2f} TB of latents and embeddings, {16 * n / 1e9:.1f} GB a checkpoint")
     return out
 
-
 def plan_images(cfg, rate):
     """What the images take, at `rate` FLOP/s a GPU. out: {name: number}."""
     out, full = {}, full_size()
@@ -102,7 +97,6 @@ def plan_images(cfg, rate):
     print(f"  disk      {out['pixels'] / 1e12:.1f} TB of plain pixels, {out['latents'] / 1e12:.1f} TB of latents")
     return out
 
-
 def plan(cfg):
     """Print what a training and a set of large images take. out: {name: number}, the numbers behind the text."""
     for name in ("gpus", "per_gpu", "patches", "epochs", "net_gbit", "images"):
@@ -115,10 +109,8 @@ def plan(cfg):
     print(f"speed: {img_s:.3g} samples/s per GPU ({source}) = {img_s * flop / 1e12:.3g} TFLOP/s")
     return plan_training(cfg, img_s, flop) | plan_images(cfg, img_s * flop)
 
-
 def main(argv):
     plan(configure(Config, argv, words=("run",), doc=__doc__))
-
 
 if __name__ == "__main__":
     cli(main)

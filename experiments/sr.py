@@ -33,7 +33,6 @@ from slides.encoders import load_encoder
 from summarizer import pack_grid, standardize
 from unet import UNet
 
-
 @dataclass
 class Config:
     command: str = ""       # table, planted, cost
@@ -57,7 +56,6 @@ class Config:
     device: str = "auto"
     threads: int = 2
 
-
 # ----- 1. Regions -----
 
 def restain(x):
@@ -70,7 +68,6 @@ def restain(x):
     dyed = 243 / 127.5 * (-density).exp() - 1
     return to_uint8(dyed.movedim(-1, 1)).movedim(-1, 1) / 127.5 - 1
 
-
 def stained(pyramids, truth, s):
     """The same regions under other dyes: truth, image at scale s, embeddings of its tiles."""
     truth, encoder = restain(truth), load_encoder(pyramids.encoder, pyramids.std, pyramids.weights)
@@ -79,7 +76,6 @@ def stained(pyramids, truth, s):
         small = [halve(v) for v in small]
     e = [encoder((crops(v[None], pyramids.patch) + 1) / 2).T.unflatten(1, (2 ** s, 2 ** s)) for v in truth]
     return truth, torch.from_numpy(np.stack(small)).movedim(-1, 1) / 127.5 - 1, torch.stack(e)
-
 
 def regions(pyramids, cfg, n):
     """n held-out patches at cfg.scale: truth (n,3,P 2^s,P 2^s), image (n,3,P,P), embeddings (n,E,2^s,2^s)."""
@@ -99,7 +95,6 @@ def regions(pyramids, cfg, n):
         truth.append(F.fold(tiles.flatten(1).T[None], P << s, P, stride=P)[0])
     truth = torch.stack(truth)
     return stained(pyramids, truth, s) if cfg.stain else (truth, batch["x"], batch["e"])
-
 
 # ----- 2. What training for one factor buys -----
 
@@ -162,7 +157,6 @@ class Trained:
         level, = sample_levels([Level(eps, None, None, canvas, z)], model.schedule, steps=steps, end="clean")
         return torch.cat(list(decode_strips(model.decode, level.z, window * 3 // 2, window // 2)), 2).cpu()
 
-
 # ----- 3. Commands -----
 
 class Scores:
@@ -190,7 +184,6 @@ class Scores:
         for key, value in row.items():
             self.rows.setdefault(name, {}).setdefault(key, []).append(value)
         self.first.setdefault(name, images[:6])
-
 
 def table(model, pyramids, proxy, cfg, ranks):
     """Every method, each alone and back-projected, against the truth; mean and deviation over seeds."""
@@ -222,13 +215,11 @@ def table(model, pyramids, proxy, cfg, ranks):
         print()
     print(f"wrote {out / stem}.json and .png")
 
-
 def found_again(a, b):
     """Share of cells of a (n,D,k,k) that are nearest to their own of b, both without each grid's mean: neighbours on
     one tissue would drown in it."""
     a, b = ((v.flatten(2) - v.flatten(2).mean(2, keepdim=True)).mT for v in (a, b))        # (n,cells,D)
     return float((torch.cdist(a, b).argmin(2) == torch.arange(a.shape[1])).double().mean())
-
 
 @torch.no_grad()
 def planted(model, pyramids, proxy, cfg, ranks):
@@ -262,7 +253,6 @@ def planted(model, pyramids, proxy, cfg, ranks):
         print(f"{2 ** s:>4}x{2 ** s}{loss[0]:>11.4f}{loss[1]:>10.4f}{loss[1] / loss[0]:>7.2f}"
               f"{found_again(found, true):>9.2f}{seen:>9.2f}{4.0 ** -s:>8.2f}{right:>8.2f}{wrong:>10.2f}", flush=True)
 
-
 def cost(model, pyramids, proxy, cfg, ranks):
     """Medians of three rounds, in turn."""
     x, seconds = fixed_batch(pyramids, cfg.split, cfg.scale, 8)["x"], {1: [], 8: []}
@@ -274,9 +264,7 @@ def cost(model, pyramids, proxy, cfg, ranks):
     one, eight = (sorted(v[1:])[1] for v in seconds.values())
     print(f"{cfg.invert_steps} steps: one image {one:.1f} s, eight at once {eight:.1f} s ({eight / one:.2f} times)")
 
-
 COMMANDS = {"table": table, "planted": planted, "cost": cost}
-
 
 def main(argv):
     cfg = configure(Config, argv, words=("command", "run"), doc=__doc__)
@@ -285,7 +273,6 @@ def main(argv):
     at_least(cfg, scale=1, n=0, plain=0, seeds=1, steps=1, invert_steps=1, train_steps=1)
     model, pyramids, proxy, ranks = open_run(cfg)
     COMMANDS[cfg.command](model, pyramids, proxy, cfg, ranks)
-
 
 if __name__ == "__main__":
     cli(main)

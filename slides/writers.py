@@ -35,7 +35,6 @@ OpenSeadragon({ id: "image", drawer: "canvas", showNavigationControl: false, sho
 </script></body></html>
 """
 
-
 # ----- 1. Strips -> rows of tiles of every level -----
 
 def level_sizes(size, tile, quality, smallest):
@@ -47,7 +46,6 @@ def level_sizes(size, tile, quality, smallest):
     while max(sizes[-1]) > smallest:
         sizes.append((ceil(sizes[-1][0] / 2), ceil(sizes[-1][1] / 2)))
     return sizes
-
 
 def tile_rows(strips, sizes, tile):
     """Gather strips into rows of tiles of every level: yields (level, row, pixels (h,W,3) uint8 of that level).
@@ -85,13 +83,11 @@ def tile_rows(strips, sizes, tile):
     if done[0] < H:
         raise UserError(f"strips: they end after {done[0]} rows, size={(H, W)} says {H}: give size=(height, width)")
 
-
 def jpeg(pixels, quality):
     """The bytes of a tile (h,w,3). Chroma stays whole (4:4:4): halved, it would smear the edges of stained nuclei."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "JPEG", quality=quality, subsampling=0)
     return out.getvalue()
-
 
 # ----- 2. Pyramid TIFF -----
 
@@ -120,7 +116,6 @@ def write_tiff(path, strips, size, tile=256, quality=90, mpp=None):
         f.seek(0)
         f.write(header(sizes, tile, places, mpp, big))
 
-
 def check_place(path):
     """raises: UserError if no file can be made where path is to lie; to be asked before long work."""
     there = next(p for p in Path(path).resolve().parents if p.exists())        # made on writing: what is missing below
@@ -129,14 +124,12 @@ def check_place(path):
     except OSError as err:
         raise UserError(f"{path} cannot be written: {err}; give another place") from err
 
-
 def check_tiff(path, mpp=None):
     """raises: UserError for a name or a resolution that write_tiff will not take; to be asked before long work."""
     if mpp is not None and not 1e-3 <= mpp <= 1e7:
         raise UserError(f"mpp={mpp}: give micrometres per pixel, 0.5 for a 20x scan, or None if unknown")
     if Path(path).is_dir():
         raise UserError(f"path: {path} is a folder: give the name of a file, as {path}/image.tif")
-
 
 def header(sizes, tile, places, mpp, big):
     """How a TIFF begins: its header, then a directory per level. First in the file, for Pillow loses any above 4 GB."""
@@ -155,7 +148,6 @@ def header(sizes, tile, places, mpp, big):
         out += pack_directory(tags, len(out), end if level + 1 < len(sizes) else 0, big)
     return out
 
-
 # ----- 3. DeepZoom -----
 
 def check_deepzoom(folder, viewer=None):
@@ -169,7 +161,6 @@ def check_deepzoom(folder, viewer=None):
     if not ours or folder.is_file():
         raise UserError(f"folder: {folder} exists and holds other things than a DeepZoom image: give another name")
     return folder, viewer
-
 
 def write_deepzoom(folder, strips, size, tile=256, quality=90, viewer=None, title="image"):
     """Write a DeepZoom folder: image.dzi, its tiles, and an index.html that opens from disk, without a network.
@@ -202,7 +193,6 @@ def write_deepzoom(folder, strips, size, tile=256, quality=90, viewer=None, titl
         raise UserError(f"could not write {folder}: {err}; check free space and permissions") from err
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-
 
 if __name__ == "__main__":
     cli(lambda argv: print(__doc__), __doc__)

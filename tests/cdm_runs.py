@@ -6,20 +6,17 @@ import torch
 import cdm
 from common import load_tensors
 
-
 def new_home(run, folder):
     """A folder with the model of a tiny run, to train conditioning models in."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "ema.safetensors", folder)
     return folder
 
-
 def go(folder, kind, *args):
     """Train for six steps, and read what was written."""
     cdm.main(["train", str(folder), "smoke", f"--model={kind}", "--steps=6", "--save_every=3", "--log_every=3",
               "--sample_every=6", "--sheet=1", "--device=cpu", "--threads=1", *args])
     return load_tensors(folder / f"{kind}.safetensors")[0]
-
 
 def check_resume(kind, home, folder, *args):
     """Three steps and three more equal six. A cosine to zero would depend on the number of steps."""
@@ -29,7 +26,6 @@ def check_resume(kind, home, folder, *args):
     go(twice, kind, *args, "--steps=3")
     again = go(twice, kind, *args)
     assert once.keys() == again.keys() and all(torch.equal(once[k], again[k]) for k in once)
-
 
 def stub(made, fn):
     """A network that answers fn(x, t, told)."""

@@ -16,7 +16,6 @@ import torch  # noqa: E402
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 torch.set_num_threads(THREADS)
 
-
 @pytest.fixture(autouse=True)
 def seeded():
     """Each test begins with the same random numbers; its --threads are not those of the tests and fixtures after it."""
@@ -24,11 +23,9 @@ def seeded():
     yield
     torch.set_num_threads(THREADS)
 
-
 # one thread: runs are compared bit by bit, whatever a test before them left
 TINY = ["smoke", "--vae_steps=8", "--steps=6", "--batch=4", "--vae_batch=4", "--save_every=3", "--log_every=1",
         "--sample_every=6", "--summarizer.width=32", "--unet.width=16", "--amp=False", "--device=cpu", "--threads=1"]
-
 
 def quick(args):
     """train.main, but sheets of two patches a scale and two steps, where nothing hangs on what they show."""
@@ -37,12 +34,10 @@ def quick(args):
         patch.setattr(train, "SHEET", {"n": 2, "steps": 2})
         train.main(args)
 
-
 def vae_of(run, out):
     """The option that takes the VAE of `run`. Its latents go along, for `out` would get the very same."""
     shutil.copytree(run / "latents", out / "latents")
     return f"--vae_weights={run}"
-
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
@@ -52,7 +47,6 @@ def toy(tmp_path_factory):
     data.main(["toy", f"--out={folder}", "--slides=6", "--test=2", "--size=256", "--workers=1"])
     return folder
 
-
 @pytest.fixture(scope="session")
 def run(toy, tmp_path_factory):
     """One uninterrupted training."""
@@ -60,14 +54,12 @@ def run(toy, tmp_path_factory):
     quick([*TINY, f"--data={toy}", f"--out={out}"])
     return out
 
-
 @pytest.fixture(scope="session")
 def cnn(toy, run, tmp_path_factory):
     """The same with the CNN Summarizer, on the VAE of `run`."""
     out = tmp_path_factory.mktemp("run") / "cnn"
     quick([*TINY, "--summarizer=cnn", f"--data={toy}", f"--out={out}", vae_of(run, out)])
     return out
-
 
 @pytest.fixture(scope="session")
 def conditioned(run, toy, tmp_path_factory):
@@ -84,7 +76,6 @@ def conditioned(run, toy, tmp_path_factory):
     for kind, more in (("cdm", ()), ("edm", ()), ("grid", told)):
         go(folder, kind, "--steps=3", "--sheet=0", *more)
     return folder
-
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory):
@@ -105,7 +96,6 @@ def task(tmp_path_factory):
     ZoomLDM(vae, Summarizer(SummarizerConfig(96, 16, 1, 16, 3)), unet, 0.5, info=info).save(out / "run")
     return out
 
-
 @pytest.fixture(scope="module")
 def ready(run, tmp_path_factory):
     """A copy of the tiny run, without a proxy. Its U-Net is shaken, for after six steps it hardly hears conditions."""
@@ -117,12 +107,10 @@ def ready(run, tmp_path_factory):
     model.save(folder)
     return folder
 
-
 @pytest.fixture(scope="module")
 def model(ready):
     from diffusion import ZoomLDM
     return ZoomLDM.from_run(ready)
-
 
 @pytest.fixture(scope="session")
 def root():

@@ -30,7 +30,6 @@ from zoom_vae import VQVAE  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 
-
 # ----- 1. The rule -----
 
 def tensor(name, shape, seed, gains):
@@ -53,12 +52,10 @@ def tensor(name, shape, seed, gains):
         part[:] = u
     return torch.from_numpy(out).view(*shape)
 
-
 def weights(shapes, seed, gains):
     """in: {name: shape}. out: {name: tensor}. On two threads: numpy releases the lock."""
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(shapes, pool.map(lambda item: tensor(*item, seed, gains), shapes.items()), strict=True))
-
 
 def fingerprint(state, every=1):
     """One number that changes with any bit of every `every`-th tensor of a state dict, in order of name."""
@@ -67,14 +64,12 @@ def fingerprint(state, every=1):
         crc = zlib.crc32(state[name].numpy().tobytes(), crc)
     return crc
 
-
 # ----- 2. Reading -----
 
 @cache
 def golden(name):
     """out: ({"in/..", "out/.."}, meta) of one golden file. Nobody may write into the tensors."""
     return load_tensors(GOLDEN / f"{name}.safetensors")
-
 
 @cache
 def manifest(name):
@@ -83,18 +78,15 @@ def manifest(name):
     keys = json.loads(gzip.decompress((GOLDEN / "keys.json.gz").read_bytes()))
     return {k: tuple(v) for k, v in keys[name].items()}
 
-
 def state_dict(name):
     """The weights behind a golden file, by published name. Fresh tensors each time."""
     if name.startswith("full_"):  # too large to keep
         return rebuilt(name)
     return {k: v.clone() for k, v in kept(name).items()}
 
-
 @cache
 def kept(name):
     return rebuilt(name)
-
 
 def rebuilt(name):
     tensors, meta = golden(name)
@@ -102,7 +94,6 @@ def rebuilt(name):
     state |= {k[8:]: v.clone() for k, v in tensors.items() if k.startswith("weights/")}  # those that follow no rule
     assert fingerprint(state, meta["every"]) == meta["crc"], f"{name}: the rule no longer gives the published weights"
     return state
-
 
 def assert_close(ours, reference, tol, what="", every=1):
     """max|a-b| / max(1, max|b|) <= tol; says where the largest difference is. reference: every `every`-th element."""
@@ -113,35 +104,29 @@ def assert_close(ours, reference, tol, what="", every=1):
     rel = float((a - b).abs()[i] / b.abs().max().clamp_min(1))
     assert rel <= tol, f"{what}: off by {rel:.2e} (allowed {tol:.0e}), element {i * every}: {a[i]:.7g} for {b[i]:.7g}"
 
-
 def assert_golden(ours, name, key, tol):
     """Compare with out/`key` of the golden file `name`."""
     tensors, meta = golden(name)
     assert_close(ours, tensors["out/" + key], tol, f"{name} {key}", meta["every_kth"].get("out/" + key, 1))
 
-
 # image sizes that are kept
 ENCODERS = {"uni": ("96x96", "224x224"), "uni2h": ("98x98", "224x224"), "dinov2": ("70x70", "126x126"),
             "dinov2_reg": ("70x70", "126x126"), "hipt": ("96x96", "256x256"), "phikon": ("96x96", "224x224")}
-
 
 def picture(levels, config):
     """in: grey levels (B,3,H,W) uint8. out: float32, normalised as an encoder wants it."""
     mean, std = (torch.tensor(config[k])[:, None, None] for k in ("mean", "std"))
     return (levels.float() / 255 - mean) / std
 
-
 # ----- 3. Our modules behind the published weights -----
 
 KIND = {"vae": VQVAE, "summarizer": Summarizer, "unet": UNet}
 PREFIX = {"vae": "first_stage_model.", "summarizer": "cond_stage_model.", "unet": "model.diffusion_model."}
 
-
 @cache
 def small(name):
     """The small module behind a golden file."""
     return KIND[name.split("_")[0]].from_official(state_dict(name)).requires_grad_(False)
-
 
 def pack(e):
     """pack_grid over a batch (B,E,h,w); a grid that is not square is laid out by hand, by the published rule."""

@@ -25,16 +25,13 @@ CONFIGS = [node for tree in TREES.values() for node in ast.walk(tree) if isinsta
 OPTIONS = {n.target.id for c in CONFIGS for n in c.body if isinstance(n, ast.AnnAssign)} | {"help"}
 BUDGET = dict(readme_lines=250, readme_bytes=20_000, page_lines=250)
 
-
 class Parsed(Exception):
     """Raised in place of what a command would do once its settings are read."""
-
 
 @pytest.fixture(scope="module")
 def modules():
     """Every module that a command names, and what it may open a door to, loaded."""
     return {name: importlib.import_module(name) for name in MODULES}
-
 
 @pytest.mark.parametrize("name,args", COMMANDS, ids=[" ".join(c) for c in COMMANDS])
 def test_command_parses(name, args, modules, monkeypatch):
@@ -57,7 +54,6 @@ def test_command_parses(name, args, modules, monkeypatch):
     with pytest.raises(Parsed):
         modules[name].main(args)
 
-
 @pytest.mark.parametrize("place", sorted(set(re.findall(r"`((?:\w+/)?\w+\.py)::(\w+)`(?: line (\d+))?", TEXT))),
                          ids=lambda p: "::".join(p))
 def test_function_exists(place):
@@ -68,7 +64,6 @@ def test_function_exists(place):
     assert found, f"{file} has no {name}"
     assert not line or any(n.lineno <= int(line) <= n.end_lineno for n in found), f"{file}: {name} is not at {line}"
 
-
 def test_files_options_and_targets_exist():
     for file in set(re.findall(r"`((?:\w+/)?\w+\.py)`", TEXT)):
         assert file in FILES, file
@@ -76,7 +71,6 @@ def test_files_options_and_targets_exist():
         assert option.split(".")[0] in OPTIONS, option
     for target in set(re.findall(r"^make (\w+)", TEXT, re.M)):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
-
 
 def test_equations_are_told_where_they_stand():
     """A function that the map names for an equation says so itself. catches: Eq. 4 and Eq. 6 swapped."""
@@ -90,7 +84,6 @@ def test_equations_are_told_where_they_stand():
                 told = "".join(above) + ast.get_source_segment(text, node)      # the banner of its section, and itself
                 assert re.search(rf"Eq\. (\d, |\d-)*{number}\b", told), f"{file}::{name}: Eq. {number}"
 
-
 def test_all_files_and_pages_are_told():
     """The core in reading order; the rooms in docs/rooms.md; every page linked from README."""
     table = README[README.index("## The eleven files"):README.index("## Names")]
@@ -99,11 +92,9 @@ def test_all_files_and_pages_are_told():
     assert told == {name for name in FILES if "/" in name and not name.endswith("__init__.py")}
     assert set(PAGES) - {"README.md"} <= set(re.findall(r"\]\((docs/\w+\.md)\)", README))
 
-
 def anchor(title):
     """GitHub's name for a heading."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_lengths(page):
@@ -119,14 +110,12 @@ def test_links_and_lengths(page):
         assert target.exists(), f"{page}: {path}"
         assert not at or at in map(anchor, re.findall(r"^#+ (.*)", target.read_text(), re.M)), f"{page}: {path}#{at}"
 
-
 def test_messages_are_raised():
     code = "\n".join(p.read_text() for p in FILES.values())
     code = re.sub(r'"\s*\n\s*f?"', "", code)                          # strings that go on in the next line
     for row in re.findall(r"^\| (`.*?) \|", PAGES["docs/troubleshooting.md"], re.M):
         for message in re.findall("`([^`]+)`", row):
             assert message.replace(" --x", "") in code, message
-
 
 def test_ranks_divide_the_batch():
     """In every torchrun line. catches: 8 ranks for a batch of 420."""

@@ -18,23 +18,19 @@ TREES = {name: ast.parse(p.read_text(), name) for name, p in FILES.items()}
 core = pytest.mark.parametrize("name", CORE)
 each = pytest.mark.parametrize("name", TREES)
 
-
 def imported(node):
     """The top-level names that an import statement brings in; none for other statements."""
     if isinstance(node, ast.Import):
         return [a.name.split(".")[0] for a in node.names]
     return [node.module.split(".")[0]] if isinstance(node, ast.ImportFrom) else []
 
-
 def at_module_level(tree):
     """What a file imports as soon as it is imported itself, and not in a function that needs it."""
     inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
     return {m for n in ast.walk(tree) if id(n) not in inside for m in imported(n)}
 
-
 def test_the_core_is_eleven_files():
     assert sorted(p.stem for p in ROOT.glob("*.py")) == sorted(CORE)
-
 
 @core
 def test_the_core_imports_only_from_files_above(name):
@@ -42,16 +38,13 @@ def test_the_core_imports_only_from_files_above(name):
     foreign = at_module_level(TREES[f"{name}.py"]) & {*order[order.index(name):], *ROOMS}
     assert not foreign, f"{name}.py imports {foreign} for all: a room belongs inside the function that opens its door"
 
-
 @each
 def test_third_party_imports(name):
     foreign = at_module_level(TREES[name]) - {*CORE, *ROOMS} - set(sys.stdlib_module_names) - RUNTIME
     assert not foreign, f"{name} imports {foreign} for all: an optional package belongs inside a function"
 
-
 def functions(tree):
     return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.Lambda)]
-
 
 def test_the_core_is_short():
     """An afternoon: so many lines, none of them wide as a rule."""
@@ -60,7 +53,6 @@ def test_the_core_is_short():
     total = sum(lines.values(), [])
     assert len(total) <= MOST_IN_ALL, f"{len(total)} lines: simplify, or move what a reader may skip into a room"
     assert sum(len(line) > 110 for line in total) <= 0.03 * len(total), "too many lines of over 110 columns"
-
 
 @core
 def test_functions_are_short_and_flat(name):
@@ -75,7 +67,6 @@ def test_functions_are_short_and_flat(name):
             settings = [n for n in node.body if isinstance(n, ast.AnnAssign)]
             assert len(settings) <= MOST_SETTINGS, f"{name}.py: {len(settings)} settings"
 
-
 def test_one_name_one_meaning():
     """No function or class of the core is defined twice."""
     seen = {}
@@ -84,7 +75,6 @@ def test_one_name_one_meaning():
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in ("Config", "main"):
                 assert node.name not in seen, f"{node.name} stands in {seen[node.name]}.py and {name}.py"
                 seen[node.name] = name
-
 
 @pytest.mark.parametrize("path", [*FILES.values(), *sorted((ROOT / "tests").rglob("*.py"))],
                          ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -102,7 +92,6 @@ def test_forbidden(path):
         assert options.get("weights_only") is not False, f"{where}: weights_only=False"
         assert called != "torch.load" or options.get("weights_only") is True, f"{where}: say weights_only"
         assert called != "np.load" or not options.get("allow_pickle"), f"{where}: allow_pickle"
-
 
 def test_no_large_file_is_tracked():
     listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)

@@ -22,7 +22,6 @@ from slides.reader import open_slide  # noqa: E402
 SECONDS, MEGABYTES = 2.0, 500
 CODES = {1: "B", 2: "B", 3: "H", 4: "I", 5: "I", 12: "d", 16: "Q"}
 
-
 # ----- 1. Tiled TIFFs of every kind -----
 
 def picture(h, w, bands=3):
@@ -30,7 +29,6 @@ def picture(h, w, bands=3):
     y, x = np.mgrid[:h, :w]
     waves = np.sin(x / 19), np.sin(y / 13), np.sin((x + 2 * y) / 40), np.cos((y - x) / 9)
     return np.stack([127 + 100 * f for f in waves[:bands]], -1).astype(np.uint8)  # (h,w,bands)
-
 
 def packed(tile, how, **options):
     """The bytes of one tile (h,w,bands), as compression `how` stores them."""
@@ -54,12 +52,10 @@ def packed(tile, how, **options):
         return out.getvalue()[tags[273][0]:tags[273][0] + tags[279][0]], tags.get(317, 1)
     return out.getvalue(), options.get("predictor", 1)
 
-
 def tables():
     out = io.BytesIO()
     Image.new("RGB", (16, 16)).save(out, "JPEG", quality=95, subsampling=0, keep_rgb=True, streamtype=1)
     return out.getvalue()
-
 
 def page(image, tile, how, colours=None, kind=0, **options):
     """One directory: its tags {tag: (type, values)} and its tiles. in: image (h,w,bands); tile (w,h)."""
@@ -72,7 +68,6 @@ def page(image, tile, how, colours=None, kind=0, **options):
             262: (3, [colours]), 284: (3, [1]), 317: (3, [done[0][1]]), 322: (4, [tile[0]]), 323: (4, [tile[1]])}
     tags |= {338: (3, [0])} if bands == 4 else {}
     return tags | ({347: (1, list(tables()))} if how == 7 else {}), [d for d, _ in done]
-
 
 def write(path, pages, order="<", big=False, sub=()):
     """Write directories first, tiles behind; `sub` are sub-directories of the first."""
@@ -106,10 +101,8 @@ def write(path, pages, order="<", big=False, sub=()):
             pages[0][0][330] = 4, firsts[len(pages) - len(sub):]
     Path(path).write_bytes(start + out + b"".join(t for _, tiles in pages for t in tiles))
 
-
 def text(words):
     return 2, [*words.encode(), 0]
-
 
 def specimens(folder):
     """A file of every kind, small. out: their paths."""
@@ -125,7 +118,6 @@ def specimens(folder):
         made.append(folder / name)
         Image.fromarray(image).save(made[-1], **options)
     return made
-
 
 # ----- 2. Damage -----
 
@@ -150,7 +142,6 @@ def mutate(data, rng):
             data[at:at + 12] = data[source:source + 12]
     return bytes(data)
 
-
 def examine(path):
     """Open a file and read what anybody would: corners, the coarsest level, another resolution. out: what came of it"""
     try:
@@ -169,7 +160,6 @@ def examine(path):
         assert path.name in str(err), f"{err} does not name {path.name}"
         return "refused"
     return "image"
-
 
 def torture(count, folder, seed=0):
     """out: {outcome: count} and a list of faults, over `count` mutants: seconds of this process (others may keep the
@@ -192,7 +182,6 @@ def torture(count, folder, seed=0):
         else:
             faults.append(f"{name}, seed {seed}, {k}: {outcome}, {seconds:.1f} s, {grown:.0f} MB")
     return outcomes, faults
-
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,6 @@ from train import run_stage  # noqa: E402
 
 BATCH, STEPS = 4, 40
 
-
 class Numbers(Dataset):
     """Item k: four numbers that depend on k alone; the items `bad` are not finite."""
 
@@ -36,7 +35,6 @@ class Numbers(Dataset):
     def __getitem__(self, k):
         x = torch.randn(4, generator=generator(1, k))
         return {"x": x * float("nan") if k in self.bad else x, "s": k % 3, "k": k}
-
 
 class Stage(nn.Module):
     """Turn four numbers round. Writes what it saw to OUT/seen unless it is quiet: step, then samples.
@@ -73,7 +71,6 @@ class Stage(nn.Module):
     def report(self):
         return {}
 
-
 def tiny(out, at=None, pause=0.0, bad=(), norm=True, **more):
     """Train Stage in this process, or go on with it. at: {step: function called when it begins}; norm: with statistics
     over a batch, through which one bad sample spoils the loss of all."""
@@ -87,12 +84,10 @@ def tiny(out, at=None, pause=0.0, bad=(), norm=True, **more):
     if ranks.world > 1:
         torch.distributed.destroy_process_group()
 
-
 def seen(out):
     """{step: the samples of its last life, sorted}, of all ranks together."""
     lines = [list(map(int, line.split())) for line in (Path(out) / "seen").read_text().splitlines()]
     return {s: sorted({k for step, *ks in lines for k in ks if step == s}) for s in {line[0] for line in lines}}
-
 
 # ----- Processes: forked from one that has imported everything, so that each costs no more than it does -----
 
@@ -106,14 +101,12 @@ def child(env, text, function, args, more):
     torch.manual_seed(0)
     cli(lambda argv: function(*args, **more))
 
-
 def forkserver(method=""):
     """The context of such processes."""
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     context = get_context("forkserver")
     context.set_forkserver_preload(["training"])
     return context
-
 
 def start(folder, function, *args, ranks=1, **more):
     """Run function(*args, **more) in as many processes; what they print goes to folder/text. out: the processes."""
@@ -127,13 +120,11 @@ def start(folder, function, *args, ranks=1, **more):
         p.start()
     return started
 
-
 def codes(processes, seconds=120):
     """Their exit codes, once all have ended."""
     for p in processes:
         p.join(seconds)
     return [p.exitcode for p in processes]
-
 
 def step_of(path):
     """The step of a state file, 0 if there is none yet, or it is just being renamed."""
@@ -141,7 +132,6 @@ def step_of(path):
         return load_tensors(path)[1]["step"]
     except (UserError, RuntimeError):
         return 0
-
 
 def wait_for(path, step, processes=(), seconds=300):
     """Until the state file at `path`, which these processes write, is of this step or a later one."""
@@ -151,18 +141,15 @@ def wait_for(path, step, processes=(), seconds=300):
         assert not processes or any(p.is_alive() for p in processes), f"ended before step {step} of {path}"
         time.sleep(0.01)
 
-
 def same(a, b):
     """Two safetensors files hold bit-identical tensors."""
     (a, _), (b, _) = load_tensors(a), load_tensors(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
-
 def close(a, b, atol):
     """Two safetensors files hold the same tensors, to rounding."""
     (a, _), (b, _) = load_tensors(a), load_tensors(b)
     return a.keys() == b.keys() and all(torch.allclose(a[k].float(), b[k].float(), rtol=0, atol=atol) for k in a)
-
 
 def damage(path, rng: random.Random, how):
     """What a power cut or a failing disk does to a file: cut it short, or flip one bit of one byte."""
@@ -172,14 +159,12 @@ def damage(path, rng: random.Random, how):
         raw[at] ^= 1 << rng.randrange(8)
     path.write_bytes(raw[:at] if how == "cut" else raw)
 
-
 def by_launcher(out, ranks, restarts):
     """`tiny` as torchrun runs it. The second rank kills itself at step 12 of its first life."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     plan = LaunchConfig(1, 1, ranks, run_id="tiny", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
                         monitor_interval=0.1, max_restarts=restarts, start_method="fork")
     elastic_launch(plan, dies_once)(str(out))
-
 
 def dies_once(out):
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1"

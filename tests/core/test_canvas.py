@@ -9,7 +9,6 @@ from sample_joint import Canvas, Resize, ramps, shrink_matrix, starts
 KINDS = pytest.mark.parametrize("kind", ["bicubic", "box"])
 D = torch.float64
 
-
 # ----- 1. The operator A -----
 
 @pytest.mark.parametrize("key, call", [
@@ -23,7 +22,6 @@ def test_agrees_with_the_published_resizer(key, call):
     f, _ = golden("resizer")
     assert_close(call(f), f[f"out/{key}"], 2e-6)
 
-
 @KINDS
 def test_up_is_the_adjoint(kind):
     """<A x, y> = <x, At y>, also where the taps reach over both borders of a short side."""
@@ -34,19 +32,16 @@ def test_up_is_the_adjoint(kind):
         assert torch.allclose((A.down(x) * y).sum(), (x * A.up(y)).sum() / factor ** 2)
         assert torch.allclose(A.down(torch.ones_like(x)), torch.ones_like(y))
 
-
 def test_box_is_the_halving_of_the_data():
     x = torch.randn(1, 3, 16, 16, dtype=torch.float64)
     assert torch.allclose(Resize(4, "box").down(x), torch.nn.functional.avg_pool2d(x, 4))
     y = torch.randn(1, 3, 4, 4, dtype=torch.float64)
     assert torch.allclose(Resize(4, "box").down(Resize(4, "box").up(y)), y)
 
-
 def test_factor_one_changes_nothing():
     """Catches: a level's own decode, seen through A of factor 1, that comes back blurred or shifted."""
     x = torch.randn(1, 3, 5, 9)
     assert torch.equal(Resize(1).down(x), x) and torch.equal(Resize(1).up(x), x)
-
 
 def by_hand(n, k):
     """A along a side, tap by tap, from the formula of Keys' cubic."""
@@ -60,12 +55,10 @@ def by_hand(n, k):
             A[i, q if q < n else 2 * n - 1 - q] += w / k
     return A
 
-
 @pytest.mark.parametrize("n, k", [(16, 1), (16, 2), (48, 3), (64, 16), (16, 16), (8, 4)])
 def test_the_matrix_is_keys_cubic(n, k):
     """Also where the taps reach over both borders. Catches: a mirror that skips the edge, torch's other cubic."""
     assert_close(shrink_matrix(n, k), by_hand(n, k), 1e-12)
-
 
 def test_matrices_are_made_once():
     """Catches: matrices made anew for every step, or one kind or precision standing in for the other."""
@@ -73,7 +66,6 @@ def test_matrices_are_made_once():
     assert Resize(4).along(64, x) is Resize(4).along(64, x)
     assert Resize(4).along(64, x.double()).dtype == D and Resize(4).along(64, x).dtype == torch.float32
     assert not torch.equal(Resize(4, "box").along(64, x), Resize(4).along(64, x))
-
 
 def test_what_resize_refuses():
     """catches: matrices of integers, which are zero; a crop without a word."""
@@ -87,12 +79,10 @@ def test_what_resize_refuses():
         with pytest.raises(UserError, match="x.float"):
             f(torch.full((8, 8), 129, dtype=torch.uint8))
 
-
 # ----- 2. Windows -----
 
 LINES = [(16, 16, 0), (16, 16, 5), (32, 16, 0), (40, 16, 0), (40, 16, 4), (41, 16, 4), (53, 16, 8), (64, 16, 12),
          (37, 16, 15), (17, 16, 1)]
-
 
 @pytest.mark.parametrize("n, side, overlap", LINES)
 def test_windows_cover_a_line(n, side, overlap):
@@ -101,7 +91,6 @@ def test_windows_cover_a_line(n, side, overlap):
     assert at[0] == 0 and at[-1] == n - side and len(set(at)) == len(at)
     shared = [a + side - b for a, b in zip(at, at[1:])]
     assert all(s == overlap for s in shared[:-1]) and all(overlap <= s < side for s in shared)
-
 
 @pytest.mark.parametrize("fade", [False, True])
 @pytest.mark.parametrize("n, side, overlap", LINES)
@@ -123,13 +112,11 @@ def test_weights_of_a_line(n, side, overlap, fade):
         assert rows.diff(dim=1).abs().max() <= (1.01 if even else 2.3) / overlap
     assert rows[0, 0] == rows[-1, -1] == 1
 
-
 def test_fading_is_linear():
     """Two windows that share four: 1/8, 3/8, 5/8, 7/8. Catches: ramps from 0, where a window would not count."""
     lines = ramps(28, 16, 4)
     assert torch.allclose(lines[12][:5], torch.tensor([1, 3, 5, 7, 8]) / 8)
     assert torch.allclose(lines[0][11:], torch.tensor([8, 7, 5, 3, 1]) / 8)
-
 
 @pytest.mark.parametrize("fade", [False, True])
 @pytest.mark.parametrize("window, overlap", [(8, 0), (8, 3), (8, 6), ((6, 10), 4)])
@@ -155,13 +142,11 @@ def test_average(window, overlap, fade, k):
     one = canvas.average(lambda ij: torch.ones(len(ij), 2, high * k, wide * k, dtype=D))
     assert torch.allclose(one, torch.ones(1, 2, 19 * k, 22 * k, dtype=D)) and one.dtype == D
 
-
 def test_batches():
     """All windows once, at most `batch` of them in a call."""
     canvas, seen = Canvas(40, 40, 16, 4, batch=4), []
     canvas.average(lambda ij: seen.append(ij) or torch.zeros(len(ij), 1, 16, 16))
     assert [len(ij) for ij in seen] == [4, 4, 1] and sum(seen, []) == canvas.ij
-
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_unit(k):
@@ -173,7 +158,6 @@ def test_unit(k):
     assert_close(canvas.peak(d), peak.expand(1, 1, 8, 12), 1e-6)
     assert_close(canvas.unit(d)[0, 0, 0], d[0, 0, 0] / peak.repeat_interleave(k), 1e-6)
     assert canvas.unit(torch.zeros(1, 3, 8, 12)).abs().max() == 0
-
 
 @pytest.mark.parametrize("args", [(16, 16, 17), (15, 16, 16), (16, 12, 16), (32, 32, 16, 16), (32, 32, (8, 16), 8),
                                   (32, 32, 16, -1)])

@@ -18,14 +18,11 @@ from slides.keys import load_cdm
 
 TINY = DiTConfig(9, 4, 16, 1, 2, 16, 5)
 
-
 def published():
     return state_dict("cdm_small") | {"pos_embed": place_table(65, manifest("cdm_small")["x_embedder.bias"][0])}
 
-
 def tokens_first(x):
     return x.transpose(1, 2)  # published: (B,C,65)
-
 
 def conditioner(cfg, std=0.3):
     """One whose weights are random, or it would answer zero."""
@@ -33,7 +30,6 @@ def conditioner(cfg, std=0.3):
     for p in made.net.parameters():
         torch.nn.init.normal_(p, std=std)
     return made.eval()
-
 
 # ----- 1. Against the published CDM -----
 
@@ -44,7 +40,6 @@ def test_dit():
     with torch.no_grad():
         out = net(tokens_first(g["in/x"]), g["in/t"], g["in/y"])
     assert_golden(tokens_first(out), "cdm_small", "out", 2e-5)
-
 
 def test_sampling():
     """One DDIM step at 1000 and at 200 steps, with and without noise, and a loop of 10. catches: published LDM steps
@@ -67,7 +62,6 @@ def test_sampling():
             rows.append(one[0])
         assert_golden(tokens_first(torch.cat(rows)), "cdm_small", f"{name}_{key}", 2e-5)
 
-
 @pytest.mark.parametrize("key", ["pos_embed", "x_embedder.weight", "blocks.2.attn.qkv.bias", "final_layer.linear.bias"])
 def test_keys(key):
     """A key that is missing, new or of another shape is named. catches: strict=False."""
@@ -76,7 +70,6 @@ def test_keys(key):
                   state | {key: torch.zeros(*state[key].shape[:-1], 7)}):
         with pytest.raises(ValueError, match=re.escape(key)):
             DiT.from_official(fault)
-
 
 def test_checkpoint_file(tmp_path, run):
     """The published file holds model, ema, opt and args, a Namespace. catches: the raw weights; a file refused."""
@@ -88,7 +81,6 @@ def test_checkpoint_file(tmp_path, run):
     assert made.tokens([3, 0], steps=2).shape == (2, 65, 24)
     with pytest.raises(UserError, match="published file makes tokens of another Summarizer"):
         load_cdm(state, ZoomLDM.from_run(run), heads=4)
-
 
 # ----- 2. Drawing -----
 
@@ -102,7 +94,6 @@ def test_what_it_cannot_draw():
         with pytest.raises(UserError, match=f"{next(iter(size))}="):
             DiT(DiTConfig(**{"tokens": 4, "channels": 2, "width": 16, "depth": 1, "heads": 2, "mlp": 16} | size))
 
-
 def test_tokens_depend_on_seed_and_place_alone():
     """catches: adaLN without its zero; noise that depends on the batch; scale labels shifted; time or scale unheard."""
     assert not DiT(TINY)(torch.randn(1, 9, 4), torch.tensor([3]), torch.tensor([0])).any()
@@ -113,7 +104,6 @@ def test_tokens_depend_on_seed_and_place_alone():
     x, t, s = torch.randn(1, 65, 8), torch.tensor([5]), torch.tensor([1])
     for other in ((t + 300, s), (t, s + 1)):
         assert (made.net(x, *other) - made.net(x, t, s)).abs().max() > 1e-3
-
 
 def test_times_are_moved_to_noise():
     """Drawing and training alike: half of the times lie beyond 1000 shift / (shift + 1). catches: moved to data; one of
@@ -131,7 +121,6 @@ def test_times_are_moved_to_noise():
     made.tokens([0], steps=50)
     assert seen == tau[::-1] and Conditioner(DiT(TINY)).shift == 1.0
 
-
 # ----- 3. Training -----
 
 @pytest.fixture(scope="module")
@@ -141,7 +130,6 @@ def home(run, tmp_path_factory):
     go(folder, "cdm")
     return folder
 
-
 def test_train_resume_load(home, tmp_path):
     """catches: noise that depends on the process; EMA not restored."""
     check_resume("cdm", home, tmp_path)
@@ -149,7 +137,6 @@ def test_train_resume_load(home, tmp_path):
     made = cdm.load_conditioner(home, "cdm", model)
     assert made.tokens([0, 2], steps=3).shape == (2, 65, model.summarizer.cfg.width) and made.shift == 4.0
     assert (home / "samples" / "cdm_000006.png").exists()
-
 
 def test_stopped_in_the_last_step(home, tmp_path, monkeypatch):
     """catches: "done" over an export of an earlier step."""
@@ -166,7 +153,6 @@ def test_stopped_in_the_last_step(home, tmp_path, monkeypatch):
     state, final = load_tensors(tmp_path / "cdm_state.safetensors")[0], go(tmp_path, "cdm", *args)
     assert all(torch.equal(v, state[f"ema.{k}"]) for k, v in final.items())
 
-
 def test_learns(home, toy, tmp_path):
     """The averaged network must beat zero, where it starts. catches: a stage that trains something else."""
     go(new_home(home, tmp_path), "cdm", "--steps=60", "--lr=5e-3", "--shift=1", "--sample_every=1000",
@@ -179,7 +165,6 @@ def test_learns(home, toy, tmp_path):
     t = torch.full((32,), 300)
     error = (made.net(made.schedule.q_sample(c, t, torch.randn_like(c)), t, s) - c).square().mean()
     assert error < 0.3 * c.square().mean(), f"{error} against {c.square().mean()}"
-
 
 def test_files_from_before(home, tmp_path):
     """Earlier versions kept a scaling, 0 and 1, and more sizes. catches: such a file refused, an odd one taken."""
@@ -195,7 +180,6 @@ def test_files_from_before(home, tmp_path):
     save_tensors(path, state | {"more": torch.zeros(1)}, meta)
     with pytest.raises(UserError, match="holds no cdm of ours"):
         cdm.load_conditioner(tmp_path, "cdm", model)
-
 
 # ----- 4. What is refused -----
 
@@ -219,7 +203,6 @@ def test_another_summarizer(noted, home, tmp_path):
         with pytest.raises(UserError, match=r"other settings \(source\).*move cdm_state\*.safetensors away"):
             go(tmp_path, "cdm", *args, *more)
 
-
 @pytest.mark.parametrize("args, says", [
     (["draw"], "cdm.py train"), (["train"], "give a run folder"), (["train", "NONE", "smoke"], "no trained model"),
     (["sample"], "give a run folder"),
@@ -228,7 +211,6 @@ def test_another_summarizer(noted, home, tmp_path):
 def test_bad_input(args, says, home):
     with pytest.raises(UserError, match=says):
         cdm.main([a.replace("RUN", str(home)).replace("NONE", str(home / "none")) for a in args])
-
 
 def test_settings_that_cannot_work():
     """Refused before anything is read. catches: a traceback, or a training that goes another way than was asked."""

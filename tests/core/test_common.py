@@ -22,12 +22,10 @@ class Net:
     width: int = 32  # a comment that --help must show
     mult: tuple = (1, 2)
 
-
 @dataclass
 class Side:
     width: int = 3
     kind: str = "right"
-
 
 @dataclass
 class Config:
@@ -40,13 +38,10 @@ class Config:
     net: Net = field(default_factory=Net)
     side: Side = field(default_factory=Side)
 
-
 PRESETS = {"toy": {}, "smoke": {"steps": 3, "net.width": 8, "side": "left"}}
-
 
 def parse(*argv):
     return configure(Config, list(argv), PRESETS, words=("preset",), doc="What it does.")
-
 
 @pytest.mark.parametrize("arg, name, value", [
     ("--lr=1", "lr", 1.0), ("--lr=3e-4", "lr", 3e-4), ("--steps=7", "steps", 7),
@@ -64,10 +59,8 @@ def test_values(arg, name, value):
     found = getattr(parse(arg), name)
     assert found == value and type(found) is type(value)
 
-
 def test_options_count_more_than_the_preset():
     assert parse("smoke", "--steps=5").steps == parse("--steps=5", "smoke").steps == 5
-
 
 @pytest.mark.parametrize("argv, says", [
     (["--stepz=3"], "unknown option --stepz; did you mean 'steps'"),
@@ -92,14 +85,12 @@ def test_mistakes_on_the_command_line(argv, says):
     with pytest.raises(UserError, match=says):
         parse(*argv)
 
-
 def test_help_shows_the_settings_with_their_comments(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help")
     out = capsys.readouterr().out
     assert not stop.value.code
     assert "What it does." in out and "lr: float = 1e-3" in out and "a comment that --help must show" in out
-
 
 def test_exit_codes(monkeypatch, capsys):
     """A user's mistake is one sentence and 2; ours is not dressed up as theirs."""
@@ -121,7 +112,6 @@ def test_exit_codes(monkeypatch, capsys):
     with pytest.raises(ValueError, match="ours"):
         code(fails(ValueError("ours")))
 
-
 @pytest.mark.parametrize("argv, doc", [([], ""), (["--help"], ""), (["--help"], "a text")])
 def test_a_reader_that_has_gone(monkeypatch, argv, doc):
     """`python x.py | head`, with help or without. Catches: a BrokenPipeError at the end of the process."""
@@ -136,12 +126,10 @@ def test_a_reader_that_has_gone(monkeypatch, argv, doc):
     with pytest.raises(BrokenPipeError):
         sys.stdout.close()
 
-
 # ----- 2. Files -----
 
 def leftovers(folder):
     return [p.name for p in Path(folder).iterdir() if p.name.endswith(".tmp")]
-
 
 def test_tensors_and_meta_come_back(tmp_path):
     tensors = {"a": torch.randn(3, 4).T, "b": torch.arange(5), "c": torch.randn(2).bfloat16()}
@@ -151,11 +139,9 @@ def test_tensors_and_meta_come_back(tmp_path):
     assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tensors.items())
     assert not leftovers(tmp_path / "new")
 
-
 def full(tensors, tmp, meta):
     Path(tmp).write_bytes(b"half a file")
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     """A full disk, any other failure, and a real limit of 20 kB, at which the system stops each writer half-way."""
@@ -184,7 +170,6 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_text() == "the earlier file" and os.listdir(tmp_path) == ["x.txt"]
 
-
 def test_files_that_are_no_safetensors(tmp_path):
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(UserError, match="no file .*: check the path"):
@@ -197,7 +182,6 @@ def test_files_that_are_no_safetensors(tmp_path):
         with pytest.raises(UserError, match="not a complete safetensors file"):
             open_tensors(path)
 
-
 # ----- 3. Devices and ranks -----
 
 def test_generator_depends_on_every_key():
@@ -207,7 +191,6 @@ def test_generator_depends_on_every_key():
     assert len({tuple(draw(*key)) for key in ((0,), (1,), (1, 2), (2, 1), (1, 2, 3), (0, 1))}) == 6
     with pytest.raises(UserError, match=r"seed \(-1, 4\): each number"):
         generator(-1, 4)
-
 
 def test_setup_alone_and_on_a_missing_device():
     ranks = setup("cpu", amp=False)
@@ -220,7 +203,6 @@ def test_setup_alone_and_on_a_missing_device():
     with pytest.raises(UserError, match="--threads=-1: it must be at least 0"):
         setup("cpu", threads=-1)
 
-
 # ----- 4. Seeing -----
 
 def test_uint8_rounds():
@@ -228,7 +210,6 @@ def test_uint8_rounds():
     assert to_uint8(x)[0, :, 0].tolist() == [0, 0, 128, 255, 255]
     levels = torch.arange(256).byte()
     assert torch.equal(to_uint8((levels / 127.5 - 1).view(1, 1, 256).expand(3, 1, 256))[0, :, 0], levels)
-
 
 def test_contact_sheet(tmp_path):
     rows = [torch.zeros(3, 3, 8, 10), torch.ones(2, 3, 8, 10)]
@@ -239,7 +220,6 @@ def test_contact_sheet(tmp_path):
     save_grid(tmp_path / "wide.png", rows, labels=["s = 0 real", "made"])
     wide = np.asarray(Image.open(tmp_path / "wide.png"))
     assert wide.shape[0] == 2 * 10 + 2 and wide.shape[1] > 3 * 12 and wide[:, :60].min() < 50  # the label
-
 
 def test_summary(capsys):
     with torch.device("meta"):

@@ -4,7 +4,6 @@ import torch
 
 from diffusion import Schedule, ddim_sample, plms_sample
 
-
 def kept(sample, steps, **options):
     """The share of the deviation that is left. z_t is N(0,1) at every t, so the expected eps is sqrt(1 - ab) z_t:
     every step is linear, and one number tells all."""
@@ -12,7 +11,6 @@ def kept(sample, steps, **options):
     z = sample(lambda z, t: (1 - schedule.at(t, z)) ** 0.5 * z, torch.ones(1, 1, dtype=torch.float64), schedule, steps,
                **options)
     return float(z)
-
 
 # frozen: both written down in numpy, one number a step
 @pytest.mark.parametrize("steps, ddim, plms", [(10, 0.8427, 0.9875), (20, 0.9156, 0.9946), (50, 0.9636, 0.9990)])

@@ -17,7 +17,6 @@ from toy.tissue import toy_slide
 
 SMALL = ["--slides=3", "--test=2", "--size=256", "--patch=16", "--scales=5", "--keep0=20", "--keep1=9", "--workers=1"]
 
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """5 slides of 256 px in patches of 16, so that the coarsest of 5 scales has 16x16 base tiles like the real set."""
@@ -25,12 +24,10 @@ def folder(tmp_path_factory):
     data.main(["toy", f"--out={out}", *SMALL])
     return out
 
-
 @pytest.fixture
 def copy(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     return tmp_path / "copy"
-
 
 def edit(folder, **changes):
     """Change index.json."""
@@ -38,18 +35,15 @@ def edit(folder, **changes):
     (folder / "index.json").write_text(json.dumps(index | changes))
     return index
 
-
 # ----- 1. The format -----
 
 def noise(h, w):
     return np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)
 
-
 def test_halve():
     """+ 2 rounds to nearest; + 0 would darken by 3/8 of a level per scale."""
     x, a = noise(7, 9), noise(7, 9)[:6, :8].astype(int)
     assert np.array_equal(halve(x), (a[::2, ::2] + a[1::2, ::2] + a[::2, 1::2] + a[1::2, 1::2] + 2) // 4)
-
 
 @pytest.mark.parametrize("h,w", [(64, 64), (80, 112), (16, 200), (95, 33)])
 def test_strips_give_the_tiles_of_the_whole_image(h, w):
@@ -63,7 +57,6 @@ def test_strips_give_the_tiles_of_the_whole_image(h, w):
             want[s, i, j] = level[i * P:(i + 1) * P, j * P:(j + 1) * P]
         level = halve(level)
     assert got.keys() == want.keys() and all(np.array_equal(got[k], want[k]) for k in want)
-
 
 def test_files_follow_the_format(folder):
     index = json.loads((folder / "index.json").read_text())
@@ -91,7 +84,6 @@ def test_files_follow_the_format(folder):
         pooled = t["e"].float().view(8, 2, 8, 2, 96).mean((1, 3))
         torch.testing.assert_close(t["p4"][0].float(), pooled, atol=1e-7, rtol=5e-4)  # half's rounding
 
-
 # ----- 2. Reading -----
 
 def test_read_takes_the_block_under_the_patch(folder):
@@ -109,7 +101,6 @@ def test_read_takes_the_block_under_the_patch(folder):
             want = t["e"][i << s:(i + 1) << s, j << s:(j + 1) << s] if s < 4 else t["p4"][n]
             assert torch.equal(item["e"], want.permute(2, 0, 1).float())
 
-
 def test_the_deviations_of_a_model(folder):
     """A model that was trained with other deviations gets embeddings divided by those, and none is changed without."""
     p = Pyramids(folder)
@@ -117,7 +108,6 @@ def test_the_deviations_of_a_model(folder):
     other = Pyramids(folder, std=[2 * v for v in p.std])
     torch.testing.assert_close(other.read(0, 2, 3, ("e",))["e"], e / 2)
     assert other.std == [2 * v for v in p.std] and (p.rescale == 1).all()
-
 
 def test_items_hold_what_a_model_takes(folder):
     p = Pyramids(folder)
@@ -130,7 +120,6 @@ def test_items_hold_what_a_model_takes(folder):
     assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items()} == {
         "x": ((8, 3, 16, 16), torch.float32), "tokens": ((8, 64, 96), torch.float32), "mask": ((8, 64), torch.bool),
         "s": ((8,), torch.int64), "slide": ((8,), torch.int64), "ij": ((8, 2), torch.int64)}
-
 
 def test_latents_from_a_folder_of_their_own(folder, tmp_path):
     """They are multiplied by latent_scale as they are read. catches: scaled twice, or in half precision."""
@@ -145,10 +134,8 @@ def test_latents_from_a_folder_of_their_own(folder, tmp_path):
     with pytest.raises(UserError, match=r"train_000\d.safetensors: tensor z\d is missing.*train.py"):
         PatchDataset(p)[0]
 
-
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
-
 
 def test_item_k_is_a_pure_function_of_seed_and_k(folder):
     """In any order, in forked workers with maps that the parent opened, and in a copy that is sent to spawned ones."""
@@ -162,7 +149,6 @@ def test_item_k_is_a_pure_function_of_seed_and_k(folder):
     loader = DataLoader(d, 4, num_workers=2, multiprocessing_context="fork")
     assert all(same(a, b) for a, b in zip(DataLoader(d, 4), loader, strict=True))
 
-
 def test_scales_then_patches_are_uniform(folder):
     p = Pyramids(folder)
     d = PatchDataset(p, want=())
@@ -174,7 +160,6 @@ def test_scales_then_patches_are_uniform(folder):
     seen = {(x["slide"], *x["ij"].tolist()) for x in picks if x["s"] == 1}
     assert len(seen) == 27  # every patch comes up
     assert len(d) == sum(p.count("train", s) for s in range(5)) and len(PatchDataset(p, length=9)) == 9
-
 
 def test_slides_and_scales_without_patches_are_passed_over(copy):
     """catches: the slide before, or after, an empty one; a scale drawn that has nothing."""
@@ -188,7 +173,6 @@ def test_slides_and_scales_without_patches_are_passed_over(copy):
     assert {(k, s) for k, s, _ in picks} == {(k, s) for k in (0, 2) for s in (0, 1, 3, 4)}
     assert {n for k, s, n in picks if (k, s) == (2, 1)} == set(range(9))
 
-
 def test_fixed_batch(folder):
     p = Pyramids(folder)
     a, b = fixed_batch(p, "test", 0, 6, ("x",)), fixed_batch(Pyramids(folder), "test", 0, 6, ("x",))
@@ -198,7 +182,6 @@ def test_fixed_batch(folder):
     assert len(fixed_batch(p, "test", 4, 99)["s"]) == 2  # all there are
     with pytest.raises(UserError, match="no 'test' patch at scale 5"):
         fixed_batch(p, "test", 5, 1)
-
 
 # ----- 3. Messages and restarts -----
 
@@ -210,7 +193,6 @@ def test_folders_without_an_index(tmp_path, text, says):
     for opening in (Pyramids, open_data):
         with pytest.raises(UserError, match=says):
             opening(tmp_path)
-
 
 def test_reading_messages(copy):
     p = Pyramids(copy)
@@ -236,7 +218,6 @@ def test_reading_messages(copy):
     with pytest.raises(UserError, match="unfinished"):
         Pyramids(copy)
 
-
 def test_toy_restarts_where_it_stopped(folder, copy):
     before = (copy / "train_0001.safetensors").read_bytes()
     kept = (copy / "train_0000.safetensors").stat().st_mtime_ns
@@ -255,7 +236,6 @@ def test_toy_restarts_where_it_stopped(folder, copy):
         data.main(["toy", f"--out={copy}", *SMALL])
     assert sorted(f.name for f in copy.iterdir()) == sorted(f.name for f in folder.iterdir())  # nothing left behind
 
-
 def test_a_set_from_before_a_setting_counts_as_its_default(copy):
     """catches: every folder refused as soon as the toy gets a setting; another value taken for the default."""
     index = json.loads((copy / "index.json").read_text())
@@ -270,7 +250,6 @@ def test_a_set_from_before_a_setting_counts_as_its_default(copy):
     assert load_tensors(copy / "test_0001.safetensors")[1] == {"source": source}
     with pytest.raises(UserError, match="seed=0 there, 1 now"):
         data.main(["toy", f"--out={copy}", *SMALL, "--seed=1"])
-
 
 @pytest.mark.parametrize("argv, words", [
     ([], "no command"), (["toys"], "'toys'"), (["toy", "--size=100"], "multiple of 64"),

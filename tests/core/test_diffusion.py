@@ -15,10 +15,8 @@ from zoom_vae import VQVAE, VAEConfig
 LDM = Schedule("scaled_linear")
 KINDS = ("scaled_linear", "cosine", "linear")
 
-
 def rand(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
 
 # ----- 1. Schedules -----
 
@@ -35,7 +33,6 @@ def test_schedules():
     with pytest.raises(ValueError, match="scaled_linear, cosine, linear"):
         Schedule("sqrt_linear")                            # a published word that means something else here
 
-
 # ----- 2. Forward process, loss, kinds of prediction -----
 
 def test_q_sample():
@@ -48,10 +45,8 @@ def test_q_sample():
         assert_close(z_t[i], ab ** 0.5 * z0[i] + (1 - ab) ** 0.5 * eps[i], 1e-12)
     assert LDM.q_sample(z0.float(), t, eps.float()).dtype == torch.float32
 
-
 def prediction(pred, z0, eps, ab):
     return {"eps": eps, "x0": z0, "v": ab ** 0.5 * eps - (1 - ab) ** 0.5 * z0}[pred]
-
 
 @pytest.mark.parametrize("pred", ["eps", "x0", "v"])
 def test_round_trip(pred):
@@ -63,7 +58,6 @@ def test_round_trip(pred):
             out = prediction(pred, z0, eps, ab)
             assert_close(to_x0(out, z_t, level, pred), z0, 1e-10)
             assert_close(to_eps(out, z_t, level, pred), eps, 1e-10)
-
 
 @pytest.mark.parametrize("pred", ["eps", "x0", "v"])
 def test_loss(pred):
@@ -83,7 +77,6 @@ def test_loss(pred):
     error = to_eps(prediction(pred, z0, eps, ab) + off, z_t, ab, pred) - eps
     assert torch.allclose(on_eps.double(), error.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-9)
 
-
 # ----- 3. Guidance -----
 
 def test_guidance():
@@ -102,7 +95,6 @@ def test_guidance():
     assert_close(guided(fn, c, 0.0)(z, t), null, 1e-12)
     assert_close(guided(fn, c, 2.5)(z, t), null + 2.5 * (cond - null), 1e-12)
 
-
 # ----- 4. Steps -----
 
 def test_ddim_timesteps():
@@ -120,7 +112,6 @@ def test_ddim_timesteps():
         else:
             tau = list(ddim_timesteps(1000, steps))
             assert len(tau) >= steps and tau[0] == 1 and tau[-1] < 1000 and all(a < b for a, b in zip(tau, tau[1:]))
-
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("steps", [50, 30])
@@ -149,13 +140,11 @@ def test_ddim_coefficients(steps, eta):
         assert_close(z_next, want, 1e-6)
     assert torch.equal(out, seen[-1][2])
 
-
 # ----- 5. The published samplers -----
 
 @pytest.fixture(scope="module")
 def net():
     return UNet.from_official(state_dict("unet_small")).requires_grad_(False)
-
 
 @pytest.mark.parametrize("name, sampler, key", [("ddim_small", ddim_sample, ""), ("ddim_small", ddim_sample, "eta1_"),
                                                 ("plms_small", plms_sample, "")])
@@ -171,7 +160,6 @@ def test_published_samplers(net, name, sampler, key):
         assert_golden(torch.stack([z0 for _, z0 in trace]), name, "pred_x0", 1e-4)
         assert_golden(sampler(guided(net, c), g["in/x_T"], LDM, 10), name, "noguidance_final", 1e-4)
 
-
 # ----- 6. Oracles -----
 
 def towards(mu, schedule, pred="eps"):
@@ -181,7 +169,6 @@ def towards(mu, schedule, pred="eps"):
         eps = (z - ab.sqrt() * mu) / (1 - ab).sqrt()
         return prediction(pred, mu.expand_as(z), eps, ab)
     return fn
-
 
 @pytest.mark.parametrize("kind, pred", [("scaled_linear", "eps"), ("scaled_linear", "v"), ("cosine", "x0"),
                                         ("cosine", "v"), ("linear", "eps")])
@@ -202,7 +189,6 @@ def test_point_mass(kind, pred):
     if pred == "eps":
         assert_close(plms_sample(net, z_T, schedule, 50), want, 1e-5)
 
-
 def test_what_the_network_is_asked():
     """catches: a start at 999 or 980; a step left out; timesteps=tensor; another dtype; an input written into."""
     asked, z_T = [], rand(3, 3, 2, 2, dtype=torch.float32)
@@ -222,7 +208,6 @@ def test_what_the_network_is_asked():
         assert asked == [int(t) for t in steps][::-1]
     assert torch.equal(z_T, rand(3, 3, 2, 2, dtype=torch.float32))
 
-
 # ----- 7. The whole model -----
 
 @pytest.fixture(scope="module")
@@ -231,14 +216,12 @@ def model(net):
     return ZoomLDM(VQVAE(VAEConfig(32, (1, 1, 1), 1, 16)), Summarizer(SummarizerConfig(16, 64, 1, 64, 5)), net,
                    latent_scale=2.0).eval().requires_grad_(False)
 
-
 def test_model_guidance_with_cached_keys(model, net):
     """catches: cached keys of c and null in the wrong order."""
     g = golden("unet_small")[0]
     z, t, c = g["in/x"], g["in/t"], g["in/context"]
     assert_close(model.guided(c, 2.0)(z, t), guided(net, c, 2.0)(z, t), 2e-6)
     assert torch.equal(model.guided(c, 1.0)(z, t), net(z, t, c))
-
 
 def test_model_sample(model, net):
     """An image depends on its seed and place in the batch alone. catches: noise drawn for the batch as a whole."""
@@ -255,7 +238,6 @@ def test_model_sample(model, net):
         model.sample(c, (16, 8), sampler="euler")
     with pytest.raises(ValueError, match="64"):
         ZoomLDM(None, Summarizer(SummarizerConfig(16, 32, 1, 64, 5)), net)
-
 
 def test_from_run_keeps_everything(model, tmp_path):
     """catches: a latent scale, prediction or note that is not written; a scale that only one direction knows."""

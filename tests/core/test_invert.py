@@ -11,18 +11,15 @@ from large.enlarge import agreement
 from sample_joint import Resize, sample_levels
 from summarizer import standardize
 
-
 @pytest.fixture(scope="module")
 def x(toy):
     return fixed_batch(Pyramids(toy), "test", 1, 2)["x"]
-
 
 # ----- 1. Inversion -----
 
 def test_constants_are_those_of_the_sources():
     """Z S8.3 and the published notebook (reference.md §8)."""
     assert (I.FIRST, I.LAST, I.LR, I.PRIOR) == (950, 50, 0.1, 0.05) and I.invert.__defaults__[0] == 200
-
 
 def test_per_token_and_alike():
     """catches: statistics over the grid, not over channels; pairs without the diagonal; standardised first."""
@@ -33,14 +30,12 @@ def test_per_token_and_alike():
     pairs = torch.cosine_similarity(v[:, :, None], v[:, None], dim=-1)
     assert_close(I.alike(u), pairs.mean((1, 2)), 1e-5)
 
-
 @pytest.mark.parametrize("s", [0, 1, 2])
 @pytest.mark.parametrize("start", ["noise", "enlarged"])
 def test_shapes(model, toy, s, start):
     e = I.invert(model, fixed_batch(Pyramids(toy), "test", s, 1)["x"], s, steps=1, start=start)
     assert e.shape == (1, 96, 2 ** s, 2 ** s) and not e.requires_grad
     assert_close(e, standardize(e), 1e-4)
-
 
 def test_grids_over_eight_are_pooled_inside(model, x):
     """A scale of 16 x 16 tiles: all of them get a gradient. catches: pooling the result instead."""
@@ -52,7 +47,6 @@ def test_grids_over_eight_are_pooled_inside(model, x):
     finally:
         model.summarizer.cfg.scales, model.summarizer.scale.weight = scales, weight
     assert a.shape == (96, 16, 16) and ((a - b).abs().amax(0) > 1e-3).all()
-
 
 def test_one_step_is_that_of_the_source(model, x, monkeypatch):
     """Adam's first step moves every number by lr against the sign of the gradient of w |eps_hat - eps|^2 - 0.05 cos.
@@ -72,7 +66,6 @@ def test_one_step_is_that_of_the_source(model, x, monkeypatch):
     want = I.per_token(u - 0.1 * grad / (grad.abs() + 1e-8))
     assert (got - want)[sure].abs().median() < 1e-3 and ((got - want).abs() < 0.01)[sure].double().mean() > 0.98
 
-
 def test_the_seed_decides_alone(model, x):
     """catches: noise from the global generator; noise that depends on the place in the batch or on its size."""
     whole = I.invert(model, x, 1, steps=3, seed=1, start="noise")
@@ -82,7 +75,6 @@ def test_the_seed_decides_alone(model, x):
     assert torch.equal(I.invert(model, x, 1, steps=3, seed=1, start="noise"), whole)
     assert (I.invert(model, x, 1, steps=3, seed=2, start="noise") - whole).abs().mean() > 0.5
     assert all(p.grad is None for p in model.parameters())
-
 
 def test_it_explains_the_image_better(model, x):
     """On noise and time steps not used in the fit. catches: a step uphill, a gradient that does not reach u."""
@@ -94,7 +86,6 @@ def test_it_explains_the_image_better(model, x):
                 z.shape, generator=torch.Generator().manual_seed(t))).mean()) for t in range(60, 950, 99)))
     assert losses[1] < 0.998 * losses[0], losses
 
-
 def test_larger_images_share_their_tiles(model):
     """5 x 7 tiles under windows of 4 x 4: one embedding each, and all move. catches: windows of the wrong pixels."""
     big = I.to_tiles(torch.rand(3, 70, 100) * 2 - 1, 2, 64)
@@ -102,12 +93,10 @@ def test_larger_images_share_their_tiles(model):
     a, b = (I.invert(model, big, 2, steps=n, start="noise") for n in (1, 2))
     assert a.shape == (96, 5, 7) and ((a - b).abs().amax(0) > 1e-3).all()
 
-
 @pytest.mark.parametrize("shape, s", [((3, 64, 60), 2), ((3, 48, 64), 1), ((1, 64, 64), 1), ((3, 64, 64), 9)])
 def test_what_does_not_fit_is_refused(model, shape, s):
     with pytest.raises(UserError, match="tiles|scale"):
         I.invert(model, torch.zeros(shape), s, steps=1)
-
 
 # ----- 2. Super-resolution -----
 
@@ -117,7 +106,6 @@ def test_mirrored_up_to_tiles():
     assert y.shape == (1, 8, 8) and torch.equal(y[:, :3, :4], x)
     assert torch.equal(y[:, 3:6, :4], x.flip(1)) and torch.equal(y[:, :3, 4:], x.flip(2))
     assert torch.equal(I.to_tiles(y, 1, 8), y) and I.to_tiles(torch.ones(3, 1, 1), 2, 64).shape == (3, 64, 64)
-
 
 @pytest.mark.parametrize("kind, factor", [("bicubic", 2), ("bicubic", 4), ("box", 4), ("bicubic", 16)])
 def test_projection_is_exact_and_small(kind, factor):
@@ -131,7 +119,6 @@ def test_projection_is_exact_and_small(kind, factor):
     other = I.project(A, p + 0.1 * torch.randn(x.shape), y)
     assert (p - x).norm() < (other - x).norm() and abs(((p - x) * (other - p)).sum()) < 1e-3, "not the nearest"
 
-
 def test_projection_of_what_cannot_be():
     """A checkerboard of black and white: as near as [-1,1] allows, and never beyond."""
     y = (torch.arange(8)[:, None] + torch.arange(8)).remainder(2).mul(2.0).sub(1).expand(1, 3, 8, 8)
@@ -141,7 +128,6 @@ def test_projection_of_what_cannot_be():
     assert p.abs().max() <= 1
     assert (Resize(4).down(p) - y).norm() < (Resize(4).down(once) - y).norm()
 
-
 @pytest.fixture(scope="module")
 def drawn(model, x):
     """One image of odd sides, enlarged under inferred, true and no conditions."""
@@ -149,20 +135,17 @@ def drawn(model, x):
     grids = {"infer": I.invert(model, I.to_tiles(y, 1, 64), 1, 2), "null": None, "gt": torch.randn(1, 96, 2, 2)}
     return y, {name: I.super_resolve(model, y, 1, e, steps=1) for name, e in grids.items()}
 
-
 def test_any_size_and_every_condition(drawn):
     y, images = drawn
     assert all(v.shape == (1, 3, 100, 122) and v.isfinite().all() and v.abs().max() <= 1 for v in images.values())
     moved = [(images[name] - images["null"]).abs().mean() for name in ("infer", "gt")]
     assert min(moved) > 0.003, moved
 
-
 def test_the_result_reduces_to_the_image(drawn):
     """catches: a border that was mirrored and is not cut off."""
     y, images = drawn
     exact = I.project(Resize(2), images["null"], y)
     assert agreement(exact, y) >= 48 > agreement(images["null"], y)
-
 
 def test_the_image_is_the_target(model, x, monkeypatch):
     """One level, guided at every step by the image itself, mirrored to whole tiles. catches: no constraint at all."""
@@ -181,7 +164,6 @@ def test_the_image_is_the_target(model, x, monkeypatch):
     for s, target in ((0, 0), (1, 1), (1, 2)):
         with pytest.raises(UserError, match="finer"):
             I.super_resolve(model, x, s, target=target)
-
 
 def test_models_that_do_not_say_their_patch(model, x):
     """As published ones: a patch is what a small image holds. catches: 64 pixels here, 256 there."""

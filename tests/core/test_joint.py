@@ -18,7 +18,6 @@ D = torch.float64
 IN_X0 = ("x0", "x0+proxy")
 FADES = pytest.mark.parametrize("overlap, fade", [(0, False), (3, False), (3, True)])
 
-
 # ----- 1. The toy: a Gaussian, an identity for the autoencoder -----
 
 def gaussian(mean, power=0.25):
@@ -28,14 +27,11 @@ def gaussian(mean, power=0.25):
         return (z - ab.sqrt() * mean) * (1 - ab).sqrt() / (ab * power + 1 - ab)
     return eps
 
-
 def identity(x):
     return x
 
-
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
 
 def draw(seed=0, **options):
     """A canvas of four windows under a context that wants a ramp, identity autoencoder. out: z, z_ctx, estimates."""
@@ -47,7 +43,6 @@ def draw(seed=0, **options):
                        callback=lambda n, t, z, z0_hat, target: seen.append((z0_hat, target)))
     return (z, z_ctx), out, seen
 
-
 def against(y, z=None, eps=None, decode=identity, encode=identity, overlap=0, fade=False, kind="box", proxy=None,
             factor=K, batch=64, **options):
     """One level that must match y. out: the level, its (t, z, z0_hat) after every step."""
@@ -57,10 +52,8 @@ def against(y, z=None, eps=None, decode=identity, encode=identity, overlap=0, fa
     sample_levels([level], S, callback=lambda n, t, levels: seen.append((t, level.z, level.z0)), **options)
     return level, seen
 
-
 def cost(z0_hat, target):
     return float((Resize(K).down(z0_hat) - target).square().sum())
-
 
 @pytest.mark.parametrize("off", [{"lam": 0.0}, {"inner": 0}, {"lam": (0.0, 0.0)}])
 @pytest.mark.parametrize("end", ["clean", "published"])
@@ -72,7 +65,6 @@ def test_without_guidance_it_is_independent_ddim(off, end):
     assert torch.equal(canvas.cut(fine, canvas.ij), alone)
     ramp = torch.linspace(-0.8, 0.8, SIDE // K).expand(1, 3, SIDE // K, -1)
     assert torch.equal(ctx, ddim_sample(gaussian(ramp, 0.01), z_ctx, S, 10, end=end))
-
 
 def test_overlap_without_guidance_is_multidiffusion():
     """Estimates of overlapping windows averaged at every step. The network knows its place, so windows disagree."""
@@ -93,7 +85,6 @@ def test_overlap_without_guidance_is_multidiffusion():
     assert_close(fine, ddim_sample(averaged, z, S, 10), 1e-6)
     assert none is None
 
-
 # ----- 2. The equations -----
 
 # What each equation is, as Z prints them: a piece of the line that does it, and how often
@@ -103,7 +94,6 @@ TAGS = {
     5: (r"z = z \+ lam \* g", 1),                   # the step
     6: (r"\bEnc\(", 2),                             # e by the finite difference of the encoder
 }
-
 
 def test_equation_tags():
     """Every line of sample_joint.py that a comment calls Eq. n does what n is in Z. Catches: a swapped number."""
@@ -117,7 +107,6 @@ def test_equation_tags():
                 found.setdefault(number, []).append(line)
     assert found.keys() == TAGS.keys()
 
-
 def test_s1_and_s2_are_what_z_prints():
     """S1 is Eq. 3, 4, 5; S2 is Eq. 6, 4, 5, in this order of lines."""
     source = (ROOT / "sample_joint.py").read_text()
@@ -126,7 +115,6 @@ def test_s1_and_s2_are_what_z_prints():
     tags = {name: re.findall(r"# +Eq\. (\d)", bodies[name]) for name in ("algorithm_s1", "algorithm_s2")}
     assert tags == {"algorithm_s1": ["3", "4", "5"], "algorithm_s2": ["6", "4", "5"]}
     assert (GUIDES["s1"].__name__, GUIDES["s2"].__name__) == tuple(tags)
-
 
 def networks():
     """A denoiser that knows its place, a decoder of two pixels a side per latent that knows the mean of its window, an
@@ -143,7 +131,6 @@ def networks():
     def encode(x):
         return F.conv2d(F.avg_pool2d(torch.tanh(x), 2), a.flip(0), padding=1)
     return eps, decode, encode
-
 
 @pytest.mark.parametrize("guide", ["s1", "s2"])
 @pytest.mark.parametrize("inner", [1, 2])
@@ -186,7 +173,6 @@ def test_a_plain_transcription(guide, inner):
     assert_close(fine, stitch(p), 1e-9)
     assert_close(ctx, c, 1e-12)
 
-
 def stitched(fn, z, overlap, fade, k=1):
     """The weighted mean of fn(window, corner) over all windows of the canvas, in one differentiable expression."""
     h, w = z.shape[2:]
@@ -196,7 +182,6 @@ def stitched(fn, z, overlap, fade, k=1):
             part = fn(z[..., i:i + W, j:j + W], (i, j)) * (rows[i * k][:, None] * columns[j * k])
             total = total + F.pad(part, (k * j, k * (w - W - j), k * i, k * (h - W - i)))
     return total
-
 
 @FADES
 def test_parts_of_the_algorithms(overlap, fade):
@@ -227,7 +212,6 @@ def test_parts_of_the_algorithms(overlap, fade):
     else:
         assert_close(e, down, 1e-6)
 
-
 @pytest.mark.parametrize("t", [200, 600])
 def test_s2_points_where_s1_does(t):
     """With orthogonal decoder and encoder = its transpose, Eq. 6 is Eq. 3. Catches: the encoder's difference at another
@@ -244,7 +228,6 @@ def test_s2_points_where_s1_does(t):
               for guide in ("s1", "s2"))
     assert_close(s1, s2, 1e-9)
 
-
 # ----- 3. Corrections go down -----
 
 @pytest.mark.parametrize("overlap, fade", [(0, False), (4, False), (4, True)])
@@ -258,7 +241,6 @@ def test_every_guide_descends(guide, overlap, fade):
                           fade=fade)[1][0][2], y) for k in range(6)]
     assert all(b < a for a, b in zip(costs, costs[1:])), costs
 
-
 @pytest.mark.parametrize("guide, lam", [("s1", 0.3), ("s2", 0.3), ("x0", 1.0), ("x0+proxy", 1.0)])
 @pytest.mark.parametrize("C", [1, 3, 4])
 def test_guided_images_match_their_context(guide, lam, C):
@@ -271,7 +253,6 @@ def test_guided_images_match_their_context(guide, lam, C):
                      inner=3, lam=size, guide=guide, overlap=4, callback=lambda *a, seen=seen: seen.append(a[3:]))
         off.append(cost(*seen[-1]))
     assert off[1] < 0.05 * off[0]
-
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_what_fits_is_left_alone(guide):
@@ -289,7 +270,6 @@ def test_what_fits_is_left_alone(guide):
                  for d in (1e-6, 1))
     assert near < 1e-3 < 0.05 < far
 
-
 @pytest.mark.parametrize("guide", ["s1", "s2"])
 def test_steps_are_as_large_as_lam_says(guide):
     """The largest change of every window is lam, and where one already fits, it is left alone while its neighbours
@@ -303,7 +283,6 @@ def test_steps_are_as_large_as_lam_says(guide):
     largest = F.max_pool2d(change.abs().amax(1, keepdim=True), W)[0, 0]
     assert_close(largest, torch.tensor([[0.25, 0.25], [0.25, 0.0]]), 1e-3)
     assert change[..., :W, :].mean() > 0 > change[..., W:, :W].mean()
-
 
 # ----- 4. In the space of the estimate -----
 
@@ -321,7 +300,6 @@ def test_a_full_share_hits_the_target(guide, overlap, fade):
         assert_close(after, ab_prev.sqrt() * z0_hat + (1 - ab_prev).sqrt() * noise, 1e-5, f"t={t}")
         z = after
 
-
 def taken(**settings):
     """The share of the misfit that every step takes away, with corrections in the space of the estimate."""
     z, y, A, shares = normal(1, 3, SIDE, SIDE), normal(1, 3, 4, 4, seed=1), Resize(K, "box"), []
@@ -331,7 +309,6 @@ def taken(**settings):
         z = after
     return pytest.approx(shares, abs=2e-3)
 
-
 def test_lam_goes_from_first_to_last():
     """Linear over the steps, reaching the last value at the last step; inner corrections compound; a single step takes
     the first. Catches: a division by the number of steps less one."""
@@ -339,7 +316,6 @@ def test_lam_goes_from_first_to_last():
     assert taken(lam=0.5, inner=2) == [0.75] * 5
     assert taken(lam=(0.0, 1.0)) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert draw(timesteps=[500], lam=(0.5, 0.1))[1][0].isfinite().all()
-
 
 class Mix:
     """A stand-in for a `Proxy`: decodes to a part of decode's side, by a matrix of colours that is not symmetric."""
@@ -352,7 +328,6 @@ class Mix:
         self.rows += len(z)
         self.states.append(torch.is_autocast_enabled("cpu"))
         return torch.einsum("ij,njhw->nihw", self.M, z)
-
 
 @pytest.mark.parametrize("overlap", [0, 4])
 @pytest.mark.parametrize("smaller, factor", [(2, 8), (8, 4)])
@@ -370,13 +345,11 @@ def test_proxy_stands_in_for_the_decoder(overlap, smaller, factor):
         off.append(float((A.down(mix(z0)) - small).norm() / small.norm()))
     assert off[0] < 1e-4 < 0.5 < off[1], off
 
-
 # ----- 5. Levels -----
 
 def shades(z):
     """A decoder whose windows differ in tone, as GroupNorm makes them."""
     return z + 0.5 * z.mean((1, 2, 3), keepdim=True)
-
 
 def three(overlap=2, fade=True, **options):
     """Scales of 8, 16 and 32 latents in windows of 8. out: levels, the (estimates, targets) of every step."""
@@ -388,7 +361,6 @@ def three(overlap=2, fade=True, **options):
     sample_levels(levels, S, **{"steps": 4} | options,
                   callback=lambda n, t, levels: seen.append([(x.z0, x.target) for x in levels]))
     return levels, seen
-
 
 @pytest.mark.parametrize("overlap, fade", [(0, False), (4, True)])
 def test_each_level_guides_the_next_finer_one(overlap, fade):
@@ -407,12 +379,10 @@ def test_each_level_guides_the_next_finer_one(overlap, fade):
            for steps in (seen, three(overlap, fade, lam=0.0)[1])]
     assert all(a.norm() < 0.5 * b.norm() for a, b in zip(*off))
 
-
 def test_the_guide_is_not_changed_by_what_it_guides():
     """One way: a coarse level is drawn as if it were alone."""
     levels, _ = three(lam=0.5)
     assert torch.equal(levels[0].z, ddim_sample(gaussian(0.9), normal(1, 3, 8, 8, seed=8, dtype=D), S, 4))
-
 
 def test_a_fixed_target_replaces_the_level_above():
     """y counts, although a context is drawn beside it."""
@@ -420,7 +390,6 @@ def test_a_fixed_target_replaces_the_level_above():
     _, (_, ctx), seen = draw(y=y, lam=1.0, guide="x0", inner=8)
     assert all(torch.equal(target, y) for _, target in seen) and ctx.shape == (1, 3, 4, 4)
     assert (Resize(K).down(seen[-1][0]) - y).norm() < 0.05 * y.norm()
-
 
 # ----- 6. What it costs, and in which precision -----
 
@@ -438,7 +407,6 @@ class Counted:
         assert tf32 == (self.states[-1], self.states[-1]) or tf32 == (False, True)
         return self.fn(x, *args)
 
-
 def counted(guide, steps=5, inner=3, proxy=None, batch=3, **options):
     """out: fine eps, context eps, encode, decode after a run with four fine windows."""
     f = [Counted(gaussian(0.0)), Counted(gaussian(0.0)), Counted(identity), Counted(identity)]
@@ -446,7 +414,6 @@ def counted(guide, steps=5, inner=3, proxy=None, batch=3, **options):
     coarse = Level(f[1], f[3], f[2], Canvas(W, W, W), normal(1, 3, W, W))
     sample_levels([coarse, fine], S, steps=steps, inner=inner, guide=guide, **options)
     return f
-
 
 @pytest.mark.parametrize("guide, eps, encode, decode", [
     ("s1", 7, 0, 6),        # 1 + 2 inner estimates; a decode for the misfit, one to differentiate
@@ -462,13 +429,11 @@ def test_what_a_step_costs(guide, eps, encode, decode):
     assert max(fine.rows + E.rows + Dec.rows) == 3
     assert not any(fine.states + E.states + Dec.states), "bf16 is switched on by the caller alone"
 
-
 def test_what_a_proxy_costs():
     """Two small passes per correction, no encoder, and no decoder but for the context."""
     mix = Mix(1)
     fine, _, E, Dec = counted("x0+proxy", proxy=mix)
     assert (sum(fine.rows), E.rows, sum(Dec.rows), mix.rows) == (5 * 4, [], 5, 5 * 4 * 6)
-
 
 @pytest.mark.parametrize("guide, eps, encode, decode, other", [
     # one step, two corrections; the context is decoded first
@@ -493,7 +458,6 @@ def test_differences_and_gradients_are_float32(guide, eps, encode, decode, other
     for f, want in ((fine, eps), (ctx, "1"), (E, encode), (Dec, decode), *([(mix, other)] if mix else ())):
         assert "".join(str(int(x)) for x in f.states) == want.replace(" ", ""), f
 
-
 def test_bf16_changes_little():
     """Catches: a correction taken in bf16, whose finite difference is mostly rounding."""
     a, b, c = (normal(3, 3, 3, 3, seed=n) / 5 for n in (1, 2, 3))
@@ -509,7 +473,6 @@ def test_bf16_changes_little():
         return (drawn - free).flatten()
     assert torch.cosine_similarity(moved(False), moved(True), dim=0) > 0.99
 
-
 def test_guided_at_all_times_of_any_schedule():
     """catches: guidance that ends at t = 1000 of 2000."""
     seen = []
@@ -519,7 +482,6 @@ def test_guided_at_all_times_of_any_schedule():
     joint_sample(eps, eps, lambda x: seen.append(1) or x, identity, Schedule("scaled_linear", 2000),
                  normal(1, 3, 16, 16), normal(1, 3, 4, 4), window=W, factor=4, steps=5, guide="x0")
     assert len(seen) == 2 * 5
-
 
 # ----- 7. Bad input -----
 
@@ -534,7 +496,6 @@ def test_what_does_not_fit(options, says):
     with pytest.raises(ValueError, match=says):
         draw(**options)
 
-
 @pytest.mark.parametrize("options, says", [
     ({"eps_ctx": None}, "give eps_ctx or y"), ({"z_T_ctx": None}, "one image at a time"),
     ({"z_T": torch.zeros(2, 3, 16, 16)}, "one image at a time"),
@@ -544,7 +505,6 @@ def test_latents_of_another_kind(options, says):
                     z_T=normal(1, 3, 16, 16), z_T_ctx=normal(1, 3, 4, 4))
     with pytest.raises(UserError, match=says):
         joint_sample(**settings | options, window=W, factor=4, steps=2)
-
 
 def test_old_names_of_guides():
     """exact is s2; gradient, which took g by backpropagation too, is s1 as Z prints it."""

@@ -19,7 +19,6 @@ from zoom_vae import VQVAE, VAEConfig
 
 each = pytest.mark.parametrize("name", list(mil.HEADS))
 
-
 @dataclass
 class Cfg:
     """What `fit` takes."""
@@ -30,13 +29,11 @@ class Cfg:
     patience: int = 15
     seed: int = 0
 
-
 # ----- 1. Heads -----
 
 @pytest.mark.parametrize("kind,count", [(mil.ABMIL, 788_739), (mil.CLAM_SB, 790_791), (mil.DSMIL, 153_860)])
 def test_published_parameter_counts(kind, count):
     assert sum(p.numel() for p in kind(1024, 2).parameters()) == count
-
 
 @each
 @pytest.mark.parametrize("n", [1, 2, 37])
@@ -56,7 +53,6 @@ def test_interface(name, n):
         with pytest.raises(UserError, match=r"takes \(N,12\) with at least one patch"):
             head(bad)
 
-
 @each
 def test_memory_grows_with_the_bag_alone(name):
     """What a training pass keeps for its gradients. Catches: instances against instances, as in self-attention."""
@@ -68,7 +64,6 @@ def test_memory_grows_with_the_bag_alone(name):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         head.loss(bag, torch.tensor(1)).backward()
     assert sum(kept.values()) < 8 * bag.nbytes, (sum(kept.values()), bag.nbytes)
-
 
 def test_heads_compute_their_formulas():
     """ABMIL: Ilse et al. Eq. 9. DSMIL: attention by likeness to the highest instance. Catches: a gate left out, the
@@ -92,7 +87,6 @@ def test_heads_compute_their_formulas():
     torch.testing.assert_close(whole, want)
     torch.testing.assert_close(head(x)[0], (top + whole) / 2)
 
-
 def test_clam_asks_for_the_most_and_least_attended():
     """0.7 bag + 0.3 instances, of the layer of the true class. Catches: targets exchanged, the wrong class's layer."""
     head, x = mil.CLAM_SB(6, 2, 8).eval(), torch.randn(40, 6)
@@ -103,7 +97,6 @@ def test_clam_asks_for_the_most_and_least_attended():
     inside = torch.cat([nll[:8, 1], nll[8:, 0]]).mean()
     bag = -torch.log_softmax(head(x)[0], 0)[1]
     torch.testing.assert_close(head.loss(x, torch.tensor(1)), 0.7 * bag + 0.3 * inside)
-
 
 def planted(n=60, K=8, shift=4.0, seed=0):
     """Bags of 20 to 40 noise instances; those of class 1 have one that is shifted. out: items, places of the keys."""
@@ -119,9 +112,7 @@ def planted(n=60, K=8, shift=4.0, seed=0):
         keys.append(key)
     return items, keys
 
-
 NEUTRAL = torch.zeros(8), torch.ones(8)
-
 
 @each
 def test_attention_points_to_the_planted_instance(name):
@@ -135,7 +126,6 @@ def test_attention_points_to_the_planted_instance(name):
             found += y and int((a if a.ndim == 1 else a[:, 1]).argmax()) == key
     assert found >= 9 and right >= 17, (found, right)                       # of 10 and 20
 
-
 # ----- 2. Training and cross-validation -----
 
 def test_fit_keeps_the_best_epoch_and_is_deterministic():
@@ -148,7 +138,6 @@ def test_fit_keeps_the_best_epoch_and_is_deterministic():
     assert two <= one + 1e-5                                               # more epochs never end on a worse one
     with pytest.raises(UserError, match="ABMIL: the validation loss is no longer finite"):
         mil.fit(mil.ABMIL, items[:20], items[20:], NEUTRAL, 2, Cfg(lr=1e30), 3)
-
 
 def test_training_stops_early():
     """catches: patience counted from the start, not from the best epoch."""
@@ -165,7 +154,6 @@ def test_training_stops_early():
     mil.fit(Spy, items, items, NEUTRAL, 2, Cfg(patience=4, epochs=40), 0)
     assert epochs["train"] == 7
 
-
 def test_classes_are_drawn_equally_often():
     """18 slides against 2. Catches: unweighted draws."""
     seen = Counter()
@@ -179,7 +167,6 @@ def test_classes_are_drawn_equally_often():
     mil.fit(Spy, items, items, NEUTRAL, 2, Cfg(), 0)
     assert sum(seen.values()) == 300 and 110 < seen[1] < 190, seen
 
-
 class Folder(dict):
     """Bags in memory. Like slides.bags.Bags, but the scaler tells which slides it was asked for."""
 
@@ -187,7 +174,6 @@ class Folder(dict):
         self.asked = list(names)
         x = torch.cat([self[n] for n in names])
         return x.mean(0), x.std(0, correction=0)
-
 
 def test_cross_validation_never_shows_a_test_slide():
     """Scores are those of the head of the slide's fold, on features standardised by training slides alone.
@@ -214,7 +200,6 @@ def test_cross_validation_never_shows_a_test_slide():
     other, _, _ = mil.cross_validate(Spy, [bags], bags, labels, splits, Cfg(epochs=2), repeat=1)
     assert not torch.equal(other[0], scores[0])
 
-
 # ----- 3. Features of the U-Net -----
 
 @pytest.fixture(scope="module")
@@ -227,7 +212,6 @@ def source(toy):
             torch.nn.init.normal_(p, std=0.1)
     model = ZoomLDM(vae, Summarizer(SummarizerConfig(96, 16, 1, 16, 3)), unet, 0.5).eval()
     return mil.Activations(model, Pyramids(toy), setup("cpu", False))
-
 
 def test_features_are_one_pass_of_the_unet(source):
     """Encode, noise by (seed, slide, scale, place), condition on the patch's own embeddings, mean over space; a fine
@@ -255,7 +239,6 @@ def test_features_are_one_pass_of_the_unet(source):
         with pytest.raises(UserError, match="blocks are middle, 0, 1, 2, 3; t is from 0 to 999"):
             mil.Activations(model, pyramids, source.ranks, **bad)
 
-
 def test_a_patch_without_a_parent_is_left_out(source):
     """catches: patches joined with the last one, at -1."""
     pyramids = source.pyramids
@@ -266,7 +249,6 @@ def test_a_patch_without_a_parent_is_left_out(source):
     assert numbers.tolist() == [[0, -1], [1, 0], [2, 0]] and places.tolist() == ij["ij0"].tolist()
     few.slides[0]["counts"] = [3, 0, 1]
     assert features.slide_features(SimpleNamespace(pyramids=few), 0, (0, 1), 4) is None
-
 
 def test_commands_are_named():
     for argv, words in (([], "no command"), (["train"], "'train'")):

@@ -15,7 +15,6 @@ from zoom_vae import VQVAE, VAEConfig
 
 SMALL = 2e-5  # allowed max|a-b| / max(1, max|b|)
 
-
 # ----- 1. Numbers, small modules -----
 
 def test_vae():
@@ -32,7 +31,6 @@ def test_vae():
     assert_golden(vae.decode(z), "vae_small", "decode", SMALL)
     assert_golden(vae.decode(z, quantize=False), "vae_small", "decode_no_quant", SMALL)
 
-
 def test_quantize_gradients():
     """Straight through to z; the legacy weighting: 1 on z, 0.25 on the codes. catches: a detach moved or left out."""
     vae, z = VQVAE(VAEConfig(32, (1, 1, 1), 1, 16)), torch.randn(2, 3, 4, 6, requires_grad=True)
@@ -45,7 +43,6 @@ def test_quantize_gradients():
     moved = torch.zeros_like(d_codes).index_add_(0, indices.flatten(), (codes - z).movedim(1, -1).flatten(0, 2))
     assert_close(d_codes, 0.25 * 2 * moved.detach() / z.numel(), 1e-6, "gradient on the codes")
 
-
 @pytest.mark.parametrize("name", ["unet_small", "unet_1235_rule"])
 def test_unet(name):
     """catches: cos and sin swapped; 1e-5 <-> 1e-6 in a norm's eps (by a factor of about 2); value and gate swapped;
@@ -56,7 +53,6 @@ def test_unet(name):
     assert_golden(unet.features(*args, "middle"), name, "middle_block", SMALL)
     assert_golden(unet.features(*args, 3), name, "output_blocks_3", SMALL)
 
-
 def test_unet_cached_context():
     """Keys and values computed once give the same numbers. catches: caches in another order than the layers."""
     unet, g = small("unet_1235_rule"), golden("unet_1235_rule")[0]
@@ -66,7 +62,6 @@ def test_unet_cached_context():
         assert torch.equal(unet(z, when, kv), unet(z, when, c))
     assert torch.equal(unet.features(z, t, kv, 3), unet.features(z, t, c, 3))
 
-
 @pytest.mark.parametrize("grid", ["1x1", "2x2", "4x4", "8x8", "2x3"])
 def test_summarizer(grid):
     """catches: start 32 - n//2 off by one; column-major tokens; the scale token last; a norm's eps; tanh GELU."""
@@ -74,7 +69,6 @@ def test_summarizer(grid):
     tokens, mask = pack(g[f"in/feat_{grid}"])
     c = small("summarizer_small")(tokens, mask, g[f"in/mag_{grid}"])
     assert_golden(c, "summarizer_small", f"tokens_{grid}", SMALL)
-
 
 def test_summarizer_batch_of_different_grids():
     """One batch may mix grids; empty slots are not seen. catches: placement shared over a batch; a mask ignored."""
@@ -86,13 +80,11 @@ def test_summarizer_batch_of_different_grids():
     assert_close(c, torch.cat([g[f"out/tokens_{k}"][:1] for k in grids]), SMALL)
     assert torch.equal(net(torch.where(mask[..., None], tokens, 1e3), mask, s), c)
 
-
 # ----- 2. Other sizes -----
 
 def turned(state):
     """The same network for transposed images: every convolution kernel transposed."""
     return {k: v.transpose(2, 3).contiguous() if v.ndim == 4 else v for k, v in state.items()}
-
 
 def test_vae_any_multiple_of_4():
     """A non-square image: net(x) transposed equals the transposed net on x transposed. catches: height and width
@@ -105,7 +97,6 @@ def test_vae_any_multiple_of_4():
     assert_close(other.decode(z.mT.contiguous(), quantize=False).mT, vae.decode(z, quantize=False), SMALL, "decode")
     assert torch.equal(other.quantize(z.mT)[1].mT, vae.quantize(z)[1])
 
-
 def test_unet_non_square():
     """catches: height and width swapped where tokens become an image again."""
     unet, g = small("unet_1235_rule"), golden("unet_1235_rule")[0]
@@ -114,7 +105,6 @@ def test_unet_non_square():
     assert eps.shape == z.shape and unet.features(z, *args, "middle").shape == (2, 160, 1, 3)
     other = UNet.from_official(turned(state_dict("unet_1235_rule")))
     assert_close(other(z.mT.contiguous(), *args).mT, eps, SMALL)
-
 
 def test_unusable_sizes():
     vae, unet, g = small("vae_small"), small("unet_1235_rule"), golden("unet_1235_rule")[0]
@@ -128,7 +118,6 @@ def test_unusable_sizes():
                          for shape in ((4, 3, 3), (4, 16, 16), (4, 2, 4), (4,), (4, 16)))):
         with pytest.raises(ValueError, match=says):
             call()
-
 
 def test_full_size_table(capsys):
     """Each file told to run says the published number of parameters."""

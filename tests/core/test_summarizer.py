@@ -6,14 +6,12 @@ from common import UserError
 from summarizer import Summarizer, SummarizerConfig, build, pack_grid, place_code
 from unet import UNet, UNetConfig
 
-
 def test_codes_of_the_same_place_agree_most():
     """Finest grid against itself, and a pixel of 16 x 16 against the 8 x 8 token that covers it."""
     token, pixel = place_code(8, 8, 16), place_code(16, 16, 16)
     assert torch.equal((token @ token.T).argmax(1), torch.arange(64))
     over = torch.arange(64).view(8, 8).repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
     assert torch.equal((pixel @ token.T).argmax(1), over)
-
 
 def test_tokens_get_the_place_of_their_cell():
     """Catches: slots counted instead of cells, a scale that reads another grid's places."""
@@ -29,7 +27,6 @@ def test_tokens_get_the_place_of_their_cell():
         net(torch.randn(1, 64, 12), mask[None], torch.tensor([row]))
         assert torch.equal(shown[-1][0, 1:, :16], net.place[row])
 
-
 @pytest.mark.parametrize("kind", ["transformer", "cnn"])
 def test_attention_starts_on_the_token_over_the_pixel(kind):
     """What `start_aligned` promises: the last level's queries find their token before any training."""
@@ -43,7 +40,6 @@ def test_attention_starts_on_the_token_over_the_pixel(kind):
     q = torch.cat([place_code(side, side, 16), torch.zeros(side * side, width - 16)], 1)
     near = ((cross.q(q) @ cross.k(c[0, -64:]).T).argmax(1) == torch.arange(64)).float().mean()
     assert near > 0.9
-
 
 def test_places_are_off_by_default_and_fit_or_are_refused():
     """The published networks have none: same weights, same names."""

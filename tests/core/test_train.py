@@ -16,10 +16,8 @@ from zoom_vae import VAEConfig, VAEStage
 def log(out, stage="ldm"):
     return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["stage"] == stage]
 
-
 def configured(*args):
     return train.configure(train.Config, [*TINY, *args], train.PRESETS, ("preset",))
-
 
 def test_run_folder(run):
     for name in ("ema.safetensors", "state.safetensors", "vae.safetensors", "config.json", "samples/step_000006.png"):
@@ -33,7 +31,6 @@ def test_run_folder(run):
     model = ZoomLDM.from_run(run)
     assert model.latent_scale == pytest.approx(load_tensors(run / "vae.safetensors")[1]["latent_scale"])
     assert model.info["encoder"] == "stats" and model.summarizer.cfg.scales == 3
-
 
 def test_settings_of_a_run_that_goes_on(tmp_path):
     """Compared by name, wherever they stood. A setting that did not exist yet had its default. Catches: runs of an
@@ -63,7 +60,6 @@ def test_settings_of_a_run_that_goes_on(tmp_path):
     refused(stored, cfg, r"other settings \(unet.width\)")
     refused({}, cfg, "does not say what settings")  # of nobody knows what
 
-
 def test_a_finished_run_is_left_alone(toy, run):
     """Other settings do not overwrite it, either."""
     before = [(run / name).read_bytes() for name in ("state.safetensors", "config.json")]
@@ -73,7 +69,6 @@ def test_a_finished_run_is_left_alone(toy, run):
         with pytest.raises(UserError, match=says):
             quick([*TINY, f"--data={toy}", f"--out={run}", option])
     assert before == [(run / name).read_bytes() for name in ("state.safetensors", "config.json")]
-
 
 def test_each_stage_overfits_one_batch():
     """A broken gradient path would stop the loss from falling. One noise, too, so that it falls fast."""
@@ -102,7 +97,6 @@ def test_each_stage_overfits_one_batch():
             losses.append(float(values["loss"].mean()))
         assert sum(losses[-5:]) / 5 < want * sum(losses[:3]) / 3, (type(net).__name__, losses)
 
-
 @pytest.mark.parametrize("args, says", [
     (["toi"], "did you mean 'toy'"),
     (["smoke", "--stepz=3"], "--stepz"),
@@ -129,11 +123,9 @@ def test_settings_that_cannot_work(args, says, toy, tmp_path):
         train.main([named.get(a, a) for a in [*args, f"--out={tmp_path}"]])
     assert not list(tmp_path.iterdir())
 
-
 def test_preset_without_a_vae_asks_for_one(toy, tmp_path):
     with pytest.raises(UserError, match="--vae_weights"):
         train.main(["brca", f"--data={toy}", f"--out={tmp_path}", "--device=cpu"])
-
 
 @pytest.mark.parametrize("args, says", [
     ([], "say which run"),
@@ -150,7 +142,6 @@ def test_drawing_that_cannot_work(run, tmp_path, args, says):
         sample_joint.main([*(str(run) if a == "RUN" else a for a in args), "--n=2", f"--out={tmp_path}"]
                           if args else [])
 
-
 def test_every_preset_builds():
     for name in train.PRESETS:
         cfg = train.configure(train.Config, [name], train.PRESETS, ("preset",))
@@ -163,7 +154,6 @@ def test_every_preset_builds():
         if name == "gpu24":
             assert 50e6 < n < 75e6, n
 
-
 def test_crops_are_where_their_corners_say(toy):
     cfg = configured("--vae_crop=16", "--vae_batch=3")
     net, got = VAEStage(cfg, torch.zeros(1, 3, 32, 32)), []
@@ -173,7 +163,6 @@ def test_crops_are_where_their_corners_say(toy):
     net({"x": x, "corner": corners, "s": torch.zeros(3, dtype=torch.long)})
     assert got[0].is_contiguous()
     assert torch.equal(got[0], torch.stack([x[k, :, i:i + 16, j:j + 16] for k, (i, j) in enumerate(corners.tolist())]))
-
 
 def test_dead_codes_are_told(capsys):
     """One line where fewer than a tenth were used. Not at the first placing of codes, when none has been."""

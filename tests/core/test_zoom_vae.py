@@ -6,16 +6,13 @@ from zoom_vae import VQVAE, VAEConfig, perplexity, rebase, revive_codes, vae_los
 
 SMALL = VAEConfig(8, (1, 2, 2), 1, 32, 3, 4)
 
-
 @pytest.fixture
 def vae():
     return VQVAE(SMALL).requires_grad_(False)
 
-
 def moments(z):
     pixels = z.movedim(1, -1).flatten(0, 2)
     return pixels.mean(0), torch.cov(pixels.T)
-
 
 def test_whitening_changes_the_latents_and_not_the_images(vae):
     """Catches: a factor on the wrong side, a bias forgotten, eigenvectors instead of the symmetric root."""
@@ -34,7 +31,6 @@ def test_whitening_changes_the_latents_and_not_the_images(vae):
     rebase(vae, white, whiten=True)  # where all is white already, nothing turns
     assert vae.to_latent.weight.flatten() @ before.flatten() > 0
 
-
 def test_moving_the_origin_keeps_every_code(vae):
     """With codes in use, only the origin moves: indices and quantised reconstructions stay."""
     vae.codebook.weight.normal_()
@@ -49,7 +45,6 @@ def test_moving_the_origin_keeps_every_code(vae):
     assert torch.equal(vae.quantize(moved)[1], indices)
     assert torch.allclose(vae.decode(moved), image, atol=1e-4)
 
-
 def test_only_unused_codes_move_and_each_by_its_own_draw(vae):
     """One dead code more must not change where the others go, or two ranks would part at the first rounding."""
     z, before = torch.randn(2, 3, 8, 8), vae.codebook.weight.clone()
@@ -62,7 +57,6 @@ def test_only_unused_codes_move_and_each_by_its_own_draw(vae):
     revive_codes(vae, z, usage, torch.Generator().manual_seed(0))
     assert torch.equal(vae.codebook.weight[[3, 7]], moved[[3, 7]])
 
-
 def test_codes_are_the_same_under_autocast_and_counted(vae):
     """bf16 distances would pick other codes. Perplexity is the number of codes used evenly."""
     vae.codebook.weight.normal_()
@@ -71,7 +65,6 @@ def test_codes_are_the_same_under_autocast_and_counted(vae):
         inside = vae.quantize(z)[1]
     assert torch.equal(inside, vae.quantize(z)[1])
     assert perplexity(torch.ones(32)) == pytest.approx(32) and perplexity(torch.eye(32)[0] * 9) == pytest.approx(1)
-
 
 def test_loss(vae):
     """L1 and the codebook's loss; without codes, the codebook stays in the graph. catches: a sign, a squared error."""

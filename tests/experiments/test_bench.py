@@ -14,7 +14,6 @@ from zoom_vae import VQVAE, VAEConfig
 TINY = UNetConfig(8, (1, 2), 1, (2,), 16, groups=4, heads=2), VAEConfig(8, (1, 2, 2), 1, 16, groups=4)
 TOLD = SummarizerConfig(8, 16, 1, 16, 3)
 
-
 @pytest.fixture
 def small(monkeypatch):
     """Sizes that take no time; what is timed is still called."""
@@ -23,7 +22,6 @@ def small(monkeypatch):
     monkeypatch.setattr(bench, "matmul", lambda ranks, full, kind, dtype: (
         f"matmul {kind}", 2 * 8 ** 3, partial(torch.mm, *torch.randn(2, 8, 8, dtype=dtype))))
     return setup("cpu", threads=torch.get_num_threads())
-
 
 def test_diffusers_is_skipped_or_compared(monkeypatch, small):
     """Missing, with a reason; of another shape, not raced. catches: counts alone compared, FLOPs forgotten."""
@@ -38,7 +36,6 @@ def test_diffusers_is_skipped_or_compared(monkeypatch, small):
         monkeypatch.setattr(bench, "Diffusers", lambda cfg, other=other: other)
         assert bench.compared(TINY[0], 8)[1] is same
 
-
 def test_diffusers_is_the_published_shape():
     pytest.importorskip("diffusers", reason="needs the extra bench: pip install -e '.[bench]'")
     text, same = bench.compared(UNetConfig(), 64)
@@ -46,7 +43,6 @@ def test_diffusers_is_the_published_shape():
     net = bench.Diffusers(UNetConfig(8, (1, 2), 1, (2,), 16, groups=4))
     assert {m.heads for m in net.modules() if hasattr(m, "to_q")} == {1}
     assert net(torch.randn(1, 3, 8, 8), torch.tensor([3]), torch.randn(1, 65, 16)).shape == (1, 3, 8, 8)
-
 
 @pytest.mark.slow
 def test_every_line_runs_and_is_told(small, monkeypatch, tmp_path, capsys):
@@ -69,7 +65,6 @@ def test_every_line_runs_and_is_told(small, monkeypatch, tmp_path, capsys):
         assert text in body and text in said, text
     assert ("bf16 autocast" in body) == bool(small.amp)
 
-
 def test_lines_races_and_tables(small, monkeypatch):
     """A convolution's line: shape, layout, 2 * 9 * C^2 FLOP a pixel; a race: medians of rounds in turn; shares of the
     yardstick. catches: FLOPs of one product, lines timed one after the other, a mean."""
@@ -85,12 +80,10 @@ def test_lines_races_and_tables(small, monkeypatch):
     assert [row.split()[-2:] for row in text.splitlines()[1:]] == [["100.0%", "1.00"], ["50.0%", "1.00"],
                                                                    ["200.0%", "4.00"], ["10.0%", "1.00"]]
 
-
 @pytest.mark.parametrize("args", [["nonsense"], ["--steps=0"], ["--groups=nonsense"], ["--steps=600"]])
 def test_what_cannot_be_is_refused(args):
     with pytest.raises(UserError):
         bench.main(args)
-
 
 def test_high_resolution_is_convolved_with_channels_last():
     """And comes out as it always did. catches: another layout of the result, one for the toy's small patches too."""

@@ -12,7 +12,6 @@ from diffusion import ZoomLDM
 from experiments import conditions
 from experiments.edm import EDM, TokenDiT
 
-
 # ----- 1. The EDM -----
 
 def test_edm_hears_everything_told():
@@ -27,14 +26,12 @@ def test_edm_hears_everything_told():
     for other in (net(x, t + 300, s), net(x, t, s + 1), net(moved, t, s)):
         assert (other[:, 1:] - base[:, 1:]).abs().max() > 1e-3
 
-
 def test_edm_loads(conditioned):
     """catches: the CDM's schedule, or times moved to noise, where the EDM's do without."""
     model = ZoomLDM.from_run(conditioned)
     made = cdm.load_conditioner(conditioned, "edm", model)
     assert isinstance(made, EDM) and made.shift == 1.0 and made.schedule.kind == "linear"
     assert made.tokens([0, 2], steps=3).shape == (2, 65, model.summarizer.cfg.width)
-
 
 # ----- 2. Patches from nothing -----
 
@@ -47,7 +44,6 @@ def test_sample_writes_patches(command, args, conditioned, tmp_path):
     command([arg.replace("HOME", str(conditioned)) for arg in args] + more)
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["scale1_000.png", "scale1_001.png", "sheet.png"]
 
-
 @pytest.mark.parametrize("main, args, says", [
     (cdm.main, ["sample", "HOME", "--model=grid"], "known are cdm, edm"), (cdm.main, ["sample"], "run folder"),
     (cdm.main, ["sample", "RUN", "--model=edm"], "train one with"), (cdm.main, ["sample", "none"], "no trained model"),
@@ -57,7 +53,6 @@ def test_bad_input(main, args, says, conditioned, run):
     with pytest.raises(UserError, match=says):
         main([arg.replace("HOME", str(conditioned)).replace("RUN", str(run)) for arg in args])
 
-
 # ----- 3. What they are worth -----
 
 def test_correlation_of_neighbours():
@@ -66,11 +61,9 @@ def test_correlation_of_neighbours():
     assert conditions.correlation(rows) == pytest.approx(0.5, abs=0.05)          # down: equal; across: independent
     assert conditions.correlation(rows[..., :1].expand(-1, -1, -1, 5)) == pytest.approx(1)
 
-
 def found(home, command, *args):
     conditions.main([command, str(home), "--n=3", "--seeds=2", "--steps=2", "--device=cpu", *args])
     return json.loads((home / "bench" / f"cdm_{command}.json").read_text())["found"]
-
 
 def test_kinds_of_condition(conditioned):
     """catches: a kind of condition that is left out, or drawn from another's tokens."""
@@ -81,7 +74,6 @@ def test_kinds_of_condition(conditioned):
         assert len(set(values)) > 2 and values[0] != values[-1] and all(abs(v) < 1e6 for v in values)
     assert conditions.mean_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))        # deviation sqrt 2, of two
 
-
 def test_memory_of_copies(conditioned, monkeypatch):
     """Training images drawn again lie at distance 0. catches: distances to the wrong split."""
     assert found(conditioned, "memory")["pixels"]["drawn"] > 0
@@ -90,12 +82,10 @@ def test_memory_of_copies(conditioned, monkeypatch):
     again = found(conditioned, "memory")
     assert all(again[space]["drawn"] == pytest.approx(0, abs=1e-5) for space in again)
 
-
 def test_scales(conditioned):
     """A model against itself. catches: two models that swap tokens, so that the same weights differ."""
     row = found(conditioned, "scales", f"--single={conditioned}", "--scale=1")
     assert row["shared"] == row["alone"]
-
 
 def test_grids_and_text(conditioned):
     """catches: shares and captions out of step."""

@@ -11,12 +11,10 @@ from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
 
-
 def test_flops_of_one_convolution():
     """Two per multiplication and addition: 2 * 3 * 8 * 3 * 3 * 4 * 5. Catches: counting a batch, or both directions."""
     assert cost.row_flops(nn.Conv2d(3, 8, 3, padding=1), (3, 4, 5)) == 2 * 3 * 8 * 9 * 20
     assert cost.row_flops(nn.Sequential(nn.Linear(6, 7), nn.SiLU(), nn.Linear(7, 2)), (6,)) == 2 * (42 + 14)
-
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_flops_of_attention_are_counted(device):
@@ -28,7 +26,6 @@ def test_flops_of_attention_are_counted(device):
     assert cost.flops(lambda: attend(q, k, v)) == forward
     assert cost.flops(lambda: attend(q, k, v).sum().backward()) == 3 * forward
 
-
 def test_flops_of_the_published_networks(capsys):
     """The bill of the issue: U-Net 0.21 TFLOP, decoder 0.67, encoder 0.35 for a patch of 256 x 256 pixels."""
     cost.main([])
@@ -36,18 +33,15 @@ def test_flops_of_the_published_networks(capsys):
     assert [r[0] for r in rows] == ["U-Net", "decoder", "encoder"]
     assert [float(r[1]) for r in rows] == pytest.approx([0.21, 0.67, 0.35], abs=0.01)
 
-
 @pytest.fixture(autouse=True)
 def quick(request, monkeypatch):
     if "model" in request.fixturenames:  # counting takes half a second
         monkeypatch.setattr(cost, "full_size", lambda: {"U-Net": 2e11, "decoder": 7e11, "encoder": 4e11})
 
-
 @pytest.fixture
 def model():
     vae, unet = VQVAE(VAEConfig(8, groups=4, codes=16)), UNet(UNetConfig(8, groups=4, context_dim=16, heads=2))
     return ZoomLDM(vae, Summarizer(SummarizerConfig(8, 16, 1, 16, 3)), unet).eval().requires_grad_(False)
-
 
 def test_profile_counts_rows(model):
     """Of every network, forward, while it is open. Catches: calls counted instead of rows, hooks that stay."""
@@ -69,7 +63,6 @@ def test_profile_counts_rows(model):
     assert mine["decoder"] == 2 * cost.row_flops(model.vae.decoder, (3, 8, 8)) and mine["proxy"] == 2 * 2 * 9 * 64
     assert large == {"U-Net": 6e11, "decoder": 14e11, "encoder": 4e11, "proxy": 0}
 
-
 def test_profile_counts_the_tokens_there_are(model):
     """65 of the transformer, 64 of the CNN: attention to one more token costs that much more."""
     assert cost.Profile(model, None).length == 65
@@ -79,13 +72,11 @@ def test_profile_counts_the_tokens_there_are(model):
     widths = [m.cross.q.in_features for m in model.unet.modules() if hasattr(m, "cross")]
     assert more - less >= sum(2 * 2 * 16 * w for w in widths)  # its keys and values alone
 
-
 def test_profile_leaves_out_what_was_not_asked(model):
     profile = cost.Profile(model, None)
     model.decode(torch.randn(1, 3, 8, 8))
     profile.close()
     assert profile.rows == {"U-Net": 0, "decoder": 1, "encoder": 0} and list(profile.flops(16)[0]) == ["decoder"]
-
 
 # ----- What is reckoned -----
 
@@ -97,7 +88,6 @@ def test_rows_of_a_large_image():
     with pytest.raises(UserError, match="backwards"):
         cost.rows_of_step(4, 1, "s1")
 
-
 def test_bytes_by_hand():
     """f16: 3 * 64 * 64 * 2 = 24,576 of latents; 1, 4, 16, 64, 64, ... embeddings of 2,048; 8 of place."""
     assert cost.bytes_of_sample() == [24_584 + 2048 * n for n in (1, 4, 16, 64, 64, 64, 64, 64)]
@@ -105,11 +95,9 @@ def test_bytes_by_hand():
     assert cost.bytes_on_disk(256, scales=5) == 341 * 24_584 + 256 * 2048 + 64 * 2048
     assert cost.bytes_reduced(100, 1) == 0 and cost.bytes_reduced(100, 4) == 600
 
-
 def test_all_reduce_hides_behind_the_backward_pass():
     assert cost.step_seconds(3.0, 1.9) == 3.0 and cost.step_seconds(3.0, 2.5) == pytest.approx(3.5)
     assert cost.step_seconds(3.0, 1.9, hidden=0) == pytest.approx(4.9)
-
 
 def test_training_is_three_forward_passes():
     """Nearly: nothing is sent back to the latents and, without the Summarizer, to the tokens."""

@@ -24,7 +24,6 @@ def write_csv(path, *rows):
     path.write_text("\n".join(rows) + "\n")
     return path
 
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Features of 40 slides of 20 patients, as other tools write them: planted bags; and their labels."""
@@ -39,7 +38,6 @@ def folder(tmp_path_factory):
         rows.append(f"p{k // 2 % 20},s{k:02d},{'tumour' if k % 2 else 'benign'}")
     write_csv(out / "labels.csv", *rows)
     return out
-
 
 def test_labels(tmp_path):
     """Classes in order of number, patients, and what is refused."""
@@ -58,13 +56,11 @@ def test_labels(tmp_path):
     with pytest.raises(UserError, match="nowhere.csv cannot be read as CSV"):
         Labels(tmp_path / "nowhere.csv", ["a"])
 
-
 def cohort(tmp_path, n, share):
     """n slides, three of each patient, of two classes drawn slide by slide."""
     rng = np.random.default_rng(0)
     rows = [f"p{k // 3},s{k},{int(rng.random() < share)}" for k in range(n)]
     return Labels(write_csv(tmp_path / "c.csv", "case_id,slide_id,label", *rows), [f"s{k}" for k in range(n)])
-
 
 def test_folds_are_stratified_and_keep_patients_together(tmp_path):
     labels = cohort(tmp_path, 90, 0.3)
@@ -81,7 +77,6 @@ def test_folds_are_stratified_and_keep_patients_together(tmp_path):
     for (train, val, test), (a, b, c) in zip(few, splits):
         assert test == c and set(train + val) < set(a + b) and 30 <= len(train + val) <= 42
 
-
 def test_splits_that_are_refused_or_read(tmp_path, folder):
     labels = Labels(folder / "labels.csv", [f"s{k:02d}" for k in range(40)])
     for args, says in (((cohort(tmp_path, 12, 0.5), 5, 1.0), r"class [01] has \d slides, \d patients, fewer than"),
@@ -97,7 +92,6 @@ def test_splits_that_are_refused_or_read(tmp_path, folder):
             read_splits(write_csv(tmp_path / "bad.csv", *rows, row), labels)
     with pytest.raises(UserError, match="holds no splits_0.csv"):
         read_splits(folder, labels)
-
 
 # ----- 3. Scores and tables -----
 
@@ -123,13 +117,11 @@ def test_weighted_auc_is_the_auc_of_repeated_slides():
     assert w.shape == (201, 4) and (w[0] == 1).all() and torch.equal(w[:, 0], w[:, 2])
     assert (w[1:, [0, 1, 3]].sum(1) == 3).all() and abs(float(w[1:].mean()) - 1) < 0.1
 
-
 def cv(folder, out, *more):
     argv = ["cv", f"--features={folder / 'pt'}", f"--labels={folder / 'labels.csv'}", f"--out={out}", "--width=16",
             "--folds=2", "--epochs=6", "--lr=1e-2", "--workers=1", "--bootstrap=50", *more]
     mil.main(argv)
     return json.loads((out / "cv.json").read_text())["rows"]
-
 
 def test_cv_command(folder, tmp_path, capsys):
     """The table; heads find what was planted; nothing is trained twice; test slides are scored by heads that did not
@@ -151,7 +143,6 @@ def test_cv_command(folder, tmp_path, capsys):
     cv(folder, tmp_path, *more, "--epochs=1")                              # other settings: trained again
     assert [f.stat().st_mtime_ns for f in files] != stamps
 
-
 def test_shuffled_labels_are_not_learned(tmp_path):
     """Leakage: mean AUC over two shuffles within 0.5 ± 0.12, every head; it is over 0.7 where test slides train."""
     (tmp_path / "pt").mkdir()
@@ -164,7 +155,6 @@ def test_shuffled_labels_are_not_learned(tmp_path):
         rows = cv(tmp_path, tmp_path / "out", "--heads=abmil,dsmil,clam", f"--seed={shuffle}", "--epochs=1")
         found.append([row["auc"] for row in rows])
     assert (torch.tensor(found).mean(0) - 0.5).abs().max() < 0.12, found
-
 
 def test_cv_messages(folder, tmp_path):
     for more, words in ((["--heads=abmill"], "heads are abmil"), (["--folds=1"], "--folds=1: it must be at least 2"),
@@ -181,7 +171,6 @@ def test_cv_messages(folder, tmp_path):
     with pytest.raises(UserError, match="holds no features"):
         mil.main(["map"])
 
-
 # ----- 4. Extraction, maps, the task, the experiments -----
 
 @pytest.fixture(scope="module")
@@ -193,12 +182,10 @@ def three(task):
     (task / "three" / "task" / "index.json").write_text(json.dumps(index | {"slides": index["slides"][:3]}))
     return task / "three"
 
-
 def extract(task, out, *more):
     mil.main(["extract", str(task / "run"), f"--data={task / 'task'}", f"--out={out}", "--device=cpu", "--amp=False",
               *more])
     return sorted(out.glob("*.safetensors"))
-
 
 def test_extract_command(three, tmp_path, capsys):
     """One file a slide; what is there is kept; --batch changes nothing, for any kind. catches: noise of a batch."""
@@ -222,7 +209,6 @@ def test_extract_command(three, tmp_path, capsys):
     assert meta["settings"].pop("noise")                                   # files from before have none: refused
     assert (sets[0][0] - sets[0][1]).abs().max() > 1e-3
 
-
 def test_other_kinds_of_features(three, tmp_path):
     p = Pyramids(three / "task", std=[0.5] * 96)
     t, _ = load_tensors(extract(three, tmp_path / "d", "--kind=descriptor", "--scales=1")[2])
@@ -237,7 +223,6 @@ def test_other_kinds_of_features(three, tmp_path):
             extract(three, tmp_path / "e", more)
     with pytest.raises(UserError, match="say which run"):
         mil.main(["extract"])
-
 
 def test_attention_map(task, tmp_path, capsys):
     """The slide and beside it the same with the attention drawn over the patches it belongs to."""
@@ -260,7 +245,6 @@ def test_attention_map(task, tmp_path, capsys):
                         (["--slide=train_0001", "--image=x.png"], "x.png")):
         with pytest.raises(UserError, match=words):
             mil.main([*argv, *more])
-
 
 def test_patch_classifier_learns_and_stains_shift():
     """A shift of stain changes colour, and the order of grey levels in no channel."""

@@ -13,16 +13,13 @@ from experiments.metrics import auc, fit_palette, frechet, gms, inception_featur
 from experiments.metrics import nearest, nuclei_fraction, paired_gain, principal, psnr, random_features, seam_ratio
 from experiments.metrics import similarity, ssim, standard, tissue_fractions
 
-
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=generator(seed))
-
 
 def images(n, side, seed=0):
     """Smooth random images in [-1,1]."""
     coarse = normal(n, 3, max(side // 8, 1), max(side // 8, 1), seed=seed)
     return torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear").clamp(-2, 2) / 2
-
 
 def with_moments(n, mean, cov, seed=0):
     """n rows whose sample mean and sample covariance are exactly these."""
@@ -30,7 +27,6 @@ def with_moments(n, mean, cov, seed=0):
     x = x - x.mean(0)
     x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
     return x @ torch.linalg.cholesky(cov).T + mean
-
 
 # ----- Fréchet distance -----
 
@@ -52,7 +48,6 @@ def test_frechet_of_known_gaussians():
     assert frechet([[0.], [2.]], [[1.], [3.]]) == pytest.approx(1)
     assert frechet(a.numpy(), b) == frechet(a, b)
 
-
 def test_features_that_cannot_be_compared():
     good = torch.zeros(5, 3)
     for a, b in ((good[:, 0], good[:, 0]), (good, good[:, :2]), (good[:1], good), (good, good[None]),
@@ -60,7 +55,6 @@ def test_features_that_cannot_be_compared():
         for distance in (frechet, kernel_distance):
             with pytest.raises(UserError, match=r"give features \(N,D\).* at least [23] rows, without NaN"):
                 distance(a, b)
-
 
 # ----- kernel distance -----
 
@@ -79,7 +73,6 @@ def test_kernel_distance_by_brute_force():
     assert value == pytest.approx(mmd(a, b))
     assert error == pytest.approx((5 * np.var(left_a) + 4 * np.var(left_b)) ** 0.5)
 
-
 # ----- projections, similarity, memorisation -----
 
 def test_principal_and_standard():
@@ -96,7 +89,6 @@ def test_principal_and_standard():
     assert torch.allclose(flat[:, :5].std(0), torch.ones(5).double())
     assert not flat[:, 5].any()  # a constant column: no 0 / 0
 
-
 def test_similarity_and_paired_gain():
     a, b = normal(7, 4), normal(7, 4, seed=1)
     cosine = torch.nn.functional.normalize(a) @ torch.nn.functional.normalize(b).T
@@ -107,7 +99,6 @@ def test_similarity_and_paired_gain():
         with pytest.raises(UserError):
             paired_gain(*bad)
 
-
 def test_nearest():
     """catches: the matrix-product form of cdist, which loses the small distance; one chunk only."""
     train = normal(500, 8).double() + 1e4
@@ -116,7 +107,6 @@ def test_nearest():
     assert found[1] == 0 and float(found[0]) == pytest.approx(1e-5 * 8**0.5, rel=1e-3)
     brute = (a[:, None] - train).norm(dim=-1).amin(1)
     assert torch.allclose(found, brute)
-
 
 def test_auc_against_all_pairs():
     scores, labels = (normal(60) * 2).round(), (normal(60, seed=1) > 0.3).long()  # many ties
@@ -129,7 +119,6 @@ def test_auc_against_all_pairs():
         with pytest.raises(UserError, match="both 0 and 1"):
             auc(*bad)
 
-
 # ----- images -----
 
 def waves():
@@ -139,7 +128,6 @@ def waves():
     noise = 0.15 * np.sin(12.9898 * i + 78.233 * j + 37.7 * channel)
     return {"noisy": (a, (a + noise).clip(0, 1)), "brighter": (a, (a + 0.05).clip(0, 1)),
             "flat": (np.full_like(a, 0.48), np.full_like(a, 0.52))}
-
 
 # scikit-image 0.26.0: structural_similarity with gaussian_weights=True, use_sample_covariance=False, data_range=1, and
 # peak_signal_noise_ratio, data_range=1. pytorch-msssim 1.0.0 gives the same SSIM in float32: .492901, .994555, .996806
@@ -155,7 +143,6 @@ def test_ssim_and_psnr_against_scikit_image(name, ssim_01, psnr_01):
     x = images(2, 16)
     assert psnr(x, torch.stack([x[0] + 0.02, x[1] + 0.2])) == pytest.approx(30, abs=1e-4)      # a mean of dB
 
-
 def test_images_that_cannot_be_compared():
     for bad in (lambda: ssim(torch.zeros(1, 3, 10, 20), torch.zeros(1, 3, 10, 20)),
                 lambda: psnr(images(2, 16), images(1, 16)), lambda: psnr(images(1, 16) * torch.nan, images(1, 16)),
@@ -165,7 +152,6 @@ def test_images_that_cannot_be_compared():
                 lambda: gms(images(1, 32), images(1, 16)), lambda: layout_fidelity(images(1, 4), images(1, 4), 8)):
         with pytest.raises(UserError, match=r"give images \(N,3,H,W\)"):
             bad()
-
 
 def test_seam_ratio():
     """catches: borders one pixel off, the two axes swapped, a border counted inside; `every` unheard."""
@@ -183,7 +169,6 @@ def test_seam_ratio():
         with pytest.raises(UserError, match=says):
             seam_ratio(torch.zeros(1, 3, 32, 64), *args)
 
-
 def test_layout_fidelity():
     """catches: no centring per channel; rows and columns, or the grid, ignored."""
     real = images(40, 32)
@@ -197,7 +182,6 @@ def test_layout_fidelity():
     assert layout_fidelity(real.flip(2), real, 1) == pytest.approx(1)      # right colours in the wrong places
     assert layout_fidelity(real.flip(2), real, 8) < 0.5
     assert layout_fidelity(torch.zeros_like(real), real, 4) == 0
-
 
 def test_tissues_and_nuclei():
     palette = torch.tensor([[.9, .9, .9], [.7, .2, .6], [.3, 0., .4], [-.8, .8, -.8]])
@@ -215,7 +199,6 @@ def test_tissues_and_nuclei():
     x[1, :, 8:16, :] = torch.tensor([-.1, -.4, .5])[:, None, None]
     assert nuclei_fraction(x).tolist() == [0, 0.25]
 
-
 # ----- feature spaces -----
 
 def test_random_features_are_fixed():
@@ -228,12 +211,10 @@ def test_random_features_are_fixed():
     assert torch.allclose(found[:, [0, 100, 239]].mean(0), known, atol=1e-4), found[:, [0, 100, 239]].mean(0)
     assert random_features(images(1, 48)[..., :40]).shape == (1, 240)
 
-
 class FakeInception(torch.nn.Module):
     def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         assert x.dtype == torch.uint8 and return_features
         return x.float().mean(2).flatten(1)
-
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_inception_takes_a_local_torchscript_file(tmp_path):
@@ -244,7 +225,6 @@ def test_inception_takes_a_local_torchscript_file(tmp_path):
     torch.jit.script(FakeInception()).save(str(tmp_path / "net.pt"))
     found = inception_features(torch.ones(70, 3, 8, 8), tmp_path / "net.pt")
     assert found.shape == (70, 24) and (found == 255).all()
-
 
 def test_lpips_reads_torchvision_names(monkeypatch, tmp_path):
     """A stand-in of the package's class: slice1 holds features 0-1, slice2 2-3, as in the published one."""
@@ -277,12 +257,10 @@ def test_lpips_reads_torchvision_names(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="missing: features.3.bias"):
         load_lpips(tmp_path / "part.pth")
 
-
 def test_demo(capsys):
     metrics.main([])
     out = capsys.readouterr().out
     assert "exactly 8" in out and "nan" not in out
-
 
 # ----- Gradient-magnitude similarity -----
 

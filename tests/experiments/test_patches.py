@@ -7,7 +7,6 @@ from common import open_tensors
 from data import Pyramids
 from experiments.evaluate import truth
 
-
 @pytest.mark.parametrize("s", [0, 1])
 def test_the_patches_of_a_slide_hold_all_its_nuclei_and_tissue(toy, s):
     """Catches: rows taken for columns, a patch of another scale, nuclei counted twice on a border, radius for area."""

@@ -6,7 +6,6 @@ import pytest
 from common import UserError
 from experiments import plan
 
-
 def test_plan_by_hand(monkeypatch, capsys):
     """Round numbers in, round numbers out."""
     monkeypatch.setattr(plan, "parameters", lambda: 1_000_000_000)
@@ -25,14 +24,12 @@ def test_plan_by_hand(monkeypatch, capsys):
     assert "20,000 steps" in text and "26,632, 32,776" in text and "16.0 GB a checkpoint" in text
     assert plan.plan(plan.Config(img_s=1.0, image_s=7.0, images=80, gpus=8))["s2"] == 70
 
-
 def test_speed_of_a_run_counts_by_flops(run, monkeypatch):
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     logged = sorted(r["img_s"] for r in rows if r["stage"] == "ldm")
     monkeypatch.setattr(plan, "training_flops", lambda unet, side, told: {32: 3.0, 16: 2.0}.get(unet.width, 30.0))
     speed, source = plan.speed(plan.Config(run=str(run)))
     assert logged[0] * 2 / 30 <= speed <= logged[-1] * 2 / 30 and str(run) in source
-
 
 @pytest.mark.parametrize("args, message", [
     (["--gpus=0"], "--gpus=0: it must be positive"), (["--size=128", "--img_s=1"], "--size=128"),

@@ -8,12 +8,10 @@ from common import UserError
 from data import Pyramids
 from experiments import quality
 
-
 def table(ready, *args):
     quality.main([str(ready), "--size=256", "--n=1", "--steps=1", "--methods=bicubic;independent", "--device=cpu",
                   "--threads=1", *args])
     return {r["method"]: r for r in json.loads((ready / "bench" / "quality_256.json").read_text())["rows"]}
-
 
 def test_rows_and_resume(ready, monkeypatch):
     """catches: a real image that differs from itself; images of other settings taken for these; one drawn twice."""
@@ -31,18 +29,15 @@ def test_rows_and_resume(ready, monkeypatch):
     with pytest.raises(AssertionError, match="drawn again"):
         table(ready, "--steps=4")
 
-
 def test_where_windows_begin():
     """catches: edges of overlapping windows sought where patches meet."""
     names = ("real", "independent", "bicubic", "S2, published", "x0", "x0+proxy", "multidiffusion")
     assert [quality.window_step(name, 16) for name in names] == [16] * 4 + [13] * 3
 
-
 def test_patches_and_back():
     x = torch.rand(1, 3, 64, 96)
     parts = quality.crops(x, 32)
     assert torch.equal(parts[1], x[0, :, :32, 32:64]) and torch.equal(quality.uncrop(parts, (64, 96)), x)
-
 
 def test_images_with_gaps_are_no_ceiling(toy, monkeypatch):
     """catches: a patch that was left out shown, and measured against, as grey."""
@@ -53,7 +48,6 @@ def test_images_with_gaps_are_no_ceiling(toy, monkeypatch):
     with pytest.raises(UserError, match="lacks patches that were left out"):
         quality.held_out(data, 0, 256)
 
-
 @pytest.mark.parametrize("args, words", [
     (["--methods=magic"], "--methods=magic"), (["--n=3"], "lower --n or --size"), (["--n=0"], "--n=0: it must be"),
     (["--steps=0"], "--steps=0: it must be"), (["--size=0"], "--size=0: it must be"),
@@ -62,7 +56,6 @@ def test_bad_input(ready, args, words):
     """Refused before anything is measured or fitted."""
     with pytest.raises(UserError, match=words):
         quality.main([str(ready), "--size=256", "--device=cpu", *args])
-
 
 def test_plot_wants_tables(tmp_path):
     with pytest.raises(UserError, match="measure first"):

@@ -9,7 +9,6 @@ from common import UserError
 from experiments import quality, speed
 from large.proxy import Proxy
 
-
 @pytest.fixture(scope="module")
 def printed(ready):
     """What `speed` prints: {name: [s a step, decoding, 50 steps, times, TFLOP, times]}, and the differences. Its proxy
@@ -23,13 +22,11 @@ def printed(ready):
     rows = {line[:16].strip(): [float(x) for x in line[16:].split()] for line in lines[-7:]}
     return rows, [float(part.split()[0]) for part in far.split(", ")]
 
-
 def test_s2_is_the_transcription(printed):
     """The same latents, written twice. catches: a sign, a floor, another order of updates in either; rounding where the
     other does not, for in float32 two nested finite differences make 1e-3 and more of it."""
     single, double = printed[1]
     assert double < 1e-9 and single < 5e-3, (single, double)
-
 
 def test_what_is_saved(printed):
     """FLOPs at full size. catches: work counted twice or not at all; estimates not passed on to the DDIM step."""
@@ -42,7 +39,6 @@ def test_what_is_saved(printed):
     for step, decoding, total, *_ in rows.values():
         assert total == pytest.approx(50 * step + decoding, abs=0.3)                # as printed, rounded to 0.01
 
-
 def test_published_decoding(model):
     """Where all windows show the same, so does their mean; catches: weights that do not sum to what was added."""
     class Same:
@@ -54,14 +50,12 @@ def test_published_decoding(model):
     z = torch.rand(1, 3, 32, 32)
     assert (speed.published_decoding(Same, z, 16) - Same.decode(z)).abs().max() < 1e-5
 
-
 def test_flat(ready, capsys, monkeypatch):
     """catches: a canvas that was not drawn at the size told."""
     monkeypatch.setattr(quality.proxies, "load", lambda *args: Proxy())
     speed.main(["flat", str(ready), "--size=128", "--steps=1", "--device=cpu", "--threads=1"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
     assert [row[0] for row in rows] == ["128", "256", "512"] and all(float(row[1]) > 0 for row in rows)
-
 
 def test_cosine(ready, capsys, monkeypatch):
     """catches: a direction that is no vector; columns mixed up."""
@@ -75,7 +69,6 @@ def test_cosine(ready, capsys, monkeypatch):
     speed.main(["cosine", str(ready), "--size=256", "--device=cpu", "--threads=1"])
     t, *cosines, first, second, kept = map(float, capsys.readouterr().out.splitlines()[-1].split())
     assert t == 1 and all(-1 <= c <= 1 for c in cosines) and kept > 1
-
 
 @pytest.mark.parametrize("args, words", [
     (["fast", "RUN"], "experiments.speed speed RUN"), (["speed"], "experiments.speed speed RUN"),

@@ -10,7 +10,6 @@ from experiments import sr
 from experiments.sr import Trained
 from sample_joint import Resize
 
-
 def test_regions_and_other_dyes(toy):
     """A region reduces to its image; dyes leave glass white and change tissue. catches: tiles in the wrong order."""
     pyramids, cfg = Pyramids(toy), sr.Config(scale=2)
@@ -26,7 +25,6 @@ def test_regions_and_other_dyes(toy):
     glass = truth.amin(1) > 0.9
     moved = (other - truth).abs().amax(1)
     assert moved[~glass].mean() > 0.05 and (not glass.any() or moved[glass].mean() < 0.03)
-
 
 def test_the_trained_baseline_begins_as_the_run(model, ready, toy, tmp_path):
     """With no step done it is the run's null branch; it learns to look at the image; it is kept."""

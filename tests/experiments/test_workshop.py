@@ -12,7 +12,6 @@ from summarizer import Summarizer, SummarizerConfig, pack_grid
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
 
-
 def cnn(**changes):
     """Tiny, in eval mode, with a FiLM, running statistics and a place code that are not those of the start."""
     net = CNNSummarizer(SummarizerConfig(**dict(embed_dim=12, width=32, scales=4, positions=8, kind="cnn") | changes))
@@ -21,13 +20,11 @@ def cnn(**changes):
         nn.init.normal_(block.norm.running_mean)
     return net.eval().requires_grad_(False)
 
-
 def batch(*sides):
     """Packed random grids, of scales 0, 1, ... out: grids, tokens, mask, s."""
     grids = [torch.randn(12, side, side) for side in sides]
     tokens, mask = (torch.stack(v) for v in zip(*map(pack_grid, grids)))
     return grids, tokens, mask, torch.arange(len(sides)) % 4
-
 
 @pytest.mark.parametrize("side", [8, 32])
 def test_cnn_sees_each_grid_upsampled(side):
@@ -41,7 +38,6 @@ def test_cnn_sees_each_grid_upsampled(side):
         want = F.interpolate(net.embed(e.movedim(0, 2)).movedim(2, 0)[None], (side, side), mode="nearest")[0]
         assert torch.allclose(x, want, atol=1e-6)
 
-
 def test_cnn_is_blind_to_empty_slots_and_to_the_rest_of_the_batch():
     net, (_, tokens, mask, s) = cnn(), batch(4, 1, 8, 2)
     c = net(tokens, mask, s)
@@ -50,7 +46,6 @@ def test_cnn_is_blind_to_empty_slots_and_to_the_rest_of_the_batch():
     assert torch.equal(net(filled, mask, s), c)
     for i in range(4):
         assert torch.allclose(net(tokens[i:i + 1], mask[i:i + 1], s[i:i + 1])[0], c[i], atol=1e-5)
-
 
 def test_cnn_token_lies_over_its_cell():
     """A change of one cell of 8 x 8 shows most in that cell's token, and not at all far away."""
@@ -65,7 +60,6 @@ def test_cnn_token_lies_over_its_cell():
     with pytest.raises(UserError, match="use pack_grid"):
         net(tokens.repeat(1, 1, 2), mask, s)
 
-
 def test_cnn_is_modulated_by_the_scale():
     """Each block scales by 1 + its first half of channels, shifts by the second. Catches: halves exchanged, no 1."""
     block = cnn().blocks[2]
@@ -79,13 +73,11 @@ def test_cnn_is_modulated_by_the_scale():
     fresh, (_, tokens, mask, s) = CNNSummarizer(SummarizerConfig(12, 32, scales=4, kind="cnn")).eval(), batch(4)
     assert torch.equal(fresh(tokens, mask, s), fresh(tokens, mask, s + 1))         # before training: none
 
-
 def test_cnn_trains_on_batch_statistics_and_draws_with_running_ones():
     net, (_, *args) = cnn(), batch(4, 4, 2, 1)
     before, c = {k: v.clone() for k, v in net.state_dict().items() if "running" in k}, net(*args)
     assert not torch.allclose(net.train()(*args), c, atol=1e-2)
     assert len(before) == 8 and not any(torch.equal(before[k], net.state_dict()[k]) for k in before)
-
 
 def test_batch_norm_across_ranks_is_batch_norm(request):
     """Output, gradient and running statistics are the library's; two ranks are in test_train.py."""
@@ -107,7 +99,6 @@ def test_batch_norm_across_ranks_is_batch_norm(request):
     assert torch.allclose(ours.eval()(x), theirs.eval()(x), atol=1e-5)
     assert ours.train()(x.bfloat16()).dtype == torch.bfloat16
 
-
 def test_cnn_of_published_size():
     """128 x 128 and 512 wide, pooled down to 8 x 8 first; the count that docs/ names."""
     seen = []
@@ -118,7 +109,6 @@ def test_cnn_of_published_size():
         c = net(torch.zeros(2, 64, 1024), torch.ones(2, 64, dtype=torch.bool), torch.zeros(2).long())
     assert seen == [64, 32, 16, 8] and c.shape == (2, 64, 512)
     assert sum(p.numel() for p in net.parameters()) == 5_434_624
-
 
 def test_models_remember_their_kind(tmp_path):
     """Saved with its statistics; a file from before there were two kinds holds a transformer."""

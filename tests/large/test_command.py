@@ -26,21 +26,17 @@ RANKS = Ranks(0, 1, torch.device("cpu"), None)
 # 9 + 1 windows; one thread: pictures are compared bit by bit, whatever a fixture before them left
 SMALL = ["--size=128", "--context=1", "--guide=x0", "--steps=2", "--device=cpu", "--amp=False", "--threads=1"]
 
-
 @pytest.fixture(scope="module")
 def pyramids(toy):
     return Pyramids(toy)
 
-
 def settings(*args):
     return configure(Settings, list(args), PRESETS, ("run", "preset"))
-
 
 def draw(ready, out, *args):
     """Run the command; out: its picture."""
     sample_joint.main([str(ready), *SMALL, f"--out={out}", *args])
     return np.asarray(Image.open(out)).astype(int) if out.suffix == ".png" else None
-
 
 # ----- 1. The command -----
 
@@ -50,7 +46,6 @@ def plain(ready, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     return draw(ready, folder / "a.png"), folder
 
-
 def test_a_picture_is_written(ready, plain):
     """Of the size asked for, with the view it was drawn with beside it; nothing unfinished stays."""
     image, folder = plain
@@ -59,28 +54,23 @@ def test_a_picture_is_written(ready, plain):
     assert not (ready / "proxy.safetensors").exists()
     assert Image.open(folder / "a_scale1.png").size == (64, 64)
 
-
 def test_it_depends_on_the_seed_alone(ready, plain, tmp_path):
     """Catches: noise from the global generator, or none of the scale's."""
     torch.randn(5)
     assert np.array_equal(draw(ready, tmp_path / "b.png"), plain[0])
     assert (draw(ready, tmp_path / "c.png", "--seed=1", "--method=independent") != plain[0]).mean() > 0.5
 
-
 @pytest.fixture(scope="module")
 def grid(model, pyramids):
     return load_grid(settings(), model, pyramids, (2, 2))
-
 
 def latents(model, grid, *args, **options):
     """What draw_large makes of SMALL and these: the canvas of the finest scale."""
     return draw_large(model, grid, settings("run", *SMALL, "--steps=1", *args), RANKS, **options)[0][-1].z
 
-
 @pytest.fixture(scope="module")
 def drawn(model, grid):
     return latents(model, grid)
-
 
 @pytest.mark.parametrize("arg", ["--method=multidiffusion", "--method=independent", "--guide=s2", "--guide=s1",
                                  "--repair", "--A=box", "--overlap=0", "--fade=False", "--lam=0.7", "--guidance=1",
@@ -90,13 +80,11 @@ def test_every_setting_counts(model, grid, drawn, arg):
     z = latents(model, grid, arg)
     assert z.shape == (1, 3, 32, 32) and z.isfinite().all() and (z - drawn).abs().max() > 1e-3
 
-
 def test_settings_of_differences_count(model, grid):
     s2 = latents(model, grid, "--guide=s2")
     for arg in ("--delta=0.5", "--zeta=0.05", "--lam=0.2", "--lam=0.3,0.1"):
         assert (latents(model, grid, "--guide=s2", arg) - s2).abs().max() > 1e-5, arg
     assert torch.equal(latents(model, grid, "--guide=exact"), s2), "its old name"
-
 
 @pytest.mark.parametrize("guide, usual", [("s1", 0.1), ("s2", 0.1), ("x0", 0.5), ("x0+proxy", 0.5)])
 def test_what_lam_is(model, grid, monkeypatch, guide, usual):
@@ -108,11 +96,9 @@ def test_what_lam_is(model, grid, monkeypatch, guide, usual):
         latents(model, grid, f"--guide={guide}", *args)
     assert seen == [(0.6, 0.2), (0.6, 0.6), (usual, usual)]
 
-
 def test_the_batch_does_not_count(model, grid, drawn):
     """But for how kernels round. Catches: conditions of another window."""
     assert_close(latents(model, grid, "--batch=2"), drawn, 0.02)
-
 
 def test_a_method_without_context_draws_one_scale(ready, tmp_path, monkeypatch):
     """Baselines cost what they should: independent windows lie side by side, MultiDiffusion's at a quarter of a side;
@@ -134,7 +120,6 @@ def test_a_method_without_context_draws_one_scale(ready, tmp_path, monkeypatch):
     up, coarse = (np.asarray(Image.open(tmp_path / n)).astype(int) for n in ("bicubic.png", "bicubic_scale1.png"))
     assert np.abs(up.reshape(64, 2, 64, 2, 3).mean((1, 3)) - coarse).mean() < 3
 
-
 def test_independent_windows_are_patches(model, pyramids, grid):
     """--method=independent is plain DDIM on every window, with the condition training gave such a patch."""
     got = latents(model, grid, "--method=independent", "--steps=2", "--seed=3")
@@ -148,7 +133,6 @@ def test_independent_windows_are_patches(model, pyramids, grid):
                                end="clean")
         assert_close(got[..., 16 * i:16 * i + 16, 16 * j:16 * j + 16], want, 2e-3)
 
-
 def test_three_scales_and_a_canvas_as_context(ready, tmp_path):
     """One window guides four, they guide 16."""
     draw(ready, tmp_path / "x.png", "--size=256", "--context=1,2", "--steps=1", "--batch=7", "--guidance=1",
@@ -156,12 +140,10 @@ def test_three_scales_and_a_canvas_as_context(ready, tmp_path):
     assert [Image.open(tmp_path / n).size for n in ("x.png", "x_scale1.png", "x_scale2.png")] == [
         (256, 256), (128, 128), (64, 64)]
 
-
 def test_the_published_constants(model, grid, monkeypatch):
     """The preset, and single settings over it."""
     cfg = configure(Settings, ["run", "paper", "--steps=4"], PRESETS, ("run", "preset"))
     assert (cfg.guide, cfg.lam, cfg.inner, cfg.overlap, cfg.steps) == ("s2", (0.5,), 1, 0, 4)
-
 
 def test_pyramid_tiff_and_deepzoom(ready, plain, tmp_path):
     """The same picture, to what JPEG loses."""
@@ -173,7 +155,6 @@ def test_pyramid_tiff_and_deepzoom(ready, plain, tmp_path):
     assert (tmp_path / "x_scale1.png").exists()
     draw(ready, tmp_path / "y.dzi", f"--viewer={tmp_path / 'viewer.js'}", "--method=independent", "--steps=1")
     assert 'Width="128" Height="128"' in (tmp_path / "y" / "image.dzi").read_text()
-
 
 def test_the_proxy_is_fitted_once(run, tmp_path, monkeypatch):
     """Without proxy.safetensors the run gets one, with the proxy it is then drawn. Catches: a fit for every picture, or
@@ -195,13 +176,11 @@ def test_the_proxy_is_fitted_once(run, tmp_path, monkeypatch):
     assert len(calls) == 1 and (tmp_path / "proxy.safetensors").exists() and np.array_equal(a, b)
     assert asked == [25, 25]  # for the misfit, and to differentiate
 
-
 def test_a_proxy_with_a_context_one_scale_up(ready, tmp_path, monkeypatch):
     """A proxy of a quarter of the side has no half of it: both are compared at the quarter."""
     monkeypatch.setattr(proxies, "load", lambda *args: proxies.Proxy(4).requires_grad_(False))
     near, free = (draw(ready, tmp_path / "x.png", "--guide=x0+proxy", f"--lam={lam}") for lam in (0.3, 0.0))
     assert near.shape == free.shape and not np.array_equal(near, free)
-
 
 # ----- 2. Interruptions -----
 
@@ -215,7 +194,6 @@ def hurried(monkeypatch):
         return now[0]
     monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=monotonic))
 
-
 def interrupted(monkeypatch, *args):
     """Draw, but be stopped after the first step has been kept."""
     real = command.save_tensors
@@ -226,7 +204,6 @@ def interrupted(monkeypatch, *args):
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(command, "save_tensors", dies)
         draw(*args)
-
 
 @pytest.mark.parametrize("guide, lam", [("x0", "0.9,0.1"), ("s2", "0.3,0.1")])
 def test_an_interrupted_picture_goes_on(ready, tmp_path, monkeypatch, hurried, capsys, guide, lam):
@@ -242,7 +219,6 @@ def test_an_interrupted_picture_goes_on(ready, tmp_path, monkeypatch, hurried, c
     assert np.array_equal(draw(ready, out, *args), want)
     assert "going on from step 1" in capsys.readouterr().out and not partial.exists()
 
-
 def test_resumes_with_the_same_conditions_only(ready, tmp_path, monkeypatch, hurried, capsys):
     """A reference of the same name that now holds other embeddings is another image. catches: only names compared."""
     ref, out = tmp_path / "e.safetensors", tmp_path / "b.png"
@@ -254,7 +230,6 @@ def test_resumes_with_the_same_conditions_only(ready, tmp_path, monkeypatch, hur
     got = draw(ready, out, f"--reference={ref}")
     assert "going on" not in capsys.readouterr().out
     assert np.array_equal(got, draw(ready, tmp_path / "a.png", f"--reference={ref}"))
-
 
 def test_what_is_refused_is_refused_before_drawing(ready, tmp_path, monkeypatch):
     """Catches: an hour of drawing lost to a name that cannot be written."""
@@ -274,13 +249,11 @@ def test_what_is_refused_is_refused_before_drawing(ready, tmp_path, monkeypatch)
         draw(ready, tmp_path / "new" / "x.png", "--reference=/nowhere.png")
     assert not (tmp_path / "new").exists()
 
-
 def test_a_damaged_state_says_so(ready, tmp_path):
     """catches: a hidden file that stops the command for good, and a remedy that does not help."""
     (tmp_path / ".x.png.partial.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match="partial.safetensors.*to draw from the start, remove it"):
         draw(ready, tmp_path / "x.png")
-
 
 def test_how_it_is_written_does_not_start_it_anew(model, grid, tmp_path, monkeypatch, hurried, capsys):
     """The state of one device, resolution or viewer serves another."""
@@ -288,7 +261,6 @@ def test_how_it_is_written_does_not_start_it_anew(model, grid, tmp_path, monkeyp
     latents(model, grid, "--steps=2", resume=partial)
     latents(model, grid, "--steps=2", "--mpp=0.5", "--viewer=x.js", "--compile=True", resume=partial)
     assert "going on from step" in capsys.readouterr().out
-
 
 def test_the_state_of_another_picture_is_left_alone(ready, plain, tmp_path, capsys):
     """Other settings under the same name start from noise."""
@@ -298,7 +270,6 @@ def test_the_state_of_another_picture_is_left_alone(ready, plain, tmp_path, caps
     assert np.array_equal(draw(ready, tmp_path / "x.png"), plain[0])
     assert "going on" not in capsys.readouterr().out
 
-
 def test_the_state_is_kept_every_minute_only(model, grid, tmp_path, monkeypatch):
     """Catches: a large file written at every step."""
     now = iter(range(0, 1000, 25))
@@ -307,7 +278,6 @@ def test_the_state_is_kept_every_minute_only(model, grid, tmp_path, monkeypatch)
     monkeypatch.setattr(command, "save_tensors", lambda path, tensors, meta: saved.append(meta["step"]))
     latents(model, grid, "--steps=8", "--method=independent", "--guidance=1", resume=tmp_path / "p.safetensors")
     assert saved == [3, 6]
-
 
 def test_repair(model, grid, monkeypatch):
     """Noised to t = 300, then denoised every 50 in windows at a quarter of their side, averaged uniformly. Catches: a
@@ -329,7 +299,6 @@ def test_repair(model, grid, monkeypatch):
     assert abs(noise.mean()) < 0.1 and noise.std() == pytest.approx(1, abs=0.05)
     assert abs(torch.cosine_similarity(noise.flatten(), level.z.flatten(), dim=0)) < 0.1
 
-
 @pytest.mark.parametrize("error, says", [
     (torch.OutOfMemoryError("CUDA out of memory"), "smaller --batch"), (MemoryError(), "smaller --batch"),
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 B"), "smaller --batch"),
@@ -340,7 +309,6 @@ def test_too_little_memory(error, says):
     with pytest.raises(UserError if says else RuntimeError, match=says or "cannot be multiplied"):
         with enough_memory():
             raise error
-
 
 # ----- 3. Bad input -----
 
@@ -417,12 +385,10 @@ def test_what_cannot_be_drawn(ready, model, tmp_path, args, says, monkeypatch):
         sample_joint.main([str(ready), *SMALL, "--out=x.png", "--steps=1", *args])
     assert sorted(p for p in tmp_path.iterdir() if not p.name.startswith(".")) == before
 
-
 @pytest.mark.parametrize("arg", ["--context=1.5", "--at=0.5,0"])
 def test_numbers_that_are_not_whole(ready, tmp_path, arg):
     with pytest.raises(UserError):
         draw(ready, tmp_path / "x.png", "--steps=1", arg)
-
 
 def test_errors_at_the_shell(ready, tmp_path):
     """Exit code 2 and one sentence, no traceback."""

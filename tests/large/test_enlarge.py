@@ -16,11 +16,9 @@ from summarizer import standardize
 
 FAST = ["--device=cpu", "--amp=False", "--steps=2", "--invert_steps=2", "--scale=1"]
 
-
 @pytest.fixture(scope="module")
 def x(toy):
     return fixed_batch(Pyramids(toy), "test", 1, 1)["x"]
-
 
 def test_enlarged_start_is_the_encoder_of_the_tiles(model, toy):
     """An image that is smooth loses nothing when halved: its tiles, embedded. catches: tiles in the wrong order."""
@@ -33,11 +31,9 @@ def test_enlarged_start_is_the_encoder_of_the_tiles(model, toy):
     d = torch.cdist(e[0].flatten(1).T, standardize(want).flatten(1).T)
     assert d.argmin(1).tolist() == [0, 1, 2, 3] and lr == I.LR_NEAR
 
-
 def save(path, x, mode="RGB", **options):
     Image.fromarray(to_uint8(x).numpy()).convert(mode).save(path, **options)
     return path
-
 
 def test_kinds_of_images(x, tmp_path):
     """Grey, RGBA, palette, 16 bits, turned: all come as the same picture. catches: 16 bits clipped to white."""
@@ -57,7 +53,6 @@ def test_kinds_of_images(x, tmp_path):
     Image.fromarray(np.rot90(want[:40]).copy()).save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(to_uint8(read_image(tmp_path / "turned.png")).numpy(), want[:40])
 
-
 def test_the_command(ready, x, tmp_path, capsys):
     """A picture smaller than a tile, said aloud; everything that was promised is written."""
     image, out = save(tmp_path / "a.jpg", x[0, :, :30, :70 - 6], quality=95), tmp_path / "out"
@@ -76,7 +71,6 @@ def test_the_command(ready, x, tmp_path, capsys):
             f"--reference={out / 'e.safetensors'}", *FAST])
     assert "back-projected" not in capsys.readouterr().out and not (tmp_path / "gt" / "variation_0.png").exists()
 
-
 def test_the_image_guides_alone(ready, x, tmp_path, monkeypatch):
     """Variations are guided towards their conditions, super-resolution only where it is asked for. catches: one setting
     for both, and a null branch that costs as much again."""
@@ -92,7 +86,6 @@ def test_the_image_guides_alone(ready, x, tmp_path, monkeypatch):
     assert asked == [2.0, 2.0, 1.0]
     I.main([str(ready), f"--image={image}", f"--out={tmp_path}", "--sr=2", "--sr_guidance=3", *FAST])
     assert asked[3:] == [3.0]
-
 
 def test_what_the_command_refuses(ready, x, tmp_path):
     good = save(tmp_path / "a.png", x[0])

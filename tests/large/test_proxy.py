@@ -14,21 +14,17 @@ from sample_joint import Resize
 RANKS = Ranks(0, 1, torch.device("cpu"), None)
 quick = partial(proxies.fit, n=40, steps=40, batch=16)
 
-
 @pytest.fixture(scope="module")
 def trained(run, toy):
     return ZoomLDM.from_run(run), Pyramids(toy)
-
 
 @pytest.fixture(scope="module")
 def fitted(trained):
     return quick(*trained, RANKS)
 
-
 def error(proxy, z, x):
     with torch.no_grad():
         return float(F.mse_loss(proxy(z), x))
-
 
 def test_lesson_is_the_reduced_decode(trained, monkeypatch):
     """What the constraint would see of estimates at every t; at t = 0 the estimate is the latent itself. Catches: a
@@ -47,7 +43,6 @@ def test_lesson_is_the_reduced_decode(trained, monkeypatch):
         real = model.encode(torch.stack([data[k]["x"] for k in (0, 1, 31, 32)]))
     assert (clean[[0, 1, 31, 32]] - real).square().mean() < 0.01 * real.square().mean()
 
-
 def test_fitting_lowers_the_error_on_held_out_estimates(trained, fitted):
     """Against an untrained proxy, and against always saying the mean picture."""
     model, pyramids = trained
@@ -57,7 +52,6 @@ def test_fitting_lowers_the_error_on_held_out_estimates(trained, fitted):
     assert error(fitted, z, x) < 0.5 * error(untrained, z, x)
     assert error(fitted, z, x) < float((x - x.mean((0, 2, 3), keepdim=True)).square().mean())
     assert not fitted.training and not any(p.requires_grad for p in fitted.parameters())
-
 
 def test_inverse(trained, fitted):
     """(M^T M + damping)^-1, with M what an even change of a latent's channel does to the picture. Catches: M
@@ -70,7 +64,6 @@ def test_inverse(trained, fitted):
     assert torch.allclose(fitted.inverse @ damped, torch.eye(3), atol=1e-3)
     assert not torch.equal(M, M.T)
 
-
 def test_fitting_is_deterministic(trained):
     """Whatever random numbers were drawn before."""
     few = partial(proxies.fit, n=8, steps=3, batch=4)
@@ -78,7 +71,6 @@ def test_fitting_is_deterministic(trained):
     torch.randn(7)
     b = few(*trained, RANKS).state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
-
 
 def test_saved_and_loaded(trained, tmp_path, monkeypatch, capsys):
     """Fitted once; the second time it comes from the file, the same to the bit."""
@@ -96,7 +88,6 @@ def test_saved_and_loaded(trained, tmp_path, monkeypatch, capsys):
     assert not second.training and not any(p.requires_grad for p in second.parameters())
     assert load_tensors(tmp_path / "proxy.safetensors")[0].keys() == first.state_dict().keys()
 
-
 def test_data_is_needed_to_fit_alone(trained, tmp_path, monkeypatch):
     """A run that was copied without its data draws with the proxy it has. catches: a folder asked for and not read."""
     with pytest.raises(UserError, match="no data to fit one to: give --data="):
@@ -104,7 +95,6 @@ def test_data_is_needed_to_fit_alone(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(proxies, "fit", lambda *args, **settings: proxies.Proxy(4).eval())
     proxies.load(tmp_path, *trained, RANKS)
     assert proxies.load(tmp_path, trained[0], None, RANKS).factor == 4
-
 
 @pytest.mark.parametrize("tensors", [{}, {"w": torch.zeros(3)}, proxies.Proxy(width=16).state_dict()])
 def test_a_foreign_file(trained, tmp_path, tensors):
@@ -115,7 +105,6 @@ def test_a_foreign_file(trained, tmp_path, tensors):
     with pytest.raises(UserError, match="not a complete safetensors file"):
         proxies.load(tmp_path, *trained, RANKS)
 
-
 def test_the_window_is_seen_as_a_whole():
     """Its mean and deviation reach every pixel, as GroupNorm's do; and the factor of the picture is the decoder's."""
     proxy, z = proxies.Proxy(), torch.randn(1, 3, 32, 32)
@@ -124,7 +113,6 @@ def test_the_window_is_seen_as_a_whole():
     moved = (proxy(far) - proxy(z)).abs()
     assert moved[..., 20:, 20:].min() > 0 and proxy.factor == 4
     assert proxy(torch.zeros(2, 3, 8, 8)).isfinite().all()
-
 
 def test_nothing_far_away_pulls_at_a_latent_that_stands_out():
     """A residual has no gradient for latents that the convolutions there do not see. Catches: one through the mean or

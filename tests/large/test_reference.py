@@ -17,11 +17,9 @@ from large.windows import Grid, contexts
 from sample_joint import Canvas
 from slides.writers import write_tiff
 
-
 @pytest.fixture(scope="module")
 def pyramids(toy):
     return Pyramids(toy)
-
 
 @pytest.fixture(scope="module")
 def photo(pyramids, tmp_path_factory):
@@ -34,21 +32,17 @@ def photo(pyramids, tmp_path_factory):
     Image.fromarray(image).save(path)
     return path
 
-
 def draw(run, out, *args):
     sample_joint.main([str(run), "--size=128", "--context=1", "--steps=2", "--device=cpu", "--amp=False", "--threads=1",
                        f"--out={out}", *args])
     return np.asarray(Image.open(out)).astype(int)
 
-
 def settings(*args):
     return configure(Settings, list(args), PRESETS, ("run", "preset"))
-
 
 def grid_file(folder, h, w, width=96, name="grid.safetensors"):
     save_tensors(folder / name, {"e": torch.randn(h, w, width, generator=torch.Generator().manual_seed(5)).half()})
     return folder / name
-
 
 def test_grid_of_a_slide(model, pyramids, toy):
     """The stored embeddings from --at on, of the k-th held-out or training slide, in the run's own deviations."""
@@ -62,7 +56,6 @@ def test_grid_of_a_slide(model, pyramids, toy):
     assert torch.allclose(load_grid(settings(), model, Pyramids(toy, std=std), (2, 2)).e,
                           load_grid(settings(), model, pyramids, (2, 2)).e / 2)
 
-
 def test_grid_of_a_picture(model, pyramids, photo):
     """The slide's own picture gives its stored embeddings, to half precision. Catches: rows and columns of tiles
     exchanged, deviations of another set, colours in another order."""
@@ -71,12 +64,10 @@ def test_grid_of_a_picture(model, pyramids, photo):
     assert_close(seen.e, stored.e, 1e-3)
     assert (stored.e[:, 0, 1] - stored.e[:, 1, 0]).abs().max() > 0.1
 
-
 def test_grid_of_a_file(model, pyramids, tmp_path):
     path = grid_file(tmp_path, 3, 5)
     grid = load_grid(settings(f"--reference={path}", "--at=0,2"), model, pyramids, (3, 3))
     assert torch.equal(grid.e, load_tensors(path)[0]["e"][:, 2:].float().movedim(-1, 0))
-
 
 def test_grid_of_a_file_of_data(model, pyramids, toy, monkeypatch):
     """Taken as the run's own deviations say, whatever set they come from. Catches: embeddings of another scale."""
@@ -87,7 +78,6 @@ def test_grid_of_a_file_of_data(model, pyramids, toy, monkeypatch):
     monkeypatch.setitem(model.info, "std", [2 * v for v in pyramids.std])
     half = load_grid(settings(f"--reference={path}"), model, pyramids, (2, 2)).e
     assert_close(half, pyramids.tensor(k, "e")[:2, :2].float().movedim(-1, 0) / 2, 1e-6)
-
 
 def test_without_its_data(ready, photo, tmp_path, capsys):
     """A run that was copied alone draws from references; what only data can give is still asked for. Catches: a folder
@@ -110,7 +100,6 @@ def test_without_its_data(ready, photo, tmp_path, capsys):
         with pytest.raises(UserError, match="/nowhere/data"):
             draw(folders[0.5], tmp_path / "c.png", *args)
 
-
 def test_a_reference_is_read_where_and_as_finely_as_needed(model, pyramids, photo, tmp_path, monkeypatch):
     """A file twice as fine as the data shows the same tissue, not its upper left quarter enlarged; one that does not
     say its resolution is taken as it is. Catches: a slide embedded whole for a corner of it."""
@@ -129,7 +118,6 @@ def test_a_reference_is_read_where_and_as_finely_as_needed(model, pyramids, phot
     with pytest.raises(UserError, match="has 4 x 4 base tiles, the image needs 4 x 4"):
         load_grid(args, model, half, (4, 4))
 
-
 def test_edits_of_the_grid(model, pyramids):
     """--swap, then --paste; cells that neither names stay."""
     e = load_grid(settings(), model, pyramids, (4, 4)).e
@@ -145,7 +133,6 @@ def test_edits_of_the_grid(model, pyramids):
     both = load_grid(settings("--swap=0,0:1,1", "--paste=0,0:2,2"), model, pyramids, (4, 4)).e
     assert torch.equal(both[:, 2, 2], e[:, 1, 1])
 
-
 def test_swap_and_paste():
     """Cells move, all others stay, and so does the tensor that was given (a slide's own, mapped from its file)."""
     e = torch.randn(12, 5, 7)
@@ -158,7 +145,6 @@ def test_swap_and_paste():
     assert torch.equal(reference.pasted(moved, (0, 0), (1, 1), (3, 4)), want)  # source and target share cells
     assert torch.equal(e, given)
 
-
 def test_a_swap_reaches_its_neighbourhood_only():
     """Windows that touch no moved cell keep their condition. Catches: an edit that changes the whole image."""
     e = torch.randn(12, 6, 6)
@@ -169,7 +155,6 @@ def test_a_swap_reaches_its_neighbourhood_only():
             near = any(abs(i - a) < 1 and abs(j - a) < 1 for a in (1, 4))
             assert torch.equal(there(0, i, j), moved(0, i, j)) != near, (i, j)
 
-
 def test_an_edit_reaches_its_windows_only(model, pyramids):
     """The tokens of windows that touch no moved cell are the same; all coarser windows over one change."""
     plain, moved = (load_grid(settings(*a), model, pyramids, (4, 4)) for a in ((), ("--swap=0,0:3,3",)))
@@ -178,7 +163,6 @@ def test_an_edit_reaches_its_windows_only(model, pyramids):
         a, b = (contexts(model, g, s, lattice) for g in (plain, moved))
         assert len(a) == windows
         assert {(i // 16, j // 16) for i, j in a if not torch.equal(a[i, j], b[i, j])} == touched
-
 
 @pytest.mark.parametrize("edit", ["--swap=-1,0:0,0", "--paste=0,0:9,9", "--paste=1,1:0,0:2,2", "--paste=0,0:-1,-1",
                                   "--paste=0,0:1,1:0,0"])

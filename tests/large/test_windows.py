@@ -17,18 +17,15 @@ from summarizer import standardize
 
 RANKS = Ranks(0, 1, torch.device("cpu"), None)
 
-
 @pytest.fixture(scope="module")
 def pyramids(toy):
     return Pyramids(toy)
-
 
 # ----- 1. Latents -> pixels -----
 
 def pointwise(z):
     """A decoder of four pixels a side per latent that looks at no neighbour."""
     return (2 * z).tanh().repeat_interleave(4, -1).repeat_interleave(4, -2) + 0.01 * torch.arange(4).repeat(z.shape[-1])
-
 
 @pytest.mark.parametrize("h, w, side, overlap, batch", [(16, 16, 24, 8, 8), (40, 56, 24, 8, 2), (41, 30, 24, 8, 8),
                                                         (24, 25, 24, 16, 1), (20, 70, 24, 0, 3), (50, 24, 24, 20, 8)])
@@ -39,12 +36,10 @@ def test_strips_are_the_whole_decode(h, w, side, overlap, batch):
     assert all(x.shape[:2] == (1, 3) and x.shape[3] == 4 * w and x.shape[2] > 0 for x in strips)
     assert_close(torch.cat(strips, 2), pointwise(z).clamp(-1, 1), 1e-6)
 
-
 def test_strips_are_pictures():
     """Within [-1,1], whatever the decoder says."""
     x = torch.cat(list(decode_strips(lambda z: 3 * z, torch.randn(1, 3, 20, 20), 12, 4)), 2)
     assert x.max() == 1 and x.min() == -1
-
 
 def test_strips_are_streamed():
     """Tiles of one row at a time, decoded when their strip is asked for. Catches: a canvas decoded at once, tiles or
@@ -70,7 +65,6 @@ def test_strips_are_streamed():
         assert tiles == 5 * len(starts(h, side, overlap)) == sum(calls)
     assert most[44] == most[172] <= 4
 
-
 @pytest.mark.parametrize("h, w", [(40, 40), (45, 51)])
 def test_no_seams(h, w):
     """Every tile is off by a constant of its own, as GroupNorm makes them: no step may show where they meet. Catches:
@@ -86,7 +80,6 @@ def test_no_seams(h, w):
     for dim in (2, 3):
         assert x.diff(dim=dim).abs().max() <= 1.02 / (4 * overlap), dim
 
-
 def test_decoding_in_strips(model, monkeypatch):
     """uint8, close to the decode at once; tiles are half as large again as a patch. Catches: a canvas decoded whole."""
     z, seen, real = torch.randn(1, 3, 72, 40), [], model.decode
@@ -98,7 +91,6 @@ def test_decoding_in_strips(model, monkeypatch):
     image = np.concatenate(strips)
     assert image.shape == whole.shape and np.corrcoef(image.ravel(), whole.ravel())[0, 1] > 0.9
 
-
 # ----- 2. Conditions -----
 
 def by_hand(a, b, f):
@@ -109,17 +101,14 @@ def by_hand(a, b, f):
     angle = math.acos(cos)
     return [(math.sin((1 - f) * angle) * x + math.sin(f * angle) * y) / math.sin(angle) for x, y in zip(a, b)]
 
-
 def grid(h=5, w=7, width=12):
     return torch.randn(width, h, w)
-
 
 @pytest.mark.parametrize("s, i, j", [(0, 0, 0), (0, 4, 6), (0, 2.0, 3.0), (1, 1, 2), (2, 1, 3), (1, 3, 5)])
 def test_conditions_at_tiles_are_the_stored_ones(s, i, j):
     """Exactly, for a window that covers whole tiles, as training saw them."""
     e, g = grid(), 2 ** s
     assert torch.equal(Grid(e)(s, i, j), standardize(e[:, int(i):int(i) + g, int(j):int(j) + g]))
-
 
 def test_slerp():
     """Half-way stays on the sphere; parallel vectors, where the formula divides by 0, are mixed linearly."""
@@ -133,7 +122,6 @@ def test_slerp():
     unit = torch.nn.functional.normalize(a, dim=0)
     assert torch.allclose(slerp(unit, unit.roll(1, 0), 0.5).norm(dim=0), torch.ones(3))
     assert torch.equal(slerp(a, b, 0), a)
-
 
 @pytest.mark.parametrize("s", [0, 1])
 @pytest.mark.parametrize("di, dj", [(0, 0.25), (0.75, 0), (0.25, 0.5)])
@@ -152,14 +140,12 @@ def test_conditions_between_tiles(s, di, dj):
     assert_close(out, standardize(want), 1e-5)
     assert torch.allclose(out.mean(0), torch.zeros(g, g), atol=1e-6) and torch.allclose(out.std(0), torch.ones(g, g))
 
-
 def test_conditions_beyond_the_border():
     """The last tile is repeated. Catches: an index beyond the grid, or one that wraps around."""
     e = grid(3, 4)
     assert torch.allclose(Grid(e)(0, 2.5, 3.5), standardize(e[:, 2:3, 3:4]), atol=1e-5)
     assert torch.allclose(Grid(e)(1, 2, 0), standardize(e[:, [2, 2], :2]), atol=1e-5)
     assert torch.allclose(Grid(e)(1, 0, 3), standardize(e[:, :2, [3, 3]]), atol=1e-5)
-
 
 def test_conditions_of_coarse_scales_are_pooled():
     """16 x 16 tiles become 8 x 8, pooled before they are standardised; half-precision grids are read as float32."""
@@ -169,7 +155,6 @@ def test_conditions_of_coarse_scales_are_pooled():
     assert out.shape == (12, 8, 8) and out.dtype == torch.float32
     assert_close(out, (mean - mean.mean(0)) / mean.std(0), 1e-5)
     assert Grid(e)(4, 3.5, 1.25).shape == (12, 8, 8)
-
 
 @pytest.mark.parametrize("s", [0, 1, 2])
 def test_windows_get_the_condition_of_their_patch(model, pyramids, s):
@@ -190,7 +175,6 @@ def test_windows_get_the_condition_of_their_patch(model, pyramids, s):
     contexts(model, condition, s, Canvas(20, 24, 16, 12))
     assert asked == [(s, i / 16 * 2 ** s, j / 16 * 2 ** s) for i in (0, 4) for j in (0, 4, 8)]
 
-
 # ----- 3. A trained model behind windows -----
 
 @pytest.fixture(scope="module")
@@ -200,7 +184,6 @@ def windows(model):
     ij = [(0, 0), (0, 12), (12, 0)]
     c = {p: torch.randn(65, 32, generator=g) for p in ij}
     return c, torch.randn(3, 3, 16, 16, generator=g), torch.tensor([10, 500, 900]), ij
-
 
 @pytest.mark.parametrize("room", [2 ** 28, 0, 40_000])
 @pytest.mark.parametrize("guidance", [1, 2.5])
@@ -220,7 +203,6 @@ def test_eps_of_windows(model, windows, guidance, room, monkeypatch):
     rows = 1 if guidance == 1 else 2
     assert made == ([3 * rows] * 3 + [2 * rows] if room < 2 ** 28 else [3 * rows, 2 * rows])
 
-
 def test_guidance_in_an_interval(model, windows):
     """From the first t on and below the second both branches, elsewhere the conditional one alone, in one pass of half
     the size. catches: the interval turned round, its ends on the wrong side."""
@@ -237,7 +219,6 @@ def test_guidance_in_an_interval(model, windows):
     del model.eps
     assert seen == [3, 6]
 
-
 def test_levels(model):
     """Noise depends on seed and scale alone, so that a level is the same whatever is drawn with it."""
     def condition(s, i, j):
@@ -252,12 +233,10 @@ def test_levels(model):
     assert not torch.equal(prepare(model, condition, (256,), [0], 4, seed=4)[0].z,
                            prepare(model, condition, (256,), [0], 4, seed=3)[0].z)
 
-
 def test_sides():
     """Latents at every scale, and what does not fit."""
     assert sides((512, 1024), [3, 1, 0], 64, 4, 5) == [(16, 32), (64, 128), (128, 256)]
     assert sides((256,), [3, 1], 64, 4, 5) == [(16, 16), (64, 64)]
-
 
 @pytest.mark.parametrize("window", [2, 4, 8, 12, 16, 24, 32, 64])
 def test_usual_overlap(window):

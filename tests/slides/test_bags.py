@@ -8,7 +8,6 @@ import torch
 from common import UserError, save_tensors
 from slides.bags import Bags, read_bag, views
 
-
 def test_readers(tmp_path, monkeypatch):
     """What tools write, to the bit. Catches: coordinates of another length, (1,N,K) not squeezed."""
     x, ij = torch.randn(5, 3).half().float(), torch.arange(10).reshape(5, 2)
@@ -31,7 +30,6 @@ def test_readers(tmp_path, monkeypatch):
     got, coords, _ = read_bag(tmp_path / "e.h5")
     assert torch.equal(got, x) and torch.equal(coords, ij)
 
-
 def test_unusable_files_are_named(tmp_path):
     nan = torch.randn(4, 3)
     nan[1, 2] = float("nan")
@@ -49,7 +47,6 @@ def test_unusable_files_are_named(tmp_path):
                         ("cut.pt", "cannot be read"), ("x.txt", "no file of features")):
         with pytest.raises(UserError, match=f"{name} .*{words}" if words[0] != "h" else words):
             read_bag(tmp_path / name)
-
 
 def test_bags(tmp_path):
     """Deviations over all patches of the named slides alone; memory is given back beyond the budget."""
@@ -75,7 +72,6 @@ def test_bags(tmp_path):
         Bags(tmp_path)
     with pytest.raises(UserError, match="holds no features"):
         Bags(tmp_path / "none")
-
 
 def test_views_of_several_scales(tmp_path):
     """A coarse view has one row per coarse patch, in the order they come. catches: the columns of the other scale."""

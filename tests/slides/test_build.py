@@ -18,23 +18,18 @@ from slides.writers import halve, write_tiff
 
 P = 16
 
-
 def noise(h, w, seed=0):
     return np.random.default_rng(seed).integers(4, 256, (h, w, 3), dtype=np.uint8)
-
 
 def build(out, images, *more):
     data.main(["build", f"--images={images}", f"--out={out}", f"--patch={P}", "--scales=3", *map(str, more)])
     return Pyramids(out)
 
-
 def tensors(out, name):
     return load_tensors(out / f"{name}.safetensors")[0]
 
-
 def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
 
 @pytest.fixture
 def slides(tmp_path):
@@ -47,12 +42,10 @@ def slides(tmp_path):
         write_tiff(root / name, [picture(128, 192)], (128, 192), 32, 95, mpp=mpp)
     return root
 
-
 # ----- 1. Which images -----
 
 def names(images, out="none", holdout=0.0):
     return [job.name for job in image_jobs(str(images), str(out), holdout)]
-
 
 def test_folders_with_loops_patterns_and_lists(slides, tmp_path, capsys):
     (slides / "loop").symlink_to(slides, target_is_directory=True)
@@ -81,7 +74,6 @@ def test_folders_with_loops_patterns_and_lists(slides, tmp_path, capsys):
         with pytest.raises(UserError, match=says):
             names(images)
 
-
 def test_parts_of_one_image(tmp_path):
     """Cut into columns and rows, an image becomes what its parts, saved one by one, would; some are held out; a damaged
     tile stays where it is. catches: rows for columns, a mask of the whole image, damage counted from its corner."""
@@ -104,7 +96,6 @@ def test_parts_of_one_image(tmp_path):
     p = build(tmp_path / "bad", tmp_path / "b.tif", "--cut=3x2")
     assert [v["counts"][0] for v in p.slides] == [16, 16 - 4, 16 - 2, 16, 16, 16]
 
-
 # ----- 2. Which pixels -----
 
 def test_base_pixels_are_those_of_the_resolution_asked_for(slides, tmp_path, capsys):
@@ -125,7 +116,6 @@ def test_base_pixels_are_those_of_the_resolution_asked_for(slides, tmp_path, cap
     assert p.slides[3]["name"] == "fine.tif" and p.slides[3]["size"] == [64, 96]
     assert "sub__deep__c.png.safetensors" in [x["file"] for x in p.slides]
 
-
 def test_a_slide_that_does_not_say_its_resolution(tmp_path):
     write(tmp_path / "a.svs", [page(noise(64, 96), (32, 32), 1)])
     with pytest.raises(UserError, match=r"a.svs does not say how large its pixels are: give --mpp"):
@@ -138,7 +128,6 @@ def test_a_slide_that_does_not_say_its_resolution(tmp_path):
     with pytest.raises(UserError, match="has pixels of 0.25 micrometres, and 0.1 were"):
         build(tmp_path / "none", tmp_path / "list.csv", "--mpp=0.1")
 
-
 def test_corners_without_data_are_left_out(tmp_path, capsys):
     image = noise(64, 64)
     image[:32, :24] = (0, 2, 1)
@@ -148,7 +137,6 @@ def test_corners_without_data_are_left_out(tmp_path, capsys):
     assert p.slides[0]["counts"] == [12, 3, 0] and "6 without data" in capsys.readouterr().out
     assert not {(0, 0), (0, 1), (1, 0), (1, 1)} & {tuple(x) for x in tensors(tmp_path / "out", "a.png")["ij0"].tolist()}
     assert build(tmp_path / "all", tmp_path / "a.png", "--nodata=1").slides[0]["counts"] == [16, 4, 1]
-
 
 def test_tissue(tmp_path, capsys):
     """Pink on grey glass: the mask is a picture of it, and patches follow it, of every scale by their own share."""
@@ -168,13 +156,11 @@ def test_tissue(tmp_path, capsys):
     share = tissue_of(plan(Job("a", tmp_path / "a.png"), None, P))[0]
     assert (share[2:6, 4:8] > 0.9).all() and share[2:6, :3].max() < 0.1
 
-
 def test_a_slide_full_of_tissue_is_not_split():
     values = np.concatenate([np.full(500, 90), np.full(500, 160)]).astype(np.uint8)
     assert 90 <= otsu(values) < 160 and strips.HIGH < 90                       # alone it would drop the paler half
     values = np.concatenate([np.full(900, 5), np.full(100, 80), [255]]).astype(np.uint8)
     assert 5 <= otsu(values) < 80 and otsu(np.zeros(9, np.uint8)) == 0
-
 
 # ----- 3. Damage, restarts, shards, workers -----
 
@@ -188,7 +174,6 @@ def test_a_damaged_tile_costs_the_patches_over_it(tmp_path, capsys):
     assert not bad & {tuple(x) for x in t["ij0"].tolist()} and p.slides[0]["counts"] == [96 - 6, 24 - 2, 6 - 2]
     for (i, j), x in zip(t["ij0"].tolist(), t["x0"]):
         assert np.array_equal(x, picture(128, 192)[i * P:i * P + P, j * P:j * P + P])
-
 
 def test_failed_images_do_not_stop_the_others(slides, tmp_path, capsys):
     (slides / "b.png").write_bytes((slides / "b.png").read_bytes()[:3000])
@@ -214,7 +199,6 @@ def test_failed_images_do_not_stop_the_others(slides, tmp_path, capsys):
             (tmp_path / f"{name}.svs").write_text("hello")
         build(tmp_path / "none", f"{tmp_path}/*.svs")
 
-
 def test_shards_make_what_one_process_makes(slides, tmp_path, capsys):
     build(tmp_path / "one", slides, "--tissue=0.001")
     with pytest.raises(UserError, match="unfinished"):
@@ -222,7 +206,6 @@ def test_shards_make_what_one_process_makes(slides, tmp_path, capsys):
     assert "3 images are left to other shards" in capsys.readouterr().out
     build(tmp_path / "two", slides, "--tissue=0.001", "--shard=0/2")
     assert files(tmp_path / "one") == files(tmp_path / "two")
-
 
 def test_memory_does_not_grow_with_the_image(tmp_path):
     """What is held of an image is a few strips, and a mask of 8 pixels a tile: tasks come one by one, small."""
@@ -236,7 +219,6 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
     for n, _ in enumerate(strips.ahead([job], set(), None, 0.0, lambda task: asked.append(task) or task, 2)):
         assert len(asked) <= n + 3
     assert sum(task.args[-1] for task in asked) == 80
-
 
 # ----- 4. Plain pictures -----
 
@@ -263,7 +245,6 @@ def test_pictures_of_every_kind(tmp_path, capsys):
     with pytest.raises(UserError, match="a.png.safetensors was made from another image"):
         build(tmp_path / "out", tmp_path / "in")
 
-
 def test_scales_and_background_are_dropped_aloud(tmp_path, capsys):
     image = noise(64, 64)
     image[:, :32] = 240
@@ -277,7 +258,6 @@ def test_scales_and_background_are_dropped_aloud(tmp_path, capsys):
     with pytest.raises(UserError, match="lower --background"):
         build(tmp_path / "none", tmp_path / "white.png", "--background=5")
 
-
 def test_the_same_images_are_held_out_whatever_comes_later(tmp_path):
     for k in range(10):
         Image.fromarray(noise(16, 16, k)).save(tmp_path / f"{k}.png")
@@ -285,7 +265,6 @@ def test_the_same_images_are_held_out_whatever_comes_later(tmp_path):
     assert len(held) == 2
     next(tmp_path / f"{k}.png" for k in range(10) if f"{k}.png" not in held).unlink()
     assert {job.name for job in image_jobs(str(tmp_path), "none", 0.2) if job.split == "test"} == held
-
 
 def test_pictures_that_cannot_be_used(tmp_path, monkeypatch):
     """Each is named. Pillow's own bound plays no part, and is left as it was."""
@@ -308,7 +287,6 @@ def test_pictures_that_cannot_be_used(tmp_path, monkeypatch):
             build(tmp_path / "out", tmp_path / name, "--patch=32")
         assert not list(tmp_path.glob("out/*.safetensors"))
     assert Image.MAX_IMAGE_PIXELS == 1000
-
 
 @pytest.mark.parametrize("option, words", [
     ("--tissue=2", "tissue, nodata in"), ("--nodata=-1", "nodata in"), ("--workers=-1", "must be at least 0"),

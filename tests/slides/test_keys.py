@@ -16,7 +16,6 @@ from zoom_vae import VQVAE, VAEConfig
 SMALL = 2e-5  # allowed max|a-b| / max(1, max|b|)
 SECTION = {"vae": "first_stage", "summarizer": "cond_stage", "unet": "unet"}
 
-
 # ----- 1. Key names -----
 
 @pytest.mark.parametrize("part", ["vae", "summarizer", "unet"])
@@ -30,7 +29,6 @@ def test_manifest(part):
     ours = {PREFIX[part] + name(k): tuple(v.shape) for k, v in net.state_dict().items()}
     assert ours == manifest(SECTION[part]) and len(ours) == len(net.state_dict())
 
-
 def test_whole_manifest():
     """The whole published BRCA checkpoint. catches: a schedule buffer or EMA counter taken for an unknown key."""
     parts = ("unet", "ema", "first_stage", "cond_stage", "buffers")
@@ -40,7 +38,6 @@ def test_whole_manifest():
         model = ZoomLDM.from_official(state)
     assert sum(p.numel() for p in model.parameters()) == 400_920_579 + 55_322_782 + 38_656_000
     assert set(model.ignored) == set(manifest("buffers")) <= BOOKKEEPING
-
 
 # ----- 2. Whole checkpoints -----
 
@@ -55,7 +52,6 @@ def checkpoint():
     state |= {k: torch.zeros(shape) for k, shape in manifest("buffers").items()}
     state["model_ema.num_updates"] = torch.tensor(7, dtype=torch.int32)
     return state
-
 
 @pytest.mark.parametrize("form", ["dict", "ckpt", "pt", "safetensors"])
 def test_whole_checkpoint(form, tmp_path):
@@ -75,7 +71,6 @@ def test_whole_checkpoint(form, tmp_path):
     assert_golden(model.encode(v["in/image"]), "vae_small", "encode", SMALL)
     assert_golden(model.summarizer(*pack(s["in/feat_4x4"]), s["in/mag_4x4"]), "summarizer_small", "tokens_4x4", SMALL)
 
-
 def test_naip_variant():
     """Published NAIP weights know 4 scales; otherwise the same network. catches: a fixed table of 8 scales."""
     state, g = state_dict("summarizer_small"), golden("summarizer_small")[0]
@@ -85,7 +80,6 @@ def test_naip_variant():
     assert naip.cfg.scales == 4 and brca.cfg.scales == 8 and torch.equal(naip(*tokens, s), brca(*tokens, s))
     with pytest.raises((ValueError, IndexError)):
         naip(*tokens, s + 1)
-
 
 def test_names_of_other_files():
     """What old torchvision called the MLP's layers; a file of the VAE alone, with what its training loss needed.
@@ -100,7 +94,6 @@ def test_names_of_other_files():
     assert state["pad_token"].abs().sum() > 0
     state = state_dict("vae_small") | {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.bias": torch.zeros(2)}
     assert torch.equal(VQVAE.from_official(state).codebook.weight, state["quantize.embedding.weight"])
-
 
 # ----- 3. What does not fit is refused, by name -----
 
@@ -126,7 +119,6 @@ def test_keys(name, key):
             load.from_official(fault, *([prefix] if prefix else []))
         assert how in str(err.value)
 
-
 def test_all_faults_are_listed():
     state = state_dict("unet_small")
     state["time_embed.0.bias"] = torch.zeros(3)
@@ -136,7 +128,6 @@ def test_all_faults_are_listed():
         UNet.from_official(state)
     for word in ("time_embed.0.bias", "(3,)", "(128,)", "out.0.weight", "out.0.bias", "label_emb.weight"):
         assert word in str(err.value)
-
 
 def test_another_architecture(tmp_path):
     for name in ("vae_small", "unet_small", "summarizer_small"):

@@ -20,7 +20,6 @@ from summarizer import pack_grid, standardize
 
 E, SIDE = 16, 8  # embedding width and latent side of the small sets here; published: 1024 and 64
 
-
 def official(folder, layout, pictures=False, numbers=(0, 3, 2_000_001)):
     """A small folder of the official layout. out: {(scale, number): (z, e)}; at 20x BRCA's embeddings have one axis."""
     rng, made = np.random.default_rng(0), {}
@@ -42,7 +41,6 @@ def official(folder, layout, pictures=False, numbers=(0, 3, 2_000_001)):
                 else:
                     (sub / f"{number}.jpg").write_bytes(buffer.getvalue())
     return made
-
 
 @pytest.mark.parametrize("layout, pictures", [("brca", False), ("brca", True), ("naip", True)])
 def test_items(tmp_path, layout, pictures):
@@ -66,7 +64,6 @@ def test_items(tmp_path, layout, pictures):
         with pytest.raises(UserError, match="sample 0 of .* has no picture"):
             samples.item(0, 0, 0, ("x",))
 
-
 def test_the_dataset_is_that_of_pyramids(tmp_path, toy):
     """Same fields, kinds and shapes per sample (its own sizes apart); scales in equal shares, if not empty."""
     official(tmp_path, "brca")
@@ -83,7 +80,6 @@ def test_the_dataset_is_that_of_pyramids(tmp_path, toy):
     batch = fixed_batch(Samples(tmp_path), "train", 2, 8, ("z",))
     assert batch["z"].shape == (3, 3, SIDE, SIDE) and batch["mask"].sum(1).tolist() == [16] * 3
 
-
 def test_grids_that_were_not_pooled(tmp_path):
     """At 1.25x a folder may hold 8 x 8 or 16 x 16; both give 64 tokens."""
     official(tmp_path, "brca")
@@ -95,7 +91,6 @@ def test_grids_that_were_not_pooled(tmp_path):
         np.save(sub / f"{number}_uni_grid.npy", grid)
     a, b = (Samples(tmp_path).item(0, 4, n, ("z",))["tokens"] for n in (0, 1))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
 
 @pytest.mark.parametrize("name, content, says", [
     ("3_vae.npy", b"\x93NUMPY", "3_vae.npy cannot be read"),
@@ -115,11 +110,9 @@ def test_damaged_samples_are_named(tmp_path, name, content, says):
     with pytest.raises(UserError, match=says):
         samples.item(0, 2, 1, ("z",))
 
-
 TINY = ["--steps=1", "--batch=4", "--unet.width=32", "--unet.mult=1,2", "--unet.res_blocks=1", "--unet.attention=2",
         "--summarizer.width=32", "--summarizer.depth=1", "--summarizer.mlp=32", "--workers=0", "--amp=False",
         "--device=cpu", "--log_every=1"]
-
 
 @pytest.mark.parametrize("layout", ["brca", "naip"])
 def test_train_takes_the_official_folder(tmp_path, run, layout, capsys):
@@ -141,7 +134,6 @@ def test_train_takes_the_official_folder(tmp_path, run, layout, capsys):
     with pytest.raises(UserError, match="latents of the published VAE: give it with --vae_weights"):
         train.main(["toy", *TINY, f"--data={tmp_path / 'set'}", f"--out={tmp_path / 'b'}"])
 
-
 # ----- embeddings with coordinates -----
 
 def tiles(h=3, w=4, side=32, origin=(64, 96)):
@@ -151,14 +143,12 @@ def tiles(h=3, w=4, side=32, origin=(64, 96)):
     coords = torch.stack([origin[0] + side * (order % w), origin[1] + side * (order // w)], 1)
     return grid.flatten(0, 1)[order], coords, grid
 
-
 def write_h5(path, x, coords, **attrs):
     h5py = pytest.importorskip("h5py", reason="pip install -e '.[h5]'")
     path.parent.mkdir(exist_ok=True)
     with h5py.File(path, "w") as f:
         f["features"], f["coords"] = x.numpy(), coords.numpy()
         f["coords"].attrs.update(attrs)
-
 
 def test_pt_with_coordinates(tmp_path):
     """catches: x and y swapped; the origin forgotten; a side that coordinates do not tell."""
@@ -180,7 +170,6 @@ def test_pt_with_coordinates(tmp_path):
     with pytest.raises(UserError, match="no file"):
         read_features(tmp_path / "b")
 
-
 def test_h5_of_clam_and_trident(tmp_path):
     x, coords, grid = tiles()
     write_h5(tmp_path / "h5_files" / "a.h5", x, coords)
@@ -194,7 +183,6 @@ def test_h5_of_clam_and_trident(tmp_path):
     (tmp_path / "h5_files" / "a.h5").write_bytes(b"nothing")
     with pytest.raises(UserError, match="holds no features with coordinates"):
         read_features(tmp_path / "h5_files" / "a")
-
 
 def test_build_takes_the_features(tmp_path):
     """Pixels of the image, embeddings of the file, and patches only where every tile was embedded."""

@@ -21,22 +21,18 @@ DATA = Path(os.environ.get("REAL_SLIDES", ROOT.parent / "shared" / "data"))  # n
 IMAGE = picture(90, 120)
 TILE = (32, 48)
 
-
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
     return specimens(tmp_path_factory.mktemp("kinds"))
-
 
 def slide_of(tmp_path, *pages, mpp=None, name="a.tif", **options):
     write(tmp_path / name, pages, **options)
     return open_slide(tmp_path / name, mpp)
 
-
 def plain(image, kind=0, **more):
     """A page of uncompressed tiles, exact; `more` are tags, as t270=..."""
     tags, tiles = page(image, TILE, 1, kind=kind)
     return tags | {int(k[1:]): v for k, v in more.items()}, tiles
-
 
 # ----- 1. Pixels -----
 
@@ -52,14 +48,12 @@ def test_every_compression(kinds):
             off = np.abs(slide.read(0, 0, 60, 45, 1.0).astype(int) - IMAGE[::2, ::2])
             assert off.max() <= allowed.get(path.name, 0), f"{path.name}, level 1: off by {off.max()}"
 
-
 def test_colours_are_what_the_directory_says(tmp_path):
     """Whatever a tile's own markers claim: a JFIF marker means YCbCr to every JPEG decoder."""
     tags, tiles = page(IMAGE, TILE, 7, colours=2)
     jfif = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
     slide = slide_of(tmp_path, (tags, [t[:2] + jfif + t[2:] for t in tiles]))
     assert np.abs(slide.read(0, 0, 120, 90).astype(int) - IMAGE).max() <= 3
-
 
 @pytest.mark.parametrize("room", [0, 2**25])
 def test_windows_are_crops(kinds, room, monkeypatch):
@@ -82,7 +76,6 @@ def test_windows_are_crops(kinds, room, monkeypatch):
         decoded.append(count[0])
     assert (min(decoded) > 50) == (room == 0), decoded                            # how many tiles were decoded
 
-
 def test_white_beyond_the_image(kinds):
     found = open_slide(kinds[4]).read(-10, -5, 200, 150)
     assert np.array_equal(found[5:95, 10:130], IMAGE)
@@ -91,10 +84,8 @@ def test_white_beyond_the_image(kinds):
     with pytest.raises(UserError, match="at least 1"):
         open_slide(kinds[4]).read(0, 0, 0, 5)
 
-
 def noise(h, w, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
-
 
 @pytest.mark.parametrize("block", [16, 1024])
 @pytest.mark.parametrize("num, den", [(2, 1), (3, 1), (4, 1), (5, 2), (4, 3), (13, 2)])
@@ -115,7 +106,6 @@ def test_reduction_is_the_mean_over_the_area(tmp_path, monkeypatch, num, den, bl
     if (num, den) == (2, 1):
         assert np.array_equal(found, halve(image[:96, :130]))
 
-
 def test_the_nearest_finer_level_is_taken(tmp_path):
     """Levels of one colour each tell where pixels come from."""
     pages = [plain(np.full((h, w, 3), c, np.uint8), k) for h, w, c, k in ((400, 600, 10, 0), (200, 300, 20, 1),
@@ -127,14 +117,12 @@ def test_the_nearest_finer_level_is_taken(tmp_path):
                               (1.95, 30, (75, 50)), (2.0, 30, (75, 50)), (8.0, 30, (18, 12))):
         assert slide.read(3, 3, 2, 2, mpp)[0, 0, 0] == colour and slide.grid(mpp)[2] == size, mpp
 
-
 def test_close_resolutions_count_as_equal(tmp_path):
     slide = slide_of(tmp_path, plain(noise(80, 96)), mpp=0.499)
     assert np.array_equal(slide.read(5, 6, 30, 20, 0.5), slide.read(5, 6, 30, 20))
     assert slide.grid(1.0)[1:] == ((2.0, 2.0), (48, 40))                       # 2.004 is meant as 2
     with pytest.raises(UserError, match="a.tif has pixels of 0.499 micrometres, and 0.25 were asked for"):
         slide.read(0, 0, 9, 9, 0.25)
-
 
 def test_odd_sizes_keep_their_place(tmp_path):
     """4443 / 1110 is 4.003, but the fourth level's pixels span 4: an error of 3 pixels at the far end."""
@@ -146,7 +134,6 @@ def test_odd_sizes_keep_their_place(tmp_path):
     slide = open_slide(tmp_path / "a.tif")
     assert slide.mpp == pytest.approx(0.25) and slide.levels[2].size == (203, 101)
     assert np.abs(slide.read(190, 90, 13, 11, 1.0).astype(int) - image[90:, 190:]).mean() < 3
-
 
 @pytest.mark.parametrize("tag", [{"t33550": (12, [1.0, 1.0, 0.0])}, {"t34735": (3, [1, 1, 0, 0])},
                                  {"t42112": text("<GDALMetadata/>")}, {"t42113": text("0")}, {}])
@@ -166,7 +153,6 @@ def test_gdal_overviews_lie_at_the_ratio_of_the_sizes(tmp_path, tag):
     if tag:
         assert np.array_equal(slide.read(0, 0, 16, 16, 2.0), ramps(range(4, 224, 14)))  # 3.5, 17.5, ... rounded up
 
-
 # ----- 2. Pages -----
 
 def test_levels_are_told_from_other_pictures(tmp_path):
@@ -180,12 +166,10 @@ def test_levels_are_told_from_other_pictures(tmp_path):
     slide = slide_of(tmp_path, plain(IMAGE), sub=[plain(IMAGE[::2, ::2], 1), plain(IMAGE[::4, ::4], 1)])
     assert [v.size for v in slide.levels] == [(120, 90), (60, 45), (30, 23)]   # as OME-TIFF keeps them
 
-
 def test_a_page_in_strips_that_is_not_the_first(tmp_path):
     images = [Image.fromarray(x) for x in (IMAGE[:20, :20], IMAGE)]
     images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:])
     assert np.array_equal(open_slide(tmp_path / "a.tif").read(0, 0, 120, 90), IMAGE)
-
 
 @pytest.mark.parametrize("how", [8, 5, 1])
 def test_near_infrared_is_left_out_and_grey_is_three_times_grey(tmp_path, how):
@@ -196,9 +180,7 @@ def test_near_infrared_is_left_out_and_grey_is_three_times_grey(tmp_path, how):
     found = slide_of(tmp_path, page(IMAGE[..., :1], TILE, how)).read(0, 0, 120, 90)
     assert np.array_equal(found, IMAGE[..., :1].repeat(3, 2))
 
-
 KEYS = 3, [1, 1, 0, 3, 1024, 0, 1, 1, 3072, 0, 1, 26914, 3076, 0, 1, 9001]
-
 
 @pytest.mark.parametrize("tags, mpp", [
     ({"t270": text("Aperio x|AppMag = 40|MPP = 0.2527|Left = 3")}, 0.2527),
@@ -220,11 +202,9 @@ def test_resolution(tmp_path, tags, mpp):
         assert np.array_equal(open_slide(slide.path, 0.5).read(0, 0, 120, 90, 0.5), IMAGE)
     assert open_slide(slide.path, 0.7).mpp == 0.7
 
-
 def ome(size, unit=""):
     unit = unit and f"PhysicalSizeXUnit='{unit}'"                              # single quotes, before the size: all XML
     return f'<OME:OME><OME:Image><OME:Pixels {unit} SizeX="120" PhysicalSizeX="{size}"/>'
-
 
 # sizes and units as Bio-Formats and tifffile 2026.3.3 write them (Schemas/OME/2016-06: micrometres where no unit is
 # said); decimal commas as OpenSlide 4.0.1 reads them
@@ -238,7 +218,6 @@ def test_ome_units_and_numbers_in_text(tmp_path, said, mpp):
     for coding in ("utf-8", "latin-1") if said.isascii() or "\xb5" in said else ("utf-8",):
         slide = slide_of(tmp_path, plain(IMAGE, t270=(2, list(said.encode(coding) + b"\0"))))
         assert slide.mpp == (mpp and pytest.approx(mpp)), coding
-
 
 # ----- 3. What goes wrong -----
 
@@ -256,7 +235,6 @@ def test_an_empty_tile_is_white_and_a_damaged_one_is_named(tmp_path, how):
     assert [d[0] for d in damaged] == [(32, 48, 64, 96)] and "tile 1, 1 of level 0" in damaged[0][1]
     assert (found[48:, 32:64] == 255).all() and np.array_equal(found[:48], slide.read(0, 0, 120, 48))
 
-
 def test_a_tile_may_not_unpack_to_more_than_its_size(tmp_path):
     tags, tiles = page(IMAGE, TILE, 7)
     for w, h in ((4096, 4096), (30000, 30000)):
@@ -265,7 +243,6 @@ def test_a_tile_may_not_unpack_to_more_than_its_size(tmp_path):
         large = large[:at] + struct.pack(">HH", h, w) + large[at + 4:]
         with pytest.raises(UserError, match=rf"holds {w} x {h} pixels"):
             slide_of(tmp_path, (tags, [large, *tiles[1:]])).read(0, 0, 9, 9)
-
 
 @pytest.mark.parametrize("change, says", [
     (lambda t, d: t.update({256: (4, [2**31])}), r"level 0 has \d+ tiles, its table 8"),
@@ -277,7 +254,6 @@ def test_absurd_tags(tmp_path, change, says):
     change(tags, tiles)
     with pytest.raises(UserError, match="a.tif cannot be read .*" + says):
         slide_of(tmp_path, (tags, tiles))
-
 
 def test_a_file_that_points_beyond_its_end_or_to_itself(tmp_path):
     path = tmp_path / "a.tif"
@@ -300,7 +276,6 @@ def test_a_file_that_points_beyond_its_end_or_to_itself(tmp_path):
         with pytest.raises(UserError, match="form a loop"):
             open_slide(path)
 
-
 def test_files_that_are_none(tmp_path, kinds):
     (tmp_path / "loop.svs").symlink_to("loop.svs")
     for name in ("none.svs", "loop.svs", "."):
@@ -318,7 +293,6 @@ def test_files_that_are_none(tmp_path, kinds):
     with pytest.raises(UserError, match="mpp=0.0 of .*give micrometres"):
         open_slide(tmp_path / "wrong.jpg", 0.0)
 
-
 def test_whole_images_have_a_bound(tmp_path):
     Image.fromarray(IMAGE).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="unpacks to 120 x 90 pixels, more than --max_pixels=9999"):
@@ -329,7 +303,6 @@ def test_whole_images_have_a_bound(tmp_path):
     Image.fromarray(np.zeros((90, 120), np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="kind 'I;16'"):
         open_slide(tmp_path / "a.png")
-
 
 def test_what_needs_openslide(tmp_path, monkeypatch, kinds):
     """Without it, the sentence says what to install; with it, it is asked."""
@@ -363,7 +336,6 @@ def test_what_needs_openslide(tmp_path, monkeypatch, kinds):
         assert (found[:, :10] == 255).all() and (found[:, 10:] == (200, 0, 0)).all()
         assert (slide.read(30, 20, 4, 4, 0.5) == (200, 0, 0)).all()
 
-
 class Blending:
     """A slide as OpenSlide 4.0.1 reads it. Positions are pixels of level 0, divided by one factor for both axes, the
     mean ratio; within 1/512 of a pixel it gives stored ones, elsewhere it blends (half-way between 0 and 200: 100)."""
@@ -384,9 +356,7 @@ class Blending:
             stored = next(both) * (1 - part) + next(both) * part
         return Image.fromarray(np.dstack([stored, np.full(stored.shape[:2], 255)]).round().astype(np.uint8))
 
-
 SIZES = (1001, 777), (500, 388), (250, 194)
-
 
 @pytest.mark.parametrize("real", [False, True])
 def test_openslide_gives_the_stored_pixels(tmp_path, monkeypatch, real):
@@ -405,20 +375,17 @@ def test_openslide_gives_the_stored_pixels(tmp_path, monkeypatch, real):
             found = slide.levels[n].region(x, y, right - x, bottom - y)
             assert np.array_equal(found, stored[y:bottom, x:right]), (n, x, y)
 
-
 def test_openslide_levels_that_it_blends_are_passed_over():
     """40,001 in 20,000: pixels 10,000 and more from the start lie a quarter between those of level 0."""
     assert reader.starts(20_000, 2.00005)[1] > 0.2 and reader.starts(20_000, 2.0) == (list(range(0, 20_000, 512)), 0)
     found, off = reader.starts(1251, 2.0004)
     assert found == [0, 9, 9] and off < 1 / 512
 
-
 def test_damaged_files_end_well(tmp_path):
     """`make torture` tries 2,000; each has two seconds and 500 MB."""
     outcomes, faults = torture_slide.torture(120, tmp_path, seed=7)
     assert not faults, faults
     assert outcomes["image"] > 10 and outcomes["refused"] > 50                # neither road is left out
-
 
 # ----- 4. Real slides -----
 
@@ -438,7 +405,6 @@ def test_by_openslide(name, size, levels, mpp):
             off = np.abs(slide.read(x, y, 256, 256).astype(int) - want).max()
             assert off <= 1, f"{name} at {x}, {y}: off by {off}"
 
-
 def test_naip_by_pillow():
     path = DATA / "naip_m4709963_20200831_rgbn.tif"
     if not path.exists():
@@ -446,7 +412,6 @@ def test_naip_by_pillow():
     slide = open_slide(path)
     assert slide.mpp == 5e6 and [v.size for v in slide.levels] == [(934, 723), (467, 362)]
     assert np.array_equal(slide.read(0, 0, 934, 723), np.asarray(Image.open(path))[..., :3])
-
 
 def test_commands(tmp_path, kinds, capsys):
     reader.main([str(kinds[0]), f"--out={tmp_path / 'view.png'}", "--side=60"])

@@ -14,7 +14,6 @@ from slides.keys import start_unet, unet_name
 
 PLAIN = ["--pred=eps", "--unet.positions=0", "--summarizer.positions=0", "--unet.groups=32", "--unet.width=32"]
 
-
 def cin256():
     """A network, and a checkpoint of it like cin256-v2: a class embedder, a VAE, averages that differ."""
     cfg = train.configure(train.Config, [*TINY, *PLAIN], train.PRESETS, ("preset",))
@@ -25,7 +24,6 @@ def cin256():
     rest = {"cond_stage_model.embedding.weight": torch.zeros(1001, 32), "betas": torch.zeros(9),
             "first_stage_model.quant_conv.bias": torch.zeros(3)}
     return unet, state, state | ema | rest
-
 
 def test_start_from_a_published_unet(toy, run, tmp_path, capsys):
     """With a learning rate of zero, the trained U-Net is the one it started from: the raw one. catches: the averages;
@@ -44,7 +42,6 @@ def test_start_from_a_published_unet(toy, run, tmp_path, capsys):
     with pytest.raises(UserError, match="other settings .*init_from"):
         quick([a for a in args if "init_from" not in a])
 
-
 def test_start_from_a_unet_alone():
     """As the papers' own file is: U-Net-level keys. The class embedder is named, anything else unknown refused."""
     unet, raw, _ = cin256()
@@ -54,7 +51,6 @@ def test_start_from_a_unet_alone():
     assert torch.equal(start["conv_out.bias"], state["out.2.bias"])
     with pytest.raises(UserError, match="1 unexpected: more"):
         start_unet(unet, state | {"more": torch.zeros(2)})
-
 
 def test_a_vae_of_before_a_start_is_kept(toy, run, tmp_path):
     """`--steps=0` first, then a published U-Net in the same folder; but a VAE that was trained from nothing is not the
@@ -66,7 +62,6 @@ def test_a_vae_of_before_a_start_is_kept(toy, run, tmp_path):
         quick([*args, f"--init_from={bad}"])
     with pytest.raises(UserError, match="vae.safetensors belongs to a run with other settings .init_from"):
         quick([*args, f"--init_from={run}"])
-
 
 def test_a_start_that_does_not_fit(toy, run, tmp_path):
     """Refused before anything is trained, with the keys. catches: a non-strict load."""
@@ -81,7 +76,6 @@ def test_a_start_that_does_not_fit(toy, run, tmp_path):
         with pytest.raises(UserError, match=says):
             quick([*args, *more])
     assert not (tmp_path / "a").exists()
-
 
 def test_start_from_a_run(toy, run, tmp_path, capsys):
     """With learning rates of zero all networks stay those of the run, and new data are read in its units. catches: one
@@ -100,7 +94,6 @@ def test_start_from_a_run(toy, run, tmp_path, capsys):
     assert set(moved) <= {f"vae.{k}" for k in ("codebook.weight", "to_latent.bias", "from_latent.bias")}, moved
     batch, raw = (fixed_batch(Pyramids(folder, std=std), "train", 0, 2, ("e",))["e"] for std in (old.info["std"], None))
     assert torch.allclose(batch, 2 * raw)
-
 
 @pytest.mark.parametrize("more, says", [
     (["--unet.width=32"], "has other networks: give its preset, or --unet.width=16$"),

@@ -17,12 +17,10 @@ from slides.weights import load_state_dict
 each = pytest.mark.parametrize("name", KINDS)
 SIZE = [(name, size) for name, sizes in rule.ENCODERS.items() for size in sizes]
 
-
 def small(name, state=None, **how):
     """The cut-down encoder behind a golden file."""
     heads = golden(f"encoder_{name}")[1]["config"]["heads"]
     return ViT.from_official(state or state_dict(f"encoder_{name}"), name, heads).requires_grad_(False)
-
 
 # ----- 1. Numbers -----
 
@@ -43,7 +41,6 @@ def test_tokens(name, size):
             assert a.shape == b.shape and (a - b).abs().max() <= 1e-5 * b.abs().max(), (key, (a - b).abs().max())
     assert torch.equal(found["cls"], small(name)(rule.picture(tensors[f"in/image_{size}"], meta["config"])))
 
-
 @pytest.mark.parametrize("name", ["dinov2", "dinov2_reg"])
 def test_positions_of_full_size(name):
     """The published table of 37 x 37 for tiles of 224 and 252. catches: size= for DINOv2's factors, or the reverse."""
@@ -54,7 +51,6 @@ def test_positions_of_full_size(name):
         reference = tensors[f"out/pos37_{side}x{side}"]
         assert (model.place(side, side) - reference).abs().max() <= 1e-5 * reference.abs().max()
     assert model.place(37, 37) is model.positions  # its own grid is left alone, whatever the offset
-
 
 @each
 def test_height_and_width_are_not_swapped(name):
@@ -73,7 +69,6 @@ def test_height_and_width_are_not_swapped(name):
     with pytest.raises(ValueError, match=f"multiples of {patch}"):
         model(torch.zeros(1, 3, patch, patch + 1))
 
-
 # ----- 2. Key names and sizes -----
 
 @each
@@ -91,7 +86,6 @@ def test_full_size(name):
     assert len(model.state_dict()) == counts[name]
     used = [s for k, s in keys.items() if not k.startswith(KINDS[name].unused or ("-",))]
     assert sorted(used) == sorted(tuple(v.shape) for v in model.state_dict().values())
-
 
 def test_other_forms_of_the_same_weights(tmp_path):
     """HIPT's whole file, with a Namespace of settings; its teacher inside DDP, and the bare backbone; Phikon inside a
@@ -115,13 +109,11 @@ def test_other_forms_of_the_same_weights(tmp_path):
     state |= {"cls_token": state["cls_token"] + place[:, :1], "pos_embed": place[:, 1:].clone()}
     torch.testing.assert_close(small("dinov2_reg", state)(image), e)
 
-
 def test_half_precision_files_are_read_as_float32(tmp_path):
     save_tensors(tmp_path / "uni.safetensors", {k: v.half() for k, v in state_dict("encoder_uni").items()})
     model = small("uni", load_state_dict(tmp_path / "uni.safetensors"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     torch.testing.assert_close(model.cls, small("uni").cls, atol=1e-3, rtol=1e-3)
-
 
 # ----- 3. What does not fit is refused, by name -----
 
@@ -143,7 +135,6 @@ def test_damaged_keys(name, how):
             small(name, bad)
         assert f"1 {how}: {key}" in str(err.value), (key, str(err.value))
 
-
 @each
 def test_weights_of_something_else(name):
     """All 30 pairs are refused, and what says nothing of how wide the network is. catches: UNI taken for DINOv2, whose
@@ -155,7 +146,6 @@ def test_weights_of_something_else(name):
     for state in ({"fc.weight": torch.zeros(2)}, {"encoder.down.0.block.0.x": torch.zeros(2)}, {}):
         with pytest.raises(ValueError, match="and all the rest are missing"):
             ViT.from_official(state, name)
-
 
 def test_wrong_names_and_heads():
     state = state_dict("encoder_uni")

@@ -11,7 +11,6 @@ from slides.weights import load_official, load_state_dict
 
 both = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 
-
 class Trap:
     """Unpickling this runs code."""
     def __init__(self, path):
@@ -20,7 +19,6 @@ class Trap:
     def __reduce__(self):
         return Path.touch, (Path(self.path),)
 
-
 @both
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, legacy):
     torch.save({"state_dict": {"w": torch.ones(2)}, "x": Trap(str(tmp_path / "ran"))}, tmp_path / "bad.ckpt",
@@ -28,7 +26,6 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, legacy):
     with pytest.raises(UserError, match="could run code, so it is refused.*safetensors"):
         load_state_dict(tmp_path / "bad.ckpt")
     assert not (tmp_path / "ran").exists()
-
 
 def test_state_dicts(tmp_path):
     state = {"a.weight": torch.randn(40, 50), "a.bias": torch.randn(4)}
@@ -45,7 +42,6 @@ def test_state_dicts(tmp_path):
         with pytest.raises(UserError, match="no state dict of tensors"):
             load_state_dict(tmp_path / "x.pt")
 
-
 @both
 def test_a_checkpoint_cut_short(tmp_path, legacy):
     """At every length: always one clear sentence, never another exception."""
@@ -59,7 +55,6 @@ def test_a_checkpoint_cut_short(tmp_path, legacy):
     path.write_bytes(b"<html>404</html>")  # what a failed download often is
     with pytest.raises(UserError, match="x.pt"):
         load_state_dict(path)
-
 
 def test_official_keys_must_all_be_used():
     def rename(name):
@@ -78,7 +73,6 @@ def test_official_keys_must_all_be_used():
     many = published | {f"m.number{i:02}": torch.ones(1) for i in range(40)}
     with pytest.raises(ValueError, match=r"40 unexpected: m.number00, .*\[\.\.\.\]"):
         load_official(net, many, "m.", rename)
-
 
 def test_lightning_checkpoint_is_read_and_other_classes_are_not(tmp_path, monkeypatch):
     """CompVis' files name Lightning's ModelCheckpoint, which need not be installed. catches: any class let through."""

@@ -19,10 +19,8 @@ from slides.writers import VIEWER, jpeg, level_sizes, tile_rows, write_deepzoom,
 # (H, W, tile): even, odd everywhere, one tile row, smaller than a tile, single rows and columns
 SIZES = [(128, 192, 32), (101, 75, 32), (161, 97, 16), (30, 200, 32), (7, 5, 16), (1, 90, 16), (65, 1, 16), (1, 1, 16)]
 
-
 def noise(h, w, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
-
 
 def cut(image, *heights):
     """Strips of these heights in turn, as a generator, which can be read only once."""
@@ -31,7 +29,6 @@ def cut(image, *heights):
         for h in heights:
             yield image[at:at + h]
             at += h
-
 
 def pyramid(image, smallest):
     """All levels by another road than the writers: whole images, integers, the edge repeated by index."""
@@ -44,17 +41,14 @@ def pyramid(image, smallest):
         levels.append(((blocks + 2) // 4).astype(np.uint8))
     return levels
 
-
 def assert_alike(found, wanted, what):
     """Within what JPEG of quality 100 loses on a smooth picture."""
     assert found.shape == wanted.shape, f"{what}: {found.shape} for {wanted.shape}"
     off = np.abs(found.astype(int) - wanted)
     assert off.max() <= 5 and off.mean() < 1, f"{what}: off by {off.max()}, {off.mean():.2f} on average"
 
-
 def files(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-
 
 @pytest.fixture
 def viewer(tmp_path):
@@ -62,7 +56,6 @@ def viewer(tmp_path):
     path.parent.mkdir()
     path.write_text("function OpenSeadragon(e) {}")
     return path
-
 
 # ----- 1. Levels -----
 
@@ -81,7 +74,6 @@ def test_levels_are_those_of_the_whole_image(h, w, tile, heights):
         assert all(len(r) == tile for r in rows[level][:-1]) and len(rows[level][-1]) <= tile
         assert np.array_equal(np.concatenate(rows[level]), x), f"level {level}"
 
-
 def test_memory_does_not_grow_with_the_image(tmp_path):
     w, tile = 640, 64
     row, peaks = 3 * w * tile, []
@@ -92,7 +84,6 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 8 * row < 3 * w * 3200 / 6 and peaks[1] < peaks[0] + 3 * row, f"{peaks}, a row of tiles: {row}"
-
 
 # ----- 2. Pyramid TIFF -----
 
@@ -113,7 +104,6 @@ def test_tiff_by_pillow(tmp_path, monkeypatch, h, w, tile, big):
             assert 1e4 / float(f.tag_v2[282]) == pytest.approx(0.2527 * 2**k, rel=1e-6) == 1e4 / float(f.tag_v2[283])
             assert_alike(np.asarray(f.convert("RGB")), want, f"level {k}")
 
-
 def test_tiles_are_whole_jpeg_files_of_full_chroma(tmp_path):
     """What openslide's own decoder gets. The part beyond the image repeats its edge: black there would ring inside."""
     image, path = picture(40, 50), tmp_path / "x.tif"
@@ -129,7 +119,6 @@ def test_tiles_are_whole_jpeg_files_of_full_chroma(tmp_path):
         assert_alike(np.asarray(tile), padded[i:i + 32, j:j + 32], f"tile {k}")
     write_tiff(tmp_path / "y.tif", [image], (40, 50), 32, 30)
     assert (tmp_path / "y.tif").stat().st_size < path.stat().st_size           # its quality counts
-
 
 @pytest.mark.parametrize("big", [False, True], ids=["classic", "big"])
 def test_what_lenient_readers_do_not_notice(tmp_path, monkeypatch, big):
@@ -151,7 +140,6 @@ def test_what_lenient_readers_do_not_notice(tmp_path, monkeypatch, big):
     assert all(value % 2 == 0 for _, kind, count, value in found if count * size[kind] > (8 if big else 4))
     assert {f[0]: f[1:3] for f in found}[324] == (16 if big else 4, 4)
 
-
 @pytest.mark.parametrize("bound", [0, writers.CLASSIC], ids=["big", "classic"])
 def test_tiff_by_openslide(tmp_path, monkeypatch, bound):
     openslide = pytest.importorskip("openslide", reason="pip install openslide-python openslide-bin enables this")
@@ -168,7 +156,6 @@ def test_tiff_by_openslide(tmp_path, monkeypatch, bound):
                 found = np.asarray(f.read_region((0, 0), k, want.shape[1::-1]))  # (h,w,4)
                 assert_alike(found[..., :3], want, f"{h} x {w}, level {k}")
                 assert (found[..., 3] == 255).all()
-
 
 # ----- 3. DeepZoom -----
 
@@ -195,7 +182,6 @@ def test_deepzoom(tmp_path, viewer, h, w, tile):
     assert files(folder) == sorted(names)
     assert os.listdir(folder.parent) == ["slide"]                              # and no temporary name
 
-
 def test_page_needs_no_network_and_no_server(tmp_path, viewer, monkeypatch):
     """Its viewer must be there before any work, beside the program or where --viewer says."""
     def strips():
@@ -218,7 +204,6 @@ def test_page_needs_no_network_and_no_server(tmp_path, viewer, monkeypatch):
     assert "showNavigationControl: false" in page                              # its buttons are pictures we do not have
     assert 'drawer: "canvas"' in page                                          # WebGL shows nothing from file://
 
-
 def test_only_our_own_folder_is_replaced(tmp_path, viewer):
     def write(h):
         write_deepzoom(tmp_path / "x", [picture(h, 50)], (h, 50), 16, viewer=viewer)
@@ -240,7 +225,6 @@ def test_only_our_own_folder_is_replaced(tmp_path, viewer):
     with pytest.raises(UserError, match="folder: .*another name"):
         write_deepzoom(tmp_path / "file", [picture(9, 9)], (9, 9), viewer=viewer)
 
-
 # ----- 4. What goes wrong -----
 
 @pytest.fixture(params=["tiff", "deepzoom"])
@@ -252,9 +236,7 @@ def write(request, tmp_path, viewer):
         return write_deepzoom(path, strips, size, viewer=viewer, **options)
     return call
 
-
 GOOD = {"strips": [noise(30, 50)], "size": (30, 50), "tile": 16}
-
 
 @pytest.mark.parametrize("options, says", [
     ([noise(16, 50), noise(13, 50)], r"strips: they end after 29 rows, size=\(30, 50\) says 30: give size=\(height"),
@@ -277,14 +259,12 @@ def test_what_does_not_make_up_an_image(tmp_path, write, options, says, monkeypa
         write(**GOOD | (options if isinstance(options, dict) else {"strips": options}))
     assert sorted(os.listdir(tmp_path)) == ["downloads", "file"]
 
-
 def test_what_a_tiff_cannot_say(tmp_path):
     with pytest.raises(UserError, match="path: .* is a folder: give the name of a file"):
         write_tiff(tmp_path, **GOOD)
     for mpp in (0, -0.5, float("nan"), float("inf")):
         with pytest.raises(UserError, match="mpp=.*micrometres per pixel"):
             write_tiff(tmp_path / "x.tif", **GOOD, mpp=mpp)
-
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))], ids=repr)
 def test_an_interruption_leaves_what_was_there(tmp_path, write, error, monkeypatch):

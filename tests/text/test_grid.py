@@ -13,10 +13,8 @@ from diffusion import ZoomLDM
 from text import captions, grid
 from text.grid import GridDiT, GridModel, GridSizes, Regions, plane_table, vector_of
 
-
 def small(side=4, channels=2, vector=3):
     return GridModel(GridDiT(GridSizes(side * side, channels, 32, 1, 4, 64, 0, vector=vector)))
-
 
 # ----- 1. The network -----
 
@@ -39,7 +37,6 @@ def test_everything_told_is_heard():
     with pytest.raises(UserError, match="fill a square"):
         GridDiT(GridSizes(8, 4, 32, 2, 4, 64, 0))
 
-
 # ----- 2. Drawing -----
 
 def test_grid_is_stitched_and_unscaled():
@@ -55,7 +52,6 @@ def test_grid_is_stitched_and_unscaled():
     ends = made.grid(4, 6, steps=5)[:, :, [0, 1, 4, 5]]                  # only the first window, only the last
     assert_close(ends, block * 2 + 5, 1e-5)
 
-
 def test_grid_guidance():
     """x0_null + g (x0_v - x0_null). catches: the published w = g - 1; branches swapped."""
     made = stub(small(2), lambda x, t, told: torch.where(told[1][:, None, None], 3.0, 1.0).expand_as(x))
@@ -66,7 +62,6 @@ def test_grid_guidance():
         made.grid(2, 2, torch.ones(4))
     with pytest.raises(UserError, match="takes none"):
         small(2, 2, 0).grid(2, 2, torch.ones(4))
-
 
 def test_grid_holds_what_is_said():
     """The mean of the grid is what the vector says, scaled back; with half the spread it is half way. catches: the mean
@@ -88,7 +83,6 @@ def test_grid_holds_what_is_said():
     assert (a - b).abs().max() > 0.5                                        # or kept, all of it, as without a caption
     assert_close(made.grid(4, 4, torch.ones(3), steps=2, spread=1.0), made.grid(4, 4, steps=2), 1e-4)
 
-
 # ----- 3. Data -----
 
 def test_regions_are_places_of_the_slides(toy):
@@ -105,7 +99,6 @@ def test_regions_are_places_of_the_slides(toy):
     with pytest.raises(UserError, match="9 x 9"):
         Regions(pyramids, 9, 0)
 
-
 def test_regress(toy):
     """A vector that holds a region's mean embedding says it. catches: captions and regions paired wrongly; rows and
     columns swapped; another scaling than the tokens'."""
@@ -120,12 +113,10 @@ def test_regress(toy):
     says = grid.regress(aim @ mix, [captions.Caption("", "", (), 0, *at) for at in places], pyramids, made, 1e-9)
     assert_close(aim @ mix @ says, aim, 0.02)
 
-
 # ----- 4. Training -----
 
 def told(folder):
     return f"--captions={folder}/captions.tsv", f"--vectors={folder}/captions.safetensors"
-
 
 def test_train_resume_load(conditioned, tmp_path):
     """catches: noise that depends on the process; EMA not restored; a shift that is not kept."""
@@ -135,7 +126,6 @@ def test_train_resume_load(conditioned, tmp_path):
     assert made.shift == 5.0 and cdm.load_conditioner(conditioned, "grid", model).shift == 16.0
     assert made.grid(4, 4, torch.ones(3), steps=3).shape == (model.summarizer.cfg.embed_dim, 4, 4)
     assert made.std.min() > 0 and made.mean.abs().max() > 0 and made.says.any() and made.v_mean.any()
-
 
 def test_files_from_before(conditioned, tmp_path):
     """catches: a file refused for what it can lack, and a fault that goes unnoticed."""
@@ -148,7 +138,6 @@ def test_files_from_before(conditioned, tmp_path):
     save_tensors(tmp_path / "grid.safetensors", {k: v for k, v in state.items() if k != "mean"}, meta)
     with pytest.raises(UserError, match="holds no grid of ours"):
         cdm.load_conditioner(tmp_path, "grid", ZoomLDM.from_run(conditioned))
-
 
 def test_vector_of_a_caption(conditioned, tmp_path):
     """catches: a caption encoded by another encoder than the one the model was trained with."""
@@ -166,7 +155,6 @@ def test_vector_of_a_caption(conditioned, tmp_path):
     with pytest.raises(UserError, match="without captions"):
         vector_of(made, "mostly fat")
 
-
 # ----- 5. What is refused -----
 
 @pytest.mark.parametrize("arg, says", [
@@ -174,7 +162,6 @@ def test_vector_of_a_caption(conditioned, tmp_path):
 def test_bad_input(arg, says, run, tmp_path):
     with pytest.raises(UserError, match=says):
         go(new_home(run, tmp_path), "grid", arg)
-
 
 def test_grid_of_another_encoder_and_help(conditioned, capsys):
     """catches: tokens of an encoder that the run does not know; settings that only some know."""

@@ -19,13 +19,11 @@ from toy.tissue import TISSUES, toy_slide
 
 SMALL = ["--slides=2", "--test=1", "--size=128", "--patch=16", "--workers=1"]
 
-
 def base_tiles(image, side):
     """The base tiles (n,3,side,side) in [0,1] of a slide, row by row."""
     n = len(image) // side
     cut = image.reshape(n, side, n, side, 3).swapaxes(1, 2).reshape(n * n, side, side, 3)
     return torch.from_numpy(cut.copy()).movedim(-1, 1) / 255
-
 
 # ----- 1. Drawing -----
 
@@ -39,7 +37,6 @@ def test_toy_slide_is_a_function_of_its_seed():
         assert np.array_equal(a, b)
     assert not np.array_equal(image, toy_slide(4, 256)[0])
 
-
 def test_toy_slide_has_all_tissues_and_nuclei_where_they_say():
     share = np.mean([np.bincount(toy_slide(k, 512)[1].ravel(), minlength=4) / 128**2 for k in range(4)], 0)
     assert (share > 0.05).all(), share
@@ -50,11 +47,9 @@ def test_toy_slide_has_all_tissues_and_nuclei_where_they_say():
     assert image[y, x, 0][tumour].mean() < image[..., 0][whole == 2].mean() - 20  # nuclei are dark
     assert image[whole == 0].mean() > 230  # background is bright
 
-
 def test_preview(tmp_path, capsys):
     tissue.main([str(tmp_path / "a.png")])
     assert Image.open(tmp_path / "a.png").size == (1024, 1024) and "nuclei" in capsys.readouterr().out
-
 
 def test_labels_of_the_task_follow_the_structures(tmp_path):
     """Apart from the noise; both kinds occur in every slide, and neither alone tells the label."""
@@ -68,7 +63,6 @@ def test_labels_of_the_task_follow_the_structures(tmp_path):
     task.write_labels(tmp_path / "labels.csv", 10, 3, 512)
     assert (tmp_path / "labels.csv").read_text().splitlines() == ["case_id,slide_id,label"] + [
         f"patient_000{k // 2},train_000{k},{drawn[10 + k][2]}" for k in range(3)]
-
 
 def test_slides_of_the_task_show_the_structures():
     """catches: large nuclei in the wrong squares; another stain for the second slide of a patient."""
@@ -86,7 +80,6 @@ def test_slides_of_the_task_show_the_structures():
     same, another = (abs(tissue_colour[0] - other).max() for other in tissue_colour[1:])
     assert same < another
 
-
 # ----- 2. The command -----
 
 def test_deviations_come_from_training_tiles(tmp_path):
@@ -97,14 +90,12 @@ def test_deviations_come_from_training_tiles(tmp_path):
     want = Stats.fit(torch.from_numpy(t.copy()).movedim(-1, 1) / 255 for t in tiles)
     torch.testing.assert_close(torch.tensor(std), want, atol=1e-5, rtol=1e-4)
 
-
 def test_two_processes_draw_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "get_context", forkserver)  # spawned ones would import torch, in seconds
     for workers in (1, 2):
         data.main(["toy", f"--out={tmp_path / str(workers)}", *SMALL, f"--workers={workers}"])
     for file in (tmp_path / "1").iterdir():
         assert (tmp_path / "2" / file.name).read_bytes() == file.read_bytes()
-
 
 def test_an_encoder_of_your_own(tmp_path, monkeypatch):
     """A class in slides/encoders.py is all it takes."""
@@ -121,13 +112,11 @@ def test_an_encoder_of_your_own(tmp_path, monkeypatch):
     want = base_tiles(toy_slide(1, 128)[0], 16).mean((2, 3)).view(8, 8, 3)
     torch.testing.assert_close(p.tensor(1, "e").float(), want, atol=1e-3, rtol=0)
 
-
 # ----- 3. The descriptor -----
 
 def part(e, name):
     at = sum(list(PARTS.values())[:list(PARTS).index(name)])
     return e[:, at:at + PARTS[name]]
-
 
 @pytest.mark.parametrize("side", [16, 80])
 def test_any_multiple_of_16(side):
@@ -142,13 +131,11 @@ def test_any_multiple_of_16(side):
         with pytest.raises(UserError, match="multiples of 16"):
             Stats()(bad)
 
-
 def test_divides_by_the_training_deviation_without_centring():
     x, std = torch.rand(8, 3, 64, 64), torch.linspace(0.5, 2, Stats.embed_dim)
     torch.testing.assert_close(Stats(std.tolist())(x), Stats()(x) / std)
     torch.testing.assert_close(Stats.fit(x.split(4)), Stats()(x).std(0, correction=0).clamp_min(0.01))
     assert (Stats.fit([torch.ones(4, 3, 16, 16)]) == 0.01).all()  # never zero, nothing explodes
-
 
 def test_numbers_mean_what_they_are_called():
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
@@ -163,7 +150,6 @@ def test_numbers_mean_what_they_are_called():
     layout = part(e, "colour layout").view(2, 4, 4)
     assert (layout[0, 0] == 1).all() and layout.sum() == 4
 
-
 def labelled(seeds):
     """Descriptors (n,96), area shares (n,4) and nuclei counts (n,) of all tiles of some slides of 512 px."""
     e, share, count = [], [], []
@@ -175,7 +161,6 @@ def labelled(seeds):
         cell = (nuclei[:, 1] // 64).astype(int) * 8 + (nuclei[:, 0] // 64).astype(int)
         count.append(torch.from_numpy(np.bincount(cell, minlength=64)).float())
     return torch.cat(e), torch.cat(share), torch.cat(count)
-
 
 def test_one_nearest_neighbour_tells_tissue_and_density():
     """On the whole toy set (128 training, 24 test slides): tissue 99.9 %, terciles 82 %. Fewer neighbours here."""

@@ -4,7 +4,6 @@ import pytest
 from common import UserError
 from experiments import labels as claims
 
-
 @pytest.mark.slow
 def test_claims(task, tmp_path, capsys):
     """The experiments run and say what holds, at the smallest size."""

@@ -12,11 +12,9 @@ from test_style import CORE, FILES, ROOMS
 RUN = {name: name if "/" not in name else "-m " + name[:-3].replace("/", ".") for name, path in FILES.items()
        if re.search("^if __name__ == .__main__.", path.read_text(), re.M)}
 
-
 def ours():
     """Names of the loaded modules that are files of core and rooms."""
     return [name for name in sys.modules if name.split(".")[0] in (*CORE, *ROOMS)]
-
 
 @pytest.fixture
 def fresh(monkeypatch):
@@ -31,13 +29,11 @@ def fresh(monkeypatch):
     for name in ours():
         del sys.modules[name]
 
-
 @pytest.mark.parametrize("name, most", [("train", 8), ("sample_joint", 10)])
 def test_an_import_loads_what_it_needs(fresh, name, most):
     importlib.import_module(name)
     loaded = [n for n in ours() if getattr(sys.modules[n], "__file__", None)]
     assert name in loaded and len(loaded) <= most, loaded
-
 
 def test_without_the_rooms(fresh, tmp_path, monkeypatch):
     """Only the eleven files and toy/: toys, a training from nothing, a picture of it. catches: a door not behind an
@@ -50,7 +46,6 @@ def test_without_the_rooms(fresh, tmp_path, monkeypatch):
     train.main([*TINY, "--data=toys", "--out=run", "--steps=1", "--vae_steps=1"])
     sample_joint.main(["run", "--n=1", "--steps=1", "--scale=0", "--threads=1", "--out=pictures"])
     assert (tmp_path / "pictures" / "sheet.png").exists() and "toy.make" in sys.modules
-
 
 @pytest.mark.parametrize("name", RUN)
 def test_help(name, tmp_path, monkeypatch, capsys):

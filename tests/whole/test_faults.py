@@ -17,17 +17,14 @@ import train as loop
 from common import UserError, load_tensors, save_tensors, setup
 from train import Config
 
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The run that nothing happens to."""
     tiny(out := tmp_path_factory.mktemp("whole"))
     return out
 
-
 def log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
 
 def test_nothing_happens(whole):
     """It learns, sees every sample once, in order, and its log says how fast."""
@@ -37,7 +34,6 @@ def test_nothing_happens(whole):
     assert all(row["img_s"] > 0 for row in rows)
     assert sorted(p.name for p in whole.glob("state*")) == ["state.1.safetensors", "state.safetensors"]
     assert (step_of(whole / "state.safetensors"), step_of(whole / "state.1.safetensors")) == (STEPS, STEPS - 5)
-
 
 def test_sigkill(whole, tmp_path):
     """Twice, at any moment. Catches: a generator or an order that hangs on the start, a moment not saved."""
@@ -52,7 +48,6 @@ def test_sigkill(whole, tmp_path):
     assert same(whole / "state.safetensors", path) and seen(tmp_path) == seen(whole)
     assert [r | {"img_s": 0} for r in log(tmp_path)] == [r | {"img_s": 0} for r in log(whole)]
 
-
 def test_sigterm_to_all_processes_of_a_job(whole, tmp_path):
     """As clusters send it: also to the data loading process, which must not take the training with it."""
     path = tmp_path / "state.safetensors"
@@ -64,7 +59,6 @@ def test_sigterm_to_all_processes_of_a_job(whole, tmp_path):
     assert 5 <= step_of(path) < STEPS
     tiny(tmp_path)
     assert same(whole / "state.safetensors", path)
-
 
 def test_sigterm_to_one_of_two_ranks(whole, tmp_path):
     """Both stop after the same step, and one rank goes on where two were. Catches: ranks that wait for each other for
@@ -81,7 +75,6 @@ def test_sigterm_to_one_of_two_ranks(whole, tmp_path):
     for a, b in zip(log(whole)[-3:], log(tmp_path)[-3:], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=2e-6)
 
-
 def test_torchrun_restarts_what_a_killed_worker_stopped(whole, tmp_path):
     """The code of torchrun --max-restarts=1: two ranks, one of which is killed at step 12."""
     assert codes(start(tmp_path, by_launcher, tmp_path, 2, 1)) == [0], (tmp_path / "text").read_text()[-2000:]
@@ -89,7 +82,6 @@ def test_torchrun_restarts_what_a_killed_worker_stopped(whole, tmp_path):
     assert sum(line.startswith("11 ") for line in lines) == 4  # step 11 once in each life, of two ranks
     assert sum(line.startswith("9 ") for line in lines) == 2   # what was saved at 10 is not done again
     assert seen(tmp_path) == seen(whole) and close(whole / "state.safetensors", tmp_path / "state.safetensors", 1e-4)
-
 
 def test_full_disk(whole, tmp_path):
     """A limit on the size of files, so that the save at step 10 fails. The one of step 5 stays; one sentence."""
@@ -101,7 +93,6 @@ def test_full_disk(whole, tmp_path):
     assert step_of(tmp_path / "state.safetensors") == 5
     tiny(tmp_path)
     assert same(whole / "state.safetensors", tmp_path / "state.safetensors")
-
 
 @pytest.mark.parametrize("how", ["cut", "flip", "lost", "half"])
 def test_damaged_checkpoint(whole, tmp_path, how, capsys):
@@ -127,7 +118,6 @@ def test_damaged_checkpoint(whole, tmp_path, how, capsys):
     assert same(whole / "state.safetensors", path)
     assert same(whole / "state.1.safetensors", tmp_path / "state.1.safetensors")
 
-
 def test_every_flipped_bit_is_noticed(whole, tmp_path):
     """In the header as in the tensors; a whole file passes. And days of work are not begun again in silence."""
     path, rng = tmp_path / "state.safetensors", random.Random(0)
@@ -143,7 +133,6 @@ def test_every_flipped_bit_is_noticed(whole, tmp_path):
     with pytest.raises(UserError, match="no checkpoint is whole: .*state.saf.*state.1.*remove them to start afresh"):
         tiny(tmp_path)
 
-
 def test_checkpoints_from_before_checksums(whole, tmp_path):
     """They resume, unchecked."""
     tensors, meta = load_tensors(whole / "state.1.safetensors")
@@ -151,7 +140,6 @@ def test_checkpoints_from_before_checksums(whole, tmp_path):
     save_file(tensors, tmp_path / "state.safetensors", {"json": json.dumps(meta)})
     tiny(tmp_path)
     assert same(whole / "state.safetensors", tmp_path / "state.safetensors")
-
 
 def test_resuming_lets_go_of_the_file(tmp_path):
     """What training goes on with is no view of the checkpoint: wiping that changes nothing. Otherwise a checkpoint that
@@ -173,7 +161,6 @@ def test_resuming_lets_go_of_the_file(tmp_path):
         f.write(bytes(file.stat().st_size))
     assert len(then) == 2 + 2 + 6 and all(a.equal(b) for a, b in zip(then, tensors))
 
-
 def test_sample_that_is_not_finite_is_named(tmp_path):
     """Step 12, of samples 44 to 47; nothing of it is saved, and what stands resumes. Not indices within a batch."""
     with pytest.raises(UserError, match=r"the ldm loss is no longer finite at step 12, on samples 45, 47 of the data"):
@@ -183,13 +170,11 @@ def test_sample_that_is_not_finite_is_named(tmp_path):
     tiny(tmp_path / "good", norm=False)
     assert same(tmp_path / "good/state.safetensors", tmp_path / "state.safetensors")
 
-
 @pytest.mark.parametrize("how", [{"ranks": 2}, {"workers": 1}])
 def test_all_stop_where_a_sample_is_not_finite(tmp_path, how):
     """Both ranks name it; the data loading process, which hears no SIGTERM, does not keep the training from ending."""
     assert 2 in codes(start(tmp_path, tiny, tmp_path, bad=(47,), norm=False, **how))
     assert (tmp_path / "text").read_text().count("finite at step 12, on samples 47 of") == how.get("ranks", 1)
-
 
 def test_gradient_that_is_not_finite(tmp_path, monkeypatch):
     """The loss is finite, and a gradient names no sample: all of the step are named."""
@@ -204,7 +189,6 @@ def test_gradient_that_is_not_finite(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"gradient is no longer finite at step 7, on samples 24, 25, 26, 27 of"):
         tiny(tmp_path)
     assert step_of(tmp_path / "state.safetensors") == 5
-
 
 def test_what_names_file_and_option(tmp_path):
     """A foreign file, without any metadata; a batch that does not divide (cdm.py train has --batch alone)."""

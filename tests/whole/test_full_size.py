@@ -13,7 +13,6 @@ from zoom_vae import VQVAE
 pytestmark = pytest.mark.slow
 FULL = 1e-4  # allowed max|a-b| / max(1, max|b|)
 
-
 @torch.no_grad()
 def test_full_vae():
     vae, g = VQVAE.from_official(state_dict("full_vae_rule")), golden("full_vae_rule")[0]
@@ -28,7 +27,6 @@ def test_full_vae():
     assert_golden(vae.decode(g["out/quantized"]), "full_vae_rule", "decode", FULL)  # quantising twice changes nothing
     assert_golden(vae.decode(z, quantize=False), "full_vae_rule", "decode_no_quant", FULL)
 
-
 @torch.no_grad()
 def test_full_summarizer():
     net, g = Summarizer.from_official(state_dict("full_summarizer_rule")), golden("full_summarizer_rule")[0]
@@ -36,7 +34,6 @@ def test_full_summarizer():
     for grid in ("1x1", "2x2", "4x4", "8x8"):
         tokens, mask = pack(g[f"in/feat_{grid}"])
         assert_golden(net(tokens, mask, g[f"in/mag_{grid}"]), "full_summarizer_rule", f"tokens_{grid}", FULL)
-
 
 @torch.no_grad()
 def test_full_unet():
@@ -51,7 +48,6 @@ def test_full_unet():
     assert_golden(found[3], "full_unet_rule", "output_blocks_3", FULL)
     del unet
     gc.collect()
-
 
 @torch.no_grad()
 def test_full_cdm():

@@ -11,10 +11,8 @@ from training import start
 import data
 from slides import strips
 
-
 def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
 
 def test_killed_and_started_again(tmp_path, monkeypatch):
     """SIGKILL in the middle of six slides that a worker reads: it ends, and a second run without workers, a strip a

@@ -12,10 +12,8 @@ from sample_joint import Level, Resize, sample_levels
 S, D = Schedule(), torch.float64
 CASES = {"s1": {"fade": True}, "s2": {}, "x0": {"fade": True}, "x0+proxy": {}, "one window": {"side": 8}}
 
-
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=D)
-
 
 def place_aware(seen):
     """An eps that looks at neighbours and at its place, and remembers which windows it was asked about. One window at a
@@ -29,11 +27,9 @@ def place_aware(seen):
         return (z - ab.sqrt() * 0.3 * torch.cat(mixed)) * (1 - ab).sqrt() / (ab * 0.25 + 1 - ab)
     return eps
 
-
 def shades(z):
     """A decoder whose windows differ in tone, as GroupNorm makes them."""
     return z + 0.5 * z.mean((1, 2, 3), keepdim=True)
-
 
 def every_case():
     """out: {name: latents, and the corners this process was asked about}."""
@@ -47,12 +43,10 @@ def every_case():
         out |= {name: level.z, f"{name}, corners": torch.tensor(seen)}
     return out
 
-
 def on_rank(folder):
     ranks = setup("cpu", False, 1)
     save_tensors(f"{folder}/{ranks.rank}.safetensors", every_case())
     ranks.leave()
-
 
 def test_two_ranks_equal_one(tmp_path):
     """Every rank gets the whole canvas, and asks about its own half of the windows alone; one window is drawn by both.

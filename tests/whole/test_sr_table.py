@@ -8,7 +8,6 @@ from diffusion import ZoomLDM
 from experiments import sr
 from large import proxy as proxies
 
-
 def test_commands_of_the_table(ready, toy, capsys):
     fast = [str(ready), f"--data={toy}", "--n=1", "--steps=1", "--invert_steps=1", "--device=cpu", "--threads=0"]
     proxy = proxies.Proxy(4)

@@ -16,10 +16,8 @@ from diffusion import ZoomLDM
 from experiments.workshop import CNNSummarizer
 from unet import UNet, UNetConfig
 
-
 def log(out, stage="ldm"):
     return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["stage"] == stage]
-
 
 def test_run_with_the_cnn_summarizer(run, cnn, tmp_path):
     """What is exported are the averaged weights *and* statistics, and they draw as they are. Catches: statistics that
@@ -41,7 +39,6 @@ def test_run_with_the_cnn_summarizer(run, cnn, tmp_path):
         sample_joint.main([str(cnn), "--n=2", "--scale=1", "--steps=2", f"--out={tmp_path / out}", "--device=cpu"])
     assert (tmp_path / "a/sheet.png").read_bytes() == (tmp_path / "b/sheet.png").read_bytes()
     assert same(cnn / "vae.safetensors", run / "vae.safetensors")
-
 
 @pytest.mark.parametrize("kind, deaths", [("transformer", (5, 15)), ("cnn", (5,))])
 def test_interrupted_run_ends_bit_identical(toy, run, cnn, kind, deaths, tmp_path, monkeypatch):
@@ -67,7 +64,6 @@ def test_interrupted_run_ends_bit_identical(toy, run, cnn, kind, deaths, tmp_pat
     for stage in ("vae", "ldm")[bool(more):]:
         assert [r["loss"] for r in log(tmp_path, stage)] == [r["loss"] for r in log(whole, stage)]
 
-
 def test_two_ranks_equal_one(toy, run, cnn, tmp_path):
     """The global batch, its noise and its order do not depend on the number of ranks; nor do the statistics of a batch
     on who holds its samples. Reached here: 1e-5. Catches: statistics per rank (off by 0.03), gradients that stop at the
@@ -81,12 +77,10 @@ def test_two_ranks_equal_one(toy, run, cnn, tmp_path):
     off = max((one[name] - two[name]).abs().max() for name in one if "summarizer" in name)
     assert off < 1e-4
 
-
 def test_accumulation_equals_one_pass(toy, run, tmp_path):
     quick([*TINY, f"--data={toy}", f"--out={tmp_path}", "--micro=2", vae_of(run, tmp_path)])
     for a, b in zip(log(run), log(tmp_path)):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-5)
-
 
 def test_one_scale_alone_and_without_averaging(toy, run, tmp_path):
     more = ["--only_scale=1", "--ema=0", "--steps=1", vae_of(run, tmp_path)]
@@ -95,7 +89,6 @@ def test_one_scale_alone_and_without_averaging(toy, run, tmp_path):
     assert by_scale[0] is None and by_scale[2] is None and by_scale[1]
     model, raw = ZoomLDM.from_run(tmp_path), load_tensors(tmp_path / "state.safetensors")[0]
     assert torch.equal(model.unet.conv_out.weight, raw["net.unet.conv_out.weight"])
-
 
 def test_patches_depend_on_the_seed_alone(run, tmp_path):
     """And not on the batch they are drawn in."""
@@ -107,7 +100,6 @@ def test_patches_depend_on_the_seed_alone(run, tmp_path):
         a, b, c = (np.asarray(Image.open(tmp_path / n / name), int) for n in "abc")
         assert abs(a - b).max() <= 1 < abs(a - c).max(), name
 
-
 def test_evaluation_table(run, tmp_path, capsys):
     sample_joint.main([str(run), "--eval", "--n=8", "--steps=1", f"--out={tmp_path}", "--device=cpu"])
     text = capsys.readouterr().out
@@ -115,7 +107,6 @@ def test_evaluation_table(run, tmp_path, capsys):
     rows = json.loads((tmp_path / "eval.json").read_text())["rows"]
     assert "scale 2 left out: 2 test" in text
     assert [r["scale"] for r in rows] == [0, 1] and all(-1 <= r["layout"] <= 1 for r in rows)
-
 
 def test_unfinished_toys_are_finished_and_no_steps_train_the_vae_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -131,13 +122,11 @@ def test_unfinished_toys_are_finished_and_no_steps_train_the_vae_alone(tmp_path,
     assert len(data.Pyramids("data/smoke").names("train")) == 8
     assert (tmp_path / "run/vae.safetensors").exists() and not (tmp_path / "run/ema.safetensors").exists()
 
-
 def test_plot_draws_the_log(run):
     pytest.importorskip("matplotlib")
     from experiments import plot
     plot.main([str(run)])
     assert (run / "log.png").stat().st_size > 10_000
-
 
 def small_unet(**more):
     """A tiny U-Net of all kinds of layers that hears its condition, and a batch for it."""
@@ -145,7 +134,6 @@ def small_unet(**more):
     for p in net.parameters():
         torch.nn.init.normal_(p, 0, 0.1)
     return net, (torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 65, 32))
-
 
 def test_unet_compiles_as_one_graph():
     """No graph break, forward and backward, and the same values. Catches: a branch on a tensor, a print, an .item()."""
@@ -156,7 +144,6 @@ def test_unet_compiles_as_one_graph():
     whole(*batch).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
     torch._dynamo.reset()
-
 
 def test_checkpointed_activations_give_equal_gradients():
     """Bit for bit, with fewer activations kept. Catches: a stage that is run twice with another input."""
