@@ -179,7 +179,7 @@ class Level:
         eps = self.canvas.average(windows)
         return to_x0(eps, z, ab, "eps"), eps
 
-    def Dec(self, z):  # (1,C,H,W) -> (1,3,k H,k W)
+    def Dec(self, z):  # (1,C,H,W) -> (1,3,k H,k W); the finished canvas: large/windows.py::decode_strips, no seams
         return self.canvas.average(lambda ij: self.decode(self.canvas.cut(z, ij)).to(z.dtype))
     def Enc(self, x):  # (1,3,k H,k W) -> (1,C,H,W)
         return self.canvas.average(lambda ij: self.encode(self.canvas.cut(x, ij)).to(x.dtype))

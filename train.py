@@ -160,7 +160,7 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
     """Train `net`, or go on from out/{name}state.safetensors. out: the steps done, the averaged weights (raw,
     if ema_decay is 0). SIGTERM saves, and exits with 0. raises: UserError if a loss is not finite."""
     optim, loop, state_file = cfg.optim, cfg.loop, Path(cfg.out, f"{name}state.safetensors")
-    places, micro = own_places(name, cfg, batch, ranks)
+    places, micro = own_places(name, cfg, batch, ranks)     # which part of each global batch this rank takes
     net = net.to(ranks.device).train()
     ema = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema_decay else None
     params = [p for p in net.parameters() if p.requires_grad]

@@ -69,6 +69,9 @@ def test_files_options_and_targets_exist():
         assert file in FILES, file
     for option in set(re.findall(r"`--([a-z_A-Z.]+)", TEXT)) - {"key"}:
         assert option.split(".")[0] in OPTIONS, option
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for test in set(re.findall(r"`(test_\w+)`", TEXT)):
+        assert f"def {test}(" in tests, test
     for target in set(re.findall(r"^make (\w+)", TEXT, re.M)):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
 

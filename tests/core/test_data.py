@@ -84,6 +84,16 @@ def test_files_follow_the_format(folder):
         pooled = t["e"].float().view(8, 2, 8, 2, 96).mean((1, 3))
         torch.testing.assert_close(t["p4"][0].float(), pooled, atol=1e-7, rtol=5e-4)  # half's rounding
 
+def test_pooled_grids_on_disk_are_nearly_those_of_sampling(folder):
+    """Files hold block means rounded to float16, sampling pools in float32 (docs/differences.md)."""
+    p = Pyramids(folder)
+    stored = torch.stack([p.read(k, 4, 0, ("e",))["e"] for k in range(5)])              # (5,96,8,8)
+    exact = torch.stack([p.tensor(k, "e").float().permute(2, 0, 1) for k in range(5)])  # (5,96,16,16)
+    off = standardize(stored) - standardize(exact)
+    rms, largest = off.square().mean().sqrt(), off.abs().max()
+    print(f"pooled in float16 and in float32: root mean square {rms:.1e}, largest difference {largest:.1e}")
+    assert 0 < largest < 5e-3 and rms < 5e-4, (largest, rms)
+
 # ----- 2. Reading -----
 
 def test_read_takes_the_block_under_the_patch(folder):
