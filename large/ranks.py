@@ -21,6 +21,7 @@ class RankCanvas(Canvas):
 
     def share(self, total):
         if self.shared:
+            total = total.contiguous()  # gloo (PyTorch 2.13) takes a view's numbers to lie side by side
             dist.all_reduce(total)
         return total
 

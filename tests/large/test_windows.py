@@ -1,16 +1,19 @@
 """A trained model behind windows: decoding without a seam, conditions anywhere, keys and values, levels."""
 import math
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from rule import assert_close
 
 from common import Ranks
 from data import Pyramids
 from large import windows as module
 from large.command import pixels, usual_overlap
+from large.ranks import RankCanvas
 from large.windows import Grid, WindowEps, contexts, decode_strips, prepare, sides, slerp
 from sample_joint import Canvas, starts
 from summarizer import standardize
@@ -90,6 +93,14 @@ def test_decoding_in_strips(model, monkeypatch):
         whole = ((real(z).clamp(-1, 1) + 1) * 127.5)[0].movedim(0, -1).numpy()
     image = np.concatenate(strips)
     assert image.shape == whole.shape and np.corrcoef(image.ravel(), whole.ravel())[0, 1] > 0.9
+
+def test_views_are_summed_as_they_look(monkeypatch):
+    """gloo takes the numbers of a view to lie side by side. Catches: a column of a canvas given to it as it is."""
+    monkeypatch.setattr(dist, "all_reduce", lambda x: torch.as_strided(x, (x.numel(),), (1,)).mul_(2))
+    plane = torch.arange(6.0).view(2, 3)
+    canvas = SimpleNamespace(shared=True)
+    assert torch.equal(RankCanvas.share(canvas, plane[:, 1]), torch.tensor([2.0, 8.0]))
+    assert RankCanvas.share(canvas, plane) is plane and plane[1, 2] == 10
 
 # ----- 2. Conditions -----
 
