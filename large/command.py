@@ -69,27 +69,23 @@ class Progress:
     """Show how far it is, and keep the latents every minute, so that the same command goes on after an interruption.
     Attributes: done, steps that were drawn before."""
 
-    def __init__(self, levels, cfg, model, condition, proxy, path, ranks):
-        self.levels, self.path, self.ranks, self.saved = levels, path, ranks, time.monotonic()
+    def __init__(self, levels, cfg, model, condition, proxy, path, ranks, steps):
+        self.path, self.ranks, self.saved, self.done = path, ranks, time.monotonic(), 0
         mark = {k: v for k, v in asdict(cfg).items() if k not in HOW}
         mark["networks"] = [proxies.fingerprint(model), fingerprint(proxy) if proxy else ""]
         mark["grid"] = crc32(condition.e.cpu().numpy().tobytes()) if isinstance(condition, Grid) else 0
-        self.mark, self.done = json.loads(json.dumps(mark)), 0
+        self.mark = json.loads(json.dumps(mark))
         if path is not None and path.exists():
-            self.load()
-        total = len(ddim_timesteps(model.schedule.T, cfg.steps))
-        self.bar = tqdm(total=total, initial=self.done, desc=cfg.method, disable=ranks.rank > 0)
-
-    def load(self):
-        try:
-            state, meta = load_tensors(self.path)
-        except UserError as err:
-            raise UserError(f"{err}; to draw from the start, remove it") from err
-        if meta.get("settings") == self.mark:
-            self.done = meta["step"]
-            for k, level in enumerate(self.levels):
-                level.z = state[str(k)].to(level.z.device)
-            print(f"going on from step {self.done}, found in {self.path}")
+            try:
+                state, meta = load_tensors(path)
+            except UserError as err:
+                raise UserError(f"{err}; to draw from the start, remove it") from err
+            if meta.get("settings") == self.mark:
+                self.done = meta["step"]
+                for k, level in enumerate(levels):
+                    level.z = state[str(k)].to(level.z.device)
+                print(f"going on from step {self.done}, found in {path}")
+        self.bar = tqdm(total=steps, initial=self.done, desc=cfg.method, disable=ranks.rank > 0)
 
     def __call__(self, n, t, levels):
         self.bar.update()
@@ -123,7 +119,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
         size, scales, overlap, options["fade"] = baselines.layout(cfg, scales, window, overlap)
     levels = prepare(model, condition, size, scales, overlap, proxy=proxy, **options)
     timesteps = ddim_timesteps(model.schedule.T, cfg.steps)
-    progress = Progress(levels, cfg, model, condition, proxy, resume, ranks)
+    progress = Progress(levels, cfg, model, condition, proxy, resume, ranks, len(timesteps))
     first, last = lams(cfg)
     first += (last - first) * progress.done / max(len(timesteps) - 1, 1)
     with enough_memory(), ranks.autocast():
@@ -156,16 +152,6 @@ def picture(model, z, ranks):
 def decoded(model, z, ranks):
     """The whole decoded canvas as it would be written, (1,3,H,W) in [-1,1]."""
     return torch.from_numpy(picture(model, z, ranks)).movedim(-1, 0)[None] / 127.5 - 1
-
-def write(cfg, out, strips, size):
-    """Write strips (h,W,3) uint8 of an image of size (H,W) as the name of `out` says."""
-    from slides.writers import write_deepzoom, write_tiff
-    if out.suffix == ".png":
-        save_png(out, np.concatenate(list(strips)))
-    elif out.suffix == ".dzi":
-        write_deepzoom(out.with_suffix(""), strips, size, viewer=cfg.viewer or None, title=out.stem)
-    else:
-        write_tiff(out, strips, size, mpp=cfg.mpp or None)
 
 # ----- 3. The command -----
 
@@ -207,20 +193,22 @@ def main(argv):
     data = cfg.data or model.info.get("data", "")
     needed = cfg.data or not cfg.reference and cfg.condition == "reference"
     pyramids = S.known_data(model, data) if needed or (Path(data) / "index.json").is_file() else None
-    draw(model, pyramids, cfg, ranks, run)
-
-def draw(model, pyramids, cfg, ranks, run):
-    """Draw one large image and write it, and the coarse views it was drawn with, beside it."""
-    out, fine, factor = Path(cfg.out), max(cfg.scale, 0), model.vae.factor
+    fine, factor = max(cfg.scale, 0), model.vae.factor
     scales = [*sorted(cfg.context, reverse=True), fine]
-    h, w = sides(cfg.size, scales, model.info["patch"], factor, model.summarizer.cfg.scales)[-1]
-    size = h * factor, w * factor
+    latents = sides(cfg.size, scales, model.info["patch"], factor, model.summarizer.cfg.scales)[-1]
+    size = tuple(n * factor for n in latents)
     need = tuple(math.ceil(n * 2 ** fine / model.info["patch"]) for n in size)
     grid, proxy = load_grid(cfg, model, pyramids, need), None
     if cfg.method == "joint" and "proxy" in cfg.guide:
         proxy = proxies.load(run, model, pyramids, ranks)
     if ranks.rank == 0:
-        print(f"drawing {size[0]} x {size[1]} pixels, scales {scales}, writing {out}")
+        print(f"drawing {size[0]} x {size[1]} pixels, scales {scales}, writing {cfg.out}")
+    draw(model, grid, cfg, ranks, proxy, size)
+
+def draw(model, grid, cfg, ranks, proxy, size):
+    """Draw one large image of size (H,W) and write it, and the coarse views it was drawn with, beside it."""
+    from slides.writers import write_deepzoom, write_tiff
+    out, fine = Path(cfg.out), max(cfg.scale, 0)
     resume = out.with_name(f".{out.name}.partial.safetensors")
     levels, scales = draw_large(model, grid, cfg, ranks, proxy, resume)
     if ranks.rank > 0:
@@ -229,7 +217,12 @@ def draw(model, pyramids, cfg, ranks, run):
     if scales[-1] != fine:   # --method=bicubic
         up = S.Resize(2 ** (scales[0] - fine)).up(decoded(model, levels[0].z, ranks)).clamp(-1, 1)
         strips = iter([to_uint8(up)[0].numpy()])
-    write(cfg, out, strips, size)
+    if out.suffix == ".png":
+        save_png(out, np.concatenate(list(strips)))
+    elif out.suffix == ".dzi":
+        write_deepzoom(out.with_suffix(""), strips, size, viewer=cfg.viewer or None, title=out.stem)
+    else:
+        write_tiff(out, strips, size, mpp=cfg.mpp or None)
     views = [f"{out.stem}_scale{s}.png" for s in scales if s != fine]
     for name, level in zip(views, levels):
         save_png(out.with_name(name), picture(model, level.z, ranks))

@@ -18,14 +18,11 @@ from data import Pyramids
 from diffusion import ZoomLDM
 from invert import invert, paint, patch_of, project, super_resolve, to_tiles
 from large import proxy as proxies
-from large.command import Settings
-from large.reference import load_grid
 from large.windows import Grid
 from sample_joint import GUIDES, Resize
 from slides.encoders import FREE, load_encoder
 
-# of pixels that are read
-MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "I", "I;16", "I;16B")
+MODES = "RGB RGBA RGBX L LA P PA 1 CMYK YCbCr I I;16 I;16B".split()  # of pixels that are read
 
 @dataclass
 class Config:
@@ -35,8 +32,6 @@ class Config:
     scale: int = -1            # its scale: 0 = finest the run knows, each +1 half the resolution
     sr: int = 0                # how many times larger, a power of 2; 0 = down to scale 0, 1 = not at all
     out: str = ""              # folder; default RUN/invert
-    condition: str = "infer"   # from the image; gt: from --reference; null: none, the constraint alone
-    reference: str = ""        # for gt: the true fine image, or its grid of embeddings (.safetensors)
     variations: int = 0        # images to draw at the same scale from the same conditions, and their cells at scale 0
     back_project: bool = True  # end with the nearest image whose reduction is exactly the input
     start: str = ""            # of the inference: enlarged or noise (as published); see invert.beginning
@@ -106,12 +101,7 @@ def check(cfg, known):
     if factor not in [2 ** n for n in range(cfg.scale + 1)]:
         raise UserError(f"--sr={cfg.sr}: from --scale={cfg.scale} give a power of 2 up to {2 ** cfg.scale}")
     at_least(cfg, steps=1, invert_steps=1, batch=1, seed=0, variations=0)
-    one_of(cfg, A=("bicubic", "box"), condition=("infer", "gt", "null"), guide=GUIDES)
-    if (cfg.condition == "gt") != bool(cfg.reference) or cfg.condition == "null" and cfg.variations:
-        raise UserError("--condition=gt needs --reference=FILE, the true fine image or its embeddings, and nothing "
-                        "else does; --condition=null has nothing to draw --variations from")
-    if cfg.condition == "null" and factor == 1:
-        raise UserError("--sr=1 --condition=null leaves nothing to draw: take --sr=2 or more")
+    one_of(cfg, A=("bicubic", "box"), guide=GUIDES)
     return cfg.scale - factor.bit_length() + 1
 
 # ----- 2. Drawing -----
@@ -123,42 +113,16 @@ def agreement(x, y, kind="bicubic"):
     A = Resize(x.shape[-1] // y.shape[-1], kind)
     return psnr(A.down(rounded.double()), y.double())
 
-def conditions(cfg, model, x, P, ranks):
-    """Embeddings (E,Gh,Gw) of the base tiles under the image; None for --condition=null."""
-    s = cfg.scale
-    if cfg.condition == "infer":
-        with ranks.autocast():
-            return invert(model, to_tiles(x, s, P), s, cfg.invert_steps, cfg.seed, cfg.batch, cfg.start).cpu()
-    if cfg.condition == "null":
-        return None
-    cells = tuple(math.ceil(n * 2 ** s / P) for n in x.shape[1:])
-    return load_grid(Settings(run=cfg.run, reference=cfg.reference), model, None, cells).e
-
-def find_proxy(cfg, folder, model, ranks):
-    """The proxy network that --guide asks for, fitted if there is none yet."""
-    data = cfg.data or model.info.get("data", "")
-    known = cfg.data or (Path(data) / "index.json").is_file()  # asked for only if the proxy must be fitted
-    pyramids = Pyramids(data, std=model.info.get("std")) if known else None
-    return proxies.load(folder, model, pyramids, ranks)
-
-def vary(cfg, model, x, e, P, ranks):
-    """Images of the same conditions, and below every cell a fine patch of its own: [(1,3,h,w), (1,3,P Gh,P Gw)]."""
-    h, w = x.shape[1:]
-    side = to_tiles(x, cfg.scale, P).shape[1:]
-    fine = [P * math.ceil(n * 2 ** cfg.scale / P) for n in (h, w)]
-    how, out = dict(guidance=cfg.guidance, patch=P, steps=cfg.steps, batch=8 * cfg.batch), []
-    with ranks.autocast():
-        for n in range(cfg.variations):
-            image = paint(model, Grid(e), side, cfg.scale, seed=cfg.seed + n, **how)[..., :h, :w]
-            out.append((image, paint(model, Grid(e), fine, 0, seed=cfg.seed + n, overlap=0, **how)))
+def vary(cfg, model, x, e, P):
+    """{file: image}: images of the same conditions (1,3,h,w), and of their cells, a fine patch each (1,3,P Gh,P Gw)."""
+    (h, w), s, out = x.shape[1:], cfg.scale, {}
+    side = to_tiles(x, s, P).shape[1:]
+    fine = [P * math.ceil(n * 2 ** s / P) for n in (h, w)]
+    for n in range(cfg.variations):
+        how = dict(guidance=cfg.guidance, patch=P, steps=cfg.steps, batch=8 * cfg.batch, seed=cfg.seed + n)
+        out[f"variation_{n}.png"] = paint(model, Grid(e), side, s, **how)[..., :h, :w]
+        out[f"cells_{n}.png"] = paint(model, Grid(e), fine, 0, overlap=0, **how)
     return out
-
-def write_variations(out, varied):
-    """Write images, and their cells. out: names of files."""
-    for n, pair in enumerate(varied):
-        for name, image in zip(("variation", "cells"), pair):
-            save_png(out / f"{name}_{n}.png", to_uint8(image[0]).numpy())
-    return [f"{name}_{n}.png" for name in ("variation", "cells") for n in range(len(varied))]
 
 def write_enlarged(cfg, out, x, sr):
     """Write the finer image sr (3,H,W), and beside it the input, enlarged in the usual ways. out: names of files."""
@@ -185,21 +149,25 @@ def main(argv):
     (h, w), P = x.shape[1:], patch_of(model, x)
     if min(h, w) < P and ranks.rank == 0:
         print(f"{cfg.image}, {w} x {h} pixels, is smaller than a tile of {P}: reflect-padded, and cut again in the end")
-    proxy = find_proxy(cfg, folder, model, ranks) if target < s and "proxy" in cfg.guide else None
-    e, sr = conditions(cfg, model, x, P, ranks), None
-    varied = vary(cfg, model, x, e, P, ranks)
-    if target < s:
-        with ranks.autocast():
-            sr = super_resolve(model, x[None], s, None if e is None else e[None], target, cfg.A, cfg.sr_guidance,
-                               seed=cfg.seed, guide=cfg.guide, lam=cfg.lam, proxy=proxy, steps=cfg.steps,
-                               batch=8 * cfg.batch)[0]
+    proxy = sr = None
+    if target < s and "proxy" in cfg.guide:
+        data = cfg.data or model.info.get("data", "")
+        known = cfg.data or (Path(data) / "index.json").is_file()  # asked for only if the proxy must be fitted
+        pyramids = Pyramids(data, std=model.info.get("std")) if known else None
+        proxy = proxies.load(folder, model, pyramids, ranks)
+    with ranks.autocast():
+        e = invert(model, to_tiles(x, s, P), s, cfg.invert_steps, cfg.seed, cfg.batch, cfg.start).cpu()
+        varied = vary(cfg, model, x, e, P)
+        if target < s:
+            sr = super_resolve(model, x[None], s, e[None], target, cfg.A, cfg.sr_guidance, seed=cfg.seed,
+                               guide=cfg.guide, lam=cfg.lam, proxy=proxy, steps=cfg.steps, batch=8 * cfg.batch)[0]
     if ranks.rank == 0:
-        written = []
-        if e is not None:
-            save_tensors(out / "e.safetensors", {"e": e.movedim(0, -1)}, {"image": cfg.image, "scale": s})
-            written.append("e.safetensors")
-        written += write_enlarged(cfg, out, x, sr) if sr is not None else []
-        written += write_variations(out, varied)
+        save_tensors(out / "e.safetensors", {"e": e.movedim(0, -1)}, {"image": cfg.image, "scale": s})
+        written = ["e.safetensors", *varied]
+        for name, image in varied.items():
+            save_png(out / name, to_uint8(image[0]).numpy())
+        if sr is not None:
+            written += write_enlarged(cfg, out, x, sr)
         print(f"wrote {out}: {', '.join(written)}")
     ranks.barrier()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from common import UserError, generator, load_tensors, save_tensors
@@ -44,12 +44,12 @@ class Proxy(nn.Module):
 
 def guide(level, z, t, ab, K, lam, delta, zeta):
     """See sample_joint.guide_x0_by_proxy. Without a proxy the decoder itself is differentiated. out: z, z0_hat, eps."""
-    image, smaller, factor = level.decode, 1, level.A.factor
+    image, smaller, A, y = level.decode, 1, level.A, level.target
     if level.proxy is not None:
         image, smaller = level.proxy, level.proxy.factor
-    # the proxy's image may be smaller than the target: then both are compared at its size
-    y = Resize(max(smaller // factor, 1), level.A.kind).down(level.target)
-    small = replace(level, decode=image, A=Resize(max(factor // smaller, 1), level.A.kind), target=y)
+    if smaller > A.factor:  # the proxy's image is smaller than the target: both are compared at its size
+        y = Resize(smaller // A.factor, A.kind).down(y)
+    small = replace(level, decode=image, A=Resize(max(A.factor // smaller, 1), A.kind), target=y)
     z0, _ = level.z0_hat(z, t, ab)
     for _ in range(K):
         with full_precision(z):
@@ -63,12 +63,11 @@ def guide(level, z, t, ab, K, lam, delta, zeta):
 def lesson(model, pyramids, split, n, guidance, seed, ranks):
     """What a sampler would ask: estimates z0_hat (n,3,h,w) from latents noised to random t, and what the decoder
     makes of them, reduced (n,3,h,w). All scales in turn."""
-    data, A = PatchDataset(pyramids, split, seed, want=("x",)), Resize(model.vae.factor)
-    z, x = [], []
-    for k in range(0, n, 32):
-        items = default_collate([data[i] for i in range(k, min(k + 32, n))])
+    patches = Subset(PatchDataset(pyramids, split, seed, want=("x",)), range(n))
+    A, z, x = Resize(model.vae.factor), [], []
+    for k, items in enumerate(DataLoader(patches, 32)):
         image, tokens, mask, s = (items[name].to(ranks.device) for name in ("x", "tokens", "mask", "s"))
-        rng = generator(seed, k)
+        rng = generator(seed, 32 * k)
         with ranks.autocast():
             z0 = model.encode(image).float()
             c = model.summarizer(tokens, mask, s).float()
@@ -82,9 +81,9 @@ def lesson(model, pyramids, split, n, guidance, seed, ranks):
         x.append(A.down(decoded))
     return torch.cat(z), torch.cat(x)
 
-def fit(model, pyramids, ranks, n=1024, steps=1200, batch=64, lr=3e-3, guidance=2.0):
+def fit(model, pyramids, ranks, n=1024, steps=1200, batch=64, lr=3e-3):
     """Fit a Proxy to the decoder of `model` on n estimates of training patches. deterministic."""
-    z, x = lesson(model, pyramids, "train", n, guidance, 1, ranks)
+    z, x = lesson(model, pyramids, "train", n, 2.0, 1, ranks)
     torch.manual_seed(0)
     proxy = Proxy(model.vae.factor).to(z.device)
     optimizer = torch.optim.AdamW(proxy.parameters(), lr)
@@ -93,18 +92,17 @@ def fit(model, pyramids, ranks, n=1024, steps=1200, batch=64, lr=3e-3, guidance=
         rng = generator(0, step)
         pick = torch.randint(len(z), (batch,), generator=rng).to(z.device)
         optimizer.zero_grad()
-        loss = F.mse_loss(proxy(z[pick]), x[pick])
-        loss.backward()
+        F.mse_loss(proxy(z[pick]), x[pick]).backward()
         optimizer.step()
     proxy.eval().requires_grad_(False)
-    few, columns = z[:256], []
-    for channel in torch.eye(3, device=z.device):                                       # one latent channel at a time
+    eye = torch.eye(3).to(z)
+    few, M = z[:256], eye.clone()
+    for k, channel in enumerate(eye):                                                   # one latent channel at a time
         moved = proxy(few + 0.05 * channel[:, None, None]) - proxy(few)
-        columns.append(moved.mean((0, 2, 3)) / 0.05)
-    M = torch.stack(columns, 1)
+        M[:, k] = moved.mean((0, 2, 3)) / 0.05
     # tissue has hardly more than two colours, so M is nearly singular: what it cannot do is not asked of it
-    damping = (0.2 * torch.linalg.matrix_norm(M, 2)) ** 2 * torch.eye(3).to(M)
-    proxy.inverse.copy_(torch.linalg.inv(M.T @ M + damping))
+    damping = (0.2 * torch.linalg.matrix_norm(M, 2)) ** 2
+    proxy.inverse.copy_(torch.linalg.inv(M.T @ M + damping * eye))
     return proxy
 
 def fingerprint(model):
@@ -114,10 +112,10 @@ def fingerprint(model):
 
 def load(folder, model, pyramids, ranks):
     """The proxy of a run, saved beside the model; fitted to `pyramids`, if there are any, where none fits the model."""
-    path = Path(folder) / "proxy.safetensors"
-    proxy = Proxy(model.vae.factor)
+    path, mine = Path(folder) / "proxy.safetensors", fingerprint(model)
     state, meta = load_tensors(path) if path.exists() else ({}, {"model": None})
-    if meta.get("model", fingerprint(model)) == fingerprint(model):
+    if meta.get("model", mine) == mine:
+        proxy = Proxy(model.vae.factor)
         try:
             proxy.load_state_dict(state)
         except RuntimeError as err:
@@ -128,7 +126,7 @@ def load(folder, model, pyramids, ranks):
                         f"what the run was trained on, or another --guide")
     proxy = fit(model, pyramids, ranks)
     if ranks.rank == 0:
-        save_tensors(path, proxy.state_dict(), {"model": fingerprint(model)})
+        save_tensors(path, proxy.state_dict(), {"model": mine})
         print(f"wrote {path}")
     ranks.barrier()
     return proxy

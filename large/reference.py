@@ -80,7 +80,7 @@ def load_grid(cfg, model, pyramids, need):
     """The `Grid` of conditions under the image, (rows, columns) = need, edited as --swap and --paste say. pyramids:
     the data of the run; a reference and an invented grid do without (None).
     raises: UserError if there are not as many tiles, or the embeddings have another width or are no numbers."""
-    name, whole = cfg.reference, False
+    name = cfg.reference
     if cfg.condition != "grid" and (cfg.caption or cfg.vector) or cfg.condition == "grid" and cfg.reference:
         raise UserError(f"--condition={cfg.condition}: --caption and --vector go with grid, --reference does not")
     if cfg.condition == "grid":
@@ -88,13 +88,10 @@ def load_grid(cfg, model, pyramids, need):
         made, name = load_conditioner(cfg.run, "grid", model), "the invented grid"
         v = vector_of(made, cfg.caption, cfg.vector)
         e = made.grid(*need, v, cfg.emphasis, cfg.seed, spread=cfg.spread).movedim(0, -1)
-    elif name.endswith(".safetensors"):
-        e, whole = from_file(cfg, model), True
-    elif name:
+    elif name and not name.endswith(".safetensors"):
         e = from_image(cfg, model, pyramids, need)
     else:
-        (e, name), whole = from_slide(cfg, pyramids), True
-    if whole:
+        e, name = (from_file(cfg, model), name) if name else from_slide(cfg, pyramids)
         inside(name, cfg, e.shape[:2], need)
         (i, j), (h, w) = cfg.at, need
         e = e[i:i + h, j:j + w]
@@ -104,18 +101,6 @@ def load_grid(cfg, model, pyramids, need):
     return Grid(edited(e, cfg))
 
 # ----- 2. Edits (L §3.2) -----
-
-def swapped(e, a, b):
-    """e (E,Gh,Gw) with the cells a and b, each (row, column), exchanged."""
-    out = e.clone()
-    out[:, a[0], a[1]], out[:, b[0], b[1]] = e[:, b[0], b[1]], e[:, a[0], a[1]]
-    return out
-
-def pasted(e, a, b, size=(1, 1)):
-    """e (E,Gh,Gw) with the block of `size` (rows, columns) cells at a copied over the one at b."""
-    out, (h, w) = e.clone(), size
-    out[:, b[0]:b[0] + h, b[1]:b[1] + w] = e[:, a[0]:a[0] + h, a[1]:a[1] + w]
-    return out
 
 def cells(text, most):
     """"1,2:3,4;..." -> [[(1, 2), (3, 4)], ...], up to `most` pairs an item. raises: ValueError."""
@@ -140,8 +125,10 @@ def edited(e, cfg):
             if min(*corner, *(n - 1 for n in size)) < 0 or any(k + n > m for k, n, m in zip(corner, size, e.shape[1:])):
                 raise UserError(f"{told}: cells {size} at {corner} do not lie inside the {e.shape[1]} x {e.shape[2]} "
                                 f"tiles of the image: count rows and columns from 0")
-    for a, b in swaps:
-        e = swapped(e, a, b)
-    for block in pastes:
-        e = pasted(e, *block)
+    e = e.clone()                                           # for it may be mapped from a file
+    for (i, j), (k, l) in swaps:
+        e[:, [i, k], [j, l]] = e[:, [k, i], [l, j]]
+    for (i, j), (k, l), *size in pastes:
+        h, w = size[0] if size else (1, 1)
+        e[:, k:k + h, l:l + w] = e[:, i:i + h, j:j + w].clone()                         # the two may overlap
     return e

@@ -43,21 +43,17 @@ def read_lines(path):
         if number == 1 and cells[:2] == names:
             names = cells
         elif cells != [""]:
-            out.append(read_line(f"{path} line {number}", names, cells, number))
+            if len(cells) != len(names) or not cells[0] or not cells[1]:
+                raise UserError(f"{path} line {number}: expected {' <tab> '.join(names)}, got {' '.join(cells)[:60]!r}")
+            row = dict(zip(names, cells))
+            try:
+                truth = tuple(float(row[t]) for t in TISSUES if t in row)
+            except ValueError as err:
+                raise UserError(f"{path} line {number}: the columns {', '.join(TISSUES)} hold shares ({err})") from err
+            out.append(Caption(cells[0], cells[1], truth if len(truth) == len(TISSUES) else (), number))
     if not out:
         raise UserError(f"{path} holds no caption: write one image <tab> caption a line")
     return out
-
-def read_line(where, names, cells, number):
-    """The cells under these names as a Caption."""
-    if len(cells) != len(names) or not cells[0] or not cells[1]:
-        raise UserError(f"{where}: expected {' <tab> '.join(names)}, got {' '.join(cells)[:60]!r}")
-    row = dict(zip(names, cells))
-    try:
-        truth = tuple(float(row[t]) for t in TISSUES if t in row)
-    except ValueError as err:
-        raise UserError(f"{where}: the columns {', '.join(TISSUES)} hold shares ({err})") from err
-    return Caption(cells[0], cells[1], truth if len(truth) == len(TISSUES) else (), number)
 
 def locate(captions, pyramids, path=""):
     """Fill in slide and block. raises: UserError that names images the data set lacks and blocks that leave theirs."""
@@ -146,20 +142,19 @@ class Config:
 def toy(cfg):
     """Write captions.tsv and heldout.tsv."""
     pyramids = Pyramids(cfg.path)
-    write_toy(cfg, "captions.tsv", pyramids, "train", cfg.n * len(pyramids.names("train")), cfg.phrasings)
-    write_toy(cfg, "heldout.tsv", pyramids, "test", cfg.heldout, 1)
-
-def write_toy(cfg, name, pyramids, split, n, phrasings):
-    path, lines, texts = Path(cfg.out or cfg.path) / name, ["\t".join(("image", "caption", *TISSUES))], set()
-    for k, block, region, rng in regions(pyramids, split, n, cfg.tiles, cfg.seed):
-        image = f"{pyramids.slides[k]['name']}@{','.join(map(str, block))}"
-        shares = [f"{share:.4f}" for share in shares_of(region)]
-        for _ in range(phrasings):
-            text = describe(region, rng)
-            texts.add(text)
-            lines.append("\t".join((image, text, *shares)))
-    write_text(path, "\n".join(lines) + "\n")
-    print(f"wrote {path}: {len(lines) - 1} captions of {n} regions, {len(texts)} different")
+    learnt = cfg.n * len(pyramids.names("train"))
+    plan = ("train", "captions", learnt, cfg.phrasings), ("test", "heldout", cfg.heldout, 1)
+    for split, name, n, phrasings in plan:
+        path, texts = Path(cfg.out or cfg.path) / f"{name}.tsv", []
+        lines = ["\t".join(("image", "caption", *TISSUES))]
+        for k, block, region, rng in regions(pyramids, split, n, cfg.tiles, cfg.seed):
+            image = f"{pyramids.slides[k]['name']}@{','.join(map(str, block))}"
+            shares = [f"{share:.4f}" for share in shares_of(region)]
+            for _ in range(phrasings):
+                texts.append(describe(region, rng))
+                lines.append("\t".join((image, texts[-1], *shares)))
+        write_text(path, "\n".join(lines) + "\n")
+        print(f"wrote {path}: {len(texts)} captions of {n} regions, {len({*texts})} different")
 
 def embed(cfg):
     """Write the vectors of the captions of a file."""

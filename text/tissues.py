@@ -15,6 +15,8 @@ from data import Pyramids, fixed_batch
 from text.wording import shares_of
 from toy.tissue import TISSUES
 
+KINDS = len(TISSUES)
+
 # ----- 1. Regions of toy slides -----
 
 def region_map(pyramids, k, block):
@@ -30,10 +32,8 @@ def region_map(pyramids, k, block):
 
 def regions(pyramids, split, n, tiles, seed):
     """n regions at random, over the slides in turn: yields (slide, block, its map (h,w), a random.Random)."""
-    slides = []
-    for k, slide in enumerate(pyramids.slides):
-        if slide["split"] == split and min(slide["size"]) >= tiles * pyramids.patch:
-            slides.append(k)
+    least = tiles * pyramids.patch
+    slides = [k for k, x in enumerate(pyramids.slides) if x["split"] == split and min(x["size"]) >= least]
     if tiles < 1 or n and not slides:
         raise UserError(f"{pyramids.folder} has no {split!r} slide of {tiles} x {tiles} base tiles: take fewer --tiles")
     for i in range(n):
@@ -68,14 +68,13 @@ def tissue_colours(pyramids, n=1024):
     """Colours of TISSUES (4,3), measured on training patches, and the metric (3,3) to compare by: in it all directions
     vary alike within a tissue, so that a stain, which makes a slide redder or paler, counts little."""
     batch = fixed_batch(pyramids, "train", 0, n)
-    maps = []
-    for k, (i, j) in zip(batch["slide"].tolist(), batch["ij"].tolist()):
-        maps.append(region_map(pyramids, k, (i, j, 1, 1)))
+    places = zip(batch["slide"].tolist(), batch["ij"].tolist())
+    maps = [region_map(pyramids, k, (i, j, 1, 1)) for k, (i, j) in places]
     label = torch.from_numpy(np.stack(maps)).flatten().long()                               # (n,)
     pixels = smooth(batch["x"]).reshape(-1, 3)                                              # (n,3)
-    if pyramids.patch < 32 or len(label.unique()) < len(TISSUES):
+    if pyramids.patch < 32 or len(label.unique()) < KINDS:
         raise UserError(f"{pyramids.folder}: give patches of at least 32 pixels that show all of {TISSUES}")
-    mean = torch.stack([pixels[label == t].mean(0) for t in range(len(TISSUES))])           # (4,3)
+    mean = torch.stack([pixels[label == t].mean(0) for t in range(KINDS)])                  # (4,3)
     spread = pixels - mean[label]                                                           # (n,3)
     covariance = spread.T @ spread / len(spread)
     metric = torch.linalg.cholesky(torch.linalg.inv(covariance + 1e-6 * torch.eye(3)))
@@ -86,35 +85,36 @@ def fractions(x, colours):
     majority within 68 pixels, for the blurred rim of background looks like fat. in: x (N,3,H,W) in [-1,1]."""
     mean, metric = colours
     found = torch.cdist(smooth(x) @ metric.to(x), mean.to(x)).argmin(-1)                    # (N,h,w)
-    votes = box(F.one_hot(found, len(TISSUES)).movedim(-1, 1).float(), 17)                  # (N,4,h,w)
-    return F.one_hot(votes.argmax(1), len(TISSUES)).double().mean((1, 2))
-
-def centred_ranks(x):
-    """Twice the rank of each number of a column about the middle, scaled to length 1; ties share their mean rank."""
-    less = (x[:, None] < x[None]).double()                                                  # (n,n,k)
-    rank = less.sum(0) - less.sum(1)
-    return rank / rank.norm(dim=0).clamp(min=1e-12)
+    votes = box(F.one_hot(found, KINDS).movedim(-1, 1).float(), 17)                         # (N,4,h,w)
+    return F.one_hot(votes.argmax(1), KINDS).double().mean((1, 2))
 
 def spearman(a, b):
-    """Rank correlation of each column of a, b (n,k). out: (k,) float64, 0 if constant."""
-    return (centred_ranks(torch.as_tensor(a)) * centred_ranks(torch.as_tensor(b))).sum(0)
+    """Rank correlation of each column of a, b (n,k); ties share their mean rank. out: (k,) float64, 0 if constant."""
+    units = []
+    for x in (a, b):
+        less = (x[:, None] < x).double()                                                    # (n,n,k)
+        rank = less.sum(0) - less.sum(1)                    # twice the rank about the middle
+        units.append(F.normalize(rank, dim=0))
+    return (units[0] * units[1]).sum(0)
 
 def agreement(truth, found, seed=0):
     """Hold shares (n,4) found in images against the true ones. out: dict of error (4,), spearman (4,), shuffled (4,),
     the same with captions and images paired at random, and confusion (4,4), the dominant tissue: true, found."""
-    truth, found = (torch.as_tensor(x).double() for x in (truth, found))
+    truth, found = truth.double(), found.double()
     other = truth[torch.randperm(len(truth), generator=generator(seed))]
-    cells = truth.argmax(1) * len(TISSUES) + found.argmax(1)
-    confusion = torch.bincount(cells, minlength=16).view(4, 4)
-    return {"error": (truth - found).abs().mean(0), "spearman": spearman(truth, found),
-            "shuffled": spearman(other, found), "confusion": confusion}
+    confusion = torch.zeros(KINDS, KINDS, dtype=torch.long)
+    for pair in zip(truth.argmax(1), found.argmax(1)):
+        confusion[pair] += 1
+    error = (truth - found).abs().mean(0)
+    return {"error": error, "spearman": spearman(truth, found), "shuffled": spearman(other, found),
+            "confusion": confusion}
 
 def print_agreement(table):
     print(f"{'':>10} {'error':>9} {'Spearman':>9} {'shuffled':>9}  dominant: found {' '.join(TISSUES)}")
-    for t, name in enumerate(TISSUES):
-        error, rank, other = (float(table[key][t]) for key in ("error", "spearman", "shuffled"))
-        counts = [f"{n:>{len(word)}}" for n, word in zip(table["confusion"][t].tolist(), TISSUES)]
-        print(f"{name:>10} {error:>9.3f} {rank:>9.3f} {other:>9.3f} {'':>16}", *counts)
+    columns = torch.stack([table[key] for key in ("error", "spearman", "shuffled")], 1)     # (4,3)
+    for name, row, counts in zip(TISSUES, columns.tolist(), table["confusion"].tolist()):
+        numbers = " ".join(f"{number:>9.3f}" for number in row)
+        print(f"{name:>10} {numbers} {'':>16}", *(f"{n:>{len(word)}}" for n, word in zip(counts, TISSUES)))
 
 # ----- 3. How exactly -----
 

@@ -2,12 +2,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT  # noqa: F401 - puts the repository on the path
 from PIL import Image
 
 import invert as I
 from common import UserError, load_tensors, to_uint8
 from data import Pyramids, fixed_batch
+from diffusion import ZoomLDM
 from large import windows
 from large.enlarge import agreement, read_image
 from sample_joint import Resize
@@ -31,34 +31,37 @@ def test_enlarged_start_is_the_encoder_of_the_tiles(model, toy):
     d = torch.cdist(e[0].flatten(1).T, standardize(want).flatten(1).T)
     assert d.argmin(1).tolist() == [0, 1, 2, 3] and lr == I.LR_NEAR
 
-def save(path, x, mode="RGB", **options):
-    Image.fromarray(to_uint8(x).numpy()).convert(mode).save(path, **options)
+def save(path, x, **options):
+    Image.fromarray(to_uint8(x).numpy()).save(path, **options)
     return path
 
 def test_kinds_of_images(x, tmp_path):
-    """Grey, RGBA, palette, 16 bits, turned: all come as the same picture. catches: 16 bits clipped to white."""
-    want = to_uint8(x[0]).numpy()
-    a = save(tmp_path / "a.png", x[0])
-    assert np.array_equal(to_uint8(read_image(a)).numpy(), want)
-    rgba = np.concatenate([want, np.full((64, 64, 1), 9, np.uint8)], 2)
-    Image.fromarray(rgba).save(tmp_path / "rgba.png")
-    assert np.array_equal(to_uint8(read_image(tmp_path / "rgba.png")).numpy(), want)
-    grey = np.asarray(Image.fromarray(want).convert("L"))
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    for name in ("grey.png", "deep.png"):
-        assert np.array_equal(to_uint8(read_image(tmp_path / name)).numpy(), np.stack([grey] * 3, -1)), name
-    exif = Image.Exif()
+    """Grey, RGBA, 16 bits, turned: all come as the same picture. catches: 16 bits clipped to white."""
+    path, want = tmp_path / "a.png", to_uint8(x[0]).numpy()
+    grey, exif = np.asarray(Image.fromarray(want).convert("L")), Image.Exif()
     exif[0x0112] = 6  # shown after a quarter turn clockwise
-    Image.fromarray(np.rot90(want[:40]).copy()).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(to_uint8(read_image(tmp_path / "turned.png")).numpy(), want[:40])
+    fourth, greys = np.full((64, 64, 1), 9, np.uint8), np.stack([grey] * 3, -1)
+    for stored, shown, options in ((want, want, {}), (np.concatenate([want, fourth], 2), want, {}), (grey, greys, {}),
+                                   (grey.astype(np.uint16) * 257, greys, {}),
+                                   (np.rot90(want[:40]).copy(), want[:40], {"exif": exif})):
+        Image.fromarray(stored).save(path, **options)
+        assert np.array_equal(to_uint8(read_image(path)).numpy(), shown), (stored.shape, stored.dtype)
 
-def test_the_command(ready, x, tmp_path, capsys):
-    """A picture smaller than a tile, said aloud; everything that was promised is written."""
+def test_the_command(ready, x, tmp_path, capsys, monkeypatch):
+    """A picture smaller than a tile, said aloud; everything that was promised is written. Variations are guided towards
+    their conditions, super-resolution only where it is asked for. catches: one setting for both, and a null branch that
+    costs as much again."""
+    asked = []
+
+    class Spy(windows.WindowEps):
+        def __init__(self, model, c, guidance, *args):
+            asked.append(guidance)
+            super().__init__(model, c, guidance, *args)
+    monkeypatch.setattr(windows, "WindowEps", Spy)
     image, out = save(tmp_path / "a.jpg", x[0, :, :30, :70 - 6], quality=95), tmp_path / "out"
     I.main([str(ready), f"--image={image}", f"--out={out}", "--sr=2", "--variations=2", *FAST])
     said = capsys.readouterr().out
-    assert "smaller than a tile" in said and "reflect-padded" in said
+    assert "smaller than a tile" in said and "reflect-padded" in said and asked == [2.0, 2.0, 2.0, 2.0, 1.0]
     assert sorted(p.name for p in out.iterdir()) == ["cells_0.png", "cells_1.png", "e.safetensors", "sheet.png",
                                                      "sr.png", "variation_0.png", "variation_1.png"]
     sr = read_image(out / "sr.png")
@@ -67,40 +70,20 @@ def test_the_command(ready, x, tmp_path, capsys):
     assert read_image(out / "cells_1.png").shape == (3, 64, 128)
     assert (read_image(out / "cells_1.png") - read_image(out / "cells_0.png")).abs().mean() > 0.01
     assert load_tensors(out / "e.safetensors")[0]["e"].shape == (2, 2, 96)
-    I.main([str(ready), f"--image={image}", f"--out={tmp_path / 'gt'}", "--condition=gt", "--back_project=False",
-            f"--reference={out / 'e.safetensors'}", *FAST])
-    assert "back-projected" not in capsys.readouterr().out and not (tmp_path / "gt" / "variation_0.png").exists()
+    other = tmp_path / "other"
+    I.main([str(ready), f"--image={image}", f"--out={other}", "--back_project=False", "--sr_guidance=3", *FAST])
+    assert "back-projected" not in capsys.readouterr().out and asked[5:] == [3.0]
+    assert sorted(p.name for p in other.iterdir()) == ["e.safetensors", "sheet.png", "sr.png"]
 
-def test_the_image_guides_alone(ready, x, tmp_path, monkeypatch):
-    """Variations are guided towards their conditions, super-resolution only where it is asked for. catches: one setting
-    for both, and a null branch that costs as much again."""
-    asked = []
-
-    class Spy(windows.WindowEps):
-        def __init__(self, model, c, guidance, *args):
-            asked.append(guidance)
-            super().__init__(model, c, guidance, *args)
-    monkeypatch.setattr(windows, "WindowEps", Spy)
-    image = save(tmp_path / "a.png", x[0])
-    I.main([str(ready), f"--image={image}", f"--out={tmp_path}", "--sr=2", "--variations=1", *FAST])
-    assert asked == [2.0, 2.0, 1.0]
-    I.main([str(ready), f"--image={image}", f"--out={tmp_path}", "--sr=2", "--sr_guidance=3", *FAST])
-    assert asked[3:] == [3.0]
-
-def test_what_the_command_refuses(ready, x, tmp_path):
+@pytest.mark.parametrize("args, says", [
+    ("--image=cut.png --scale=1", "cannot be read"), ("--image=none.png --scale=1", "no such file"),
+    ("--scale=-1", "--scale=-1"), ("--scale=3", "0 .finest. to 2"), ("--scale=0 --sr=2", "finest"),
+    ("--scale=0", "finest"), ("--scale=1 --sr=4", "power of 2 up to 2"), ("--scale=2 --sr=3", "power of 2 up to 4"),
+    ("--scale=1 --A=x", "--A=x"), ("--scale=1 --start=x", "--start=x"), ("--scale=1 --steps=0", "--steps=0")])
+def test_what_the_command_refuses(ready, model, x, tmp_path, monkeypatch, args, says):
+    monkeypatch.setattr(ZoomLDM, "from_run", lambda folder: model)
+    monkeypatch.chdir(tmp_path)
     good = save(tmp_path / "a.png", x[0])
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:200])
-    for args, text in (([f"--image={tmp_path / 'cut.png'}", "--scale=1"], "cannot be read"),
-                       ([f"--image={tmp_path / 'none.png'}", "--scale=1"], "no such file"),
-                       ([f"--image={good}"], "--scale=-1"), ([f"--image={good}", "--scale=3"], "0 .finest. to 2"),
-                       ([f"--image={good}", "--scale=0", "--sr=2"], "finest"),
-                       ([f"--image={good}", "--scale=0"], "finest"),
-                       ([f"--image={good}", "--scale=1", "--sr=4"], "power of 2 up to 2"),
-                       ([f"--image={good}", "--scale=2", "--sr=3"], "power of 2 up to 4"),
-                       ([f"--image={good}", "--scale=1", "--condition=gt"], "--reference"),
-                       ([f"--image={good}", "--scale=1", "--condition=x"], "--condition=x"),
-                       ([f"--image={good}", "--scale=1", "--sr=1", "--condition=null"], "nothing to draw"),
-                       ([f"--image={good}", "--scale=1", "--start=x"], "--start=x"),
-                       ([f"--image={good}", "--scale=1", "--steps=0"], "--steps=0")):
-        with pytest.raises(UserError, match=text):
-            I.main([str(ready), "--device=cpu", "--amp=False", *args])
+    with pytest.raises(UserError, match=says):
+        I.main([str(ready), "--device=cpu", "--amp=False", "--image=a.png", *args.split()])

@@ -12,7 +12,7 @@ from large import proxy as proxies
 from sample_joint import Resize
 
 RANKS = Ranks(0, 1, torch.device("cpu"), None)
-quick = partial(proxies.fit, n=40, steps=40, batch=16)
+quick = partial(proxies.fit, n=32, steps=40, batch=16)
 
 @pytest.fixture(scope="module")
 def trained(run, toy):
@@ -22,24 +22,19 @@ def trained(run, toy):
 def fitted(trained):
     return quick(*trained, RANKS)
 
-def error(proxy, z, x):
-    with torch.no_grad():
-        return float(F.mse_loss(proxy(z), x))
-
 def test_lesson_is_the_reduced_decode(trained, monkeypatch):
     """What the constraint would see of estimates at every t; at t = 0 the estimate is the latent itself. Catches: a
     decode of z_t, a target reduced by another operator, test patches of the training set."""
     model, pyramids = trained
-    z, x = proxies.lesson(model, pyramids, "test", 5, 2.0, 1, RANKS)
-    with torch.no_grad():
-        assert torch.allclose(x, Resize(4).down(model.decode(z)), atol=1e-5)
-    assert z.shape == x.shape == (5, 3, 16, 16)
-    again, other = (proxies.lesson(model, pyramids, "test", 5, 2.0, seed, RANKS)[0] for seed in (1, 2))
+    z, x = proxies.lesson(model, pyramids, "test", 2, 2.0, 1, RANKS)
+    assert z.shape == x.shape == (2, 3, 16, 16)
+    again, other = (proxies.lesson(model, pyramids, "test", 2, 2.0, seed, RANKS)[0] for seed in (1, 2))
     assert torch.equal(z, again) and not torch.equal(z, other)
     monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.zeros(size, dtype=torch.long))
     clean, _ = proxies.lesson(model, pyramids, "test", 33, 1.0, 1, RANKS)
     data = proxies.PatchDataset(pyramids, "test", 1, want=("x",))
     with torch.no_grad():
+        assert torch.allclose(x, Resize(4).down(model.decode(z)), atol=1e-5)
         real = model.encode(torch.stack([data[k]["x"] for k in (0, 1, 31, 32)]))
     assert (clean[[0, 1, 31, 32]] - real).square().mean() < 0.01 * real.square().mean()
 
@@ -48,15 +43,15 @@ def test_fitting_lowers_the_error_on_held_out_estimates(trained, fitted):
     model, pyramids = trained
     z, x = proxies.lesson(model, pyramids, "test", 32, 2.0, 2, RANKS)
     torch.manual_seed(0)
-    untrained = proxies.Proxy(model.vae.factor)
-    assert error(fitted, z, x) < 0.5 * error(untrained, z, x)
-    assert error(fitted, z, x) < float((x - x.mean((0, 2, 3), keepdim=True)).square().mean())
+    with torch.no_grad():
+        found, untrained = (F.mse_loss(proxy(z), x) for proxy in (fitted, proxies.Proxy(model.vae.factor)))
+    assert found < 0.5 * untrained and found < (x - x.mean((0, 2, 3), keepdim=True)).square().mean()
     assert not fitted.training and not any(p.requires_grad for p in fitted.parameters())
 
 def test_inverse(trained, fitted):
     """(M^T M + damping)^-1, with M what an even change of a latent's channel does to the picture. Catches: M
     transposed, a step that is not divided out."""
-    z, _ = proxies.lesson(*trained, "train", 40, 2.0, 1, RANKS)
+    z, _ = proxies.lesson(*trained, "train", 32, 2.0, 1, RANKS)
     with torch.no_grad():
         M = [(fitted(z + 0.05 * d[:, None, None]) - fitted(z)).mean((0, 2, 3)) / 0.05 for d in torch.eye(3)]
     M = torch.stack(M, 1)
@@ -73,46 +68,35 @@ def test_fitting_is_deterministic(trained):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 def test_saved_and_loaded(trained, tmp_path, monkeypatch, capsys):
-    """Fitted once; the second time it comes from the file, the same to the bit."""
+    """Fitted once; the second time it comes from the file, the same to the bit, and needs no data. catches: a folder
+    asked for and not read."""
+    with pytest.raises(UserError, match="no data to fit one to: give --data="):
+        proxies.load(tmp_path, trained[0], None, RANKS)
     calls = []
 
     def fit(*args, **settings):
         calls.append(settings)
         return proxies.Proxy(4).eval().requires_grad_(False)
     monkeypatch.setattr(proxies, "fit", fit)
-    first = proxies.load(tmp_path, *trained, RANKS)
-    second = proxies.load(tmp_path, *trained, RANKS)
+    first, second = proxies.load(tmp_path, *trained, RANKS), proxies.load(tmp_path, trained[0], None, RANKS)
     assert calls == [{}] and f"wrote {tmp_path / 'proxy.safetensors'}" in capsys.readouterr().out
     z = torch.randn(2, 3, 16, 16)
     assert torch.equal(first(z), second(z)) and second.factor == 4
     assert not second.training and not any(p.requires_grad for p in second.parameters())
     assert load_tensors(tmp_path / "proxy.safetensors")[0].keys() == first.state_dict().keys()
 
-def test_data_is_needed_to_fit_alone(trained, tmp_path, monkeypatch):
-    """A run that was copied without its data draws with the proxy it has. catches: a folder asked for and not read."""
-    with pytest.raises(UserError, match="no data to fit one to: give --data="):
-        proxies.load(tmp_path, trained[0], None, RANKS)
-    monkeypatch.setattr(proxies, "fit", lambda *args, **settings: proxies.Proxy(4).eval())
-    proxies.load(tmp_path, *trained, RANKS)
-    assert proxies.load(tmp_path, trained[0], None, RANKS).factor == 4
-
 @pytest.mark.parametrize("tensors", [{}, {"w": torch.zeros(3)}, proxies.Proxy(width=16).state_dict()])
 def test_a_foreign_file(trained, tmp_path, tensors):
     save_tensors(tmp_path / "proxy.safetensors", tensors)
     with pytest.raises(UserError, match="proxy.safetensors does not fit.*remove it"):
         proxies.load(tmp_path, *trained, RANKS)
-    (tmp_path / "proxy.safetensors").write_bytes(b"not a tensor")
-    with pytest.raises(UserError, match="not a complete safetensors file"):
-        proxies.load(tmp_path, *trained, RANKS)
 
 def test_the_window_is_seen_as_a_whole():
-    """Its mean and deviation reach every pixel, as GroupNorm's do; and the factor of the picture is the decoder's."""
+    """Its mean and deviation reach every pixel, as GroupNorm's do, plain windows included."""
     proxy, z = proxies.Proxy(), torch.randn(1, 3, 32, 32)
     far = z.clone()
     far[..., :2, :2] += 1
-    moved = (proxy(far) - proxy(z)).abs()
-    assert moved[..., 20:, 20:].min() > 0 and proxy.factor == 4
-    assert proxy(torch.zeros(2, 3, 8, 8)).isfinite().all()
+    assert (proxy(far) - proxy(z)).abs()[..., 20:, 20:].min() > 0 and proxy(0 * z).isfinite().all()
 
 def test_nothing_far_away_pulls_at_a_latent_that_stands_out():
     """A residual has no gradient for latents that the convolutions there do not see. Catches: one through the mean or

@@ -10,7 +10,7 @@ from rule import assert_close
 import sample_joint
 from common import UserError, configure, load_tensors, save_tensors
 from data import Pyramids
-from large import reference
+from large import command, reference
 from large.command import PRESETS, Settings
 from large.reference import load_grid
 from large.windows import Grid, contexts
@@ -32,17 +32,8 @@ def photo(pyramids, tmp_path_factory):
     Image.fromarray(image).save(path)
     return path
 
-def draw(run, out, *args):
-    sample_joint.main([str(run), "--size=128", "--context=1", "--steps=2", "--device=cpu", "--amp=False", "--threads=1",
-                       f"--out={out}", *args])
-    return np.asarray(Image.open(out)).astype(int)
-
 def settings(*args):
     return configure(Settings, list(args), PRESETS, ("run", "preset"))
-
-def grid_file(folder, h, w, width=96, name="grid.safetensors"):
-    save_tensors(folder / name, {"e": torch.randn(h, w, width, generator=torch.Generator().manual_seed(5)).half()})
-    return folder / name
 
 def test_grid_of_a_slide(model, pyramids, toy):
     """The stored embeddings from --at on, of the k-th held-out or training slide, in the run's own deviations."""
@@ -64,41 +55,36 @@ def test_grid_of_a_picture(model, pyramids, photo):
     assert_close(seen.e, stored.e, 1e-3)
     assert (stored.e[:, 0, 1] - stored.e[:, 1, 0]).abs().max() > 0.1
 
-def test_grid_of_a_file(model, pyramids, tmp_path):
-    path = grid_file(tmp_path, 3, 5)
+def test_grid_of_a_file(model, pyramids, toy, tmp_path, monkeypatch):
+    """From --at on. One of data.py is taken as the run's own deviations say. Catches: embeddings of another scale."""
+    path, e = tmp_path / "grid.safetensors", torch.randn(3, 5, 96).half()
+    save_tensors(path, {"e": e})
     grid = load_grid(settings(f"--reference={path}", "--at=0,2"), model, pyramids, (3, 3))
-    assert torch.equal(grid.e, load_tensors(path)[0]["e"][:, 2:].float().movedim(-1, 0))
-
-def test_grid_of_a_file_of_data(model, pyramids, toy, monkeypatch):
-    """Taken as the run's own deviations say, whatever set they come from. Catches: embeddings of another scale."""
-    k = [x["name"] for x in pyramids.slides].index(pyramids.names("test")[0])
-    path = toy / pyramids.slides[k]["file"]
-    assert torch.equal(load_grid(settings(f"--reference={path}"), model, pyramids, (2, 2)).e,
-                       load_grid(settings(), model, pyramids, (2, 2)).e)
+    assert torch.equal(grid.e, e[:, 2:].float().movedim(-1, 0))
+    k = [x["split"] for x in pyramids.slides].index("test")
+    args, e = settings(f"--reference={toy / pyramids.slides[k]['file']}"), pyramids.tensor(k, "e")[:2, :2].float()
+    assert torch.equal(load_grid(args, model, pyramids, (2, 2)).e, e.movedim(-1, 0))
     monkeypatch.setitem(model.info, "std", [2 * v for v in pyramids.std])
-    half = load_grid(settings(f"--reference={path}"), model, pyramids, (2, 2)).e
-    assert_close(half, pyramids.tensor(k, "e")[:2, :2].float().movedim(-1, 0) / 2, 1e-6)
+    assert_close(load_grid(args, model, pyramids, (2, 2)).e, e.movedim(-1, 0) / 2, 1e-6)
 
-def test_without_its_data(ready, photo, tmp_path, capsys):
+def test_without_its_data(ready, photo, tmp_path, capsys, monkeypatch):
     """A run that was copied alone draws from references; what only data can give is still asked for. Catches: a folder
     demanded and not read; another resolution taken without a word."""
     state, config = load_tensors(ready / "ema.safetensors")
-    config["info"]["data"] = "/nowhere/data"
-    folders = {}
-    for mpp in (0.5, "unsaid"):
-        info = {k: v for k, v in config["info"].items() if k != "mpp"} | ({} if mpp == "unsaid" else {"mpp": mpp})
-        folders[mpp] = tmp_path / str(mpp)
-        save_tensors(folders[mpp] / "ema.safetensors", state, config | {"info": info})
-    image = np.asarray(Image.open(photo))
+    image, grids = np.asarray(Image.open(photo)), []
     write_tiff(tmp_path / "fine.tif", [image.repeat(2, 0).repeat(2, 1)], (512, 512), quality=98, mpp=0.25)
-    fast = (f"--reference={tmp_path / 'fine.tif'}", "--guide=x0", "--steps=2")
-    known = draw(folders[0.5], tmp_path / "a.png", *fast)
-    assert "own resolution" not in capsys.readouterr().out
-    assert not np.array_equal(known, draw(folders["unsaid"], tmp_path / "b.png", *fast))
-    assert "fine.tif is read at its own resolution" in capsys.readouterr().out
-    for args in ((), (fast[0], "--data=/nowhere/data")):
+    monkeypatch.setattr(command, "draw", lambda model, grid, *args: grids.append(grid.e))
+
+    def main(info, *args):
+        info = config["info"] | {"data": "/nowhere/data", "mpp": None} | info
+        save_tensors(tmp_path / "ema.safetensors", state, config | {"info": info})
+        sample_joint.main([str(tmp_path), "--size=128", "--context=1", "--device=cpu", "--guide=x0", *args])
+        return "fine.tif is read at its own resolution" in capsys.readouterr().out
+    fine = f"--reference={tmp_path / 'fine.tif'}"
+    assert not main({"mpp": 0.5}, fine) and main({}, fine) and not torch.equal(*grids)
+    for args in ((), (fine, "--data=/nowhere/data")):
         with pytest.raises(UserError, match="/nowhere/data"):
-            draw(folders[0.5], tmp_path / "c.png", *args)
+            main({}, *args)
 
 def test_a_reference_is_read_where_and_as_finely_as_needed(model, pyramids, photo, tmp_path, monkeypatch):
     """A file twice as fine as the data shows the same tissue, not its upper left quarter enlarged; one that does not
@@ -119,41 +105,17 @@ def test_a_reference_is_read_where_and_as_finely_as_needed(model, pyramids, phot
         load_grid(args, model, half, (4, 4))
 
 def test_edits_of_the_grid(model, pyramids):
-    """--swap, then --paste; cells that neither names stay."""
+    """--swap, then --paste; cells that neither names stay, and so does what was given (a slide's own, mapped from its
+    file). Catches: a block that is copied over itself while it is read."""
     e = load_grid(settings(), model, pyramids, (4, 4)).e
-    swapped = load_grid(settings("--swap=0,0:3,2;1,1:2,2"), model, pyramids, (4, 4)).e
-    want = e.clone()
-    for a, b in (((0, 0), (3, 2)), ((1, 1), (2, 2))):
-        want[:, a[0], a[1]], want[:, b[0], b[1]] = e[:, b[0], b[1]], e[:, a[0], a[1]]
-    assert torch.equal(swapped, want)
-    pasted = load_grid(settings("--paste=0,0:2,1:2,3;0,3:3,0"), model, pyramids, (4, 4)).e
-    want = e.clone()
-    want[:, 2:4, 1:4], want[:, 3, 0] = e[:, :2, :3], e[:, 0, 3]
-    assert torch.equal(pasted, want)
-    both = load_grid(settings("--swap=0,0:1,1", "--paste=0,0:2,2"), model, pyramids, (4, 4)).e
-    assert torch.equal(both[:, 2, 2], e[:, 1, 1])
-
-def test_swap_and_paste():
-    """Cells move, all others stay, and so does the tensor that was given (a slide's own, mapped from its file)."""
-    e = torch.randn(12, 5, 7)
     given, want = e.clone(), e.clone()
-    want[:, 0, 1], want[:, 3, 5] = e[:, 3, 5], e[:, 0, 1]
-    moved = reference.swapped(e, (0, 1), (3, 5))
-    assert torch.equal(moved, want)
-    before, want = want.clone(), want.clone()
-    want[:, 1:4, 1:5] = before[:, 0:3, 0:4]
-    assert torch.equal(reference.pasted(moved, (0, 0), (1, 1), (3, 4)), want)  # source and target share cells
-    assert torch.equal(e, given)
-
-def test_a_swap_reaches_its_neighbourhood_only():
-    """Windows that touch no moved cell keep their condition. Catches: an edit that changes the whole image."""
-    e = torch.randn(12, 6, 6)
-    there, moved = Grid(e), Grid(reference.swapped(e, (1, 1), (4, 4)))
-    for k in range(11):
-        for m in range(11):
-            i, j = k / 2, m / 2
-            near = any(abs(i - a) < 1 and abs(j - a) < 1 for a in (1, 4))
-            assert torch.equal(there(0, i, j), moved(0, i, j)) != near, (i, j)
+    for (i, j), (k, l) in (((0, 0), (3, 2)), ((1, 1), (2, 2))):
+        want[:, i, j], want[:, k, l] = e[:, k, l], e[:, i, j]
+    swap, paste = "--swap=0,0:3,2;1,1:2,2", "--paste=0,0:1,1:2,3;0,3:3,0"
+    assert torch.equal(reference.edited(e, settings(swap)), want)
+    before = want.clone()
+    want[:, 1:3, 1:4], want[:, 3, 0] = before[:, :2, :3], before[:, 0, 3]
+    assert torch.equal(load_grid(settings(swap, paste), model, pyramids, (4, 4)).e, want) and torch.equal(e, given)
 
 def test_an_edit_reaches_its_windows_only(model, pyramids):
     """The tokens of windows that touch no moved cell are the same; all coarser windows over one change."""
@@ -163,10 +125,3 @@ def test_an_edit_reaches_its_windows_only(model, pyramids):
         a, b = (contexts(model, g, s, lattice) for g in (plain, moved))
         assert len(a) == windows
         assert {(i // 16, j // 16) for i, j in a if not torch.equal(a[i, j], b[i, j])} == touched
-
-@pytest.mark.parametrize("edit", ["--swap=-1,0:0,0", "--paste=0,0:9,9", "--paste=1,1:0,0:2,2", "--paste=0,0:-1,-1",
-                                  "--paste=0,0:1,1:0,0"])
-def test_edits_outside_the_grid(model, pyramids, edit):
-    """Cells outside are refused, not wrapped around, passed over, or one of them copied over all."""
-    with pytest.raises(UserError):
-        load_grid(settings(edit), model, pyramids, (2, 2))

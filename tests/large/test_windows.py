@@ -27,29 +27,25 @@ def pyramids(toy):
 # ----- 1. Latents -> pixels -----
 
 def pointwise(z):
-    """A decoder of four pixels a side per latent that looks at no neighbour."""
-    return (2 * z).tanh().repeat_interleave(4, -1).repeat_interleave(4, -2) + 0.01 * torch.arange(4).repeat(z.shape[-1])
+    """A decoder of four pixels a side per latent that looks at no neighbour, and says more than a picture holds."""
+    x = 1.5 * (2 * z).tanh()
+    return x.repeat_interleave(4, -1).repeat_interleave(4, -2) + 0.01 * torch.arange(4).repeat(z.shape[-1])
 
 @pytest.mark.parametrize("h, w, side, overlap, batch", [(16, 16, 24, 8, 8), (40, 56, 24, 8, 2), (41, 30, 24, 8, 8),
                                                         (24, 25, 24, 16, 1), (20, 70, 24, 0, 3), (50, 24, 24, 20, 8)])
 def test_strips_are_the_whole_decode(h, w, side, overlap, batch):
-    """Catches: a strip cut at the wrong row, a carry that is lost or added twice, tiles side by side exchanged."""
+    """Within [-1,1]. Catches: a strip cut at the wrong row, a carry lost or added twice, tiles of a row exchanged."""
     z = torch.randn(1, 3, h, w)
     strips = list(decode_strips(pointwise, z, side, overlap, batch))
     assert all(x.shape[:2] == (1, 3) and x.shape[3] == 4 * w and x.shape[2] > 0 for x in strips)
     assert_close(torch.cat(strips, 2), pointwise(z).clamp(-1, 1), 1e-6)
-
-def test_strips_are_pictures():
-    """Within [-1,1], whatever the decoder says."""
-    x = torch.cat(list(decode_strips(lambda z: 3 * z, torch.randn(1, 3, 20, 20), 12, 4)), 2)
-    assert x.max() == 1 and x.min() == -1
 
 def test_strips_are_streamed():
     """Tiles of one row at a time, decoded when their strip is asked for. Catches: a canvas decoded at once, tiles or
     strips kept to the end, a batch larger than was asked for, a tile decoded twice."""
     side, overlap, batch, most = 12, 4, 3, {}
     for h in (44, 172):
-        alive, calls, tiles = [], [], 0
+        alive, calls = [], []
 
         def decode(z, alive=alive, calls=calls):
             calls.append(len(z))
@@ -64,8 +60,7 @@ def test_strips_are_streamed():
             assert strip.shape[2] <= 4 * side and sum(calls) == 5 * (row + 1)
             alive.append(weakref.ref(strip))
             most[h] = max(most[h], sum(x() is not None for x in alive))
-            tiles += 5
-        assert tiles == 5 * len(starts(h, side, overlap)) == sum(calls)
+        assert row + 1 == len(starts(h, side, overlap))
     assert most[44] == most[172] <= 4
 
 @pytest.mark.parametrize("h, w", [(40, 40), (45, 51)])
@@ -85,7 +80,7 @@ def test_no_seams(h, w):
 
 def test_decoding_in_strips(model, monkeypatch):
     """uint8, close to the decode at once; tiles are half as large again as a patch. Catches: a canvas decoded whole."""
-    z, seen, real = torch.randn(1, 3, 72, 40), [], model.decode
+    z, seen, real = torch.randn(1, 3, 72, 24), [], model.decode
     monkeypatch.setattr(model, "decode", lambda part: seen.append(tuple(part.shape)) or real(part))
     strips = list(pixels(model, z, RANKS, batch=1))
     assert set(seen) == {(1, 3, 24, 24)} and len(strips) == 4 and all(x.dtype == np.uint8 for x in strips)
@@ -115,11 +110,16 @@ def by_hand(a, b, f):
 def grid(h=5, w=7, width=12):
     return torch.randn(width, h, w)
 
-@pytest.mark.parametrize("s, i, j", [(0, 0, 0), (0, 4, 6), (0, 2.0, 3.0), (1, 1, 2), (2, 1, 3), (1, 3, 5)])
-def test_conditions_at_tiles_are_the_stored_ones(s, i, j):
-    """Exactly, for a window that covers whole tiles, as training saw them."""
-    e, g = grid(), 2 ** s
-    assert torch.equal(Grid(e)(s, i, j), standardize(e[:, int(i):int(i) + g, int(j):int(j) + g]))
+def test_conditions_at_tiles_are_the_stored_ones():
+    """Exactly, for a window that covers whole tiles, as training saw them; beyond the border the last tile is repeated.
+    Catches: an index beyond the grid, or one that wraps around."""
+    e = grid()
+    for s, i, j in ((0, 0, 0), (0, 4, 6), (0, 2.0, 3.0), (1, 1, 2), (2, 1, 3), (1, 3, 5)):
+        g = 2 ** s
+        assert torch.equal(Grid(e)(s, i, j), standardize(e[:, int(i):int(i) + g, int(j):int(j) + g])), (s, i, j)
+    assert_close(Grid(e)(0, 4.5, 6.5), standardize(e[:, 4:, 6:]), 1e-5)
+    assert_close(Grid(e)(1, 4, 0), standardize(e[:, [4, 4], :2]), 1e-5)
+    assert_close(Grid(e)(1, 0, 6), standardize(e[:, :2, [6, 6]]), 1e-5)
 
 def test_slerp():
     """Half-way stays on the sphere; parallel vectors, where the formula divides by 0, are mixed linearly."""
@@ -150,13 +150,6 @@ def test_conditions_between_tiles(s, di, dj):
     assert out.shape == (12, g, g)
     assert_close(out, standardize(want), 1e-5)
     assert torch.allclose(out.mean(0), torch.zeros(g, g), atol=1e-6) and torch.allclose(out.std(0), torch.ones(g, g))
-
-def test_conditions_beyond_the_border():
-    """The last tile is repeated. Catches: an index beyond the grid, or one that wraps around."""
-    e = grid(3, 4)
-    assert torch.allclose(Grid(e)(0, 2.5, 3.5), standardize(e[:, 2:3, 3:4]), atol=1e-5)
-    assert torch.allclose(Grid(e)(1, 2, 0), standardize(e[:, [2, 2], :2]), atol=1e-5)
-    assert torch.allclose(Grid(e)(1, 0, 3), standardize(e[:, :2, [3, 3]]), atol=1e-5)
 
 def test_conditions_of_coarse_scales_are_pooled():
     """16 x 16 tiles become 8 x 8, pooled before they are standardised; half-precision grids are read as float32."""
@@ -245,12 +238,12 @@ def test_levels(model):
                            prepare(model, condition, (256,), [0], 4, seed=3)[0].z)
 
 def test_sides():
-    """Latents at every scale, and what does not fit."""
+    """Latents at every scale (what does not fit: test_command.py)."""
     assert sides((512, 1024), [3, 1, 0], 64, 4, 5) == [(16, 32), (64, 128), (128, 256)]
     assert sides((256,), [3, 1], 64, 4, 5) == [(16, 16), (64, 64)]
 
-@pytest.mark.parametrize("window", [2, 4, 8, 12, 16, 24, 32, 64])
-def test_usual_overlap(window):
+def test_usual_overlap():
     """Windows an odd number of latents apart, so that no lattice of theirs lies on the next one's; nearly a quarter."""
-    overlap = usual_overlap(window)
-    assert (window - overlap) % 2 == 1 and 0 < overlap < window and abs(overlap - window / 4) <= 1
+    for window in (2, 4, 8, 12, 16, 24, 32, 64):
+        overlap = usual_overlap(window)
+        assert (window - overlap) % 2 == 1 and 0 < overlap < window and abs(overlap - window / 4) <= 1, window
