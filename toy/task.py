@@ -9,7 +9,7 @@ import numpy as np
 from numpy import clip, hypot, maximum, minimum
 
 from common import write_text
-from toy.tissue import develop, enlarge, epithelium, field, ground, inside, scatter
+from toy.tissue import connective, develop, enlarge, epithelium, field, ground, inside, scatter
 
 CELL = 256                # pixels of a square with one structure: a patch of 64 pixels at scale 2
 NOISE = 0.05              # share of wrong labels
@@ -72,12 +72,9 @@ def task_slide(seed, size=512):
         radius *= rng.uniform(0.93, 1.07)
         nuclei.append(scatter(rng, angle, (solid > 3) * which * crowd, 2.45 * radius, radius, 0.17, 1.25, 0.85))
     plain = (solid < -4) & (clear < -4)
-    fibres = clip(0.4 + 0.25 * thick, 0.08, 1)
-    nuclei.append(scatter(rng, angle, plain * fibres, 22, 3.8, 0.15, 4, 0.85, along=True))
-    clusters = plain & (field(rng, size, 110) > 1.2)
-    nuclei.append(scatter(rng, angle, clusters * 0.8, 10.5, 3.4, 0.08, 1.05, 1.1))
+    nuclei += connective(rng, angle, plain, thick, 1.2)
     dyes = np.random.default_rng([seed // 2, 3])                               # one for both slides of a patient
-    image, nuclei = develop(rng, eosin, haem, np.concatenate(nuclei), 1 - in_clear, mottle, grain, dyes)
+    image, nuclei = develop(rng, eosin, haem, nuclei, 1 - in_clear, mottle, grain, dyes)
     region = np.select([in_clear > 0.5, in_solid > 0.5], [0, 2], 1)
     return image, region[2::4, 2::4].astype(np.uint8), nuclei
 

@@ -2,12 +2,10 @@
 
 Level lines of smooth random fields cut the slide into background, stroma, tumour and fat; each gets its texture and
 its nuclei; two dyes then absorb light. Where the regions and nuclei are is kept, so that claims can be checked.
-in:  a seed   out: image (size,size,3) uint8, region (size/4,size/4) uint8, nuclei (n,3)
-run: python -m toy.tissue out/toy_slide.png     read next: toy/make.py"""
+in:  a seed   out: image (size,size,3) uint8, region (size/4,size/4) uint8, nuclei (n,3)     read next: toy/make.py"""
 import numpy as np
-from numpy import clip, hypot, maximum, minimum
-
-from common import cli, save_png
+from numpy import arange, arctan2, clip, cos, exp, float32, gradient, hypot, maximum, mgrid, minimum, pi, rint, sin
+from numpy import sqrt, stack, uint8
 
 TISSUES = ("background", "stroma", "tumour", "fat")
 
@@ -15,11 +13,11 @@ TISSUES = ("background", "stroma", "tumour", "fat")
 
 def noise(rng, n):
     """White noise (n,n) float32."""
-    return rng.standard_normal((n, n), dtype=np.float32)
+    return rng.standard_normal((n, n), dtype=float32)
 
 def spline(control, factor):
     """Up-sample by a uniform cubic B-spline: (n+3,m+3) control values -> (n*factor,m*factor), smooth everywhere."""
-    u = (np.arange(factor, dtype=np.float32) + 0.5) / factor
+    u = (arange(factor, dtype=float32) + 0.5) / factor
     weights = [                                                                # of four neighbours, times six
         (1 - u)**3,
         3 * u**3 - 6 * u**2 + 4,
@@ -48,8 +46,8 @@ def distance(f, share):
     """Signed distance in pixels, > 0 inside, to the level line of `f` that has `share` of the area above it.
     in:  f at quarter resolution. out: full resolution."""
     level = np.quantile(f, 1 - share)
-    f = f - level.astype(np.float32)
-    gy, gx = np.gradient(f)
+    f = f - level.astype(float32)
+    gy, gx = gradient(f)
     steep = hypot(gx, gy) + 0.02 * f.std()
     return enlarge(clip(4 * f / steep, -60, 60), 4)
 
@@ -61,13 +59,13 @@ def strands(rng, angle):
     """Noise (n,n) smeared along the flow `angle` (n,n), ever further: fibres that follow it."""
     n = len(angle)
     f = noise(rng, n)
-    y, x = np.mgrid[:n, :n].astype(np.float32)
-    dy, dx = np.sin(angle), np.cos(angle)
+    y, x = mgrid[:n, :n].astype(float32)
+    dy, dx = sin(angle), cos(angle)
     for step in (1, 2, 4, 8, 12):
         moved = 0
         for k in (-step, step):
-            row = np.rint(y + k * dy).clip(0, n - 1)
-            column = np.rint(x + k * dx).clip(0, n - 1)
+            row = rint(y + k * dy).clip(0, n - 1)
+            column = rint(x + k * dx).clip(0, n - 1)
             moved = moved + f[row.astype(int), column.astype(int)]
         f = f + moved
         f /= f.std()
@@ -75,15 +73,15 @@ def strands(rng, angle):
 
 def walls(rng, n, cell):
     """Distance (n,n) to the nearest bent wall between Voronoi cells about `cell` pixels wide: fat cells."""
-    k = int(np.ceil(n / cell)) + 2
-    seeds = np.mgrid[:k, :k] - 1 + rng.uniform(0.1, 0.9, (2, k, k))            # one in each square of a grid
-    py, px = (seeds * cell).astype(np.float32)
-    y, x = np.mgrid[:n, :n].astype(np.float32)
+    k = -(-n // cell) + 2
+    seeds = mgrid[:k, :k] - 1 + rng.uniform(0.1, 0.9, (2, k, k))            # one in each square of a grid
+    py, px = (seeds * cell).astype(float32)
+    y, x = mgrid[:n, :n].astype(float32)
     y += 3 * field(rng, n, 16)
     x += 3 * field(rng, n, 16)
-    cy = clip(y // cell + 1, 1, k - 2).astype(np.int32)                     # the square that a pixel lies in
-    cx = clip(x // cell + 1, 1, k - 2).astype(np.int32)
-    first, second = np.full((2, n, n), 1e9, np.float32)                        # distances to the two nearest seeds
+    cy = clip(y // cell + 1, 1, k - 2).astype(int)                             # the square that a pixel lies in
+    cx = clip(x // cell + 1, 1, k - 2).astype(int)
+    first, second = np.full((2, n, n), 1e9, float32)                        # distances to the two nearest seeds
     for i, j in np.ndindex(3, 3):
         at = cy + i - 1, cx + j - 1
         d = hypot(y - py[at], x - px[at])
@@ -112,66 +110,69 @@ def epithelium(eosin, haem, where, grain, mottle):
 def scatter(rng, angle, chance, spacing, radius, spread, ratio, depth, along=False):
     """Nuclei (n,6) = x, y, half axes, angle, depth: a jittered hexagonal grid, thinned to `chance` (size,size)."""
     size = len(angle)
-    y, x = np.mgrid[0:size:spacing * 0.87, 0:size:spacing]
+    y, x = mgrid[0:size:spacing * 0.87, 0:size:spacing]
     x[1::2] += spacing / 2
-    p = np.stack([x, y], -1).reshape(-1, 2)                                    # (n,2)
+    p = stack([x, y], -1).reshape(-1, 2)                                    # (n,2)
     p = p + rng.uniform(-0.36, 0.36, p.shape) * spacing
     p = p[((p >= 0) & (p < size)).all(1)]
     column, row = p.astype(int).T
     stay = rng.random(len(p)) < chance[row, column]
     x, y = p[stay].T
     n = len(x)
-    r = radius * np.exp(spread * rng.standard_normal(n))
-    k = np.sqrt(maximum(ratio * np.exp(0.15 * rng.standard_normal(n)), 1))
+    r = radius * exp(spread * rng.standard_normal(n))
+    k = sqrt(maximum(ratio * exp(0.15 * rng.standard_normal(n)), 1))
     if along:
         turn = angle[row[stay], column[stay]] + 0.25 * rng.standard_normal(n)
     else:
-        turn = rng.uniform(0, np.pi, n)
+        turn = rng.uniform(0, pi, n)
     depth = depth * rng.uniform(0.75, 1.2, n)
-    return np.stack([x, y, minimum(r * k, 13), r / k, turn, depth], 1).astype(np.float32)
+    return stack([x, y, minimum(r * k, 13), r / k, turn, depth], 1).astype(float32)
 
-def stamp(nuclei, size, reach=14):
+def connective(rng, angle, where, thick, rare):
+    """Nuclei of stroma, in where (size,size) bool: spindles along the fibres, and clusters of lymphocytes."""
+    spindles = where * clip(0.4 + 0.25 * thick, 0.08, 1)
+    spindles = scatter(rng, angle, spindles, 22, 3.8, 0.15, 4, 0.85, along=True)
+    clusters = where & (field(rng, len(angle), 110) > rare)
+    return [spindles, scatter(rng, angle, 0.8 * clusters, 10.5, 3.4, 0.08, 1.05, 1.1)]
+
+def stamp(nuclei, size):
     """Draw soft ellipses with a darker rim on a canvas (size,size); where two overlap the deeper one wins."""
     x, y, a, b, angle, depth = nuclei.T[:, :, None, None]                      # (n,1,1) each
-    grid = np.arange(-reach, reach + 1)
-    column = np.floor(x).astype(int) + grid                                    # (n,1,29)
-    row = np.floor(y).astype(int) + grid[:, None]                              # (n,29,1)
-    u = column + np.float32(0.5) - x
-    v = row + np.float32(0.5) - y
-    cos, sin = np.cos(angle), np.sin(angle)
-    r = hypot((u * cos + v * sin) / a, (v * cos - u * sin) / b)             # (n,29,29), 1 on the rim
+    grid = arange(-14, 15)
+    column = x.astype(int) + grid                                              # (n,1,29)
+    row = y.astype(int) + grid[:, None]                                        # (n,29,1)
+    u = column + float32(0.5) - x
+    v = row + float32(0.5) - y
+    along, across = cos(angle), sin(angle)
+    r = hypot((u * along + v * across) / a, (v * along - u * across) / b)      # (n,29,29), 1 on the rim
     body = clip((1 - r) * b / 1.6 + 0.5, 0, 1)
     rim = 0.8 + 0.3 * minimum(r, 1)**3
     ink = body * depth * rim
     row, column = np.broadcast_arrays(row, column)
     keep = (ink > 0.02) & (column >= 0) & (column < size) & (row >= 0) & (row < size)
-    canvas = np.zeros((size, size), np.float32)
-    maximum.at(canvas, (row[keep], column[keep]), ink[keep].astype(np.float32))
+    canvas = np.zeros((size, size), float32)
+    maximum.at(canvas, (row[keep], column[keep]), ink[keep].astype(float32))
     return canvas
 
-def stain(rng, haem, eosin, mottle):
-    """Two dyes (h,w) absorb light (Beer-Lambert), more or less of each from slide to slide. out: (h,w,3) uint8."""
-    haem = haem * rng.uniform(0.85, 1.15)
-    eosin = eosin * rng.uniform(0.8, 1.2)
-    colours = np.array([[0.66, 0.70, 0.28], [0.10, 0.85, 0.34]])               # what red, green, blue lose to each dye
-    colours = (colours + rng.uniform(-0.045, 0.045, (2, 3))).astype(np.float32)
-    white = np.float32(243 + rng.uniform(-3, 3))
-    bands = [np.rint(white * np.exp(-h * haem - e * eosin) + 1.2 * mottle) for h, e in colours.T]
-    return np.stack(bands, -1).astype(np.uint8)
-
 def develop(rng, eosin, haem, nuclei, tissue, mottle, grain, dyes=None):
-    """Put nuclei (n,6) on top and shine light through.
-    in:  tissue (size,size), its share of each pixel; dyes, random numbers for `stain`, by default rng.
+    """Put nuclei, a list of (n,6), on top; then dyes absorb light (Beer-Lambert), more or less from slide to slide.
+    in:  tissue (size,size), its share of each pixel; dyes, random numbers for what varies, by default rng.
     out: image (size,size,3) uint8; nuclei (n,3) = x, y, mean radius."""
-    size = len(eosin)
+    dyes, size = dyes or rng, len(eosin)
+    nuclei = np.concatenate(nuclei)
     ink = stamp(nuclei, size)
     haem += 1.05 * ink * (1 + 0.10 * mottle + 0.08 * grain)
     eosin *= 1 - 0.35 * minimum(ink, 1)
     thickness = 1 + 0.08 * field(rng, size, 256)
     tint = tissue * thickness
-    image = stain(dyes or rng, haem * tint, eosin * tint, mottle)
+    haem = haem * tint * dyes.uniform(0.85, 1.15)
+    eosin = eosin * tint * dyes.uniform(0.8, 1.2)
+    colours = np.array([[0.66, 0.70, 0.28], [0.10, 0.85, 0.34]])               # what red, green, blue lose to each dye
+    colours = (colours + dyes.uniform(-0.045, 0.045, (2, 3))).astype(float32)
+    white = float32(243 + dyes.uniform(-3, 3))
+    bands = [rint(white * exp(-h * haem - e * eosin) + 1.2 * mottle) for h, e in colours.T]
     x, y, a, b, *_ = nuclei.T
-    return image, np.stack([x, y, np.sqrt(a * b)], 1)
+    return stack(bands, -1).astype(uint8), stack([x, y, sqrt(a * b)], 1)
 
 # ----- 3. The slide -----
 
@@ -195,11 +196,10 @@ def regions(rng, q):
 def flow(rng, hill):
     """Angle (2q,2q) of fibres that wrap around the hills (q,q)."""
     n = 2 * len(hill)
-    gy, gx = np.gradient(hill + 0.8 * field(rng, n // 2, 40))
+    gy, gx = gradient(hill + 0.8 * field(rng, n // 2, 40))
     steep = hypot(gx, gy) + 1e-3
-    angle = np.arctan2(enlarge(gx / steep, 2), enlarge(-gy / steep, 2))
-    angle += 0.5 * field(rng, n, 32) + 0.25 * field(rng, n, 12)
-    return angle
+    angle = arctan2(enlarge(gx / steep, 2), enlarge(-gy / steep, 2))
+    return angle + (0.5 * field(rng, n, 32) + 0.25 * field(rng, n, 12))
 
 def toy_slide(seed, size=1024):
     """Draw one synthetic slide.
@@ -216,7 +216,7 @@ def toy_slide(seed, size=1024):
     epithelium(eosin, haem, in_tumour, grain, mottle)
     # fat: empty cells behind thin membranes
     wall = enlarge(walls(rng, size // 2, rng.integers(22, 32)), 2)
-    membrane = np.exp(-(wall / 1.7)**2)
+    membrane = exp(-(wall / 1.7)**2)
     eosin += in_fat * (0.02 + 0.42 * membrane - eosin)
     haem += in_fat * (0.01 + 0.10 * membrane - haem)
     # nuclei: tumour, spindles along the fibres, clusters of lymphocytes, a few on fat membranes
@@ -225,23 +225,10 @@ def toy_slide(seed, size=1024):
     big = rng.uniform(4.6, 6.4)
     crowd = 0.28 * field(rng, size, 96) + rng.uniform(0.45, 0.95)
     crowd = (tumour > 3) * clip(crowd, 0.12, 1)
-    spindles = stroma * clip(0.4 + 0.25 * thick, 0.08, 1)
     on_fat = 0.1 * ((fat > 2) & (membrane > 0.8))
     nuclei = [scatter(rng, angle, crowd, 2.45 * big, big, 0.17, 1.25, 0.85)]
-    nuclei.append(scatter(rng, angle, spindles, 22, 3.8, 0.15, 4.0, 0.85, along=True))
-    clusters = 0.8 * (stroma & (field(rng, size, 110) > 1.7))
-    nuclei.append(scatter(rng, angle, clusters, 10.5, 3.4, 0.08, 1.05, 1.1))
+    nuclei += connective(rng, angle, stroma, thick, 1.7)
     nuclei.append(scatter(rng, angle, on_fat, 9, 2.8, 0.12, 2.2, 0.9))
-    image, nuclei = develop(rng, eosin, haem, np.concatenate(nuclei), in_tissue, mottle, grain)
+    image, nuclei = develop(rng, eosin, haem, nuclei, in_tissue, mottle, grain)
     region = np.select([in_tissue < 0.5, in_tumour > 0.5, in_fat > 0.5], [0, 2, 3], 1)
-    return image, region[2::4, 2::4].astype(np.uint8), nuclei
-
-def main(argv):
-    path = argv[0] if argv else "out/toy_slide.png"
-    image, region, nuclei = toy_slide(0)
-    save_png(path, image)
-    areas = ", ".join(f"{name} {(region == k).mean():.0%}" for k, name in enumerate(TISSUES))
-    print(f"{path}: {areas}; {len(nuclei)} nuclei")
-
-if __name__ == "__main__":
-    cli(main, __doc__)
+    return image, region[2::4, 2::4].astype(uint8), nuclei
