@@ -13,20 +13,17 @@ in:  nothing   out: tables, on the screen and in --out     read next: ../docs/sp
 import os
 import platform
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from statistics import median
-from unittest import mock
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import zoom_vae
 from common import UserError, at_least, cli, configure, setup, write_text
-from diffusion import ZoomLDM
+from diffusion import ZoomLDM, ddim_timesteps
 from experiments.cost import network_flops, row_flops, rows_of_step, training_flops
 from large.proxy import Proxy
 from large.windows import prepare
@@ -38,7 +35,6 @@ from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
 
 SIDE = 64  # latents of a patch of 256 pixels
-LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 @dataclass
 class Config:
@@ -54,9 +50,8 @@ class Config:
 
 def sizes(full):
     """Configs of U-Net, VAE and Summarizer: as published, or so that a call takes a fraction of a second."""
-    if full:
-        return UNetConfig(), VAEConfig(), SummarizerConfig()
-    return UNetConfig(64), VAEConfig(32), SummarizerConfig(depth=2)
+    reduced = UNetConfig(64), VAEConfig(32), SummarizerConfig(depth=2)
+    return (UNetConfig(), VAEConfig(), SummarizerConfig()) if full else reduced
 
 # ----- 1. The U-Net of diffusers -----
 
@@ -105,129 +100,108 @@ def matmul(ranks, full, kind, dtype):
     a, b = torch.randn(2, n, n, dtype=dtype, device=ranks.device)
     return f"matmul {n} {kind}", 2 * n ** 3, partial(torch.mm, a, b)
 
-def conv(ranks, batch, channels, side, kind, dtype, order=FIRST):
+def matmuls(cfg, ranks):
+    return [matmul(ranks, cfg.full, kind, dtype) for kind, dtype in kinds(ranks).items()]
+
+def conv(ranks, batch, channels, side, kind, dtype):
     """The line of a 3 x 3 convolution."""
-    x = torch.randn(batch, channels, side, side, dtype=dtype, device=ranks.device).to(memory_format=order)
-    w = torch.randn(channels, channels, 3, 3, dtype=dtype, device=ranks.device).to(memory_format=order)
-    name = f"conv {batch}x{channels}->{channels} @{side} {kind}" + (" nhwc" if order == LAST else "")
-    return name, 2 * 9 * batch * channels ** 2 * side ** 2, partial(F.conv2d, x, w, padding=1)
+    x = torch.randn(batch, channels, side, side, dtype=dtype, device=ranks.device)
+    w = torch.randn(channels, channels, 3, 3, dtype=dtype, device=ranks.device)
+    work = 2 * 9 * batch * channels ** 2 * side ** 2
+    return f"conv {batch}x{channels}->{channels} @{side} {kind}", work, partial(F.conv2d, x, w, padding=1)
 
 def peaks(cfg, ranks):
     """The best this machine does."""
     for kind, dtype in kinds(ranks).items():
         yield matmul(ranks, cfg.full, kind, dtype)
         for shape in ((2, 192, SIDE), (1, 512, SIDE), (1, 128, 4 * SIDE)):
-            for order in (FIRST, LAST):
-                yield conv(ranks, *shape, kind, dtype, order)
+            yield conv(ranks, *shape, kind, dtype)
     memory = torch.zeros(1 << 28, dtype=torch.int8, device=ranks.device)
     yield "copy, bytes read and written", 2 << 28, memory.clone
 
-def unet_call(net, cfg, batch, dtype, order, amp, backward):
-    """One forward pass, or a forward and a backward one. cfg: a UNetConfig."""
-    device = next(net.parameters()).device
-    z = torch.randn(batch, cfg.channels, SIDE, SIDE).to(device, dtype, memory_format=order)
-    c = torch.randn(batch, 65, cfg.context_dim).to(device, dtype)
-    t = torch.full((batch,), 500, device=device)
+def ways(ranks):
+    """How networks are called, {name: (type of the weights, autocast)}."""
+    half = {"bf16 autocast": (torch.float32, True), "bf16 weights": (torch.bfloat16, False)}
+    return {"fp32": (torch.float32, False)} | (half if ranks.amp else {})
 
-    def call():
-        with torch.set_grad_enabled(backward), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            out = net(z, t, c)
-        if backward:
-            out.float().square().mean().backward()
-            net.zero_grad()
-    return call
+def run(net, inputs, amp, backward=False):
+    """One forward pass, or a forward and a backward one."""
+    with torch.set_grad_enabled(backward), torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=amp):
+        out = net(*inputs)
+    if backward:
+        out.float().square().mean().backward()
+        net.zero_grad()
+
+def compiled_unet(cfg):
+    net = UNet(cfg)
+    net.compile()
+    return net
 
 def unets(cfg, ranks, backward=False):
-    """Our U-Net and diffusers', in every arithmetic and layout that pays somewhere."""
+    """Our U-Net and diffusers', in every arithmetic."""
     shape = sizes(cfg.full)[0]
     one = row_flops(UNet(shape).to("meta"), (shape.channels, SIDE, SIDE), shape.context_dim)
     work = cfg.batch * (training_flops(shape, SIDE) if backward else one)
-    ways = {"fp32": (torch.float32, FIRST, False), "fp32, channels last": (torch.float32, LAST, False)}
-    if ranks.amp:
-        ways["bf16 autocast"] = torch.float32, FIRST, True
-        if not backward:
-            ways["bf16 weights"] = torch.bfloat16, FIRST, False
-            ways["bf16 weights, channels last"] = torch.bfloat16, LAST, False
-    nets = {"ours": UNet} | ({"diffusers": Diffusers} if compared(shape, SIDE)[1] else {})
-    for kind, dtype in kinds(ranks).items():
-        yield matmul(ranks, cfg.full, kind, dtype)
+    nets = {"ours": UNet} | ({"ours, compiled": compiled_unet} if cfg.compile else {})
+    if compared(shape, SIDE)[1]:
+        nets["diffusers"] = Diffusers
+    z, c = torch.randn(cfg.batch, shape.channels, SIDE, SIDE), torch.randn(cfg.batch, 65, shape.context_dim)
+    t = torch.full((cfg.batch,), 500, device=ranks.device)
+    yield from matmuls(cfg, ranks)
     for name, build in nets.items():
-        for way, (dtype, order, amp) in ways.items():
-            net = build(shape).to(ranks.device, dtype, memory_format=order).requires_grad_(backward)
-            yield f"{name}, {way}", work, unet_call(net, shape, cfg.batch, dtype, order, amp, backward)
-            if cfg.compile and name == "ours" and "last" not in way:
-                net.compile()
-                yield f"ours, compiled, {way}", work, unet_call(net, shape, cfg.batch, dtype, order, amp, backward)
-
-def vae_call(vae, encode, x, amp, order):
-    """Encode or decode one patch. order: how a CPU convolves, None = as zoom_vae.layout says."""
-    f = vae.encode if encode else partial(vae.decode, quantize=False)
-    forced = mock.Mock(return_value=order)
-
-    def call():
-        with mock.patch.object(zoom_vae, "layout", forced) if order else nullcontext():
-            with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                f(x)
-    return call
+        for way, (dtype, amp) in ways(ranks).items():
+            if backward and way == "bf16 weights":
+                continue
+            net = build(shape).to(ranks.device, dtype).requires_grad_(backward)
+            inputs = z.to(ranks.device, dtype), t, c.to(ranks.device, dtype)
+            yield f"{name}, {way}", work, partial(run, net, inputs, amp, backward)
 
 def vaes(cfg, ranks):
-    """Encoding and decoding one patch. On a CPU it convolves with channels last by itself: see zoom_vae.layout."""
+    """Encoding and decoding one patch."""
     unet, shape, _ = sizes(cfg.full)
     pixels = SIDE * 2 ** (len(shape.mult) - 1)
-    inputs = {"encode": torch.randn(1, 3, pixels, pixels), "decode": torch.randn(1, shape.channels, SIDE, SIDE)}
-    ways = {"fp32": (torch.float32, False, None), "fp32, channels first": (torch.float32, False, FIRST),
-            "fp32, channels last": (torch.float32, False, LAST)}
-    if ranks.amp:
-        ways["bf16 autocast"] = torch.float32, True, None
-        ways["bf16 weights"] = torch.bfloat16, False, None
+    image, z = torch.randn(1, 3, pixels, pixels), torch.randn(1, shape.channels, SIDE, SIDE)
     work = network_flops(unet, shape, SIDE)
     for kind, dtype in kinds(ranks).items():
         yield conv(ranks, 1, shape.width * shape.mult[-1], SIDE, kind, dtype)
-    for name, x in inputs.items():
-        for way, (dtype, amp, order) in ways.items():
+    for name, x in ("encode", image), ("decode", z):
+        for way, (dtype, amp) in ways(ranks).items():
             vae = VQVAE(shape).to(ranks.device, dtype).requires_grad_(False)
-            call = vae_call(vae, name == "encode", x.to(ranks.device, dtype), amp, order)
-            yield f"{name}, {way}", work[f"{name}r"], call
-
-def random_model(cfg, ranks):
-    unet, vae, told = sizes(cfg.full)
-    patch = SIDE * 2 ** (len(vae.mult) - 1)
-    model = ZoomLDM(VQVAE(vae), Summarizer(told), UNet(unet), info={"patch": patch})
-    return model.to(ranks.device).eval().requires_grad_(False)
+            f = vae.encode if name == "encode" else partial(vae.decode, quantize=False)
+            yield f"{name}, {way}", work[f"{name}r"], partial(run, f, (x.to(ranks.device, dtype),), amp)
 
 def samplers(cfg, ranks):
     """Steps of 50: guided patches, and four windows drawn together with one context of the same size."""
     unet, vae, told = sizes(cfg.full)
-    model, one = random_model(cfg, ranks), network_flops(unet, vae, SIDE)
-    c = torch.randn(max(cfg.batch, 4), 65, told.width, device=ranks.device)
+    patch, one = SIDE * 2 ** (len(vae.mult) - 1), network_flops(unet, vae, SIDE)
+    model = ZoomLDM(VQVAE(vae), Summarizer(told), UNet(unet), info={"patch": patch})
+    model.to(ranks.device).eval().requires_grad_(False)
+    proxy = Proxy(model.vae.factor).to(ranks.device).requires_grad_(False)
+    c = torch.randn(cfg.batch, 65, told.width, device=ranks.device)
 
     def patches(amp):
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
-            model.sample(c[:cfg.batch], (SIDE, SIDE), steps=cfg.steps)
-
-    proxy = Proxy(model.vae.factor).to(ranks.device).requires_grad_(False)
+            model.sample(c, (SIDE, SIDE), steps=cfg.steps)
 
     def joint(guide):
-        size = 2 * SIDE * model.vae.factor
         with ranks.autocast():
-            levels = prepare(model, None, (size,), [1, 0], 0, proxy=proxy)
+            levels = prepare(model, None, (2 * patch,), [1, 0], 0, proxy=proxy)
             sample_levels(levels, model.schedule, steps=cfg.steps, guide=guide, lam=0.1, end="clean")
-    for kind, dtype in kinds(ranks).items():
-        yield matmul(ranks, cfg.full, kind, dtype)
+    yield from matmuls(cfg, ranks)
     for kind, dtype in kinds(ranks).items():
         yield f"patches, {kind}", cfg.steps * 2 * cfg.batch * one["U-Net"], partial(patches, dtype == torch.bfloat16)
     for guide in ("s2", "x0", "x0+proxy"):
         rows = rows_of_step(4, 1, guide)
         yield f"joint, {guide}", cfg.steps * sum(n * one[name] for name, n in rows.items()), partial(joint, guide)
 
-def training_step(unet, summarizer, side, batch, ranks, compiled=False):
+def training_step(unet, summarizer, batch, ranks, compiled):
     """A function that takes one whole training step on random samples: forward, backward, AdamW, EMA."""
-    net = LDMStage(TrainConfig(unet=unet, summarizer=summarizer, batch=batch, compile=compiled), side)
+    net = LDMStage(TrainConfig(unet=unet, summarizer=summarizer, batch=batch, compile=compiled), SIDE)
     net = net.to(ranks.device).train()
     weights = list(net.parameters())
     averages = [w.detach().clone() for w in weights]
     optimizer = torch.optim.AdamW(weights, fused=True)
-    item = net.noise(0) | {"z": torch.randn(batch, unet.channels, side, side), "s": torch.ones(batch).long(),
+    item = net.noise(0) | {"z": torch.randn(batch, unet.channels, SIDE, SIDE), "s": torch.ones(batch).long(),
                            "tokens": torch.randn(batch, SLOTS, summarizer.embed_dim),
                            "mask": torch.ones(batch, SLOTS, dtype=torch.bool)}
     item = {name: v.to(ranks.device) for name, v in item.items()}
@@ -246,11 +220,10 @@ def training(cfg, ranks):
     """A whole step of train.py: U-Net and Summarizer forward and backward, AdamW, EMA."""
     unet, _, told = sizes(cfg.full)
     work = cfg.batch * training_flops(unet, SIDE, told)
-    for kind, dtype in kinds(ranks).items():
-        yield matmul(ranks, cfg.full, kind, dtype)
-    yield "step", work, training_step(unet, told, SIDE, cfg.batch, ranks)
+    yield from matmuls(cfg, ranks)
+    yield "step", work, training_step(unet, told, cfg.batch, ranks, False)
     if cfg.compile:
-        yield "step, compiled", work, training_step(unet, told, SIDE, cfg.batch, ranks, True)
+        yield "step, compiled", work, training_step(unet, told, cfg.batch, ranks, True)
 
 GROUPS = {"peaks": peaks, "U-Net forward": unets, "U-Net forward and backward": partial(unets, backward=True),
           "VAE": vaes, "sampling": samplers, "training": training}
@@ -259,12 +232,11 @@ GROUPS = {"peaks": peaks, "U-Net forward": unets, "U-Net forward and backward": 
 
 def seconds_of(call, device):
     """Seconds of one call, until the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     began = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait()
     return time.perf_counter() - began
 
 def race(lines, rounds, device):
@@ -301,9 +273,8 @@ def main(argv):
     titles = cfg.groups.split(",") if cfg.groups else list(GROUPS)
     if set(titles) - set(GROUPS):
         raise UserError(f"--groups={cfg.groups}: known are {', '.join(GROUPS)}")
-    at_least(cfg, rounds=1, steps=1, batch=1)
-    if cfg.steps > 500:
-        raise UserError(f"--steps={cfg.steps}: at most 500")
+    at_least(cfg, rounds=1, batch=1)
+    ddim_timesteps(1000, cfg.steps)          # are there so many?
     ranks = setup(cfg.device, threads=cfg.threads)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     size = "published sizes" if cfg.full else "reduced width (--full: published sizes)"

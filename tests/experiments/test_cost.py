@@ -1,4 +1,4 @@
-"""What sampling costs: counted FLOPs against numbers by hand, rows of a profile, its table."""
+"""What sampling and training cost: counted FLOPs, rows and bytes against numbers by hand."""
 import pytest
 import torch
 import torch.nn as nn
@@ -6,20 +6,15 @@ import torch.nn as nn
 from common import UserError
 from diffusion import ZoomLDM
 from experiments import cost
-from experiments.workshop import CNNSummarizer
 from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
 
-def test_flops_of_one_convolution():
-    """Two per multiplication and addition: 2 * 3 * 8 * 3 * 3 * 4 * 5. Catches: counting a batch, or both directions."""
-    assert cost.row_flops(nn.Conv2d(3, 8, 3, padding=1), (3, 4, 5)) == 2 * 3 * 8 * 9 * 20
-    assert cost.row_flops(nn.Sequential(nn.Linear(6, 7), nn.SiLU(), nn.Linear(7, 2)), (6,)) == 2 * (42 + 14)
-
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_flops_of_attention_are_counted(device):
-    """Forward two products of 2 * B * heads * L * M * D each, backward two for each. catches: the CPU's fused kernel,
-    for which PyTorch 2.13's counter knows no formula, so that it says 0."""
+def test_flops_are_counted(device):
+    """Two per multiplication and addition. Attention: two products of 2 * B * heads * L * M * D each forward, two for
+    each backward. catches: the CPU's fused kernel, for which PyTorch 2.13's counter knows no formula, so it says 0."""
+    assert cost.row_flops(nn.Conv2d(3, 8, 3, padding=1, device=device), (3, 4, 5)) == 2 * 3 * 8 * 9 * 20
     q, k, v = (torch.randn(2, 3, n, 8, device=device, requires_grad=True) for n in (5, 7, 7))
     forward = 2 * (2 * 2 * 3 * 5 * 7 * 8)
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -33,18 +28,10 @@ def test_flops_of_the_published_networks(capsys):
     assert [r[0] for r in rows] == ["U-Net", "decoder", "encoder"]
     assert [float(r[1]) for r in rows] == pytest.approx([0.21, 0.67, 0.35], abs=0.01)
 
-@pytest.fixture(autouse=True)
-def quick(request, monkeypatch):
-    if "model" in request.fixturenames:  # counting takes half a second
-        monkeypatch.setattr(cost, "full_size", lambda: {"U-Net": 2e11, "decoder": 7e11, "encoder": 4e11})
-
-@pytest.fixture
-def model():
-    vae, unet = VQVAE(VAEConfig(8, groups=4, codes=16)), UNet(UNetConfig(8, groups=4, context_dim=16, heads=2))
-    return ZoomLDM(vae, Summarizer(SummarizerConfig(8, 16, 1, 16, 3)), unet).eval().requires_grad_(False)
-
-def test_profile_counts_rows(model):
+def test_profile_counts_rows():
     """Of every network, forward, while it is open. Catches: calls counted instead of rows, hooks that stay."""
+    vae, unet = VQVAE(VAEConfig(8, groups=4, codes=16)), UNet(UNetConfig(8, groups=4, context_dim=16, heads=2))
+    model = ZoomLDM(vae, Summarizer(SummarizerConfig(8, 16, 1, 16, 3)), unet).eval().requires_grad_(False)
     proxy = nn.Conv2d(3, 3, 1)
     profile = cost.Profile(model, proxy)
     z, t = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
@@ -56,27 +43,7 @@ def test_profile_counts_rows(model):
     profile.close()
     model.decode(z)
     assert profile.rows == {"U-Net": 3, "decoder": 2, "encoder": 1, "proxy": 2}
-    assert profile.size == {"U-Net": (3, 8, 8), "decoder": (3, 8, 8), "encoder": (3, 32, 32), "proxy": (3, 8, 8)}
-    parts = [profile.seconds[k] for k in profile.rows]
-    assert min(parts) > 0 and sum(parts) <= profile.seconds["all"]
-    mine, large = profile.flops(16)
-    assert mine["decoder"] == 2 * cost.row_flops(model.vae.decoder, (3, 8, 8)) and mine["proxy"] == 2 * 2 * 9 * 64
-    assert large == {"U-Net": 6e11, "decoder": 14e11, "encoder": 4e11, "proxy": 0}
-
-def test_profile_counts_the_tokens_there_are(model):
-    """65 of the transformer, 64 of the CNN: attention to one more token costs that much more."""
-    assert cost.Profile(model, None).length == 65
-    model.summarizer = CNNSummarizer(SummarizerConfig(8, 16, scales=3, kind="cnn"))
-    assert cost.Profile(model, None).length == 64
-    more, less = (cost.row_flops(model.unet, (3, 8, 8), 16, length) for length in (65, 64))
-    widths = [m.cross.q.in_features for m in model.unet.modules() if hasattr(m, "cross")]
-    assert more - less >= sum(2 * 2 * 16 * w for w in widths)  # its keys and values alone
-
-def test_profile_leaves_out_what_was_not_asked(model):
-    profile = cost.Profile(model, None)
-    model.decode(torch.randn(1, 3, 8, 8))
-    profile.close()
-    assert profile.rows == {"U-Net": 0, "decoder": 1, "encoder": 0} and list(profile.flops(16)[0]) == ["decoder"]
+    assert list(cost.Profile(model, None).rows) == ["U-Net", "decoder", "encoder"]
 
 # ----- What is reckoned -----
 
@@ -91,11 +58,10 @@ def test_rows_of_a_large_image():
 def test_bytes_by_hand():
     """f16: 3 * 64 * 64 * 2 = 24,576 of latents; 1, 4, 16, 64, 64, ... embeddings of 2,048; 8 of place."""
     assert cost.bytes_of_sample() == [24_584 + 2048 * n for n in (1, 4, 16, 64, 64, 64, 64, 64)]
-    # 4^4 patches: 256 + 64 + 16 + 4 + 1 with latents, 256 embeddings, and 64 pooled ones
-    assert cost.bytes_on_disk(256, scales=5) == 341 * 24_584 + 256 * 2048 + 64 * 2048
+    # 4^7 patches: 16,384 + 4,096 + ... + 1 with latents, 16,384 embeddings, 64 pooled ones of 64 + 16 + 4 + 1
+    assert cost.bytes_on_disk(4 ** 7) == 21_845 * 24_584 + 16_384 * 2048 + 85 * 64 * 2048
     assert cost.bytes_reduced(100, 1) == 0 and cost.bytes_reduced(100, 4) == 600
-
-def test_all_reduce_hides_behind_the_backward_pass():
+    # the all-reduce hides behind the backward pass
     assert cost.step_seconds(3.0, 1.9) == 3.0 and cost.step_seconds(3.0, 2.5) == pytest.approx(3.5)
     assert cost.step_seconds(3.0, 1.9, hidden=0) == pytest.approx(4.9)
 
