@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from common import UserError, cli, configure, read_lines
+from common import UserError, at_least, cli, configure, read_lines
 from diffusion import ZoomLDM
 from experiments.cost import bytes_of_sample, bytes_on_disk, bytes_reduced, full_size, rows_of_image
 from experiments.cost import step_seconds, training_flops
@@ -33,7 +33,6 @@ class Config:
     net_gbit: float = 100.0    # of each GPU's link
     images: float = 1e6        # large images to draw
     size: int = 4096           # their side in pixels
-    image_s: float = 0.0       # seconds one takes on one GPU; 0 = by FLOPs, at the rate of training
 
 def parameters():
     """Of what is trained at full size: U-Net and Summarizer."""
@@ -57,60 +56,46 @@ def speed(cfg):
     return rate * mine / full, f"{rate:.1f} samples/s of {cfg.run}, which ran on one device, by FLOPs"
 
 def plan_training(cfg, img_s, flop):
-    """What the training takes. img_s: samples a GPU and second, of `flop` each. out: {name: number}."""
+    """Print what the training takes. img_s: samples a GPU and second, of `flop` each."""
     n, samples = parameters(), bytes_of_sample()
     compute, sent = cfg.per_gpu / img_s, bytes_reduced(n, cfg.gpus)
     reduce = sent * 8 / (cfg.net_gbit * 1e9)
     step = step_seconds(compute, reduce)
-    steps = cfg.epochs * cfg.patches / (cfg.gpus * cfg.per_gpu)
-    mean = sum(samples) / len(samples)
+    batch, mean = cfg.gpus * cfg.per_gpu, sum(samples) / len(samples)
+    steps = cfg.epochs * cfg.patches / batch
     encoded = sum(cfg.patches / 4 ** s for s in range(8))
-    out = {"compute": compute, "reduce": reduce, "step": step, "steps": steps, "training": step * steps, "sent": sent,
-           "read": mean * cfg.gpus * cfg.per_gpu / step, "stored": bytes_on_disk(cfg.patches),
-           "encode": encoded * full_size()["encoder"] / (img_s * flop * cfg.gpus)}
-    hours = out["training"] / 3600
+    encode = encoded * full_size()["encoder"] / (img_s * flop * cfg.gpus)
+    hours, read, stored = step * steps / 3600, mean * batch / step, bytes_on_disk(cfg.patches)
     print(f"bytes read per sample, scale 0 to 7: {', '.join(f'{b:,}' for b in samples)}; mean {mean:,.0f}\n"
           f"training of {n:,} parameters on {cfg.gpus} GPUs, {cfg.per_gpu} samples each: {steps:,.0f} steps\n"
           f"  step      {step:.3f} s: compute {compute:.3f}, all-reduce {reduce:.3f}, of which {step - compute:.3f} "
           f"shows; {step_seconds(compute, reduce, 0):.3f} if none of it were hidden\n"
           f"  time      {hours:.1f} hours, {hours * cfg.gpus:,.0f} GPU-hours; before it, encoding latents, "
-          f"{out['encode'] / 3600:.2f} hours\n"
+          f"{encode / 3600:.2f} hours\n"
           f"  network   {sent / 1e9:.2f} GB sent per GPU and step, {sent * 8 / step / 1e9:.1f} Gbit/s of "
-          f"{cfg.net_gbit:g}; storage gives {out['read'] / 1e9:.3f} GB/s to all\n"
-          f"  disk      {out['stored'] / 1e12:.2f} TB of latents and embeddings, {16 * n / 1e9:.1f} GB a checkpoint")
-    return out
+          f"{cfg.net_gbit:g}; storage gives {read / 1e9:.3f} GB/s to all\n"
+          f"  disk      {stored / 1e12:.2f} TB of latents and embeddings, {16 * n / 1e9:.1f} GB a checkpoint")
 
 def plan_images(cfg, rate):
-    """What the images take, at `rate` FLOP/s a GPU. out: {name: number}."""
-    out, full = {}, full_size()
-    pixels = cfg.images * cfg.size ** 2 * 3
+    """Print what the images take, at `rate` FLOP/s a GPU."""
+    full, pixels = full_size(), cfg.images * cfg.size ** 2 * 3
     print(f"{cfg.images:,.0f} images of {cfg.size} x {cfg.size} pixels on {cfg.gpus} GPUs: 50 steps, a context")
     for guide in ("s2", "x0+proxy"):
         work = sum(n * full[name] for name, n in rows_of_image(cfg.size, guide).items())
-        each = cfg.image_s or work / rate
-        total = each * cfg.images / cfg.gpus
-        given = " (--image_s, whatever the guide)" if cfg.image_s else ""
-        print(f"  {guide:<10}{work / 1e15:.2f} PFLOP, {each:.1f} GPU-seconds each: {total / 86400:.1f} days, written "
-              f"at {pixels / total / 1e9:.3f} GB/s{given}")
-        out[guide], out[f"{guide} FLOP"] = total, work
-    out["pixels"], out["latents"] = pixels, pixels / 8  # float16, a sixteenth of the numbers
-    print(f"  disk      {out['pixels'] / 1e12:.1f} TB of plain pixels, {out['latents'] / 1e12:.1f} TB of latents")
-    return out
+        total = work / rate * cfg.images / cfg.gpus
+        print(f"  {guide:<10}{work / 1e15:.2f} PFLOP, {work / rate:.1f} GPU-seconds each: {total / 86400:.1f} days, "
+              f"written at {pixels / total / 1e9:.3f} GB/s")
+    latents = pixels / 8  # float16, a sixteenth of the numbers
+    print(f"  disk      {pixels / 1e12:.1f} TB of plain pixels, {latents / 1e12:.1f} TB of latents")
 
-def plan(cfg):
-    """Print what a training and a set of large images take. out: {name: number}, the numbers behind the text."""
-    for name in ("gpus", "per_gpu", "patches", "epochs", "net_gbit", "images"):
-        if not getattr(cfg, name) > 0:
-            raise UserError(f"--{name}={getattr(cfg, name)}: it must be positive")
-    if cfg.size < 256 or cfg.img_s < 0:
-        raise UserError(f"--size={cfg.size} --img_s={cfg.img_s}: give a size of 256 or more, and a positive speed")
+def main(argv):
+    cfg = configure(Config, argv, words=("run",), doc=__doc__)
+    at_least(cfg, gpus=1, per_gpu=1, patches=1, epochs=1e-3, net_gbit=1e-3, images=1, size=256, img_s=0)
     img_s, source = speed(cfg)
     flop = training_flops(UNetConfig(), 64, SummarizerConfig())
     print(f"speed: {img_s:.3g} samples/s per GPU ({source}) = {img_s * flop / 1e12:.3g} TFLOP/s")
-    return plan_training(cfg, img_s, flop) | plan_images(cfg, img_s * flop)
-
-def main(argv):
-    plan(configure(Config, argv, words=("run",), doc=__doc__))
+    plan_training(cfg, img_s, flop)
+    plan_images(cfg, img_s * flop)
 
 if __name__ == "__main__":
     cli(main)
