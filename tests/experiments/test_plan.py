@@ -20,8 +20,10 @@ def test_plan_by_hand(monkeypatch, capsys):
                  f"step      {step:.3f} s: compute 0.500, all-reduce 0.400, of which 0.067 shows; 0.900 if none",
                  f"time      {step * 20_000 / 3600:.1f} hours", f"encoding latents, {encoded:.2f} hours",
                  f"4.00 GB sent per GPU and step, {32 / step:.1f} Gbit/s of 80; storage gives {read:.3f} GB/s",
-                 "16.0 GB a checkpoint", f"s2        2.40 PFLOP, 24.0 GPU-seconds each: {12e6 / 86400:.1f} days, "
-                 f"written at {written:.3f} GB/s", "x0+proxy  2.00 PFLOP", "50.3 TB of plain pixels, 6.3 TB of latents"):
+                 "16.0 GB a checkpoint",
+                 f"s2        2.40 PFLOP, 24.0 GPU-seconds each: {12e6 / 86400:.1f} days, "
+                 f"written at {written:.3f} GB/s", "x0+proxy  2.00 PFLOP",
+                 "50.3 TB of plain pixels, 6.3 TB of latents"):
         assert part in text, part
 
 def test_speed_of_a_run_counts_by_flops(run, monkeypatch):
