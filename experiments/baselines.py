@@ -5,7 +5,7 @@ run: python sample_joint.py out/toy --size=512 --context=3 --method=multidiffusi
 """
 import torch
 
-from common import cli, generator
+from common import generator
 from large.ranks import open_canvas
 from large.windows import WindowEps, contexts
 from sample_joint import Level, sample_levels
@@ -31,9 +31,3 @@ def repair(model, condition, level, s, *, guidance=2.0, seed=0, batch=64, start=
     mended = Level(eps, model.decode, model.encode, canvas, z)
     sample_levels([mended], model.schedule, timesteps=list(range(step, start + 1, step)), end="clean")
     return mended
-
-def main(argv):
-    print(__doc__)
-
-if __name__ == "__main__":
-    cli(main, __doc__)

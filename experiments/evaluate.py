@@ -4,7 +4,7 @@ Columns that end in "vae" are what coding the real patch alone loses: the ceilin
 without a condition, "shuffled" is held against another patch's.
 
 in:  a trained model and the pyramids it was trained on   out: a table, RUN/eval/eval.json and sheet.png
-run: python -m experiments.evaluate RUN, which is python sample_joint.py RUN --eval     read next: quality.py
+run: python sample_joint.py RUN --eval     read next: quality.py
 """
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import UserError, cli, open_tensors, save_grid, write_text
+from common import UserError, open_tensors, save_grid, write_text
 from data import fixed_batch
 from experiments import metrics as M
+from experiments.conditions import feature_spaces
 from sample_joint import draw_patches, scales_of
-from slides.encoders import load_encoder
-from summarizer import standardize
+from text.tissues import region_map
 from zoom_vae import perplexity
 
 KINDS = ("fake", "real", "vae", "null")  # what is measured: drawn, real, real but coded, drawn without a condition
@@ -25,36 +25,28 @@ KINDS = ("fake", "real", "vae", "null")  # what is measured: drawn, real, real b
 # ----- 1. What toy slides say of themselves -----
 
 def truth(pyramids, batch, size):
-    """For toy data, tissue shares (N,4) by the region map, which has a quarter of the slide's resolution, and the share
-    of nuclei (N,) by the list of those drawn: their discs' area, where the centre lies in the patch."""
+    """For toy data, tissue shares (N,4) by the region map, and the share of nuclei (N,) by the list of those drawn:
+    their discs' area, where the centre lies in the patch."""
     shares, areas = [], []
-    for slide, s, (i, j) in zip(batch["slide"].tolist(), batch["s"].tolist(), batch["ij"].tolist()):
-        side = size * 2 ** s                                # of the patch, in pixels of the slide
-        top, left = i * side, j * side
-        with open_tensors(pyramids.folder / pyramids.slides[slide]["file"]) as f:
-            region = f.get_tensor("region")
-            x, y, radius = f.get_tensor("nuclei").double().T
-        region = region[top // 4:(top + side) // 4, left // 4:(left + side) // 4]
+    for k, s, (i, j) in zip(batch["slide"].tolist(), batch["s"].tolist(), batch["ij"].tolist()):
+        n, side = 2 ** s, size * 2 ** s                     # of the patch, in base tiles and in pixels of the slide
+        region = torch.from_numpy(region_map(pyramids, k, (i * n, j * n, n, n)))
         shares.append(torch.bincount(region.flatten().long(), minlength=4) / region.numel())
-        inside = (x >= left) & (x < left + side) & (y >= top) & (y < top + side)
+        with open_tensors(pyramids.folder / pyramids.slides[k]["file"]) as f:
+            x, y, radius = f.get_tensor("nuclei").double().T
+        inside = (x // side == j) & (y // side == i)
         areas.append(torch.pi * radius[inside].square().sum() / side ** 2)
     return torch.stack(shares), torch.stack(areas)
 
 def palette_of(pyramids):
     """Mean colour of each tissue, from training patches at scale 2 and their region maps; None for other data."""
-    with open_tensors(pyramids.folder / pyramids.slides[0]["file"]) as f:
-        if "region" not in f.keys() or pyramids.scales < 3:
-            return None
-    batch, side, regions = fixed_batch(pyramids, "train", 2, 128), pyramids.patch, []
-    for slide, (i, j) in zip(batch["slide"].tolist(), batch["ij"].tolist()):
-        with open_tensors(pyramids.folder / pyramids.slides[slide]["file"]) as f:
-            region = f.get_tensor("region")[i * side:(i + 1) * side, j * side:(j + 1) * side]
-        regions.append(region[::4, ::4])
     try:
-        return M.fit_palette(batch["x"], torch.stack(regions))
+        batch = fixed_batch(pyramids, "train", 2, 128)
+        places = zip(batch["slide"].tolist(), (4 * batch["ij"]).tolist())
+        maps = [torch.from_numpy(region_map(pyramids, k, (i, j, 4, 4)))[::4, ::4] for k, (i, j) in places]
+        return M.fit_palette(batch["x"], torch.stack(maps))
     except UserError as err:
         print(f"tissues are not measured: {err}")
-        return None
 
 # ----- 2. One scale -----
 
@@ -73,20 +65,17 @@ def coded(model, real, batch, ranks):
 def in_space(name, feature, sets, train):
     """Similarities and distances in one feature space. in: sets {kind: images}. out: {column: value}."""
     base, features = feature(train), {kind: feature(x) for kind, x in sets.items()}
-    n = len(features["real"])
+    real = features.pop("real")
     # about the mean training patch, or any two patches would look alike
     centre = M.standard(base)
-    right, wrong = M.paired_gain(centre(features["fake"]), centre(features["real"]))
+    right, wrong = M.paired_gain(centre(features["fake"]), centre(real))
     row = {f"sim_{name}": right, f"shuffled_{name}": wrong,
-           f"sim_{name}_vae": M.similarity(centre(features["vae"]), centre(features["real"]))}
+           f"sim_{name}_vae": M.similarity(centre(features["vae"]), centre(real))}
     project = M.principal(base, min(16, len(base) - 1))
-    held_out = project(features["real"])
-    for kind, x in (("floor", base[:n]), *features.items()):
-        if kind == "real":
-            continue
+    for kind, x in {"floor": base[:len(real)], **features}.items():
         # a Fréchet distance of few samples is mostly bias: below 256, the unbiased kernel distance and its error
-        far = (M.frechet(project(x), held_out), None) if n >= 256 else M.kernel_distance(project(x), held_out)
-        row[f"dist_{name}_{kind}"] = far
+        a, b = project(x), project(real)
+        row[f"dist_{name}_{kind}"] = (M.frechet(a, b), None) if len(real) >= 256 else M.kernel_distance(a, b)
     return row
 
 def by_colour(sets, batch, pyramids, palette, s):
@@ -100,7 +89,7 @@ def by_colour(sets, batch, pyramids, palette, s):
         row[f"nuclei_{kind}"] = float((M.nuclei_fraction(sets[kind]) - area).abs().mean())
     return row
 
-def measure(model, pyramids, cfg, ranks, s, describe, palette):
+def measure(model, pyramids, cfg, ranks, s, spaces, palette):
     """All columns of scale s. out: the row; the real and the drawn patches."""
     n = min(cfg.n, pyramids.count("train", s))              # as many on both sides of a distance
     batch = fixed_batch(pyramids, cfg.split, s, n)
@@ -112,8 +101,8 @@ def measure(model, pyramids, cfg, ranks, s, describe, palette):
     sets = {"fake": fake, "null": null, "vae": vae, "real": real}
     row = {"scale": s, "n": len(real), "layout": M.layout_fidelity(fake, real, grid),
            "layout_vae": M.layout_fidelity(vae, real, grid), "psnr_vae": M.psnr(vae, real), "codes_used": codes}
-    row |= in_space("desc", describe, sets, train)
-    row |= in_space("rand", M.random_features, sets, train)
+    for name, feature in spaces.items():
+        row |= in_space(name, feature, sets, train)
     if palette is not None:
         row |= by_colour(sets, batch, pyramids, palette, s)
     return row, real, fake
@@ -122,18 +111,14 @@ def measure(model, pyramids, cfg, ranks, s, describe, palette):
 
 def evaluate(model, pyramids, cfg, ranks):
     """Measure drawn patches against the real ones their conditions came from; print a table, write eval.json."""
-    encoder = load_encoder(pyramids.encoder, pyramids.std, pyramids.weights)
-
-    def describe(x):  # descriptor space: what the conditions are made of, here of the patch itself
-        return standardize(encoder((x + 1) / 2)[..., None, None])[..., 0, 0]
-    palette = palette_of(pyramids)
+    spaces, palette = feature_spaces(pyramids), palette_of(pyramids)
     table, rows, labels = [], [], []
     for s in tqdm(scales_of(cfg, pyramids), desc="scales"):
         held_out, train = pyramids.count(cfg.split, s), pyramids.count("train", s)
         if min(held_out, train) < 3:
             print(f"scale {s} left out: {held_out} {cfg.split} and {train} training patches are too few")
             continue
-        row, real, fake = measure(model, pyramids, cfg, ranks, s, describe, palette)
+        row, real, fake = measure(model, pyramids, cfg, ranks, s, spaces, palette)
         table.append(row)
         rows += [real[:12], fake[:12]]
         labels += [f"scale {s} real", f"scale {s} drawn"]
@@ -157,27 +142,19 @@ def as_cell(value):
 
 def print_table(table):
     """Two blocks, three for toy data, a row per scale."""
-    follows = ["scale", "n", "layout", "layout_vae"]
-    follows += ["sim_desc", "shuffled_desc", "sim_desc_vae", "sim_rand", "shuffled_rand", "sim_rand_vae"]
-    follows += ["psnr_vae", "codes_used"]
-    distances = ["scale"] + [f"dist_{space}_{kind}" for space in ("desc", "rand")
-                             for kind in ("fake", "floor", "vae", "null")]
-    tissues = ["fake", "vae", "real", "null"]
-    colours = ["scale"] + [f"{what}_{kind}" for what in ("tissue", "nuclei") for kind in tissues]
-    blocks = {"follows its condition (1 = the real patch; shuffled = other patches' conditions)": follows,
-              "distance to held-out patches (Fréchet if n >= 256, else kernel ± standard error), 16 components":
-              distances}
+    blocks = {
+        "follows its condition (1 = the real patch; shuffled = other patches' conditions)":
+            "n layout layout_vae sim_desc shuffled_desc sim_desc_vae sim_rand shuffled_rand sim_rand_vae psnr_vae "
+            "codes_used",
+        "distance to held-out patches (Fréchet if n >= 256, else kernel ± standard error), 16 components":
+            "dist_desc_fake dist_desc_floor dist_desc_vae dist_desc_null dist_rand_fake dist_rand_floor dist_rand_vae "
+            "dist_rand_null"}
     if "tissue_fake" in table[0]:
         blocks["mean absolute error of what colours say: tissue shares against the region map, the share of nuclei "
-               "against those drawn (mean given)"] = [*colours, "nuclei_mean"]
+               "against those drawn (mean given)"] = (
+            "tissue_fake tissue_vae tissue_real tissue_null nuclei_fake nuclei_vae nuclei_real nuclei_null nuclei_mean")
     for title, keys in blocks.items():
+        keys = ["scale", *keys.split()]
         print(f"\n{title}\n" + " ".join(f"{key.replace('_', ' '):>14}" for key in keys))
         for row in table:
             print(" ".join(f"{as_cell(row[key]):>14}" for key in keys))
-
-def main(argv):
-    import sample_joint
-    sample_joint.main([*argv, "--eval"])
-
-if __name__ == "__main__":
-    cli(main)

@@ -11,7 +11,7 @@ from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_flops_are_counted(device):
+def test_flops_of_attention_are_counted(device):
     """Two per multiplication and addition. Attention: two products of 2 * B * heads * L * M * D each forward, two for
     each backward. catches: the CPU's fused kernel, for which PyTorch 2.13's counter knows no formula, so it says 0."""
     assert cost.row_flops(nn.Conv2d(3, 8, 3, padding=1, device=device), (3, 4, 5)) == 2 * 3 * 8 * 9 * 20
