@@ -19,9 +19,10 @@ def read_bag(path):
     out: features (N,K) float32; coords (N,2) or None; meta, plain types. raises: UserError if it is damaged, empty, of
     another shape, or holds NaN."""
     found, meta = contents(Path(path))
+    for key, value in found.items():
+        if torch.is_tensor(value) and value.ndim == 3 and len(value) == 1:  # some tools write (1,N,K)
+            found[key] = value[0]
     x = found.get("features", next(iter(found.values())) if len(found) == 1 else None)
-    if torch.is_tensor(x) and x.ndim == 3 and len(x) == 1:  # some tools write (1,N,K)
-        x = x[0]
     if not torch.is_tensor(x) or x.ndim != 2 or not x.is_floating_point():
         shape = tuple(x.shape) if torch.is_tensor(x) else "no tensor"
         raise UserError(f"{path} holds {shape}, expected features (N,K) of a float type, among {', '.join(found)}")
@@ -36,28 +37,35 @@ def read_bag(path):
 
 def contents(path):
     """out: {name: tensor}, meta. raises: UserError if it cannot be read."""
-    readers = {".pt": lambda: torch.load(path, map_location="cpu", weights_only=True),
-               ".npy": lambda: torch.from_numpy(np.load(path, allow_pickle=False)), ".h5": lambda: read_h5(path)}
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
-    if path.suffix not in readers:
+    if path.suffix not in SUFFIXES:
         raise UserError(f"{path} is no file of features: known are {', '.join(SUFFIXES)}")
     try:
-        found = readers[path.suffix]()
+        if path.suffix == ".safetensors":
+            return load_tensors(path)
+        if path.suffix == ".h5":
+            return read_h5(path)
+        if path.suffix == ".npy":
+            found = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
+    except ImportError as err:
+        raise UserError(f"{path} needs the extra: pip install -e '.[h5]', or give .pt files") from err
     except Exception as err:  # damaged files raise nearly anything
         why = (str(err).splitlines() or [""])[0]
         raise UserError(f"{path} cannot be read ({type(err).__name__}: {why}): make it again, of tensors") from err
-    return found if isinstance(found, dict) else {"features": found}, {}
+    if not isinstance(found, dict):
+        return {"features": found}, {}
+    return found, {"side": int(found.pop("patch_size_level0", 0))}
 
 def read_h5(path):
-    try:
-        import h5py
-    except ImportError as err:
-        raise UserError(f"{path} needs the extra: pip install -e '.[h5]', or give .pt files") from err
+    """out: {name: tensor}; meta: the side of a tile in pixels of level 0, or 0."""
+    import h5py
     with h5py.File(path, "r") as f:
-        return {key: torch.from_numpy(np.asarray(f[key])) for key in ("features", "coords") if key in f}
+        found = {key: torch.from_numpy(np.asarray(f[key])) for key in ("features", "coords") if key in f}
+        side = f["coords"].attrs.get("patch_size_level0", 0) if "coords" in f else 0
+    return found, {"side": int(side)}
 
 # ----- 2. A folder -----
 
@@ -126,7 +134,4 @@ def one_scale(x, coords, meta, s):
     start = sum(meta["widths"][:at])
     return x[np.sort(first), start:start + meta["widths"][at]].clone()
 
-@lru_cache(maxsize=4)
-def open_bags(folder, view):
-    """Bags that stay open, for what is asked for again and again."""
-    return Bags(folder, view)
+open_bags = lru_cache(maxsize=4)(Bags)  # they stay open, for what is asked for again and again

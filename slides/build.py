@@ -4,7 +4,7 @@ Worker processes read and embed strips of base tiles; this one halves them and w
 at all. The same command goes on where it stopped. An image that cannot be read is passed over; exit code 1 in the end.
 in:  images, a folder, a pattern or a CSV   out: what data.py describes; masks/*.png, where tissue was found
 run: python data.py build --images=SLIDES --out=data/mine --mpp=0.5 --tissue=0.2     20x patches that show tissue
-     torchrun --nproc_per_node=4 data.py build ..., or --shard=0/4 to 3/4 on machines that share --out"""
+     the same with --shard=0/4 to 3/4 at once, on machines that share --out"""
 import glob
 import os
 import random
@@ -13,7 +13,6 @@ import sys
 import time
 from collections import Counter, deque
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import UserError, at_least, cli, configure, save_png, write_text
+from common import UserError, at_least, configure, save_png, write_text
 from data import write_slide
 from slides.encoders import Stats, embed, load_encoder
 from slides.reader import MAX_PIXELS
@@ -51,7 +50,7 @@ class Config:
     holdout: float = 0.1          # fraction of the images held out, if there are at least 5, and no column split
     max_pixels: int = MAX_PIXELS  # refuse larger images of kinds that unpack as a whole
     workers: int = 0              # processes that read; 0 = one per core up to 8, none for a few small images
-    shard: str = ""               # i/n: the i-th of n parts of the images, from 0 on; torchrun sets it by itself
+    shard: str = ""               # i/n: the i-th of n parts of the images, from 0 on
     device: str = "cpu"           # where the encoder runs
 
 # ----- 1. One image -----
@@ -170,9 +169,7 @@ class Run:
                     build_one(self, job, group)
                     self.built.append(job)
                 except UserError as err:
-                    dropped.add(job.name)
-                    for _ in group:  # noqa: B031 - what was submitted already
-                        pass
+                    dropped.add(job.name)                                      # groupby passes over the rest of it
                     self.fail(job, err)
             self.seconds = time.perf_counter() - begun
 
@@ -189,9 +186,12 @@ class Run:
 
 def sample_tiles(cfg, jobs):
     """2,048 training tiles, as (n,3,P,P), from up to 16 images that can be read: to measure deviations on."""
-    rng, used, P, error = random.Random(0), 0, cfg.patch, f"--images={cfg.images}: all are held out, none to train on"
+    rng, used, P = random.Random(0), 0, cfg.patch
+    error = UserError(f"--images={cfg.images}: all are held out, none to train on")
     train = [job for job in jobs if job.split == "train"]
     for job in rng.sample(train, len(train)):
+        if used == 16:
+            return
         try:
             job = plan(job, cfg.mpp, P, cfg.max_pixels)
             slide, gw, gh = opened(job), job.size[0] // P, job.size[1] // P
@@ -204,10 +204,8 @@ def sample_tiles(cfg, jobs):
             tiles = [slide.read(k % gw * P, k // gw * P, P, P, cfg.mpp) for k in at[first:first + 16]]
             yield torch.from_numpy(np.stack(tiles)).movedim(-1, 1) / 255       # (n,3,P,P)
         used += 1
-        if used == 16:
-            return
     if not used:
-        raise UserError(str(error))
+        raise error
 
 def deviations(cfg, jobs):
     """The deviation of each number of an embedding, to scale it with; 1 where the encoder does that itself."""
@@ -240,8 +238,7 @@ def check(cfg):
     if cfg.features and (cfg.encoder == Stats.name or cfg.weights or cfg.tissue or cfg.cut):
         raise UserError(f"--features={cfg.features}: say which encoder made them, --encoder=uni, and give no "
                         f"--weights, no --tissue and no --cut: tiles without embedding are left out, and images whole")
-    shard = cfg.shard or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
-    shard = re.fullmatch(r"(\d+)/(\d+)", shard)
+    shard = re.fullmatch(r"(\d+)/(\d+)", cfg.shard or "0/1")
     if not shard or int(shard[1]) >= int(shard[2]):
         raise UserError(f"--shard={cfg.shard}: write i/n, as 0/4 to 3/4 for four parts")
     cut = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", cfg.cut or "1x1")
@@ -253,8 +250,6 @@ def build(argv):
     """Cut images into pyramids. raises: UserError; SystemExit(1) in the end if some of several images failed."""
     cfg = configure(Config, argv, doc=__doc__)
     shard, shards, cut = check(cfg)
-    if cfg.device == "cuda":
-        cfg.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     jobs = image_jobs(cfg.images, cfg.out, cfg.holdout, cut)
     mine = jobs[shard::shards]
     print(f"reading {len(mine)} images from {cfg.images}, writing to {cfg.out}")
@@ -270,12 +265,5 @@ def build(argv):
         print(f"{missing} images are left to other shards: the last to end lists all in index.json")
     elif lines:
         finish(cfg.out, index, lines)
-    if os.environ.get("WORLD_SIZE", "1") != "1":                               # torchrun ends all ranks when one fails
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
     if run.failed:
         sys.exit(1)
-
-if __name__ == "__main__":
-    cli(build, __doc__)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import UserError, cli
-from slides.weights import common_count, common_size, load_official, load_state_dict
+from slides.weights import count_of, load_official, load_state_dict, renamed, size_of
 from toy.descriptor import Stats, embed  # noqa: F401 (whoever embeds finds both here)
 
 # ----- 1. The published transformers: what their tensors do not tell -----
@@ -50,12 +50,6 @@ class Kind:
     resize: str = "bilinear"    # in this way,
     mean: tuple = (0.485, 0.456, 0.406)  # and normalised
     std: tuple = (0.229, 0.224, 0.225)
-
-    def publish(self, name, prefix):
-        """The published name of a tensor of ours."""
-        for ours, theirs in self.names:
-            name = name.replace(ours, theirs)
-        return prefix + name
 
 KINDS = {  # sources: timm and TRIDENT, facebookresearch/dinov2 (crop as in timm), mahmoodlab/HIPT, transformers
     "uni": Kind((1024, 24, 16, 16, 4096, 197, 0)),
@@ -105,10 +99,8 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """A published vision transformer.
-
     in:  image (B,3,H,W), normalised as KINDS[name] says, H and W multiples of the patch side (16 or 14)
-    out: (B,E), the class token after the final norm, which is the published embedding; `tokens` has the others, too
-    """
+    out: (B,E), the class token after the final norm, which is the published embedding; `tokens` has the others, too"""
 
     def __init__(self, name, width, depth, heads, patch, hidden, positions, registers=0):
         super().__init__()
@@ -161,31 +153,27 @@ class ViT(nn.Module):
     @classmethod
     def from_official(cls, state, name, heads=None):
         """Build from a published state dict, in eval mode.
-
         in:  name, one of KINDS; heads, by default width / 64, as in all published sizes. A flat dict, or HIPT's whole
-        file, of which the teacher counts. raises: ValueError listing missing, unexpected and mis-shaped keys.
-        """
+        file, of which the teacher counts. raises: ValueError listing missing, unexpected and mis-shaped keys."""
         if name not in KINDS:
             raise UserError(f"unknown ViT {name!r}: known are {', '.join(KINDS)}")
         kind, state = KINDS[name], state.get("teacher", state)
-        counts = {p: common_count(state, kind.publish("blocks.", p)) for p in kind.prefixes}
-        prefix = max(counts, key=counts.get)
+        depths = {prefix: count_of(state, prefix + renamed("blocks.", kind.names)) for prefix in kind.prefixes}
+        prefix = max(depths, key=depths.get)
         registers = next((key for key in kind.registers if key in state), "".join(kind.registers[:1]))
 
         def publish(ours):
-            return registers if ours == "registers" else kind.publish(ours, prefix)
-        blocks = range(counts[prefix])
-        biases = ["norm.weight", "norm.bias", "patchify.bias", *(f"blocks.{i}.proj.bias" for i in blocks)]
-        width = common_size(state, 0, *map(publish, biases))
+            return registers if ours == "registers" else prefix + renamed(ours, kind.names)
+        width = size_of(state, publish("norm.weight"), 0, size_of(state, publish("norm.bias"), 0, 0))
         try:
-            if not blocks or not width:
-                raise UserError(f"{publish('blocks.0.norm1.weight')} and all the rest are missing")
-            patch = common_size(state, 2, publish("patchify.weight")) or 1
-            hidden = common_size(state, 1, *(publish(f"blocks.{i}.fc2.weight") for i in blocks)) or 1
-            positions = common_size(state, 1, publish("positions")) or 1
+            if not width:
+                raise UserError(f"{publish('norm.weight')} and all the rest are missing")
+            patch = size_of(state, publish("patchify.weight"), 2, 1)
+            hidden = size_of(state, publish("blocks.0.fc2.weight"), 1, 1)
+            positions = size_of(state, publish("positions"), 1, 1)
             with torch.device("meta"):
-                model = cls(name, width, len(blocks), heads or width // 64, patch, hidden, positions,
-                            common_size(state, 1, registers) or 1)
+                model = cls(name, width, depths[prefix], heads or width // 64, patch, hidden, positions,
+                            size_of(state, registers, 1, 1))
             load_official(model, state, "", publish, kind.unused)
             if patch != kind.size[3]:  # DINOv2's keys are those of UNI
                 raise UserError(f"their patches are {patch} pixels wide, and not {kind.size[3]}")
@@ -197,10 +185,8 @@ class ViT(nn.Module):
 
 class Published(nn.Module):
     """A published encoder behind its published pre-processing: resize, normalise.
-
     in:  net, images (B,3,side,side) -> (B,E); resize, "bilinear" or "bicubic"; mean and std of three colours
-    out: of forward: tiles (B,3,P,P) in [0,1] -> e (B,E) float32
-    """
+    out: of forward: tiles (B,3,P,P) in [0,1] -> e (B,E) float32"""
     scaled = False  # embeddings are used as they are
 
     def __init__(self, net, embed_dim, side, resize, mean, std):
@@ -210,8 +196,6 @@ class Published(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def prepare(self, image):
-        if image.ndim != 4 or image.shape[1] != 3:
-            raise UserError(f"got tiles of shape {tuple(image.shape)}, encoders take (B,3,H,W)")
         size = (self.side, self.side)
         if image.shape[-2:] != size:  # official: Pillow's, which rounds and clips between its two passes
             levels = (255 * image).round().clamp(0, 255).byte().movedim(1, -1).cpu().numpy()  # (B,P,P,3)
@@ -251,11 +235,9 @@ ENCODERS = (*FREE, *KINDS)
 
 def load_encoder(name, std=None, weights=None, device="cpu"):
     """Build a frozen encoder by name.
-
     in:  std (E,) or None; weights, the file of one of KINDS (.bin, .pth, .safetensors); device. out: an nn.Module
     in eval mode with `embed_dim` and `scaled`. raises: UserError for an unknown name, or weights that are missing, not
-    wanted, or of another model.
-    """
+    wanted, or of another model."""
     if name not in ENCODERS:
         raise UserError(f"unknown encoder {name!r}: known are {', '.join(ENCODERS)}")
     if name in FREE and weights:
@@ -286,9 +268,6 @@ def main(argv):
         with torch.device("meta"):
             parameters = sum(p.numel() for p in ViT(name, *kind.size).parameters())
         print("".join(f"{value:>13}" for value in (name, *kind.size, f"{parameters:,}")))
-    model = ViT("dinov2_reg", 48, 2, 3, 14, 96, 82, 4)
-    shapes = [tuple(x.shape) for x in model.tokens(torch.randn(2, 3, 70, 98))]
-    print(f"\ntiny forward: image (2, 3, 70, 98) -> class, register and patch tokens {shapes}")
 
 if __name__ == "__main__":
     cli(main, __doc__)

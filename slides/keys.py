@@ -10,39 +10,19 @@ import torch
 
 from common import UserError
 from diffusion import ZoomLDM
-from slides.weights import check_official, load_official, load_state_dict
+from slides.weights import check_official, count_of, has, load_official, load_state_dict, renamed, size_of
 from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
 
 VAE, SUMMARIZER, UNET = "first_stage_model.", "cond_stage_model.", "model.diffusion_model."  # in a whole checkpoint
 
-# ----- 1. Sizes -----
-
-def has(state, start):
-    """Whether there is a key that begins so."""
-    return any(k.startswith(start) for k in state)
-
-def count_of(state, start):
-    """How many numbers, from 0 on, follow `start` in the keys."""
-    n = 0
-    while has(state, f"{start}{n}."):
-        n += 1
-    return n
-
-def size_of(state, key, dim, default, multiple=1):
-    """The size of one tensor along `dim`, of a bias where one tells. A tensor that is missing, or cannot be, gives
-    `default`: it is named afterwards, when the keys are checked."""
-    shape = state[key].shape if key in state else ()
-    size = shape[dim] if len(shape) > dim else 0
-    return size if size and size % multiple == 0 else default
-
 def build(kind, config):
     """A model without memory behind it: `load_official` gives it some, once the keys fit."""
     with torch.device("meta"):
         return kind(config)
 
-# ----- 2. VQ-VAE -----
+# ----- 1. VQ-VAE -----
 
 VAE_NAMES = (("to_latent", "quant_conv"), ("from_latent", "post_quant_conv"), ("codebook", "quantize.embedding"),
              (".mid.0.", ".mid.block_1."), (".mid.1.out.", ".mid.attn_1.proj_out."), (".mid.1.", ".mid.attn_1."),
@@ -50,68 +30,42 @@ VAE_NAMES = (("to_latent", "quant_conv"), ("from_latent", "post_quant_conv"), ("
              (".blocks.", ".block."), (".skip.", ".nin_shortcut."), (".down.conv", ".downsample.conv"),
              (".up.conv", ".upsample.conv"))
 
-def vae_name(name):
-    """Our parameter name -> the published one."""
-    for ours, theirs in VAE_NAMES:
-        name = name.replace(ours, theirs)
-    return name
+vae_name = partial(renamed, pairs=VAE_NAMES)
 
 def load_vae(state, prefix=""):
     """VQVAE.from_official. A vq-f4 file of its own also holds the networks of its training loss, `loss.*`."""
     levels = prefix + "encoder.down."
-    blocks = count_of(state, levels + "0.block.")
-    if not blocks:
-        raise UserError(f"no published VQ-VAE under prefix {prefix!r}: missing {levels}0.block.0.*")
     width = size_of(state, prefix + "encoder.conv_in.bias", 0, 128, multiple=32)
     mult = []
     for i in range(count_of(state, levels)):
         mult.append(size_of(state, f"{levels}{i}.block.0.conv1.bias", 0, width, multiple=width) // width)
     codes = size_of(state, prefix + "quantize.embedding.weight", 0, 8192)
     channels = size_of(state, prefix + "quant_conv.bias", 0, 3)
-    vae = build(VQVAE, VAEConfig(width, tuple(mult), blocks, codes, channels))
-    load_official(vae, state, prefix, vae_name, ignore=("loss.",))
-    return vae.eval()
+    blocks = count_of(state, levels + "0.block.")
+    vae = build(VQVAE, VAEConfig(width, tuple(mult) or (1,), blocks, codes, channels))
+    return load_official(vae, state, prefix, vae_name, ignore=("loss.",)).eval()
 
-# ----- 3. Summarizer -----
+# ----- 2. Summarizer -----
 
-SUMMARIZER_NAMES = {"embed": "dim_reduce", "pad": "pad_token", "scale": "mag_embedding",
-                    "pos": "encoder.pos_embedding", "norm": "encoder.ln", "proj": "final_proj",
-                    "norm_out": "layer_norm"}
-BLOCK_NAMES = (("norm1", "ln_1"), ("norm2", "ln_2"), ("qkv.", "self_attention.in_proj_"),
-               ("out.", "self_attention.out_proj."), ("fc1", "mlp.0"), ("fc2", "mlp.3"))
-OLD_NAMES = ((".mlp.linear_1.", ".mlp.0."), (".mlp.linear_2.", ".mlp.3."))  # in very old torchvision
 LAYER = "encoder.layers.encoder_layer_"
-
-def summarizer_name(name):
-    """Our parameter name -> the published one."""
-    head, _, tail = name.partition(".")
-    if head != "blocks":
-        head = SUMMARIZER_NAMES[head]
-        return f"{head}.{tail}" if tail else head
-    i, _, part = tail.partition(".")
-    for ours, theirs in BLOCK_NAMES:
-        part = part.replace(ours, theirs)
-    return f"{LAYER}{i}.{part}"
+SUMMARIZER_NAMES = (("embed.", "dim_reduce."), ("pad", "pad_token"), ("scale.", "mag_embedding."),
+                    ("pos", "encoder.pos_embedding"), ("norm.", "encoder.ln."), ("proj.", "final_proj."),
+                    ("norm_out.", "layer_norm."), ("blocks.", LAYER), ("norm1", "ln_1"), ("norm2", "ln_2"),
+                    (".qkv.", ".self_attention.in_proj_"), (".out.", ".self_attention.out_proj."),
+                    ("fc1", "mlp.0"), ("fc2", "mlp.3"))
+summarizer_name = partial(renamed, pairs=SUMMARIZER_NAMES)
 
 def load_summarizer(state, prefix=""):
     """Summarizer.from_official."""
-    named = {}
-    for k, v in state.items():
-        for old, new in OLD_NAMES:
-            k = k.replace(old, new) if k.startswith(prefix) else k
-        named[k] = v
-    depth = count_of(named, prefix + LAYER)
-    if not depth:
-        raise UserError(f"no published Summarizer under prefix {prefix!r}: missing {prefix}{LAYER}0.*")
-    width = size_of(named, prefix + "final_proj.bias", 0, 512, multiple=8)
-    embed = size_of(named, prefix + "dim_reduce.weight", 1, 1024)
-    mlp = size_of(named, f"{prefix}{LAYER}0.mlp.0.bias", 0, 2048)
-    scales = size_of(named, prefix + "mag_embedding.weight", 0, 8)
+    width = size_of(state, prefix + "final_proj.bias", 0, 512, multiple=8)
+    embed = size_of(state, prefix + "dim_reduce.weight", 1, 1024)
+    depth = count_of(state, prefix + LAYER)
+    mlp = size_of(state, f"{prefix}{LAYER}0.mlp.0.bias", 0, 2048)
+    scales = size_of(state, prefix + "mag_embedding.weight", 0, 8)
     net = build(Summarizer, SummarizerConfig(embed, width, depth, mlp, scales))
-    load_official(net, named, prefix, summarizer_name)
-    return net.eval()
+    return load_official(net, state, prefix, summarizer_name).eval()
 
-# ----- 4. U-Net -----
+# ----- 3. U-Net -----
 
 OUTER_NAMES = {"time1": "time_embed.0", "time2": "time_embed.2", "norm_out": "out.0", "conv_out": "out.2"}
 DEEP = "transformer_blocks.0."
@@ -147,7 +101,7 @@ def unet_name(unet, name):
     return f"{block}.{slot}.{part}.{tail}"
 
 def empty_unet(state, prefix=""):
-    """A U-Net of the published sizes, without memory behind it. raises: UserError if there is none."""
+    """A U-Net of the published sizes, without memory behind it."""
     start = f"{prefix}input_blocks."
     levels = [[]]                                                       # the residual blocks of each
     for i in range(1, count_of(state, start)):
@@ -170,8 +124,7 @@ def empty_unet(state, prefix=""):
 def load_unet(state, prefix=""):
     """UNet.from_official. One head, which weights do not show."""
     unet = empty_unet(state, prefix)
-    load_official(unet, state, prefix, partial(unet_name, unet))
-    return unet.eval()
+    return load_official(unet, state, prefix, partial(unet_name, unet)).eval()
 
 def start_unet(unet, state):
     """Weights to start training `unet` from: a published latent diffusion model's, such as cin256-v2.ckpt.
@@ -186,7 +139,7 @@ def start_unet(unet, state):
         raise UserError("published weights were trained with --unet.heads=1 and --unet.groups=32: give these")
     return {ours: state[k] for ours, k in names.items()}, dropped
 
-# ----- 5. A whole checkpoint -----
+# ----- 4. A whole checkpoint -----
 
 # keys that hold no weights: the schedule, recomputed here in float64, and EMA counters
 BOOKKEEPING = {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
@@ -199,10 +152,6 @@ def load_whole(source):
     "state_dict". out: the model; its `ignored` lists keys without weights. official: only the U-Net was averaged."""
     state = source if isinstance(source, dict) else load_state_dict(source)
     state = state.get("state_dict", state)
-    absent = [f"{p}*" for p in (VAE, SUMMARIZER, UNET) if not has(state, p)]
-    if absent:
-        raise UserError(f"this is not a whole published ZoomLDM checkpoint: no keys {', '.join(absent)}")
-    ignored = [k for k in state if k in BOOKKEEPING]
     kept = {k: v for k, v in state.items() if k not in BOOKKEEPING}
     other = [k for k in kept if not k.startswith((VAE, SUMMARIZER, UNET, "model_ema."))]
     if other:
@@ -212,48 +161,36 @@ def load_whole(source):
     check_official(unet, kept, UNET, partial(unet_name, unet))          # the raw U-Net is checked, but not used
     load_official(unet, kept, "model_ema.", partial(averaged_name, unet))
     model = ZoomLDM(load_vae(kept, VAE), load_summarizer(kept, SUMMARIZER), unet)
-    model.ignored = sorted(ignored)
+    model.ignored = sorted(BOOKKEEPING & state.keys())
     return model.eval().requires_grad_(False)
 
 def averaged_name(unet, name):
     """Our name of a U-Net's parameter -> the key of its average: the name within `model.`, all dots removed."""
     return f"diffusion_model.{unet_name(unet, name)}".replace(".", "")
 
-# ----- 6. The CDM -----
+# ----- 5. The CDM -----
 
-DIT_NAMES = {"embed": "x_embedder", "pos": "pos_embed", "time1": "t_embedder.mlp.0", "time2": "t_embedder.mlp.2",
-             "scale": "y_embedder.embedding_table", "modulation": "final_layer.adaLN_modulation.1",
-             "head": "final_layer.linear"}
-DIT_BLOCK_NAMES = {"qkv": "attn.qkv", "out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
-                   "modulation": "adaLN_modulation.1"}
-
-def dit_name(name):
-    """Our parameter name -> the published one."""
-    if name.startswith("blocks."):
-        _, i, layer, tail = name.split(".")                             # blocks.3.qkv.weight
-        return f"blocks.{i}.{DIT_BLOCK_NAMES[layer]}.{tail}"
-    head, dot, tail = name.partition(".")
-    return DIT_NAMES[head] + dot + tail
+DIT_NAMES = (("embed", "x_embedder"), ("pos", "pos_embed"), ("time1", "t_embedder.mlp.0"),
+             ("time2", "t_embedder.mlp.2"), ("scale", "y_embedder.embedding_table"), ("head", "final_layer.linear"),
+             ("modulation", "final_layer.adaLN_modulation.1"), (".final_layer.ada", ".ada"),  # a block has its own
+             (".qkv", ".attn.qkv"), (".out", ".attn.proj"), (".fc", ".mlp.fc"))
+dit_name = partial(renamed, pairs=DIT_NAMES)
 
 def load_dit(state, prefix="", heads=None):
     """DiT.from_official. Of a whole checkpoint the "ema" weights count, which the published sampling uses."""
     from cdm import DiT, DiTConfig  # here, for it brings the training along
     if not prefix and isinstance(state.get("ema"), dict):
         state = state["ema"]
-    depth = count_of(state, prefix + "blocks.")
-    if not depth:
-        raise UserError(f"no published DiT under prefix {prefix!r}: missing {prefix}blocks.0.*")
     width = size_of(state, prefix + "x_embedder.weight", 0, size_of(state, prefix + "x_embedder.bias", 0, 768))
     outputs = size_of(state, prefix + "final_layer.linear.bias", 0,
                       size_of(state, prefix + "final_layer.linear.weight", 0, 1024))
     variance = outputs != size_of(state, prefix + "x_embedder.weight", 1, outputs // 2)
-    sizes = DiTConfig(tokens=size_of(state, prefix + "pos_embed", 1, 65), width=width, depth=depth,
-                      channels=outputs // 2 if variance else outputs, heads=heads or max(width // 64, 1),
-                      mlp=size_of(state, prefix + "blocks.0.mlp.fc1.weight", 0, 4 * width), variance=variance,
+    sizes = DiTConfig(tokens=size_of(state, prefix + "pos_embed", 1, 65), width=width,
+                      depth=count_of(state, prefix + "blocks."), heads=heads or max(width // 64, 1),
+                      channels=outputs // 2 if variance else outputs, variance=variance,
+                      mlp=size_of(state, prefix + "blocks.0.mlp.fc1.weight", 0, 4 * width),
                       scales=size_of(state, prefix + "y_embedder.embedding_table.weight", 0, 8))
-    net = build(DiT, sizes)
-    load_official(net, state, prefix, dit_name)
-    return net.eval()
+    return load_official(build(DiT, sizes), state, prefix, dit_name).eval()
 
 def load_cdm(source, model=None, heads=None):
     """The published CDM from its file or state dict, to draw tokens with. raises: ValueError if keys do not fit, or its

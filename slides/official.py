@@ -14,6 +14,7 @@ from PIL import Image
 
 from common import UserError
 from data import GRID, Pyramids
+from slides.bags import read_bag
 from summarizer import pack_grid, standardize
 
 # ----- 1. The official folders -----
@@ -35,8 +36,7 @@ def layout_of(folder):
 class Samples:
     """An official folder, read like data.Pyramids: one long training slide, none held out, and latents of the
     published VAE on disk. Every sample that has latents counts, in order of its number.
-    raises: UserError if there is none, or, on reading, naming a file that is missing, damaged or of another shape.
-    """
+    raises: UserError if there is none, or, on reading, naming a file that is missing, damaged or of another shape."""
     official = True
     weights = mpp = None  # not known
     names, count = Pyramids.names, Pyramids.count
@@ -130,30 +130,6 @@ class Samples:
 
 # ----- 2. Embeddings with coordinates -----
 
-def read_arrays(path):
-    """in: SLIDE.h5 by CLAM or TRIDENT, or SLIDE.pt. out: features (N,E), coords (N,2), the side of a tile in pixels of
-    level 0, or 0 if the file does not say."""
-    if not path.is_file():
-        raise UserError(f"no file {path}: check the path")
-    try:
-        if path.suffix == ".pt":
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            if not torch.is_tensor(found):
-                return found["features"], found["coords"], found.get("patch_size_level0", 0)
-            _, coords, side = read_arrays(path.parent.parent / "h5_files" / f"{path.stem}.h5")  # where CLAM has them
-            return found, coords, side
-        import h5py
-        with h5py.File(path, "r") as f:
-            coords = f["coords"]
-            side = coords.attrs.get("patch_size_level0", 0)
-            return torch.from_numpy(f["features"][()]), torch.from_numpy(coords[()]), side
-    except ImportError as err:
-        raise UserError(f"{path} needs the extra: pip install -e '.[h5]'") from err
-    except UserError as err:
-        raise UserError(f"{path} holds no coordinates, and beside it there are none: {err}") from err
-    except Exception as err:  # torch and h5py meet damaged bytes, or other names, with nearly anything
-        raise UserError(f"{path} holds no features with coordinates ({type(err).__name__}: {err})") from err
-
 def read_features(path, side=0):
     """Put the embeddings of one image on their grid.
     in:  SLIDE.h5, SLIDE.pt, or neither ending, to take whichever there is; side of a tile in pixels of level 0, for
@@ -162,16 +138,15 @@ def read_features(path, side=0):
     raises: UserError for a damaged file, or tiles that overlap or lie on no common grid."""
     files = [Path(f"{path}{end}") for end in (".h5", ".pt", "")]
     path = next((file for file in files if file.is_file()), files[-1])
-    x, coords, told = read_arrays(path)
-    if x.ndim == 3 and len(x) == 1:  # some tools write 1 x N x E
-        x, coords = x[0], coords.reshape(-1, 2)
-    if x.ndim != 2 or not len(x) or coords.shape != (len(x), 2) or not x.isfinite().all():
-        raise UserError(f"{path} holds features {tuple(x.shape)} and coordinates {tuple(coords.shape)}, expected (N,E) "
-                        f"and (N,2), finite and not empty")
-    coords = coords.long()
+    x, coords, meta = read_bag(path)
+    beside = path.parent.parent / "h5_files" / f"{path.stem}.h5"               # where CLAM has them
+    if coords is None and beside.is_file():
+        _, coords, meta = read_bag(beside)
+    if coords is None or len(coords) != len(x):
+        raise UserError(f"{path} holds {len(x)} features without coordinates (N,2), and in ../h5_files there are none")
     origin = coords.amin(0)
     steps = coords - origin                                                    # (N,2) x, y
-    side = int(told or side) or gcd(*steps.flatten().tolist()) or 1
+    side = meta.get("side") or side or gcd(*steps.flatten().tolist()) or 1
     column, row = (steps // side).T
     w, h = int(column.max()) + 1, int(row.max()) + 1
     index = row * w + column

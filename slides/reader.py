@@ -5,7 +5,7 @@ and the like are decoded as a whole, within a bound. What only openslide knows (
 is installed (extra `slides`).
 
 in:  a file   out: Slide, with .size .mpp .levels and .read(x, y, w, h, mpp) -> (h,w,3) uint8
-run: python -m slides.reader FILE [--mpp=0.5] [--out=view.png]     what is in it, and a small view
+run: python -m slides.reader FILE [--out=view.png]     what is in it, and a small view
 read next: slides/build.py
 """
 from dataclasses import dataclass
@@ -42,7 +42,6 @@ def area(x, edges, axis):
 
 class Slide:
     """An open slide or image; open_slide makes it.
-
     Attributes: path; size (w,h) of level 0; mpp, micrometres per pixel of level 0, None if unknown; said, whether the
     file or the user told it; levels, of tiff.Level; scanned, whether a slide scanner made it; damaged, None or a list
     to which tiles that cannot be decoded are added as (box (x0,y0,x1,y1) in level-0 pixels, why), while white stands
@@ -62,14 +61,8 @@ class Slide:
                 tile_of = level.tile_of or partial(self._tile, level)
                 level.region = partial(self._region, level, lru_cache(most)(tile_of))
 
-    def close(self):
-        self.keep_tiles(0)
-        if self.file:
-            self.file.close()
-
     def grid(self, mpp=None):
         """Where pixels of `mpp` micrometres come from (None: of level 0).
-
         out: the level, the coarsest that is fine enough; (rx,ry), how many of its pixels one spans; size (w,h) of the
         image at that resolution. Within 5 % of a level, or of a whole multiple of level 0, the nearest of these is what
         is meant: an image of 0.499 is read as it is for 0.5. A level of steps of 15.88 is not read for 16, for it would
@@ -96,12 +89,10 @@ class Slide:
 
     def read(self, x, y, w, h, mpp=None):
         """Read a region.
-
         in:  x, y, w, h in pixels of `mpp` micrometres, of the image whose size `grid` tells (None: of level 0).
         out: (h,w,3) uint8, white beyond the image. A pixel is the mean of the area it covers in the nearest finer
         level, rounded half up: the same, whatever window it is read in. raises: UserError as grid, or for a damaged
-        tile, named by level, column and row, unless those are collected.
-        """
+        tile, named by level, column and row, unless those are collected."""
         level, (rx, ry), (width, height) = self.grid(mpp)
         if w < 1 or h < 1:
             raise UserError(f"got a region of {w} x {h} pixels: w and h are at least 1")
@@ -169,11 +160,9 @@ def reduced(level, x, y, w, h, rx, ry):
 
 def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None):
     """Open a slide or image for random access.
-
     in:  mpp, micrometres per pixel of level 0, where the file does not say it or says it wrong; max_pixels, of an image
          that cannot be read tile by tile; damaged, a list that collects damaged tiles, which else end the reading.
-    out: Slide. raises: UserError if it is missing, damaged, too large, or needs openslide, which is not there.
-    """
+    out: Slide. raises: UserError if it is missing, damaged, too large, or needs openslide, which is not there."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no file: give a slide or an image")
@@ -246,7 +235,6 @@ def by_openslide(path, mpp, damaged):
 
 def starts(size, step):
     """Where to begin each tile along an axis of a level, at or before it, so that openslide does not blend.
-
     It takes positions in pixels of level 0, and mixes neighbours where they are not whole at the level to within 1/512.
     in: pixels of the level; step, of level 0 in one. out: positions, in pixels of the level; how far the worst is from
     whole, as large slides have none nearby."""
@@ -261,22 +249,19 @@ def starts(size, step):
 @dataclass
 class Config:
     file: str = ""               # the slide or image
-    mpp: float | None = None     # micrometres per pixel, where it does not say so itself
-    out: str = "out/reader.png"  # a view of it
-    side: int = 1024             # pixels of the view, at most
+    out: str = "out/reader.png"  # a view of it, of 1024 pixels at most
 
 def main(argv):
     cfg = configure(Config, argv, words=("file",), doc=__doc__)
     if not cfg.file:
         return print("to see what is in a slide or image: python -m slides.reader FILE")
-    slide = open_slide(cfg.file, cfg.mpp)
-    said = f"{slide.mpp:.4g} micrometres per pixel" if slide.mpp else "size of pixels unknown (--mpp)"
-    print(f"{cfg.file}: {said}")
+    slide = open_slide(cfg.file)
+    print(f"{cfg.file}: " + (f"{slide.mpp:.4g} micrometres per pixel" if slide.mpp else "size of pixels unknown"))
     for n, level in enumerate(slide.levels):
         (w, h), (tw, th) = level.size, level.tile
         print(f"level {n}: {w} x {h}, steps of {level.step[0]:.5g}" + (f", tiles of {tw} x {th}" if tw else ""))
-    slide.mpp = slide.mpp or 1.0                                               # for the view, any unit will do
-    mpp = slide.mpp * max(1, max(slide.size) / max(1, cfg.side))
+    slide.mpp = 1.0                                                            # for the view, any unit will do
+    mpp = max(1, max(slide.size) / 1024)
     w, h = slide.grid(mpp)[2]
     save_png(cfg.out, slide.read(0, 0, w, h, mpp))
     print(f"{cfg.out}: {w} x {h} pixels of it all")

@@ -234,8 +234,7 @@ def end_with_parent():
 
 def ahead(jobs, dropped, encoder, tissue, submit, window):
     """Submit the tasks of all jobs in order, `window` ahead of need: yields (job, future).
-    First of each job comes tissue_of, if wanted, then its strips. Jobs named in `dropped`, a growing set, are left.
-    """
+    First of each job comes tissue_of, if wanted, then its strips. Jobs named in `dropped`, a growing set, are left."""
     waiting = deque()
     for job in jobs:
         gh = job.size[1] // job.patch
@@ -252,9 +251,6 @@ def ahead(jobs, dropped, encoder, tissue, submit, window):
 @contextmanager
 def workers(n):
     """Yield submit(task) -> future of n processes; of none, a task is done here, when its result is asked for."""
-    def later(task):
-        return SimpleNamespace(result=task)
-
     threads = torch.get_num_threads()
     try:
         if n:
@@ -263,7 +259,7 @@ def workers(n):
                 yield pool.submit
         else:
             torch.set_num_threads(1)                                           # as workers have: the same bytes
-            yield later
+            yield lambda task: SimpleNamespace(result=task)
     except BrokenProcessPool as err:
         raise UserError("a worker process was killed, as when memory runs out: go on with fewer --workers") from err
     finally:

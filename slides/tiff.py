@@ -74,9 +74,7 @@ def read_directory(f, at, order, count, word):
 
 def directories(f):
     """Parse the image directories of an open TIFF, each of the main chain followed by its sub-directories.
-
-    out: [{name: array}], with "page", the place in the main chain or None; [] if it is no TIFF. raises: ValueError.
-    """
+    out: [{name: array}], with "page", the place in the main chain or None; [] if it is no TIFF. raises: ValueError."""
     begins, found, seen = f.read(4), [], set()
     if begins not in TIFF:
         return []
@@ -133,20 +131,16 @@ class Level:
 
 def steps(whole, size, ratio=False):
     """How many pixels of `whole` (w,h) one pixel of `size` (w,h) spans, in x and y: the ratio of the sizes for GDAL.
-
     Of other programs an integer, where the size is what that leaves, rounded up or down: they drop or repeat an odd
-    last pixel, so the ratio (4443 / 1110 = 4.003) would place every pixel wrong, the last ones by most.
-    """
+    last pixel, so the ratio (4443 / 1110 = 4.003) would place every pixel wrong, the last ones by most."""
     d = max(1, round(whole[0] / size[0]))
     exact = not ratio and all(n // d <= m <= ceil(n / d) for n, m in zip(whole, size))
     return (d, d) if exact else (whole[0] / size[0], whole[1] / size[1])
 
 def levels_of(f, found):
     """The levels: of the directories with tiles, the largest, and those that show the same in fewer pixels.
-
     Labels, macros, masks and thumbnails in strips fall away: they have no tiles, another aspect, or are marked so.
-    raises: ValueError if tables or tiles do not fit the image.
-    """
+    raises: ValueError if tables or tiles do not fit the image."""
     pages = [tags for tags in found if tiled(tags) and not number(tags, "subfile") & 12]  # 4: a mask; 9: Aperio's macro
     pages.sort(key=lambda tags: number(tags, "width") * number(tags, "height"), reverse=True)
     levels, end = [], np.uint64(f.seek(0, 2))
@@ -173,10 +167,8 @@ def levels_of(f, found):
 
 def resolution(tags):
     """Micrometres per pixel from Aperio's or OME's description, GeoTIFF's scale or the resolution tags; None if unsaid.
-
     A magnification alone counts as 10 / mpp. Resolution tags of 20 to 2000 micrometres are those of screens and paper
-    (72 dpi is 353), which programs write unasked: not believed.
-    """
+    (72 dpi is 353), which programs write unasked: not believed."""
     said = unescape(text(tags, "description"))                                 # XML may write a micro sign as &#181;
     pixels = "".join(re.findall(r"<(?:\w+:)?Pixels\b([^>]*)", said)[:1])
     ome = dict(re.findall(r"(\w+) *= *[\"'](.*?)[\"']", pixels))
@@ -214,15 +206,15 @@ def readable(path):
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
-def pack_directory(tags, at, following=0, big=False):
+def pack_directory(tags, at, following=0, big=False, order="<"):
     """The bytes of a directory that is to stand at byte `at`, the next at `following`; tags {name: (type, values)}."""
-    head, word, room = ("<Q", "<Q", 8) if big else ("<H", "<I", 4)
+    head, word, room = (order + "Q", order + "Q", 8) if big else (order + "H", order + "I", 4)
     entries, longer = struct.pack(head, len(tags)), b""
     after = at + len(entries) + len(tags) * (4 + 2 * room) + room              # values over `room` bytes stand there
     for name in sorted(tags, key=WRITTEN.get):
         kind, values = tags[name]
-        data = np.array(values, "<" + KINDS[kind]).tobytes()
-        entries += struct.pack("<HH", WRITTEN[name], kind)
+        data = np.array(values, order + KINDS[kind]).tobytes()
+        entries += struct.pack(order + "HH", WRITTEN[name], kind)
         entries += struct.pack(word, len(values) // (2 if kind == RATIONAL else 1))
         if len(data) > room:
             entries += struct.pack(word, after + len(longer))
@@ -233,9 +225,7 @@ def pack_directory(tags, at, following=0, big=False):
 
 def whole_jpeg(data, tables, rgb):
     """A JPEG file of a tile's bytes: tables first, and an Adobe marker that says whether its colours are RGB or YCbCr.
-
-    What the tile itself says of colours (APP0, APP14) is left out: in a TIFF, the directory decides.
-    """
+    What the tile itself says of colours (APP0, APP14) is left out: in a TIFF, the directory decides."""
     out = b"\xff\xd8\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + (b"\0" if rgb else b"\1")
     for part in (tables, data):
         at = 2                                                                 # behind the start of image

@@ -56,18 +56,34 @@ def check_official(module, state, prefix, rename, ignore=()):
     return names
 
 def load_official(module, state, prefix, rename, ignore=()):
-    """Copy a published state dict into `module`, which may be on the meta device. in, raises: as check_official."""
+    """Copy a published state dict into `module`, which may be on the meta device. in, raises: as check_official.
+    out: module."""
     names = check_official(module, state, prefix, rename, ignore)
     if next(module.parameters()).is_meta:
         module.to_empty(device=next(iter(state.values())).device)
     module.load_state_dict({name: state[key] for name, key in names.items()})
+    return module
 
-def common_size(state, dim, *names):
-    """The size along `dim` that most of these tensors have: one that is damaged does not mislead; None without any."""
-    sizes = [state[n].shape[dim] for n in names if n in state and state[n].ndim > dim]
-    return max(sizes, key=sizes.count, default=None)
+def has(state, start):
+    """Whether there is a key that begins so."""
+    return any(k.startswith(start) for k in state)
 
-def common_count(state, start):
-    """1 + the largest number that follows `start` in the keys; 0 if there is none."""
-    numbers = [k[len(start):].split(".")[0] for k in state if k.startswith(start)]
-    return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
+def count_of(state, start):
+    """How many numbers, from 0 on, follow `start` in the keys."""
+    n = 0
+    while has(state, f"{start}{n}."):
+        n += 1
+    return n
+
+def size_of(state, key, dim, default, multiple=1):
+    """The size of one tensor along `dim`, of a bias where one tells. A tensor that is missing, or cannot be, gives
+    `default`: it is named afterwards, when the keys are checked."""
+    shape = state[key].shape if key in state else ()
+    size = shape[dim] if len(shape) > dim else 0
+    return size if size and size % multiple == 0 else default
+
+def renamed(name, pairs):
+    """Our name of a tensor -> the published one, by replacements (ours, theirs) in this order."""
+    for ours, theirs in pairs:
+        name = name.replace(ours, theirs)
+    return name

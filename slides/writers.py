@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import UserError, atomic, cli
+from common import UserError, atomic
 from data import halve
 from slides.tiff import LONG, LONG8, RATIONAL, SHORT, pack_directory
 
@@ -49,11 +49,9 @@ def level_sizes(size, tile, quality, smallest):
 
 def tile_rows(strips, sizes, tile):
     """Gather strips into rows of tiles of every level: yields (level, row, pixels (h,W,3) uint8 of that level).
-
     in:  strips, uint8 (h,W,3) of any h, top to bottom; sizes, from level_sizes. h = tile out, but for the last row.
          Each row comes as soon as it is full, so those of one level are in order and the levels mixed.
-    raises: UserError if a strip has another width or type, or their heights do not sum to H.
-    """
+    raises: UserError if a strip has another width or type, or their heights do not sum to H."""
     rows, done = [None] * len(sizes), [0] * len(sizes)                         # by level: the row in work, pixel rows
 
     def push(level, strip):
@@ -93,11 +91,9 @@ def jpeg(pixels, quality):
 
 def write_tiff(path, strips, size, tile=256, quality=90, mpp=None):
     """Write a tiled pyramid TIFF that openslide ("generic-tiff") and QuPath open; nothing half-written stays.
-
     in:  strips, an iterable of uint8 (h,W,3), top to bottom; size (H,W) of the image, in pixels; quality of its JPEG
          tiles; mpp, micrometres per pixel. Levels halve until the larger side is at most `tile`, a multiple of 16.
-    raises: UserError if strips do not make up the image, for other bad arguments, or if path cannot be written.
-    """
+    raises: UserError if strips do not make up the image, for other bad arguments, or if path cannot be written."""
     sizes = level_sizes(size, tile, quality, tile)
     check_tiff(path, mpp)
     counts = [ceil(h / tile) * ceil(w / tile) for h, w in sizes]
@@ -164,21 +160,18 @@ def check_deepzoom(folder, viewer=None):
 
 def write_deepzoom(folder, strips, size, tile=256, quality=90, viewer=None, title="image"):
     """Write a DeepZoom folder: image.dzi, its tiles, and an index.html that opens from disk, without a network.
-
     in:  strips, size, tile, quality: as write_tiff; viewer, the file openseadragon.min.js, to be copied into the folder
          (None: where `npm install openseadragon` puts it); title of the page. A folder that this wrote earlier is
          replaced in the end. Tiles do not overlap: the viewer closes the gaps, and a row needs no pixel of the next.
-    raises: UserError as write_tiff, if there is no viewer, or if the folder holds anything else.
-    """
+    raises: UserError as write_tiff, if there is no viewer, or if the folder holds anything else."""
     sizes = level_sizes(size, tile, quality, 1)
     folder, viewer = check_deepzoom(folder, viewer)
     tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
-        for level in range(len(sizes)):
-            (tmp / "image_files" / str(level)).mkdir(parents=True)
         for level, i, row in tile_rows(strips, sizes, tile):
             place = tmp / "image_files" / str(len(sizes) - 1 - level)          # levels are counted from 1 x 1 upwards
+            place.mkdir(parents=True, exist_ok=True)
             for j in range(ceil(row.shape[1] / tile)):
                 (place / f"{j}_{i}.jpg").write_bytes(jpeg(row[:, j * tile:j * tile + tile], quality))
         H, W = sizes[0]
@@ -193,6 +186,3 @@ def write_deepzoom(folder, strips, size, tile=256, quality=90, viewer=None, titl
         raise UserError(f"could not write {folder}: {err}; check free space and permissions") from err
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-
-if __name__ == "__main__":
-    cli(lambda argv: print(__doc__), __doc__)

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError  # noqa: E402
 from slides.reader import open_slide  # noqa: E402
+from slides.tiff import pack_directory  # noqa: E402
 
 SECONDS, MEGABYTES = 2.0, 500
-CODES = {1: "B", 2: "B", 3: "H", 4: "I", 5: "I", 12: "d", 16: "Q"}
 
 # ----- 1. Tiled TIFFs of every kind -----
 
@@ -58,48 +58,43 @@ def tables():
     return out.getvalue()
 
 def page(image, tile, how, colours=None, kind=0, **options):
-    """One directory: its tags {tag: (type, values)} and its tiles. in: image (h,w,bands); tile (w,h)."""
+    """One directory: its tags {name: (type, values)} and its tiles. in: image (h,w,bands); tile (w,h)."""
     h, w, bands = image.shape
     colours = colours or (1 if bands == 1 else 6 if how == 7 else 2)
     cut = [image[y:y + tile[1], x:x + tile[0]] for y in range(0, h, tile[1]) for x in range(0, w, tile[0])]
     cut = [np.pad(t, ((0, tile[1] - t.shape[0]), (0, tile[0] - t.shape[1]), (0, 0)), "edge") for t in cut]
     done = [packed(t, how, colours=colours, **options) for t in cut]
-    tags = {254: (4, [kind]), 256: (4, [w]), 257: (4, [h]), 258: (3, [8] * bands), 259: (3, [how]), 277: (3, [bands]),
-            262: (3, [colours]), 284: (3, [1]), 317: (3, [done[0][1]]), 322: (4, [tile[0]]), 323: (4, [tile[1]])}
-    tags |= {338: (3, [0])} if bands == 4 else {}
-    return tags | ({347: (1, list(tables()))} if how == 7 else {}), [d for d, _ in done]
+    tags = dict(subfile=(4, [kind]), width=(4, [w]), height=(4, [h]), bits=(3, [8] * bands), compression=(3, [how]),
+                bands=(3, [bands]), colours=(3, [colours]), planar=(3, [1]), predictor=(3, [done[0][1]]),
+                tile_width=(4, [tile[0]]), tile_height=(4, [tile[1]]))
+    if bands == 4:
+        tags["extra_bands"] = 3, [0]
+    if how == 7:
+        tags["jpeg_tables"] = 1, list(tables())
+    return tags, [d for d, _ in done]
 
 def write(path, pages, order="<", big=False, sub=()):
     """Write directories first, tiles behind; `sub` are sub-directories of the first."""
-    head, word, room = ("Q", "Q", 8) if big else ("H", "I", 4)
-    start = (b"II" if order == "<" else b"MM") + struct.pack(order + "H", 43 if big else 42)
-    start += struct.pack(order + "HHQ", 8, 0, 16) if big else struct.pack(order + "I", 8)
-    pages, length = [(dict(tags), tiles) for tags, tiles in [*pages, *sub]], 0
+    out = (b"II" if order == "<" else b"MM") + struct.pack(order + "H", 43 if big else 42)
+    out += struct.pack(order + "HHQ", 8, 0, 16) if big else struct.pack(order + "I", 8)
+    main, pages = len(pages), [(dict(tags), tiles) for tags, tiles in [*pages, *sub]]
+    for tags, tiles in pages:
+        if tiles:                                              # room for what is known later
+            tags |= {"offsets": (16 if big else 4, [0] * len(tiles)), "lengths": (4, [len(t) for t in tiles])}
     if sub:
-        pages[0][0][330] = 4, [0] * len(sub)
-    for _ in range(2):  # once to know where the tiles will lie
-        at, out, firsts, end = len(start), b"", [], length
-        for k, (tags, tiles) in enumerate(pages):
-            sizes = [len(t) for t in tiles]
-            places = [end + sum(sizes[:i]) if n else 0 for i, n in enumerate(sizes)]
-            end += sum(sizes)
-            tags |= {324: (16 if big else 4, places), 325: (4, sizes)} if tiles else {}
-            firsts.append(at)
-            after, longer, entries = at + struct.calcsize(head) + len(tags) * (4 + 2 * room) + room, b"", b""
-            for tag, (kind, values) in sorted(tags.items()):
-                data = struct.pack(f"{order}{len(values)}{CODES[kind]}", *values)
-                entries += struct.pack(order + "HH" + word, tag, kind, len(values) // (2 if kind == 5 else 1))
-                if len(data) > room:
-                    longer, data = longer + data, struct.pack(order + word, after + len(longer))
-                entries += data.ljust(room, b"\0")
-            last = k + 1 >= len(pages) - len(sub)
-            out += struct.pack(order + head, len(tags)) + entries
-            out += struct.pack(order + word, 0 if last else after + len(longer)) + longer
-            at = after + len(longer)
-        length = at
-        if sub:
-            pages[0][0][330] = 4, firsts[len(pages) - len(sub):]
-    Path(path).write_bytes(start + out + b"".join(t for _, tiles in pages for t in tiles))
+        pages[0][0]["sub_directories"] = 4, [0] * len(sub)
+    starts = [len(out)]
+    for tags, _ in pages:
+        starts.append(starts[-1] + len(pack_directory(tags, 0, 0, big, order)))
+    if sub:
+        pages[0][0]["sub_directories"] = 4, starts[main:-1]
+    end = starts[-1]
+    for k, (tags, tiles) in enumerate(pages):
+        for i, tile in enumerate(tiles):
+            tags["offsets"][1][i] = end if tile else 0
+            end += len(tile)
+        out += pack_directory(tags, starts[k], 0 if k + 1 >= main else starts[k + 1], big, order)
+    Path(path).write_bytes(out + b"".join(tile for _, tiles in pages for tile in tiles))
 
 def text(words):
     return 2, [*words.encode(), 0]
@@ -111,7 +106,7 @@ def specimens(folder):
     for name, how, options in (("jpeg", 7, {}), ("rgb", 7, {"colours": 2}), ("j2k", 33005, {}), ("ycc", 33003, {}),
                                ("deflate", 8, {"predictor": 2}), ("lzw", 5, {}), ("plain", 1, {}), ("pack", 32773, {})):
         pages = [page(image, (32, 48), how, **options), page(small, (32, 48), how, kind=1, **options)]
-        pages[0][0][270] = text("Aperio Image Library|AppMag = 20|MPP = 0.5")
+        pages[0][0]["description"] = text("Aperio Image Library|AppMag = 20|MPP = 0.5")
         made.append(folder / f"{name}.svs")
         write(made[-1], pages, order=">" if name in ("lzw", "rgb") else "<", big=name in ("deflate", "jpeg"))
     for name, options in (("strips.tif", {"compression": "jpeg"}), ("raw.tif", {}), ("photo.jpg", {}), ("x.png", {})):
@@ -155,7 +150,6 @@ def examine(path):
         if slide.mpp and w * h < 2**22:
             mpp = slide.mpp * min(3, w, h)
             assert slide.read(0, 0, 8, 8, mpp).dtype == np.uint8
-        slide.close()
     except UserError as err:
         assert path.name in str(err), f"{err} does not name {path.name}"
         return "refused"

@@ -10,7 +10,7 @@ from common import save_tensors
 from diffusion import ZoomLDM
 from slides.keys import BOOKKEEPING, summarizer_name, unet_name, vae_name
 from summarizer import Summarizer, SummarizerConfig
-from unet import UNet, UNetConfig
+from unet import UNetConfig
 from zoom_vae import VQVAE, VAEConfig
 
 SMALL = 2e-5  # allowed max|a-b| / max(1, max|b|)
@@ -78,22 +78,15 @@ def test_naip_variant():
     naip, brca, s = Summarizer.from_official(state), small("summarizer_small"), torch.arange(4)
     tokens = pack(g["in/feat_8x8"].repeat(2, 1, 1, 1))
     assert naip.cfg.scales == 4 and brca.cfg.scales == 8 and torch.equal(naip(*tokens, s), brca(*tokens, s))
-    with pytest.raises((ValueError, IndexError)):
-        naip(*tokens, s + 1)
 
-def test_names_of_other_files():
-    """What old torchvision called the MLP's layers; a file of the VAE alone, with what its training loss needed.
-    catches: a loaded module that shares memory with what it was read from."""
-    state, want = state_dict("summarizer_small"), small("summarizer_small").state_dict()
-    old = {k.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): v for k, v in state.items()}
-    net = Summarizer.from_official(old)
-    ours = net.state_dict()
-    assert len(ours) == len(want) and all(torch.equal(ours[k], want[k]) for k in want)
-    with torch.no_grad():
-        net.pad.zero_()
-    assert state["pad_token"].abs().sum() > 0
+def test_a_file_of_the_vae_alone():
+    """With what its training loss needed. catches: a loaded module that shares memory with what it was read from."""
     state = state_dict("vae_small") | {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.bias": torch.zeros(2)}
-    assert torch.equal(VQVAE.from_official(state).codebook.weight, state["quantize.embedding.weight"])
+    codes = VQVAE.from_official(state).codebook.weight
+    assert torch.equal(codes, state["quantize.embedding.weight"])
+    with torch.no_grad():
+        codes.zero_()
+    assert state["quantize.embedding.weight"].any()
 
 # ----- 3. What does not fit is refused, by name -----
 
@@ -119,21 +112,11 @@ def test_keys(name, key):
             load.from_official(fault, *([prefix] if prefix else []))
         assert how in str(err.value)
 
-def test_all_faults_are_listed():
-    state = state_dict("unet_small")
-    state["time_embed.0.bias"] = torch.zeros(3)
-    del state["out.0.weight"], state["out.0.bias"]
-    state["label_emb.weight"] = torch.zeros(10, 128)
-    with pytest.raises(ValueError) as err:
-        UNet.from_official(state)
-    for word in ("time_embed.0.bias", "(3,)", "(128,)", "out.0.weight", "out.0.bias", "label_emb.weight"):
-        assert word in str(err.value)
-
 def test_another_architecture(tmp_path):
     for name in ("vae_small", "unet_small", "summarizer_small"):
         for kind in KIND:
             if not name.startswith(kind):
-                with pytest.raises(ValueError, match="no published"):
+                with pytest.raises(ValueError, match="no.* published"):
                     KIND[kind].from_official(state_dict(name))
     other = tmp_path / "other.safetensors"
     save_tensors(other, {"blocks.0.attn.qkv.weight": torch.zeros(6, 2)})

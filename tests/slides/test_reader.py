@@ -30,9 +30,9 @@ def slide_of(tmp_path, *pages, mpp=None, name="a.tif", **options):
     return open_slide(tmp_path / name, mpp)
 
 def plain(image, kind=0, **more):
-    """A page of uncompressed tiles, exact; `more` are tags, as t270=..."""
+    """A page of uncompressed tiles, exact; `more` are tags."""
     tags, tiles = page(image, TILE, 1, kind=kind)
-    return tags | {int(k[1:]): v for k, v in more.items()}, tiles
+    return tags | more, tiles
 
 # ----- 1. Pixels -----
 
@@ -58,23 +58,22 @@ def test_colours_are_what_the_directory_says(tmp_path):
 @pytest.mark.parametrize("room", [0, 2**25])
 def test_windows_are_crops(kinds, room, monkeypatch):
     """Catches tiles of the wrong row, and a cache that answers for another level or is never emptied."""
-    rng, count, decoded = np.random.default_rng(0), [0], []
+    rng, decoded = np.random.default_rng(0), []
 
     def counted(data, level):
-        count[0] += 1
+        decoded.append(level)
         return tiff.decode(data, level)
-    monkeypatch.setattr(reader, "decode", counted)
-    for path in kinds[:1] + kinds[4:5]:
-        slide, count[0] = open_slide(path), 0
-        slide.keep_tiles(room)
-        for mpp, (w, h) in ((0.5, (120, 90)), (1.0, (60, 45)), (1.25, (48, 36))):
-            whole = open_slide(path).read(0, 0, w, h, mpp)
+    slide = open_slide(kinds[0])
+    slide.keep_tiles(room)
+    for mpp, (w, h) in ((0.5, (120, 90)), (1.0, (60, 45)), (1.25, (48, 36))):
+        whole = open_slide(kinds[0]).read(0, 0, w, h, mpp)
+        with monkeypatch.context() as m:
+            m.setattr(reader, "decode", counted)
             for _ in range(20):
-                x, y = int(rng.integers(0, w - 1)), int(rng.integers(0, h - 1))
-                n, m = int(rng.integers(1, w - x + 1)), int(rng.integers(1, h - y + 1))
-                assert np.array_equal(slide.read(x, y, n, m, mpp), whole[y:y + m, x:x + n]), (path.name, mpp, x, y)
-        decoded.append(count[0])
-    assert (min(decoded) > 50) == (room == 0), decoded                            # how many tiles were decoded
+                (x, right), (y, bottom) = (sorted(rng.choice(end + 1, 2, replace=False)) for end in (w, h))
+                found = slide.read(x, y, right - x, bottom - y, mpp)
+                assert np.array_equal(found, whole[y:bottom, x:right]), (mpp, x, y)
+    assert (len(decoded) > 50) == (room == 0), len(decoded)
 
 def test_white_beyond_the_image(kinds):
     found = open_slide(kinds[4]).read(-10, -5, 200, 150)
@@ -107,7 +106,7 @@ def test_reduction_is_the_mean_over_the_area(tmp_path, monkeypatch, num, den, bl
         assert np.array_equal(found, halve(image[:96, :130]))
 
 def test_the_nearest_finer_level_is_taken(tmp_path):
-    """Levels of one colour each tell where pixels come from."""
+    """Levels of one colour each tell where pixels come from. Close resolutions count as equal."""
     pages = [plain(np.full((h, w, 3), c, np.uint8), k) for h, w, c, k in ((400, 600, 10, 0), (200, 300, 20, 1),
                                                                           (50, 75, 30, 1))]
     slide = slide_of(tmp_path, *pages, mpp=0.25)
@@ -116,8 +115,6 @@ def test_the_nearest_finer_level_is_taken(tmp_path):
                               (0.49, 20, (300, 200)), (0.5, 20, (300, 200)), (1.0, 20, (150, 100)),
                               (1.95, 30, (75, 50)), (2.0, 30, (75, 50)), (8.0, 30, (18, 12))):
         assert slide.read(3, 3, 2, 2, mpp)[0, 0, 0] == colour and slide.grid(mpp)[2] == size, mpp
-
-def test_close_resolutions_count_as_equal(tmp_path):
     slide = slide_of(tmp_path, plain(noise(80, 96)), mpp=0.499)
     assert np.array_equal(slide.read(5, 6, 30, 20, 0.5), slide.read(5, 6, 30, 20))
     assert slide.grid(1.0)[1:] == ((2.0, 2.0), (48, 40))                       # 2.004 is meant as 2
@@ -135,8 +132,8 @@ def test_odd_sizes_keep_their_place(tmp_path):
     assert slide.mpp == pytest.approx(0.25) and slide.levels[2].size == (203, 101)
     assert np.abs(slide.read(190, 90, 13, 11, 1.0).astype(int) - image[90:, 190:]).mean() < 3
 
-@pytest.mark.parametrize("tag", [{"t33550": (12, [1.0, 1.0, 0.0])}, {"t34735": (3, [1, 1, 0, 0])},
-                                 {"t42112": text("<GDALMetadata/>")}, {"t42113": text("0")}, {}])
+@pytest.mark.parametrize("tag", [{"geo_scale": (12, [1.0, 1.0, 0.0])}, {"geo_keys": (3, [1, 1, 0, 0])},
+                                 {"gdal": text("<GDALMetadata/>")}, {"nodata": text("0")}, {}])
 def test_gdal_overviews_lie_at_the_ratio_of_the_sizes(tmp_path, tag):
     """Red rises by 7 a column, green by 7 a row. The overview is what GDAL 3.10.3 made of it (`build_overviews([2],
     Resampling.average)` of rasterio 1.4.4): its pixels are 33 / 17 wide. Without a tag of GDAL's they count as 2."""
@@ -158,17 +155,15 @@ def test_gdal_overviews_lie_at_the_ratio_of_the_sizes(tmp_path, tag):
 def test_levels_are_told_from_other_pictures(tmp_path):
     wide = np.full((60, 160, 3), 9, np.uint8)
     thumbnail, macro, label = plain(IMAGE[::3, ::3]), plain(IMAGE[::4, ::4], 9), plain(wide[:50, :50])
-    strip = {k: v for k, v in thumbnail[0].items() if k not in (322, 323)}, thumbnail[1]
+    strip = {k: v for k, v in thumbnail[0].items() if "tile" not in k}, thumbnail[1]
     mask = page(IMAGE[..., :1], TILE, 1, kind=4)
     slide = slide_of(tmp_path, plain(IMAGE), strip, plain(IMAGE[::2, ::2]), label, macro, mask, plain(wide),
                      plain(IMAGE), plain(IMAGE[:45:2, ::2]))
     assert [v.size for v in slide.levels] == [(120, 90), (60, 45)]
     slide = slide_of(tmp_path, plain(IMAGE), sub=[plain(IMAGE[::2, ::2], 1), plain(IMAGE[::4, ::4], 1)])
     assert [v.size for v in slide.levels] == [(120, 90), (60, 45), (30, 23)]   # as OME-TIFF keeps them
-
-def test_a_page_in_strips_that_is_not_the_first(tmp_path):
     images = [Image.fromarray(x) for x in (IMAGE[:20, :20], IMAGE)]
-    images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:])
+    images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:])  # in strips, and not the first
     assert np.array_equal(open_slide(tmp_path / "a.tif").read(0, 0, 120, 90), IMAGE)
 
 @pytest.mark.parametrize("how", [8, 5, 1])
@@ -182,42 +177,37 @@ def test_near_infrared_is_left_out_and_grey_is_three_times_grey(tmp_path, how):
 
 KEYS = 3, [1, 1, 0, 3, 1024, 0, 1, 1, 3072, 0, 1, 26914, 3076, 0, 1, 9001]
 
+def ome(size, unit=""):
+    unit = unit and f"PhysicalSizeXUnit='{unit}'"                              # single quotes, before the size: all XML
+    return f'<OME:OME><OME:Image><OME:Pixels {unit} SizeX="120" PhysicalSizeX="{size}"/>'
+
+def dots(n, per, unit):
+    return {"x_dots": (5, [n, per]), "dots_unit": (3, [unit])}
+
+# sizes and units as Bio-Formats and tifffile 2026.3.3 write them (Schemas/OME/2016-06: micrometres where no unit is
+# said); decimal commas as OpenSlide 4.0.1 reads them
 @pytest.mark.parametrize("tags, mpp", [
-    ({"t270": text("Aperio x|AppMag = 40|MPP = 0.2527|Left = 3")}, 0.2527),
-    ({"t270": text("Aperio|AppMag = 40")}, 0.25),
-    ({"t270": text('<OME><Pixels PhysicalSizeX="0.3" PhysicalSizeY="0.3"/>')}, 0.3),
-    ({"t282": (5, [40000, 1]), "t296": (3, [3])}, 0.25), ({"t282": (5, [50800, 1]), "t296": (3, [2])}, 0.5),
-    ({"t282": (5, [72, 1]), "t296": (3, [2])}, None), ({"t282": (5, [10, 1]), "t296": (3, [3])}, None),
-    ({"t282": (5, [1, 1]), "t296": (3, [1])}, None), ({"t282": (5, [0, 0]), "t296": (3, [3])}, None),
-    ({"t270": text("MPP = 0|AppMag = ."), "t282": (5, [40000, 1]), "t296": (3, [3])}, 0.25),
-    ({"t33550": (12, [0.6, 0.6, 0]), "t34735": KEYS}, 6e5),
-    ({"t33550": (12, [0.6, 0.6, 0]), "t34735": (3, [*KEYS[1][:-1], 9003])}, None),  # feet
-    ({}, None)])
+    ("Aperio x|AppMag = 40|MPP = 0.2527|Left = 3", 0.2527), ("Aperio|AppMag = 40", 0.25),
+    ('<OME><Pixels PhysicalSizeX="0.3" PhysicalSizeY="0.3"/>', 0.3), ("Aperio|MPP = 1,9", 1.9),
+    (ome("250", "nm"), 0.25), (ome("0.25", "\xb5m"), 0.25), (ome("0.25", "\u03bcm"), 0.25), (ome("0.25", "um"), 0.25),
+    (ome("0.25", "&#181;m"), 0.25), (ome("2.5E-1"), 0.25), (ome("0.00025", "mm"), 0.25), (ome("5.0E-5", "cm"), 0.5),
+    (ome("2.5e-7", "m"), 0.25), (ome("2500", "\xc5"), 0.25), (ome("1.0", "pixel"), None),
+    (ome("0.25.1", "nm"), None), ("Aperio|AppMag = 20|MPP = 5.015e-1|Left = 3", 0.5015), ("Aperio|MPP = 1.2.3", None),
+    (dots(40000, 1, 3), 0.25), (dots(50800, 1, 2), 0.5), (dots(72, 1, 2), None), (dots(10, 1, 3), None),
+    (dots(1, 1, 1), None), (dots(0, 0, 3), None),
+    (dots(40000, 1, 3) | {"description": text("MPP = 0|AppMag = .")}, 0.25),
+    ({"geo_scale": (12, [0.6, 0.6, 0]), "geo_keys": KEYS}, 6e5),
+    ({"geo_scale": (12, [0.6, 0.6, 0]), "geo_keys": (3, [*KEYS[1][:-1], 9003])}, None), ({}, None)])  # 9003: feet
 def test_resolution(tmp_path, tags, mpp):
-    slide = slide_of(tmp_path, plain(IMAGE, **tags))
-    assert slide.mpp == (None if mpp is None else pytest.approx(mpp))
+    said = tags if isinstance(tags, str) else ""
+    for coding in ("utf-8", "latin-1") if "\xb5" in said else ("utf-8",):
+        slide = slide_of(tmp_path, plain(IMAGE, **({"description": (2, [*said.encode(coding), 0])} if said else tags)))
+        assert slide.mpp == (mpp and pytest.approx(mpp)), coding
     if mpp is None:
         with pytest.raises(UserError, match=r"a.tif does not say how large its pixels are: give --mpp"):
             slide.read(0, 0, 9, 9, 0.5)
         assert np.array_equal(open_slide(slide.path, 0.5).read(0, 0, 120, 90, 0.5), IMAGE)
     assert open_slide(slide.path, 0.7).mpp == 0.7
-
-def ome(size, unit=""):
-    unit = unit and f"PhysicalSizeXUnit='{unit}'"                              # single quotes, before the size: all XML
-    return f'<OME:OME><OME:Image><OME:Pixels {unit} SizeX="120" PhysicalSizeX="{size}"/>'
-
-# sizes and units as Bio-Formats and tifffile 2026.3.3 write them (Schemas/OME/2016-06: micrometres where no unit is
-# said); decimal commas as OpenSlide 4.0.1 reads them
-@pytest.mark.parametrize("said, mpp", [
-    (ome("250", "nm"), 0.25), (ome("0.25", "\xb5m"), 0.25), (ome("0.25", "\u03bcm"), 0.25), (ome("0.25", "um"), 0.25),
-    (ome("0.25", "&#181;m"), 0.25), (ome("2.5E-1"), 0.25), (ome("0.00025", "mm"), 0.25), (ome("5.0E-5", "cm"), 0.5),
-    (ome("2.5e-7", "m"), 0.25), (ome("2500", "\xc5"), 0.25), (ome("1.0", "pixel"), None),
-    (ome("0.25", "furlong"), None), (ome("0.25.1", "nm"), None), ("Aperio|AppMag = 20|MPP = 0,1725", 0.1725),
-    ("Aperio|MPP = 1,9", 1.9), ("Aperio|AppMag = 20|MPP = 5.015e-1|Left = 3", 0.5015), ("Aperio|MPP = 1.2.3", None)])
-def test_ome_units_and_numbers_in_text(tmp_path, said, mpp):
-    for coding in ("utf-8", "latin-1") if said.isascii() or "\xb5" in said else ("utf-8",):
-        slide = slide_of(tmp_path, plain(IMAGE, t270=(2, list(said.encode(coding) + b"\0"))))
-        assert slide.mpp == (mpp and pytest.approx(mpp)), coding
 
 # ----- 3. What goes wrong -----
 
@@ -235,25 +225,24 @@ def test_an_empty_tile_is_white_and_a_damaged_one_is_named(tmp_path, how):
     assert [d[0] for d in damaged] == [(32, 48, 64, 96)] and "tile 1, 1 of level 0" in damaged[0][1]
     assert (found[48:, 32:64] == 255).all() and np.array_equal(found[:48], slide.read(0, 0, 120, 48))
 
-def test_a_tile_may_not_unpack_to_more_than_its_size(tmp_path):
-    tags, tiles = page(IMAGE, TILE, 7)
-    for w, h in ((4096, 4096), (30000, 30000)):
-        large = page(IMAGE[:16, :16], (16, 16), 7)[1][0]
-        at = large.index(b"\xff\xc0") + 5
-        large = large[:at] + struct.pack(">HH", h, w) + large[at + 4:]
-        with pytest.raises(UserError, match=rf"holds {w} x {h} pixels"):
-            slide_of(tmp_path, (tags, [large, *tiles[1:]])).read(0, 0, 9, 9)
+def large(tiles, side):
+    """The first JPEG tile claims to be larger."""
+    at = tiles[0].index(b"\xff\xc0") + 5
+    tiles[0] = tiles[0][:at] + struct.pack(">HH", side, side) + tiles[0][at + 4:]
 
 @pytest.mark.parametrize("change, says", [
-    (lambda t, d: t.update({256: (4, [2**31])}), r"level 0 has \d+ tiles, its table 8"),
-    (lambda t, d: t.update({322: (4, [2**31])}), "tiles of 2147483648 x 48"),
-    (lambda t, d: t.update({322: (4, [0])}), "tiles of 0 x 48"),
-    (lambda t, d: d.pop(), "has 8 tiles, its table 7")])
+    (lambda t, d: t.update(width=(4, [2**31])), r"level 0 has \d+ tiles, its table 8"),
+    (lambda t, d: t.update(tile_width=(4, [2**31])), "tiles of 2147483648 x 48"),
+    (lambda t, d: t.update(tile_width=(4, [0])), "tiles of 0 x 48"),
+    (lambda t, d: d.pop(), "has 8 tiles, its table 7"),
+    (lambda t, d: large(d, 4096), "holds 4096 x 4096 pixels"),
+    (lambda t, d: large(d, 30000), "holds 30000 x 30000 pixels")])
 def test_absurd_tags(tmp_path, change, says):
-    tags, tiles = plain(IMAGE)
+    """Nor may a tile unpack to more than its size."""
+    tags, tiles = page(IMAGE, TILE, 7)
     change(tags, tiles)
-    with pytest.raises(UserError, match="a.tif cannot be read .*" + says):
-        slide_of(tmp_path, (tags, tiles))
+    with pytest.raises(UserError, match="a.tif.*" + says):
+        slide_of(tmp_path, (tags, tiles)).read(0, 0, 9, 9)
 
 def test_a_file_that_points_beyond_its_end_or_to_itself(tmp_path):
     path = tmp_path / "a.tif"
@@ -304,42 +293,11 @@ def test_whole_images_have_a_bound(tmp_path):
     with pytest.raises(UserError, match="kind 'I;16'"):
         open_slide(tmp_path / "a.png")
 
-def test_what_needs_openslide(tmp_path, monkeypatch, kinds):
-    """Without it, the sentence says what to install; with it, it is asked."""
-    halved = bytearray(page(IMAGE, TILE, 33003)[1][0])
-    halved[46] = halved[49] = 2                                                # as Aperio's 33003 may be
-    files = {"a.ndpi": plain(IMAGE), "b.tif": plain(IMAGE, t65420=(4, [1])), "c.tif": plain(IMAGE, t270=text("<scn>")),
-             "d.tif": plain(IMAGE, t700=(1, list(b"<iScan/>"))),
-             "e.svs": (page(IMAGE, TILE, 33003)[0], [bytes(halved)] * 8)}
-    for name, each in files.items():
-        write(tmp_path / name, [each])
-
-    class Handle:
-        level_dimensions, level_downsamples = ((120, 90), (60, 45)), (1.0, 2.0)
-        properties = {"openslide.mpp-x": "0.25"}
-
-        def read_region(self, at, level, size):
-            step, x = 1 + level, np.zeros((90, 120, 4), np.uint8)
-            assert at[0] % step == at[1] % step == 0
-            x[:, 60:] = 200, 0, 0, 255                                         # the left half was not scanned
-            x = x[at[1]::step, at[0]::step][:size[1], :size[0]]
-            return Image.fromarray(np.ascontiguousarray(x))
-    monkeypatch.setitem(sys.modules, "openslide", None)                        # importing it fails
-    for name in files:
-        with pytest.raises(UserError, match=rf"{name} .*only openslide reads.*pip install -e '.\[slides\]'"):
-            open_slide(tmp_path / name)
-    monkeypatch.setitem(sys.modules, "openslide", SimpleNamespace(OpenSlide=lambda path: Handle()))
-    for name in files:
-        slide = open_slide(tmp_path / name)
-        assert slide.mpp == 0.25 and [v.step for v in slide.levels] == [(1, 1), (2, 2)] and slide.scanned
-        found = slide.read(50, 10, 20, 8)
-        assert (found[:, :10] == 255).all() and (found[:, 10:] == (200, 0, 0)).all()
-        assert (slide.read(30, 20, 4, 4, 0.5) == (200, 0, 0)).all()
-
 class Blending:
     """A slide as OpenSlide 4.0.1 reads it. Positions are pixels of level 0, divided by one factor for both axes, the
-    mean ratio; within 1/512 of a pixel it gives stored ones, elsewhere it blends (half-way between 0 and 200: 100)."""
-    properties = {}
+    mean ratio; within 1/512 of a pixel it gives stored ones, elsewhere it blends (half-way between 0 and 200: 100).
+    Black was not scanned."""
+    properties = {"openslide.mpp-x": "0.25"}
 
     def __init__(self, levels):
         self.levels, self.level_dimensions = levels, [(x.shape[1], x.shape[0]) for x in levels]
@@ -348,20 +306,45 @@ class Blending:
 
     def read_region(self, at, level, size):
         assert max(size) <= 4096 and all(isinstance(n, int) for n in (*at, *size))
-        stored = np.pad(self.levels[level], ((0, 4097), (0, 4097), (0, 0)), constant_values=255).astype(float)
-        for axis in (0, 1):
-            place, n = at[1 - axis] / self.level_downsamples[level], size[1 - axis]
-            first, part = (round(place), 0) if abs(place - round(place)) < 1 / 512 else (int(place), place % 1)
-            both = (stored.take(range(first + k, first + k + n), axis) for k in (0, 1))
-            stored = next(both) * (1 - part) + next(both) * part
-        return Image.fromarray(np.dstack([stored, np.full(stored.shape[:2], 255)]).round().astype(np.uint8))
+        places = np.array(at) / self.level_downsamples[level]                  # x, y in pixels of the level
+        parts = np.where(abs(places - places.round()) < 1 / 512, 0, places % 1)
+        x, y = (int(n) for n in (places - parts).round())
+        stored = Image.fromarray(self.levels[level]).crop((x, y, x + size[0] + 1, y + size[1] + 1))
+        stored = np.asarray(stored, float)
+        stored = stored[:, :-1] * (1 - parts[0]) + stored[:, 1:] * parts[0]
+        stored = stored[:-1] * (1 - parts[1]) + stored[1:] * parts[1]
+        return Image.fromarray(np.dstack([stored, 255 * stored.any(-1)]).round().astype(np.uint8))
+
+def test_what_needs_openslide(tmp_path, monkeypatch, kinds):
+    """Without it, the sentence says what to install; with it, it is asked."""
+    halved = bytearray(page(IMAGE, TILE, 33003)[1][0])
+    halved[46] = halved[49] = 2                                                # as Aperio's 33003 may be
+    files = {"a.ndpi": plain(IMAGE), "b.tif": plain(IMAGE, hamamatsu=(4, [1])),
+             "c.tif": plain(IMAGE, description=text("<scn>")), "d.tif": plain(IMAGE, xmp=(1, list(b"<iScan/>"))),
+             "e.svs": (page(IMAGE, TILE, 33003)[0], [bytes(halved)] * 8)}
+    for name, each in files.items():
+        write(tmp_path / name, [each])
+
+    monkeypatch.setitem(sys.modules, "openslide", None)                        # importing it fails
+    for name in files:
+        with pytest.raises(UserError, match=rf"{name} .*only openslide reads.*pip install -e '.\[slides\]'"):
+            open_slide(tmp_path / name)
+    half = IMAGE * (np.arange(120) >= 60)[:, None].astype(np.uint8)
+    fake = SimpleNamespace(OpenSlide=lambda path: Blending([half, half[::2, ::2]]))
+    monkeypatch.setitem(sys.modules, "openslide", fake)
+    for name in files:
+        slide = open_slide(tmp_path / name)
+        assert slide.mpp == 0.25 and [v.step for v in slide.levels] == [(1, 1), (2, 2)] and slide.scanned
+        found = slide.read(50, 10, 20, 8)
+        assert (found[:, :10] == 255).all() and np.array_equal(found[:, 10:], IMAGE[10:18, 60:70])
+        assert np.array_equal(slide.read(30, 20, 4, 4, 0.5), IMAGE[40:48:2, 60:68:2])
 
 SIZES = (1001, 777), (500, 388), (250, 194)
 
 @pytest.mark.parametrize("real", [False, True])
 def test_openslide_gives_the_stored_pixels(tmp_path, monkeypatch, real):
     """Of levels whose steps are 2.0023 and 4.0046 on noise, in any window."""
-    levels, rng = [noise(h, w, k) for k, (w, h) in enumerate(SIZES)], np.random.default_rng(0)
+    levels, rng = [noise(h, w, k).clip(1) for k, (w, h) in enumerate(SIZES)], np.random.default_rng(0)
     write(tmp_path / "a.tif", [page(x, (256, 256), 8, kind=k > 0) for k, x in enumerate(levels)])
     if real:
         pytest.importorskip("openslide", reason="pip install openslide-python openslide-bin enables this")
@@ -406,15 +389,14 @@ def test_by_openslide(name, size, levels, mpp):
             assert off <= 1, f"{name} at {x}, {y}: off by {off}"
 
 def test_naip_by_pillow():
-    path = DATA / "naip_m4709963_20200831_rgbn.tif"
-    if not path.exists():
+    if not (path := DATA / "naip_m4709963_20200831_rgbn.tif").exists():
         pytest.skip(f"{path} is not here")
     slide = open_slide(path)
     assert slide.mpp == 5e6 and [v.size for v in slide.levels] == [(934, 723), (467, 362)]
     assert np.array_equal(slide.read(0, 0, 934, 723), np.asarray(Image.open(path))[..., :3])
 
 def test_commands(tmp_path, kinds, capsys):
-    reader.main([str(kinds[0]), f"--out={tmp_path / 'view.png'}", "--side=60"])
+    reader.main([str(kinds[0]), f"--out={tmp_path / 'view.png'}"])
     said = capsys.readouterr().out
     assert "0.5 micrometres per pixel" in said and "level 1: 60 x 45, steps of 2, tiles of 32 x 48" in said
-    assert Image.open(tmp_path / "view.png").size == (60, 45)
+    assert Image.open(tmp_path / "view.png").size == (120, 90)

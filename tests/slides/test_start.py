@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, quick
+from conftest import TINY, quick, vae_of
 
 import train
 from common import UserError, save_tensors
@@ -30,8 +30,8 @@ def test_start_from_a_published_unet(toy, run, tmp_path, capsys):
     weights that the seed then overwrites."""
     unet, raw, whole = cin256()
     torch.save({"state_dict": whole, "global_step": 178000}, tmp_path / "cin256-v2.ckpt")
-    args = [*TINY, *PLAIN, f"--data={toy}", f"--out={tmp_path / 'a'}", f"--vae_weights={run}", "--lr=0", "--steps=1",
-            f"--init_from={tmp_path / 'cin256-v2.ckpt'}"]
+    args = [*TINY, *PLAIN, f"--data={toy}", f"--out={tmp_path / 'a'}", vae_of(run, tmp_path / "a"), "--lr=0",
+            "--steps=1", f"--init_from={tmp_path / 'cin256-v2.ckpt'}"]
     quick(args)
     assert f"U-Net: {len(raw)} tensors" in (text := capsys.readouterr().out)
     assert "class embedder: cond_stage_model.embedding.weight" in text
@@ -52,19 +52,9 @@ def test_start_from_a_unet_alone():
     with pytest.raises(UserError, match="1 unexpected: more"):
         start_unet(unet, state | {"more": torch.zeros(2)})
 
-def test_a_vae_of_before_a_start_is_kept(toy, run, tmp_path):
-    """`--steps=0` first, then a published U-Net in the same folder; but a VAE that was trained from nothing is not the
-    one that goes on from a run. catches: settings that do not concern the VAE, and one that does and is passed over."""
-    shutil.copy(run / "vae.safetensors", tmp_path / "vae.safetensors")
-    save_tensors(bad := tmp_path / "bad.safetensors", {"x": torch.zeros(1)})
-    args = [*TINY, f"--data={toy}", f"--out={tmp_path}"]
-    with pytest.raises(UserError, match="no published U-Net|missing"):  # the start itself is looked at
-        quick([*args, f"--init_from={bad}"])
-    with pytest.raises(UserError, match="vae.safetensors belongs to a run with other settings .init_from"):
-        quick([*args, f"--init_from={run}"])
-
 def test_a_start_that_does_not_fit(toy, run, tmp_path):
-    """Refused before anything is trained, with the keys. catches: a non-strict load."""
+    """Refused before anything is trained, with the keys. catches: a non-strict load. Where a VAE is there already, a
+    published U-Net is still looked at; and that VAE, trained from nothing, is not the one that goes on from a run."""
     whole = cin256()[2]
     save_tensors(good := tmp_path / "good.safetensors", whole)
     del whole["model.diffusion_model.out.2.bias"]
@@ -76,13 +66,17 @@ def test_a_start_that_does_not_fit(toy, run, tmp_path):
         with pytest.raises(UserError, match=says):
             quick([*args, *more])
     assert not (tmp_path / "a").exists()
+    shutil.copy(run / "vae.safetensors", tmp_path / "vae.safetensors")
+    for source, says in ((bad, "1 missing"), (run, "vae.safetensors belongs to a run with other settings .init_from")):
+        with pytest.raises(UserError, match=says):
+            quick([*TINY, *PLAIN, f"--data={toy}", f"--out={tmp_path}", f"--init_from={source}"])
 
 def test_start_from_a_run(toy, run, tmp_path, capsys):
     """With learning rates of zero all networks stay those of the run, and new data are read in its units. catches: one
     network left out; a VAE that is whitened anew; raw weights instead of averages."""
     folder = shutil.copytree(toy, tmp_path / "data")
     index = json.loads((folder / "index.json").read_text())
-    index["std"] = [2 * v for v in index["std"]]
+    index |= {"std": [2 * v for v in index["std"]], "slides": index["slides"][-3:]}  # one to train on, for speed
     (folder / "index.json").write_text(json.dumps(index))
     args = [*TINY, f"--data={folder}", f"--out={tmp_path / 'a'}", f"--init_from={run}", "--lr=0", "--steps=1",
             "--vae_steps=1", "--vae_lr=0"]
@@ -90,7 +84,8 @@ def test_start_from_a_run(toy, run, tmp_path, capsys):
     assert f"start: all networks of {run}" in capsys.readouterr().out
     old, new = ZoomLDM.from_run(run), ZoomLDM.from_run(tmp_path / "a")
     assert new.info["std"] == old.info["std"]
-    moved = [k for k, v in new.state_dict().items() if not torch.allclose(v, old.state_dict()[k], atol=1e-6)]
+    was = old.state_dict()
+    moved = [k for k, v in new.state_dict().items() if not torch.allclose(v, was[k], atol=1e-6)]
     assert set(moved) <= {f"vae.{k}" for k in ("codebook.weight", "to_latent.bias", "from_latent.bias")}, moved
     batch, raw = (fixed_batch(Pyramids(folder, std=std), "train", 0, 2, ("e",))["e"] for std in (old.info["std"], None))
     assert torch.allclose(batch, 2 * raw)

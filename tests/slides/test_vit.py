@@ -10,7 +10,6 @@ import rule
 import torch
 from rule import golden, manifest, state_dict
 
-from common import save_tensors
 from slides.encoders import KINDS, ViT
 from slides.weights import load_state_dict
 
@@ -82,14 +81,12 @@ def test_full_size(name):
     with torch.device("meta"):
         expected = ViT(name, *KINDS[name].size)
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
-    counts = {"uni": 342, "uni2h": 343, "dinov2": 342, "dinov2_reg": 343, "hipt": 150, "phikon": 198}
-    assert len(model.state_dict()) == counts[name]
     used = [s for k, s in keys.items() if not k.startswith(KINDS[name].unused or ("-",))]
     assert sorted(used) == sorted(tuple(v.shape) for v in model.state_dict().values())
 
 def test_other_forms_of_the_same_weights(tmp_path):
-    """HIPT's whole file, with a Namespace of settings; its teacher inside DDP, and the bare backbone; Phikon inside a
-    classifier; timm's copy of DINOv2 with registers, without a position for the class token."""
+    """HIPT's whole file, with a Namespace of settings; its teacher inside DDP, the bare backbone, half precision;
+    Phikon inside a classifier; timm's copy of DINOv2 with registers, without a position for the class token."""
     state, image = state_dict("encoder_hipt"), torch.randn(1, 3, 96, 96)
     e = small("hipt")(image)
     bare = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
@@ -99,6 +96,9 @@ def test_other_forms_of_the_same_weights(tmp_path):
     torch.save({"student": {"a": torch.zeros(1)}, "teacher": {"module." + k: v for k, v in state.items()}, "epoch": 9,
                 "args": argparse.Namespace(arch="vit_small", lr=0.1)}, path)
     assert torch.equal(small("hipt", load_state_dict(path))(image), e)
+    model = small("hipt", {k: v.half() for k, v in state.items()})
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(model(image), e, atol=1e-2, rtol=1e-2)
     state = state_dict("encoder_phikon")
     more = {"vit." + k: v for k, v in state.items()} | {"vit.pooler.dense.bias": torch.zeros(48)}
     assert torch.equal(small("phikon", more)(image), small("phikon")(image))
@@ -108,12 +108,6 @@ def test_other_forms_of_the_same_weights(tmp_path):
     place, _ = state.pop("pos_embed"), state.pop("mask_token")
     state |= {"cls_token": state["cls_token"] + place[:, :1], "pos_embed": place[:, 1:].clone()}
     torch.testing.assert_close(small("dinov2_reg", state)(image), e)
-
-def test_half_precision_files_are_read_as_float32(tmp_path):
-    save_tensors(tmp_path / "uni.safetensors", {k: v.half() for k, v in state_dict("encoder_uni").items()})
-    model = small("uni", load_state_dict(tmp_path / "uni.safetensors"))
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    torch.testing.assert_close(model.cls, small("uni").cls, atol=1e-3, rtol=1e-3)
 
 # ----- 3. What does not fit is refused, by name -----
 
@@ -126,10 +120,8 @@ def test_damaged_keys(name, how):
     wanted = [k for k in state if not k.startswith(KINDS[name].unused or ("-",))]
     wanted = [k for k in wanted if ".0." not in k and ".1." not in k]
     for key in wanted if how != "unexpected" else ["blocks.0.extra.weight"]:
-        bad = dict(state)
-        if how == "missing":
-            del bad[key]
-        else:
+        bad = {k: v for k, v in state.items() if k != key}
+        if how != "missing":
             bad[key] = torch.zeros(*state[key].shape, 2) if key in state else torch.zeros(1)
         with pytest.raises(ValueError) as err:
             small(name, bad)
