@@ -100,8 +100,7 @@ class Bags:
             x = self[name]
             self.K = x.shape[1] if name == self.names[0] else self.K
             if x.shape[1] != self.K:
-                raise UserError(f"{self.files[name]} has features of width {x.shape[1]}, {self.files[self.names[0]]} of"
-                                f" {self.K}: use one extractor for all slides")
+                raise UserError(f"{self.files[name]} is {x.shape[1]} wide, others {self.K}: use one extractor for all")
             wide = x.double()
             self.sums[name] = (len(x), wide.sum(0), wide.square().sum(0))
 

@@ -236,8 +236,7 @@ def check(cfg):
     if not cfg.images or not cfg.out:
         raise UserError("say what to read and where to write: python data.py build --images=DIR_OR_FILE --out=DIR")
     if cfg.features and (cfg.encoder == Stats.name or cfg.weights or cfg.tissue or cfg.cut):
-        raise UserError(f"--features={cfg.features}: say which encoder made them, --encoder=uni, and give no "
-                        f"--weights, no --tissue and no --cut: tiles without embedding are left out, and images whole")
+        raise UserError("--features: say which encoder made them, --encoder=uni; give no --weights, --tissue, --cut")
     shard = re.fullmatch(r"(\d+)/(\d+)", cfg.shard or "0/1")
     if not shard or int(shard[1]) >= int(shard[2]):
         raise UserError(f"--shard={cfg.shard}: write i/n, as 0/4 to 3/4 for four parts")

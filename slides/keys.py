@@ -155,8 +155,7 @@ def load_whole(source):
     kept = {k: v for k, v in state.items() if k not in BOOKKEEPING}
     other = [k for k in kept if not k.startswith((VAE, SUMMARIZER, UNET, "model_ema."))]
     if other:
-        raise UserError(f"this is not a whole published ZoomLDM checkpoint: {len(other)} unexpected: "
-                        f"{', '.join(other[:8])}")
+        raise UserError(f"no whole published ZoomLDM checkpoint: {len(other)} unexpected: {', '.join(other[:8])}")
     unet = empty_unet(kept, UNET)
     check_official(unet, kept, UNET, partial(unet_name, unet))          # the raw U-Net is checked, but not used
     load_official(unet, kept, "model_ema.", partial(averaged_name, unet))

@@ -151,8 +151,8 @@ def read_features(path, side=0):
     w, h = int(column.max()) + 1, int(row.max()) + 1
     index = row * w + column
     if (steps % side).any() or len(index.unique()) < len(index) or h * w > 10_000 + 100 * len(index):
-        raise UserError(f"{path}: {len(x)} tiles of side {side} lie on no common grid, which conditions need: cut the "
-                        f"slide without overlap and on one grid for all pieces of tissue (CLAM starts afresh for each)")
+        raise UserError(f"{path}: {len(x)} tiles of side {side} lie on no common grid: cut the slide without overlap, "
+                        f"on one grid for all pieces of tissue (CLAM starts afresh for each)")
     e = torch.zeros(h * w, x.shape[1], dtype=torch.float16)
     e[index] = x.half()
     there = torch.zeros(h * w, dtype=torch.bool)

@@ -71,8 +71,7 @@ class Slide:
         if mpp is None:
             return self.levels[0], (1, 1), self.size
         if self.mpp is None:
-            raise UserError(f"{self.path} does not say how large its pixels are: give --mpp, in micrometres (0.25 for "
-                            f"a 40x scan, 0.5 for 20x)")
+            raise UserError(f"{self.path} does not say how large its pixels are: give --mpp (0.25 at 40x, 0.5 at 20x)")
         f = mpp / self.mpp
         if not 1 / NEAR <= f <= max(self.size):
             raise UserError(f"{self.path} has pixels of {self.mpp:.4g} micrometres, and {mpp:.4g} were asked for: give "
@@ -210,8 +209,7 @@ def by_openslide(path, mpp, damaged):
     try:
         import openslide
     except (ImportError, OSError) as err:
-        raise UserError(f"{path} is of a kind that only openslide reads, and that is not installed: pip install -e "
-                        f"'.[slides]', or pip install openslide-python openslide-bin") from err
+        raise UserError(f"{path} is of a kind that only openslide reads: pip install -e '.[slides]'") from err
     with readable(path):
         handle = openslide.OpenSlide(str(path))
     sizes, said = handle.level_dimensions, handle.properties.get("openslide.mpp-x")

@@ -31,8 +31,7 @@ def start_weights(cfg, ranks, pyramids, base, resumed):
         unet = UNet(cfg.unet)
     weights, dropped = start_unet(unet, load_state_dict(cfg.init_from))
     if cfg.pred != "eps" or cfg.schedule != "scaled_linear":
-        raise UserError(f"--init_from={cfg.init_from} is a published U-Net, which predicts eps under the schedule "
-                        f"scaled_linear: give --pred=eps --schedule=scaled_linear, or start from a run of your own")
+        raise UserError(f"--init_from={cfg.init_from} is a published U-Net: give --pred=eps --schedule=scaled_linear")
     if ranks.rank == 0:
         print(f"U-Net: {len(weights)} tensors of {cfg.init_from}; dropped, for the class embedder: "
               f"{', '.join(dropped) or 'nothing'}")

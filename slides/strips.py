@@ -127,8 +127,7 @@ def opened(job):
     slide = open_slide(job.path, job.own, job.max_pixels, [])
     if slide.mpp is None:
         if slide.scanned and job.mpp is None:
-            raise UserError(f"{job.path} does not say how large its pixels are: give --mpp, in micrometres (0.25 for a "
-                            f"40x scan, 0.5 for 20x)")
+            slide.grid(1.0)                                                    # raises: it does not say its own
         slide.mpp, slide.said = job.mpp or 1.0, False                          # the one asked for, or any unit
     level = slide.grid(job.mpp)[0]
     slide.keep_tiles(max(CACHE, 6 * level.size[0] * level.tile[1]))            # two rows of tiles serve the next strip
@@ -172,9 +171,8 @@ def embedded(job, features):
     x, y = round(origin[0] / fine), round(origin[1] / fine)
     gh, gw = min(e.shape[0], (height - y) // P), min(e.shape[1], (width - x) // P)
     if abs(side / fine - P) > 0.5 / max(e.shape[:2]) or min(gh, gw) < 1:
-        raise UserError(f"--features={given}: the tiles of {job.path.name} have {side} pixels of its level 0 and start "
-                        f"at {origin}, which does not fit --patch={P} on {slide.size[0]} x {slide.size[1]} pixels: "
-                        f"give --patch={round(side / fine)}, another --mpp, or the image they were cut from")
+        raise UserError(f"--features={given}: tiles of {side} pixels of {job.path.name}'s level 0, from {origin} on, "
+                        f"which does not fit --patch={P}: give --patch={round(side / fine)} or another --mpp")
     return replace(job, origin=(x, y), size=(gw * P, gh * P)), e[:gh, :gw].float(), there[:gh, :gw].numpy()
 
 def bad_tiles(job, slide, first, last):

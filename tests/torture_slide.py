@@ -30,6 +30,9 @@ def picture(h, w, bands=3):
     waves = np.sin(x / 19), np.sin(y / 13), np.sin((x + 2 * y) / 40), np.cos((y - x) / 9)
     return np.stack([127 + 100 * f for f in waves[:bands]], -1).astype(np.uint8)  # (h,w,bands)
 
+def noise(h, w, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+
 def packed(tile, how, **options):
     """The bytes of one tile (h,w,bands), as compression `how` stores them."""
     image, out = Image.fromarray(tile.squeeze()), io.BytesIO()

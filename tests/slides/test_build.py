@@ -1,6 +1,4 @@
 """strips.py, build.py: which images, which patches, every resolution; shards, restarts, damage, workers."""
-import struct
-import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -261,27 +259,21 @@ def test_pictures_of_every_kind(tmp_path, capsys):
     with pytest.raises(UserError, match="a.png.safetensors was made from another image"):
         build(tmp_path / "out", tmp_path / "in")
 
-def test_pictures_that_cannot_be_used(tmp_path, monkeypatch):
-    """Each is named. Pillow's own bound plays no part, and is left as it was."""
+def test_pictures_that_cannot_be_used(tmp_path):
     for name in ("cut.png", "cut.jpg", "cut.tif"):
         Image.fromarray(noise(200, 200)).save(tmp_path / name)
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:20_000])
-    parts = (b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(99)))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(x) - 4) + x + struct.pack(">I", zlib.crc32(x)) for x in parts))
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty").mkdir()
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray(noise(20, 100)).save(tmp_path / "small.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    for name, words in (("bomb.png", "60000 x 60000 pixels, more than"), ("text.png", "cannot be read"),
-                        ("none.png", "does not exist"), ("empty", "holds no image"), ("deep.png", "kind 'I;16'"),
+    for name, words in (("text.png", "cannot be read"), ("none.png", "does not exist"),
+                        ("empty", "holds no image"), ("deep.png", "kind 'I;16'"),
                         ("small.png", "100 x 20 pixels, smaller than a tile: take --patch below 32"),
                         *((f"cut.{kind}", f"cut.{kind} cannot be read.*cut short") for kind in ("png", "jpg", "tif"))):
         with pytest.raises(UserError, match=words):
             build(tmp_path / "out", tmp_path / name, "--patch=32")
         assert not list(tmp_path.glob("out/*.safetensors"))
-    assert Image.MAX_IMAGE_PIXELS == 1000
 
 @pytest.mark.parametrize("option, words", [
     ("--tissue=2", "tissue, nodata in"), ("--nodata=-1", "nodata in"), ("--workers=-1", "must be at least 0"),
