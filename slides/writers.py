@@ -150,7 +150,7 @@ def check_deepzoom(folder, viewer=None):
     """out: both paths, in full. raises: UserError if write_deepzoom will not take them; to be asked early."""
     folder, viewer = Path(folder).resolve(), Path(viewer or VIEWER)
     if not viewer.is_file() or b"OpenSeadragon" not in viewer.read_bytes():
-        raise UserError(f"viewer: {viewer} is none: run `npm install openseadragon` here, or give --viewer=FILE")
+        raise UserError(f"viewer: {viewer} is not openseadragon: npm install openseadragon, or give --viewer=FILE")
     there = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     ours = not there or {"image.dzi", "index.html"} <= there <= OURS
     if not ours or folder.is_file():
