@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import cat, stack
 
 from cdm import load_conditioner
-from common import UserError, at_least, cli, configure, one_of, save_grid, setup, write_text
-from data import Pyramids, fixed_batch
+from common import UserError, at_least, cli, configure, one_of, save_grid, write_text
+from data import fixed_batch
 from diffusion import ZoomLDM, null_condition
-from experiments import metrics as M
+from experiments.metrics import kernel_distance, nearest, principal, psnr, standard
+from experiments.quality import feature_spaces, open_run
 from large import proxy as proxies
 from large.command import Settings, decoded, draw_large
 from large.windows import Grid
 from sample_joint import Resize
-from slides.encoders import load_encoder
 from summarizer import standardize
 from text import captions
 from text.grid import Regions
@@ -53,19 +54,11 @@ class Config:
 
 # ----- 1. Patches -----
 
-def feature_spaces(pyramids):
-    """Two ways to describe patches: what conditions are made of, and one that nothing is ever conditioned on."""
-    encoder = load_encoder(pyramids.encoder, pyramids.std, pyramids.weights)
-
-    def described(x):
-        e = encoder((x + 1) / 2)[..., None, None]                              # (N,E,1,1): grids of one cell
-        return standardize(e)[..., 0, 0]
-    return {"desc": described, "rand": M.random_features}
-
 def mean_error(values):
     """Mean and standard error over seeds."""
     v = torch.tensor(values, dtype=torch.float64)
-    return float(v.mean()), float(v.std() / len(v) ** 0.5) if len(v) > 1 else float("nan")
+    error = float(v.std() / len(v) ** 0.5) if len(v) > 1 else float("nan")
+    return float(v.mean()), error
 
 def said(row):
     return " ".join(f"{name} {mean:.3f}±{error:.3f}" for name, (mean, error) in row.items())
@@ -77,13 +70,12 @@ def distances(cfg, pyramids, s, sets):
     out = {name: {} for name in [*sets, "floor"]}
     for space, features in feature_spaces(pyramids).items():
         train = features(base)
-        axes = M.principal(train, min(16, len(base) - 1))
+        axes = principal(train, min(16, len(base) - 1))
         held = axes(features(real))
-        parts = max(1, min(cfg.seeds, len(base) // 8))
         described = {name: [axes(features(x)) for x in draws] for name, draws in sets.items()}
-        described["floor"] = axes(train).chunk(parts)
+        described["floor"] = axes(train).chunk(max(1, min(cfg.seeds, len(base) // 8)))
         for name, parts in described.items():
-            out[name][space] = mean_error([M.kernel_distance(part, held)[0] for part in parts])
+            out[name][space] = mean_error([kernel_distance(part, held)[0] for part in parts])
     return out
 
 def drawn(model, c, cfg, ranks, seed, guidance=2.0):
@@ -92,7 +84,7 @@ def drawn(model, c, cfg, ranks, seed, guidance=2.0):
         return model.draw(c, model.info["patch"] // model.vae.factor, guidance, cfg.steps, seed)
 
 def true_tokens(model, pyramids, s, n, seed):
-    batch, device = fixed_batch(pyramids, "test", s, n, seed=seed), next(model.parameters()).device
+    batch, device = fixed_batch(pyramids, "test", s, n, seed=seed), model.unet.conv_out.weight.device
     with torch.no_grad():
         return model.summarizer(*(batch[name].to(device) for name in ("tokens", "mask", "s")))
 
@@ -146,12 +138,14 @@ def memory(cfg, model, pyramids, ranks):
         return A.down(x).flatten(1)
     for space, features in {**feature_spaces(pyramids), "pixels": pixels}.items():
         base = features(train)
-        like = M.standard(base) if space != "pixels" else torch.Tensor.double
-        near = {name: M.nearest(like(features(x)), like(base)) for name, x in sets.items()}
-        least = {name: float(v.min()) for name, v in near.items()}
-        out[space] = {name: float(v.median()) for name, v in near.items()} | {"least": least}
-        text = ", ".join(f"{name} {out[space][name]:.3f} (least {least[name]:.3f})" for name in sets)
-        print(f"{space:>7}: median distance to the nearest of {len(train)} training images: {text}")
+        like = standard(base) if space != "pixels" else torch.Tensor.double
+        row, least, words = {}, {}, []
+        for name, x in sets.items():
+            near = nearest(like(features(x)), like(base))                      # (n,)
+            row[name], least[name] = float(near.median()), float(near.min())
+            words.append(f"{name} {row[name]:.3f} (least {least[name]:.3f})")
+        out[space] = row | {"least": least}
+        print(f"{space:>7}: median distance to the nearest of {len(train)} training images: {', '.join(words)}")
     gap, closest = torch.cdist(pixels(sets["drawn"]), pixels(train)).min(1)    # (n,) each
     pick = gap.argsort()[:12]
     save_sheet(cfg, "memory", {"drawn": sets["drawn"][pick], "nearest": train[closest[pick]]})
@@ -165,21 +159,24 @@ def save_sheet(cfg, name, rows):
 def correlation(e):
     """Mean correlation of horizontally and vertically neighbouring cells of grids (N,E,k,k), about the mean cell."""
     e = e - e.mean((0, 2, 3), keepdim=True)
-    pairs = (e[..., :-1], e[..., 1:]), (e[..., :-1, :], e[..., 1:, :])
-    return sum(float((a * b).mean() / (a.square().mean() * b.square().mean()).sqrt()) for a, b in pairs) / 2
+    found = []
+    for a, b in ((e[..., :-1], e[..., 1:]), (e[..., :-1, :], e[..., 1:, :])):
+        power = a.square().mean() * b.square().mean()
+        found.append(float((a * b).mean() / power.sqrt()))
+    return sum(found) / 2
 
 def coherence(cfg, model, pyramids, ranks, grids, seed=0):
     """A large image for each Grid. out: images (N,3,size,size), and dB of A(image) against its context."""
-    A, images, psnr = Resize(2 ** cfg.context), [], []
+    A, images, db = Resize(2 ** cfg.context), [], []
     proxy = proxies.load(cfg.run, model, pyramids, ranks) if "proxy" in cfg.guide else None
     for k, grid in enumerate(grids):
         settings = Settings(run=cfg.run, size=(cfg.size,), context=(cfg.context,), steps=cfg.steps, guide=cfg.guide,
                             overlap=cfg.overlap, seed=seed + k)
         levels, _ = draw_large(model, grid, settings, ranks, proxy)
-        context, image = decoded(model, levels[0].z, ranks), decoded(model, levels[-1].z, ranks)
+        context, image = (decoded(model, levels[at].z, ranks) for at in (0, -1))
         images.append(image)
-        psnr.append(M.psnr(A.down(image).clamp(-1, 1), context))
-    return torch.cat(images), psnr
+        db.append(psnr(A.down(image).clamp(-1, 1), context))
+    return cat(images), db
 
 def grids(cfg, model, pyramids, ranks):
     """Invented grids against real ones, and large images drawn from both."""
@@ -187,16 +184,18 @@ def grids(cfg, model, pyramids, ranks):
 
     def some(split, seed):
         slides = Regions(pyramids, k, seed, split)
-        return torch.stack([slides[i]["tokens"].mT.unflatten(1, (k, k)) for i in range(cfg.grids)])     # (n,E,k,k)
-    train, held, sets = some("train", 0), some("test", 1), []
+        return stack([slides[i]["tokens"].mT.unflatten(1, (k, k)) for i in range(cfg.grids)])           # (n,E,k,k)
+
+    def flat(e):
+        return standardize(e).flatten(1)                                                                # (n,E k k)
+    train, held, sets = flat(some("train", 0)), some("test", 1), []
     for seed in range(cfg.seeds):
-        sets.append(torch.stack([made.grid(k, k, seed=1000 * seed + i) for i in range(cfg.grids // cfg.seeds)]))
-    flat = standardize(train).flatten(1)
-    axes = M.principal(flat, min(32, cfg.grids // 2))
-    target = axes(standardize(held).flatten(1))
-    value = mean_error([M.kernel_distance(axes(standardize(e).flatten(1)), target)[0] for e in sets])
-    floor = mean_error([M.kernel_distance(axes(part), target)[0] for part in flat.chunk(3)])
-    invented = torch.cat(sets)
+        sets.append(stack([made.grid(k, k, seed=1000 * seed + i) for i in range(cfg.grids // cfg.seeds)]))
+    axes = principal(train, min(32, cfg.grids // 2))
+    target = axes(flat(held))
+    value = mean_error([kernel_distance(axes(flat(e)), target)[0] for e in sets])
+    floor = mean_error([kernel_distance(axes(part), target)[0] for part in train.chunk(3)])
+    invented = cat(sets)
     near = correlation(invented), correlation(held)
     print(f"grids of {k} x {k}: kernel distance to held-out ones: {said({'drawn': value, 'training': floor})}; "
           f"correlation of neighbouring cells: drawn {near[0]:.3f}, held out {near[1]:.3f}")
@@ -222,19 +221,20 @@ def text(cfg, model, pyramids, ranks):
                captions.encode_texts(texts))
     colours, truth = tissue_colours(pyramids), torch.tensor([c.truth for c in described])
     tables, pooled, db = [], [], []
-    for seed in range(0, 1000 * cfg.seeds, 1000):
-        invented = [Grid(made.grid(k, k, v, seed=seed + i, spread=cfg.spread)) for i, v in enumerate(vectors)]
-        images, values = coherence(cfg, model, pyramids, ranks, invented, seed)
+    for seed in range(cfg.seeds):
+        first = 1000 * seed
+        invented = [Grid(made.grid(k, k, v, seed=first + i, spread=cfg.spread)) for i, v in enumerate(vectors)]
+        images, values = coherence(cfg, model, pyramids, ranks, invented, first)
         found = fractions(images, colours)
-        tables.append(agreement(truth, found, seed // 1000))
-        pooled.append(float(spearman(truth.flatten()[:, None], found.flatten()[:, None])))
+        tables.append(agreement(truth, found, seed))
+        pooled.append(float(spearman(truth.reshape(-1, 1), found.reshape(-1, 1))))
         db += values
-        if not seed:
+        if seed == 0:
             save_grid(Path(cfg.run) / "bench" / "cdm_text.png", list(images.split(4)))
-    table = {key: torch.stack([t[key].double() for t in tables]).mean(0) for key in tables[0]}
+    table = {key: stack([t[key].double() for t in tables]).mean(0) for key in tables[0]}
     table["confusion"] = sum(t["confusion"] for t in tables)
     print_agreement(table)
-    rank = torch.stack([t["spearman"] for t in tables]).T.tolist()             # (4,seeds)
+    rank = stack([t["spearman"] for t in tables]).T.tolist()                   # (4,seeds)
     means = {name: mean_error(row) for name, row in zip(TISSUES, rank)}
     means |= {"all shares together": mean_error(pooled), "dB of A(image) against its context": mean_error(db)}
     print(f"{len(texts)} captions, {cfg.seeds} seeds, ± standard error: {said(means)}")
@@ -247,9 +247,7 @@ def main(argv):
     at_least(cfg, n=1, seeds=1, steps=1, grids=3 * max(cfg.seeds, 3))
     if not cfg.run:
         raise UserError(f"say which run: python -m experiments.conditions {cfg.command} out/toy_long")
-    ranks = setup(cfg.device, cfg.amp, cfg.threads)
-    model = ZoomLDM.from_run(cfg.run).to(ranks.device)
-    pyramids = Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
+    model, pyramids, _, ranks = open_run(cfg, proxy=False, amp=cfg.amp)
     found = commands[cfg.command](cfg, model, pyramids, ranks)
     path = Path(cfg.run) / "bench" / f"cdm_{cfg.command}.json"
     write_text(path, json.dumps({"settings": vars(cfg), "found": found}, indent=1))

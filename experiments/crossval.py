@@ -112,7 +112,7 @@ def run_job(job):
 
 def weighted_auc(scores, y, fold, weights):
     """AUC where slide i counts weights[:,i] times: mean over folds, and over classes if there are more than two.
-    in:  scores (n,C); y, fold (n,), fold -1 = not scored; weights (B,n). out: (B,). Equal weights: metrics.auc."""
+    in:  scores (n,C); y, fold (n,), fold -1 = not scored; weights (B,n). out: (B,)."""
     C, found = scores.shape[1], []
     for k in range(int(fold.max()) + 1):
         for c in range(C) if C > 2 else (1,):

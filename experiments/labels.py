@@ -13,10 +13,10 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
+from torch import cat, nn, stack
+from torch.nn.functional import cross_entropy, pad
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure, generator, one_of, setup
@@ -61,28 +61,33 @@ def verdict(text, difference):
     word = "holds" if low > 0 else "fails" if high < 0 else "is open"
     print(f"{text}: {interval(difference)}, {word}")
 
+def cv_of(cfg, folders, **settings):
+    return replace(cfg.cv, features=",".join(folders), labels=cfg.labels, out=f"{cfg.out}/cv", **settings)
+
 def table(cfg):
     """Descriptor, diffusion and untrained features at every scale and joined, each head, each share of the slides."""
     folders = [extracted(cfg, name, kind=name) for name in ("descriptor", "unet", "untrained")]
-    scales = views(folders[1])  # the last is all of them
-    pairs = [(f"unet {v}".strip(), f"descriptor {v}".strip()) for v in scales]
-    pairs += [(f"{name} {scales[-1]}", f"{name} {v}") for name in ("descriptor", "unet") for v in scales[:-1]]
-    pairs += [(f"unet {scales[-1]}".strip(), f"untrained {scales[-1]}".strip())]
-    settings = replace(cfg.cv, features=",".join(folders), labels=cfg.labels, out=f"{cfg.out}/cv")
-    draws = crossval.tables(settings, pairs)
+    *single, joined = views(folders[1])
+    pairs = [(f"unet {v}".strip(), f"descriptor {v}".strip()) for v in (*single, joined)]
+    pairs += [(f"{name} {joined}", f"{name} {v}") for name in ("descriptor", "unet") for v in single]
+    pairs += [(f"unet {joined}".strip(), f"untrained {joined}".strip())]
+    draws = crossval.tables(cv_of(cfg, folders), pairs)
     for share in cfg.cv.fraction:
         print(f"\nclaims, mean over heads, {share:.0%} of the training slides")
         for a, b in pairs:
             text = "diffusion features beat" if a.split()[0] != b.split()[0] else "two scales beat one"
             gaps = [draws[a, h, share] - draws[b, h, share] for h in heads_of(cfg.cv)]
-            verdict(f"  {text}: {a} - {b}", torch.stack(gaps).mean(0))
+            verdict(f"  {text}: {a} - {b}", stack(gaps).mean(0))
 
 def sweep(cfg):
     """Diffusion features over t, and over the block of the U-Net; the first head, all training slides, all scales."""
-    settings = [(t, cfg.extract.block) for t in cfg.ts] + [(cfg.extract.t, b.strip()) for b in cfg.blocks.split(",")]
-    folders = [extracted(cfg, f"t{t}_{block or 'default'}", kind="unet", t=t, block=block) for t, block in settings]
-    crossval.tables(replace(cfg.cv, features=",".join(folders), labels=cfg.labels, out=f"{cfg.out}/cv",
-                            fraction=(1.0,), views=views(folders[0])[-1], heads=heads_of(cfg.cv)[0]), pairs=[])
+    usual, folders = cfg.extract, []
+    settings = [(t, usual.block) for t in cfg.ts]
+    settings += [(usual.t, block.strip()) for block in cfg.blocks.split(",")]
+    for t, block in settings:
+        folders.append(extracted(cfg, f"t{t}_{block or 'default'}", kind="unet", t=t, block=block))
+    joined, head = views(folders[0])[-1], heads_of(cfg.cv)[0]
+    crossval.tables(cv_of(cfg, folders, fraction=(1.0,), views=joined, heads=head), pairs=[])
 
 def squares(file, source):
     """Each square of a toy slide: {scale: [(its mean features (K,), has it a duct, has it large nuclei, fold)]}."""
@@ -98,12 +103,15 @@ def squares(file, source):
 
 def ridge_auc(x, y, fold):
     """AUC of a ridge regression, each fold predicted by the others. in: x (n,K), y and fold (n,)."""
-    score = torch.zeros(len(y), 2).double()
+    target, score = y.double() * 2 - 1, torch.zeros(len(y), 2).double()
+    damp = 30 * torch.eye(x.shape[1]).double()
     for k in range(5):
-        a, b = x[fold != k], y[fold != k].double() * 2 - 1
-        w = torch.linalg.solve(a.T @ a + 30 * torch.eye(a.shape[1]).double(), a.T @ b)     # (K,)
-        score[fold == k, 1] = x[fold == k] @ w
-    return float(weighted_auc(score, y.long(), fold, torch.ones(1, len(y)).double()))
+        test = fold == k
+        a, b = x[~test], target[~test]
+        w = torch.linalg.solve(a.T @ a + damp, a.T @ b)                    # (K,)
+        score[test, 1] = x[test] @ w
+    once = torch.ones(1, len(y)).double()
+    return float(weighted_auc(score, y.long(), fold, once))
 
 def probe(cfg):
     """Is a square a duct, has it large nuclei? AUC on held-out fifths of the patients, for all features so far."""
@@ -117,9 +125,9 @@ def probe(cfg):
             for s, rows in squares(file, source).items():
                 found.setdefault(s, []).extend(rows)
         for s, rows in found.items():
-            x, duct, large, fold = (torch.as_tensor(np.stack(v)) for v in zip(*rows))
+            x, duct, large, fold = default_collate(rows)
             x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
-            x = F.pad(x, (0, 1), value=1.0).double()                       # (n,K+1)
+            x = pad(x, (0, 1), value=1.0).double()                         # (n,K+1)
             duct, large = ridge_auc(x, duct, fold), ridge_auc(x, large, fold)
             print(f"{folder.name:<22}{s:>6}{x.shape[1] - 1:>6}{duct:>8.3f}{large:>14.3f}")
 
@@ -137,7 +145,7 @@ def slides(cfg):
         splits = make_splits(labels, cv.folds, share, cv.val, cv.seed + 10 * repeat)
         scores, fold, _ = cross_validate(HEADS[head], sources[name], real, labels, splits, cv, repeat)
         draws.setdefault((share, name), []).append(weighted_auc(scores.double(), labels.y, fold, weights))
-    draws = {key: torch.stack(found).mean(0) for key, found in draws.items()}
+    draws = {key: stack(found).mean(0) for key, found in draws.items()}
     for share in SHARES:
         aucs = ", ".join(f"{name} {interval(draws[share, name])}" for name in sources)
         print(f"\n{share:.0%} of the training slides, {head}, AUC on real slides: {aucs}")
@@ -159,19 +167,21 @@ def classifier(x, y, classes, seed, epochs=30):
         net.extend([nn.Conv2d(wide, width, 3, 2, 1), nn.GroupNorm(4, width), nn.ReLU()])
         wide = width
     net.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(wide, classes)])
-    opt, weight = torch.optim.Adam(net.parameters(), 2e-3), 1 / torch.bincount(y, minlength=classes)[y].double()
+    opt = torch.optim.Adam(net.parameters(), 2e-3)
+    weight = 1 / torch.bincount(y, minlength=classes)[y].double()          # (N,): all classes as often
     for step in range(epochs * max(1, len(y) // 32)):
-        rows = torch.multinomial(weight, 32, True, generator=generator(seed, step))
+        rows = weight.multinomial(32, True, generator=generator(seed, step))
         opt.zero_grad()
-        F.cross_entropy(net(x[rows]), y[rows]).backward()
+        cross_entropy(net(x[rows]), y[rows]).backward()
         opt.step()
     return net.eval()
 
+@torch.no_grad()
 def balanced(net, x, y):
     """Accuracy, every class counted equally."""
-    with torch.no_grad():
-        right = torch.cat([net(part).argmax(1) for part in x.split(256)]) == y
-    return torch.stack([right[y == c].double().mean() for c in y.unique()]).mean()
+    right = cat([net(part).argmax(1) for part in x.split(256)]) == y       # (N,)
+    shares = [right[y == c].double().mean() for c in y.unique()]
+    return stack(shares).mean()
 
 def patches(cfg):
     """Dominant tissue of patches, learned from real ones, from ones drawn from the conditions of the same, and from
@@ -185,15 +195,16 @@ def patches(cfg):
     x, fake = train["x"], draw_patches(model, train, drawing, ranks)
     counts = torch.bincount(want).tolist()
     print(f"{len(x)} training and {len(want)} test patches of scale {cfg.scale}, by tissue {counts}")
-    C, stains = int(max(y.max(), want.max())) + 1, {"same stain": test["x"], "other stain": stain_shift(test["x"])}
+    classes = int(cat([y, want]).max()) + 1
+    stains = {"same stain": test["x"], "other stain": stain_shift(test["x"])}
     for share in SHARES:
         n = int(share * len(x))
-        sets = {"real": (x[:n], y[:n]), "drawn": (fake[:n], y[:n]),
-                "both": (torch.cat([x[:n], fake[:n]]), torch.cat([y[:n], y[:n]]))}
-        for name, (images, labels) in sets.items():
-            nets = [classifier(images, labels, C, seed) for seed in range(cfg.cv.seeds)]
+        sets = {"real": [x[:n]], "drawn": [fake[:n]], "both": [x[:n], fake[:n]]}
+        for name, images in sets.items():
+            labels = y[:n].repeat(len(images))
+            nets = [classifier(cat(images), labels, classes, seed) for seed in range(cfg.cv.seeds)]
             for stain, seen in stains.items():
-                score = torch.stack([balanced(net, seen, want) for net in nets])
+                score = stack([balanced(net, seen, want) for net in nets])
                 print(f"{share:>5.0%} {name:<6} {stain:<12} balanced accuracy {score.mean():.3f} ± "
                       f"{score.std(correction=0):.3f} over {len(nets)} seeds")
 

@@ -28,9 +28,9 @@ def from_pyramids(folder, name):
     while max(h, w) >> s > LARGEST and s < pyramids.scales - 1:
         s += 1
     picture = np.full((h >> s, w >> s, 3), 255, np.uint8)
-    for n in range(pyramids.slides[k]["counts"][s]):
-        i, j = pyramids.tensor(k, f"ij{s}")[n].tolist()
-        picture[i * P:(i + 1) * P, j * P:(j + 1) * P] = pyramids.tensor(k, f"x{s}")[n]
+    places, tiles = pyramids.tensor(k, f"ij{s}"), pyramids.tensor(k, f"x{s}")
+    for (i, j), tile in zip((P * places).tolist(), tiles):
+        picture[i:i + P, j:j + P] = tile
     return picture, 2 ** s
 
 def from_slide(path):
@@ -47,15 +47,18 @@ def from_slide(path):
 def heat_of(attention, coords, side, shape, factor):
     """A picture (h,w) of attention (N,), 1 = the highest. coords (N,2), side: of the patches, in the slide's pixels."""
     heat = np.zeros(shape)
-    for (x, y), value in zip(coords.tolist(), (attention / attention.max()).tolist()):
-        rows = slice(int(y / factor), int((y + side) / factor))
-        heat[rows, int(x / factor):int((x + side) / factor)] = value
+    attention = attention / attention.max()
+    corners = coords.double() / factor                         # as Python divides: float32 may miss a whole number
+    ends = (coords + side).double() / factor
+    for value, (x, y), (right, below) in zip(attention, corners.int(), ends.int()):
+        heat[y:below, x:right] = value
     return heat
 
 def overlay(picture, heat):
     """The picture and beside it the same under the heat, yellow to red: (h,2w,3) uint8."""
     hot = np.stack([np.full_like(heat, 255), 220 * (1 - heat), 0 * heat], -1)
-    over = picture * (1 - 0.6 * heat[..., None]) + hot * 0.6 * heat[..., None]
+    share = 0.6 * heat[..., None]
+    over = picture * (1 - share) + hot * share
     return np.concatenate([picture, over.astype(np.uint8)], 1)
 
 def side_of(coords, meta):
@@ -74,19 +77,22 @@ def judge(job, t, at, x):
     head.load_state_dict({key.removeprefix(start): v for key, v in t.items() if key.startswith(start)})
     with torch.no_grad():
         logits, a = head((x - mean) / deviation)
-    return logits.softmax(0), a[:, int(logits.argmax())] if a.ndim == 2 else a
+    if a.ndim == 2:                        # attention of every class: that of the likeliest
+        a = a[:, logits.argmax()]
+    return logits.softmax(0), a
 
 def draw_map(cfg):
     """Write the picture of one slide by the first head. raises: UserError for what cannot be drawn."""
-    folder, head = cfg.features.split(",")[0].strip(), cfg.heads.split(",")[0].strip()
+    folder, head = (names.split(",")[0].strip() for names in (cfg.features, cfg.heads))
     if head not in HEADS:
         raise UserError(f"--heads={cfg.heads}: heads are {', '.join(HEADS)}")
     cfg = replace(cfg, heads=head, fraction=cfg.fraction[:1])
     job = Job(cfg, folder, views(folder)[-1], head, cfg.fraction[0])
     t, meta = load_tensors(run_job(job))
-    if cfg.slide not in meta["slides"]:
-        raise UserError(f"--slide={cfg.slide}: the features are of {', '.join(meta['slides'][:8])}, ...")
-    at, classes = meta["slides"].index(cfg.slide), meta["classes"]
+    slides, classes = meta["slides"], meta["classes"]
+    if cfg.slide not in slides:
+        raise UserError(f"--slide={cfg.slide}: the features are of {', '.join(slides[:8])}, ...")
+    at = slides.index(cfg.slide)
     x, coords, told = read_bag(next(f for f in files_of(folder) if f.stem == cfg.slide))
     if coords is None or t["fold"][at] < 0:
         raise UserError(f"{cfg.slide} has no coordinates, or is in no test fold: give .h5 or .safetensors features")
@@ -97,9 +103,9 @@ def draw_map(cfg):
     heat = heat_of(a, coords, side_of(coords, told), picture.shape[:2], factor)
     out = out_of(cfg) / f"map_{cfg.slide}_{job.name()}_{head}.png".replace(" ", "_")
     save_png(out, overlay(picture, heat))
-    guesses = ", ".join(f"P({c}) = {p:.2f}" for c, p in zip(classes, probabilities.tolist()))
-    print(f"{out}: label {classes[int(t['y'][at])]}, {guesses}; the most attended patch weighs "
-          f"{float(a.max()) * len(a):.1f} times the mean one")
+    guesses = ", ".join(f"P({c}) = {p:.2f}" for c, p in zip(classes, probabilities))
+    print(f"{out}: label {classes[t['y'][at]]}, {guesses}; the most attended patch weighs "
+          f"{a.max() * len(a):.1f} times the mean one")
 
 def main(argv):
     draw_map(configure(Config, argv, doc=__doc__))

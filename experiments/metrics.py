@@ -7,41 +7,49 @@ in:  features (N,D), or images (N,3,H,W) in [-1,1], torch or numpy     out: floa
 raises: UserError (a ValueError) from every function for wrong shapes, NaN, infinity or too few rows
 run: python -m experiments.metrics     read next: evaluate.py
 """
-from pathlib import Path
-
 import torch
-import torch.nn.functional as F
+from torch import as_tensor, cat, stack
+from torch.linalg import qr, svd, svdvals
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, conv2d, cosine_similarity, normalize, one_hot, pad
 
 from common import UserError, cli, generator, to_uint8
-from slides.weights import load_official, load_state_dict
 from diffusion import layout_fidelity
+from slides.weights import load_official, load_state_dict
 
 def need(ok, text):
     if not ok:
         raise UserError(text)
 
+def checked(sets, fits, wanted):
+    """Sets of numbers in float64. raises: UserError that says what is wanted, unless `fits` likes their shapes."""
+    sets = [as_tensor(x).detach().double() for x in sets]
+    shapes = [tuple(x.shape) for x in sets]
+    good = fits(shapes) and all(x.isfinite().all() for x in sets)
+    need(good, f"got numbers of shape {shapes}: give {wanted}, without NaN or infinity")
+    return sets
+
 def as_features(*sets, rows=1):
     """Sets of features as float64 matrices of one width."""
-    sets = [torch.as_tensor(x).detach().double() for x in sets]
-    width = sets[0].shape[-1:]
-    for x in sets:
-        fits = x.ndim == 2 and len(x) >= rows and x.shape[1:] == width
-        need(fits and x.isfinite().all(), f"got numbers of shape {[tuple(x.shape) for x in sets]}: give features (N,D) "
-                                          f"of one width D, in at least {rows} rows, without NaN or infinity")
-    return sets
+    def fits(shapes):
+        matrices = all(len(shape) == 2 and shape[0] >= rows for shape in shapes)
+        return matrices and len({shape[1] for shape in shapes}) == 1
+    return checked(sets, fits, f"features (N,D) of one width D, in at least {rows} rows")
 
 def as_images(*sets, side=1):
     """Sets of images as float64 (N,3,H,W) of one shape."""
-    sets = [torch.as_tensor(x).detach().double() for x in sets]
-    shape = sets[0].shape
-    fits = len(shape) > 2 and shape[-3] == 3 and min(shape) > 0 and min(shape[-2:]) >= side
-    for x in sets:
-        need(fits and x.shape == shape and x.isfinite().all(),
-             f"got numbers of shape {[tuple(x.shape) for x in sets]}: give images (N,3,H,W) of one shape, at least "
-             f"{side} pixels a side, without NaN or infinity")
-    return [x.reshape(-1, *shape[-3:]) for x in sets]
+    def fits(shapes):
+        shape = shapes[0]
+        rgb = len(set(shapes)) == 1 and shape[-3:-2] == (3,)
+        return rgb and min(shape) > 0 and min(shape[-2:]) >= side
+    sets = checked(sets, fits, f"images (N,3,H,W) of one shape, at least {side} pixels a side")
+    return [x.reshape(-1, *x.shape[-3:]) for x in sets]
 
 # ----- 1. Sets of features -----
+
+def root_of_covariance(x):
+    """R with R^T R the covariance of features x (N,D): (min(N,D),D)."""
+    spread = (x - x.mean(0)) / (len(x) - 1) ** 0.5
+    return qr(spread, mode="r").R
 
 def frechet(a, b):
     """Fréchet distance of fitted Gaussians, |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^.5) (Heusel 2017).
@@ -49,15 +57,11 @@ def frechet(a, b):
     in:  a (N,D), b (M,D), at least 2 rows. Biased upwards at small N: compare only at equal N.
     """
     a, b = as_features(a, b, rows=2)
-    width = a.shape[1]
-    cov_a = torch.cov(a.T).reshape(width, width)                                            # (D,D)
-    cov_b = torch.cov(b.T).reshape(width, width)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                                 # S_a^1/2
-    # S_a S_b has the eigenvalues of the symmetric S_a^1/2 S_b S_a^1/2, which are real
-    shared = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0)
     apart = (a.mean(0) - b.mean(0)).square().sum()
-    distance = apart + cov_a.trace() + cov_b.trace() - 2 * shared.sqrt().sum()
+    root_a, root_b = root_of_covariance(a), root_of_covariance(b)
+    # the eigenvalues of S_a S_b are the squares of these singular values
+    shared = svdvals(root_a @ root_b.T).sum()
+    distance = apart + root_a.square().sum() + root_b.square().sum() - 2 * shared
     return float(distance.clamp(min=0))
 
 def without_row(kernel):
@@ -65,7 +69,8 @@ def without_row(kernel):
     n = len(kernel)
     rows = kernel.clone().fill_diagonal_(0).sum(1)                                          # (N,)
     total = rows.sum()
-    return total / (n * (n - 1)), (total - 2 * rows) / ((n - 1) * (n - 2))
+    left = (total - 2 * rows) / ((n - 1) * (n - 2))
+    return total / (n * (n - 1)), left
 
 def kernel_distance(a, b):
     """Unbiased squared MMD under (x.y / D + 1)^3, which is KID without subsets (Binkowski 2018).
@@ -75,15 +80,21 @@ def kernel_distance(a, b):
     where both sets have one distribution the statistic is degenerate and the error too large, by sqrt(2).
     """
     a, b = as_features(a, b, rows=3)
-    n, m, width = len(a), len(b), a.shape[1]
-    mean_a, left_a = without_row((a @ a.T / width + 1) ** 3)                                # (), (N,)
-    mean_b, left_b = without_row((b @ b.T / width + 1) ** 3)                                # (), (M,)
-    between = (a @ b.T / width + 1) ** 3                                                    # (N,M)
+    n, m = len(a), len(b)
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+    mean_a, left_a = without_row(kernel(a, a))                                              # (), (N,)
+    mean_b, left_b = without_row(kernel(b, b))                                              # (), (M,)
+    between = kernel(a, b)                                                                  # (N,M)
     total = between.sum()
-    less_a = left_a + mean_b - 2 * (total - between.sum(1)) / ((n - 1) * m)                 # without row i of a
-    less_b = left_b + mean_a - 2 * (total - between.sum(0)) / ((m - 1) * n)                 # without row j of b
-    variance = (n - 1) * less_a.var(correction=0) + (m - 1) * less_b.var(correction=0)
-    return float(mean_a + mean_b - 2 * between.mean()), float(variance.sqrt())
+    less_a = (total - between.sum(1)) / ((n - 1) * m)                                       # without row i of a
+    less_b = (total - between.sum(0)) / ((m - 1) * n)                                       # without row j of b
+    spread_a = (left_a - 2 * less_a).var(correction=0)
+    spread_b = (left_b - 2 * less_b).var(correction=0)
+    variance = (n - 1) * spread_a + (m - 1) * spread_b
+    value = mean_a + mean_b - 2 * between.mean()
+    return float(value), float(variance.sqrt())
 
 def principal(train, k=16):
     """Return a function that projects features (N,D) on the first k principal components of train: (N,k)."""
@@ -91,8 +102,7 @@ def principal(train, k=16):
     most = min(len(train) - 1, train.shape[1])
     need(1 <= k <= most, f"k={k} components of {tuple(train.shape)} features: choose k from 1 to {most}")
     mean = train.mean(0)
-    directions = torch.linalg.svd(train - mean, full_matrices=False)[2]
-    axes = directions[:k].T                                                                 # (D,k)
+    axes = svd(train - mean, full_matrices=False).Vh[:k].T                                  # (D,k)
 
     def project(x):
         return (as_features(train, x)[1] - mean) @ axes
@@ -102,45 +112,31 @@ def standard(train):
     """Return a function that centres features on train and divides by its deviations, to take cosines of."""
     train, = as_features(train, rows=2)
     mean, std = train.mean(0), train.std(0)
-    least = 1e-6 * float(std.max()) + 1e-12  # a constant column stays 0
+    std = std.clamp(min=1e-6 * float(std.max()) + 1e-12)  # a constant column stays 0
 
     def centre(x):
-        return (as_features(train, x)[1] - mean) / std.clamp(min=least)
+        return (as_features(train, x)[1] - mean) / std
     return centre
 
 def similarity(a, b):
     """Mean cosine between row i of a (N,D) and row i of b (N,D)."""
     need(len(a) == len(b), f"got {len(a)} and {len(b)} rows: pairs need as many of each")
     a, b = as_features(a, b)
-    return float(F.cosine_similarity(a, b).mean())
+    return float(cosine_similarity(a, b).mean())
 
 def paired_gain(a, b):
     """Mean cosine of the N pairs (a_i, b_i), and of the N (N-1) wrong pairs. in: a, b (N,D), N at least 2."""
     right = similarity(a, b)
-    a, b = as_features(a, b, rows=2)
-    a, b = F.normalize(a), F.normalize(b)
-    n = len(a)
-    all_pairs, right_pairs = a.sum(0) @ b.sum(0), (a * b).sum()
-    return right, float((all_pairs - right_pairs) / (n * (n - 1)))
+    a, b = map(normalize, as_features(a, b, rows=2))
+    all_pairs = a.sum(0) @ b.sum(0)
+    wrong = all_pairs - (a * b).sum()
+    return right, float(wrong / (len(a) * (len(a) - 1)))
 
 def nearest(a, train):
     """Distance (N,) of each row of a (N,D) to the nearest row of train (M,D): near 0 = a memorised image."""
     a, train = as_features(a, train)
     exact = "donot_use_mm_for_euclid_dist"  # the fast form rounds small distances away, and those matter
-    return torch.cat([torch.cdist(part, train, compute_mode=exact).amin(1) for part in a.split(256)])
-
-def auc(scores, labels):
-    """Area under the ROC curve: the chance that a 1 outscores a 0, ties half. in: (N,), (N,) of 0 and 1."""
-    scores = torch.as_tensor(scores).double().flatten()
-    labels = torch.as_tensor(labels).double().flatten()
-    fits = len(scores) == len(labels) and not scores.isnan().any()
-    need(fits and set(labels.tolist()) == {0, 1},
-         f"auc got {len(scores)} scores, {len(labels)} labels: give as many of each, no NaN, both 0 and 1")
-    _, place, ties = scores.unique(return_inverse=True, return_counts=True)
-    rank = (ties.cumsum(0) - (ties - 1) / 2)[place]                                         # from 1; ties share one
-    ones = labels.sum()
-    wins = (rank * labels).sum() - ones * (ones + 1) / 2
-    return float(wins / (ones * (len(labels) - ones)))
+    return cat([torch.cdist(part, train, compute_mode=exact).amin(1) for part in a.split(256)])
 
 # ----- 2. Pairs of images -----
 
@@ -158,19 +154,21 @@ def ssim(a, b):
     measure divides by means, so the same pictures on [-1,1] give other numbers. This is scikit-image's with
     gaussian_weights, and pytorch-msssim's; libraries that pad the border or halve the picture first say otherwise.
     """
-    a, b = as_images(a, b, side=11)
-    a, b = (a + 1) / 2, (b + 1) / 2
-    offset = torch.arange(11, device=a.device).double() - 5
+    a, b = ((x + 1) / 2 for x in as_images(a, b, side=11))
+    offset = torch.arange(-5.0, 6, device=a.device, dtype=torch.double)
     line = torch.exp(-offset ** 2 / (2 * 1.5 ** 2))
-    window = (line.outer(line) / line.sum() ** 2).expand(3, 1, 11, 11)
+    line = line / line.sum()
+    window = line.outer(line).expand(3, 1, 11, 11)
 
     def local(x):
-        return F.conv2d(x, window, groups=3)                                                # (N,3,H-10,W-10)
+        return conv2d(x, window, groups=3)                                                  # (N,3,H-10,W-10)
     mean_a, mean_b = local(a), local(b)
-    variances = local(a * a) - mean_a ** 2 + local(b * b) - mean_b ** 2
-    covariance = local(a * b) - mean_a * mean_b
+    means = mean_a ** 2 + mean_b ** 2
+    product = mean_a * mean_b
+    variances = local(a * a + b * b) - means
+    covariance = local(a * b) - product
     c1, c2 = 0.01 ** 2, 0.03 ** 2
-    brightness = (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
+    brightness = (2 * product + c1) / (means + c1)
     structure = (2 * covariance + c2) / (variances + c2)
     return float((brightness * structure).mean())
 
@@ -180,15 +178,16 @@ def gms(a, b):
     in:  a, b (...,3,H,W), sides >= 6. Prewitt gradients of the mean of three channels at half size, c = 170 of 255^2.
     """
     across = torch.tensor([1, 0, -1.0]).double().expand(3, 3) / 3
-    kernel = torch.stack([across, across.T])[:, None]                                       # (2,1,3,3)
+    kernel = stack([across, across.T])[:, None]                                             # (2,1,3,3)
     steepness = []
     for x in as_images(a, b, side=6):
-        half = F.avg_pool2d(x.mean(1, True), 2)                                             # (N,1,H/2,W/2)
-        gradient = F.conv2d(half, kernel.to(x.device))                                      # (N,2,H/2-2,W/2-2)
-        steepness.append(gradient.square().sum(1).sqrt())
+        half = avg_pool2d(x.mean(1, True), 2)                                               # (N,1,H/2,W/2)
+        gradient = conv2d(half, kernel.to(x.device))                                        # (N,2,H/2-2,W/2-2)
+        steepness.append(gradient.norm(dim=1))
     a, b = steepness
     c = 170 / 127.5 ** 2
-    return float(((2 * a * b + c) / (a * a + b * b + c)).mean())
+    alike = (2 * a * b + c) / (a ** 2 + b ** 2 + c)
+    return float(alike.mean())
 
 def seam_ratio(x, window, every=1):
     """Mean absolute step across window borders, over that between other neighbours: 1 = no seams.
@@ -209,22 +208,20 @@ def seam_ratio(x, window, every=1):
         border = place % window == 0
         at_border.append(step[border].flatten())
         inside.append(step[~border & (place % every == 0)].flatten())
-    at_border, inside = float(torch.cat(at_border).mean()), float(torch.cat(inside).mean())
+    at_border, inside = float(cat(at_border).mean()), float(cat(inside).mean())
     if inside == 0:
         return float("inf") if at_border else 1.0
     return at_border / inside
 
 # ----- 3. What colours say of toy slides -----
 
-def fit_palette(images, regions, tissues=4):
-    """Mean colour of each tissue, (tissues,3). in: images (N,3,P,P), regions (N,h,w) ints below tissues."""
+def fit_palette(images, regions):
+    """Mean colour of each of the four tissues, (4,3). in: images (N,3,P,P), regions (N,h,w) ints below 4."""
     images, = as_images(images)
-    regions = torch.as_tensor(regions)
-    known = all((regions == i).any() for i in range(tissues))
-    need(len(images) == len(regions) and known,
-         f"need one region map per image and all {tissues} tissues in them: fit the palette on more patches")
-    pixels = F.adaptive_avg_pool2d(images, regions.shape[1:]).movedim(1, -1)                # (N,h,w,3)
-    return torch.stack([pixels[regions == i].mean(0) for i in range(tissues)])
+    need(len(images) == len(regions) and len(regions.unique()) == 4,
+         "need one region map per image and all 4 tissues in them: fit the palette on more patches")
+    pixels = adaptive_avg_pool2d(images, regions.shape[1:]).movedim(1, -1)                  # (N,h,w,3)
+    return stack([pixels[regions == i].mean(0) for i in range(4)])
 
 def tissue_fractions(x, palette, cell=8):
     """Share (N,K) of each tissue: the palette colour (K,3) nearest to the mean of cell x cell pixels.
@@ -232,10 +229,9 @@ def tissue_fractions(x, palette, cell=8):
     in:  x (N,3,P,P). Best cell on toy slides: 16 at scales 0 and 1, 8 at 2, 4 above (error .05 .05 .04 .03).
     """
     x, = as_images(x)
-    cells = F.avg_pool2d(x, cell).flatten(2).mT                                             # (N,cells,3)
-    colours = palette.to(cells).expand(len(cells), -1, -1)                                  # (N,K,3)
-    label = torch.cdist(cells, colours).argmin(-1)                                          # (N,cells)
-    return F.one_hot(label, len(palette)).double().mean(1)
+    cells = avg_pool2d(x, cell).movedim(1, -1)                                              # (N,h,w,3)
+    label = torch.cdist(cells, palette.to(cells)).argmin(-1)                                # (N,h,w)
+    return one_hot(label, len(palette)).double().mean((1, 2))
 
 def nuclei_fraction(x, red=0.35):
     """Share (N,) of nuclear pixels: those of little red, which haematoxylin absorbs and eosin hardly."""
@@ -248,54 +244,48 @@ def nuclei_fraction(x, red=0.35):
 def random_features(x):
     """Fixed random convolutions, mean and deviation at four depths (B,240). in: x (B,3,H,W), sides >= 32."""
     x, = as_images(x, side=32)
-    h, rng, out = x.float(), generator(2025), []
+    h, inputs, rng, out = x.float(), 3, generator(2025), []
     for width in (8, 16, 32, 64):
-        inputs = h.shape[1]
         weight = torch.randn(width, inputs, 5, 5, generator=rng) * (2 / (25 * inputs)) ** 0.5
         bias = 0.1 * torch.randn(width, generator=rng)
-        h = F.pad(h, (2, 2, 2, 2), "replicate")
-        h = F.conv2d(h, weight.to(h), bias.to(h), stride=2).relu()                          # (B,width,H/2,W/2)
+        h = pad(h, (2, 2, 2, 2), "replicate")
+        h = conv2d(h, weight.to(h), bias.to(h), stride=2).relu()                            # (B,width,H/2,W/2)
         out += [h.mean((2, 3)), h.std((2, 3))]
-    return torch.cat(out, 1)
+        inputs = width
+    return cat(out, 1)
 
 @torch.no_grad()
 def inception_features(x, weights):
     """Features (B,2048) for a true FID. in: weights, NVIDIA's inception-2015-12-05.pt, a TorchScript file."""
-    need(Path(weights).is_file(), f"no Inception weights at {weights}: bring inception-2015-12-05.pt")
     x, = as_images(x)
     pixels = to_uint8(x).movedim(-1, 1)                                                     # (B,3,H,W)
     try:
         net = torch.jit.load(str(weights), map_location="cpu").eval()
     except (RuntimeError, ValueError) as err:
-        raise UserError(f"{weights} is not TorchScript: bring NVIDIA's inception-2015-12-05.pt") from err
-    return torch.cat([net(part, return_features=True) for part in pixels.split(64)])
+        raise UserError(f"{weights} is missing or no TorchScript: bring NVIDIA's inception-2015-12-05.pt") from err
+    return cat([net(part, return_features=True) for part in pixels.split(64)])
 
 def load_lpips(weights):
     """LPIPS as a frozen module (a, b) -> (B,1,1,1). in: weights, a file of torchvision's VGG16 or AlexNet."""
     try:
-        import lpips as published
+        from lpips import LPIPS
     except ImportError as err:
         raise UserError(f"LPIPS needs the extra: pip install -e '.[metrics]', and {weights} as backbone") from err
     state = load_state_dict(weights)
     first = state.get("features.0.weight")
     kind = "alex" if first is not None and first.shape[-1] == 11 else "vgg"
-    net = published.LPIPS(net=kind, pnet_rand=True, verbose=False)  # random: no download
+    net = LPIPS(net=kind, pnet_rand=True, verbose=False)  # random: no download
 
     def their_name(key):
         return "features." + key.split(".", 1)[1]
     load_official(net.net, state, "", their_name, ignore=("classifier.",))
     return net.eval().requires_grad_(False)
 
-def lpips(a, b, weights):
-    """Mean LPIPS of two image batches, weights as for load_lpips."""
-    a, b = as_images(a, b)
-    return float(load_lpips(weights)(a.float(), b.float()).mean())
-
 def main(argv):
     print("two Gaussians one apart in 8 dimensions, and noise against half the noise:")
     a = torch.randn(512, 8, generator=generator(0))
     b = torch.randn(512, 8, generator=generator(1)) + 1
-    x = torch.rand(32, 3, 64, 64, generator=generator(2)) * 2 - 1
+    x = torch.rand(4, 3, 64, 64, generator=generator(2)) * 2 - 1
     print(f"Fréchet {frechet(a, b):.2f} (exactly 8)   kernel distance, error", kernel_distance(a, b))
     print(f"PSNR {psnr(x, x / 2):.2f} dB   SSIM {ssim(x, x / 2):.3f}   seams {seam_ratio(x, 16):.3f}   "
           f"layout {layout_fidelity(x / 2, x, 4):.3f}   cosine of right, wrong pairs", paired_gain(a, a + b))

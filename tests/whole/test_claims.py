@@ -11,8 +11,8 @@ def test_claims(task, tmp_path, capsys):
     labels.write_text("slide_id,label\n" + "".join(f"train_{k:04d},{k % 2}\n" for k in range(8)))
     small = [str(task / "run"), f"--data={task / 'task'}", f"--labels={labels}", f"--out={tmp_path / 'o'}",
              "--cv.folds=2", "--cv.val=0.5", "--cv.epochs=1", "--cv.seeds=1", "--cv.workers=1", "--cv.width=8",
-             "--cv.heads=abmil,dsmil", "--cv.fraction=1", "--cv.bootstrap=20", "--extract.scales=1,2",
-             "--extract.steps=1", "--extract.device=cpu"]
+             "--cv.heads=dsmil", "--cv.fraction=1", "--cv.bootstrap=20", "--extract.scales=1,2",
+             "--extract.device=cpu"]
     claims.main(small)
     said = capsys.readouterr().out
     assert "unet 1+2 " in said and "untrained 2 " in said and said.count("diffusion features beat") == 4
