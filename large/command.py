@@ -46,10 +46,7 @@ class Settings(Conditions, S.Config):
     mpp: float = 0.0           # micrometres per pixel, for .tif; 0 = unknown
     viewer: str = ""           # openseadragon.min.js, for .dzi
 
-PRESETS = {
-    "": {},
-    "paper": dict(guide="s2", steps=50, inner=1, lam=0.5, guidance=2.0, overlap=0),     # Z S8.2
-}
+PRESETS = {"": {}, "paper": dict(guide="s2", steps=50, inner=1, lam=0.5, guidance=2.0, overlap=0)}     # Z S8.2
 METHODS = ("joint", "multidiffusion", "independent", "bicubic")
 HOW = ("out", "batch", "threads", "device", "compile", "mpp", "viewer")  # settings that change no latent
 
@@ -115,7 +112,6 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
     scales, size = [*sorted(cfg.context, reverse=True), max(cfg.scale, 0)], cfg.size
     inner = cfg.inner if cfg.method == "joint" else 0
     if cfg.method != "joint":
-        sides(size, scales, model.info["patch"], model.vae.factor, model.summarizer.cfg.scales)
         size, scales, overlap, options["fade"] = baselines.layout(cfg, scales, window, overlap)
     levels = prepare(model, condition, size, scales, overlap, proxy=proxy, **options)
     timesteps = ddim_timesteps(model.schedule.T, cfg.steps)
@@ -131,8 +127,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
                                           seed=cfg.seed, batch=cfg.batch)
     progress.bar.close()
     if not all(level.z.isfinite().all() for level in levels):
-        raise UserError(f"the latents are no finite numbers any more, nothing is written: --lam={cfg.lam}, --guidance="
-                        f"{cfg.guidance}, --delta={cfg.delta} or --zeta={cfg.zeta} is too large, or the model is bad")
+        raise UserError("the latents are no finite numbers any more: a smaller --lam, --guidance, --delta or --zeta")
     return levels, scales
 
 # ----- 2. Pixels -----
@@ -164,8 +159,7 @@ def check(cfg, schedule):
     one_of(cfg, method=METHODS, A=("bicubic", "box"), end=("clean", "published"), condition=("reference", "grid"))
     at_least(cfg, seed=0, batch=1, overlap=-1)
     if len(cfg.guided) != 2 or len(cfg.lam) > 2 or [type(v) for v in cfg.at] != [int, int] or not cfg.size:
-        raise UserError(f"--size={cfg.size} --guided={cfg.guided} --at={cfg.at} --lam={cfg.lam}: give two numbers, "
-                        f"whole ones for at, one or two for lam and size")
+        raise UserError("give two numbers for --guided, two whole ones for --at, one or two for --lam and --size")
     if cfg.eval or cfg.sampler != "ddim":
         raise UserError(f"--eval={cfg.eval} --sampler={cfg.sampler}: large images take ddim and no --eval")
     S.guide_of(cfg.guide, cfg.inner, lams(cfg), cfg.delta, cfg.zeta)

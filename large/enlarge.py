@@ -61,8 +61,7 @@ def read_image(path):
             image = Image.open(path)
             image.load()
     except Exception as err:  # Pillow's decoders raise nearly anything on damaged files
-        raise UserError(f"{path} cannot be read ({type(err).__name__}: {err}): it is damaged, cut short or of an "
-                        f"unknown kind; convert it to PNG, JPEG or TIFF") from err
+        raise UserError(f"{path} cannot be read ({type(err).__name__}: {err}): convert it to PNG or TIFF") from err
     if image.mode not in MODES:
         raise UserError(f"{path} has pixels of kind {image.mode!r}, which do not show as RGB: convert it first")
     image = ImageOps.exif_transpose(image)

@@ -122,8 +122,7 @@ def load(folder, model, pyramids, ranks):
             raise UserError(f"{path} does not fit this program: remove it, it is made again in a minute") from err
         return proxy.to(ranks.device).eval().requires_grad_(False)
     if pyramids is None:
-        raise UserError(f"{path} is missing, or of another model, and there is no data to fit one to: give --data=, "
-                        f"what the run was trained on, or another --guide")
+        raise UserError(f"no {path} of this model, and no data to fit one to: give --data=, or another --guide")
     proxy = fit(model, pyramids, ranks)
     if ranks.rank == 0:
         save_tensors(path, proxy.state_dict(), {"model": mine})

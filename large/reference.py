@@ -33,14 +33,14 @@ def inside(name, cfg, have, need):
     """raises: UserError if the image, (rows, columns) = need from --at on, does not lie in `have` base tiles."""
     if any(a < 0 or a + n > most for a, n, most in zip(cfg.at, need, have)):
         raise UserError(f"{name} has {have[0]} x {have[1]} base tiles, the image needs {need[0]} x {need[1]} from "
-                        f"{cfg.at} on: take a smaller --size, another --at, or a larger --reference")
+                        f"{cfg.at} on: a smaller --size, another --at, or a larger --reference")
 
 def from_file(cfg, model):
     """e (rows,columns,E) of a .safetensors file."""
     e, width = load_tensors(cfg.reference)[0].get("e"), model.summarizer.cfg.embed_dim
     if e is None or e.ndim != 3 or e.shape[2] != width:
-        raise UserError(f"{cfg.reference} holds e {None if e is None else tuple(e.shape)}, the run takes (rows, "
-                        f"columns, {width}): embed with {model.info.get('encoder')!r}")
+        shape = None if e is None else tuple(e.shape)
+        raise UserError(f"{cfg.reference} holds e {shape}, the run takes (rows, columns, {width}) of its own encoder")
     folder = Path(cfg.reference).parent
     if (folder / "index.json").exists():  # a file of data.py: its deviations may not be the run's
         e = e.float() * Pyramids(folder, std=model.info.get("std")).rescale
@@ -123,8 +123,7 @@ def edited(e, cfg):
         size = size[0] if size else (1, 1)
         for corner in (a, b):
             if min(*corner, *(n - 1 for n in size)) < 0 or any(k + n > m for k, n, m in zip(corner, size, e.shape[1:])):
-                raise UserError(f"{told}: cells {size} at {corner} do not lie inside the {e.shape[1]} x {e.shape[2]} "
-                                f"tiles of the image: count rows and columns from 0")
+                raise UserError(f"{told}: cells do not lie inside the {e.shape[1]} x {e.shape[2]} tiles, from 0 on")
     e = e.clone()                                           # for it may be mapped from a file
     for (i, j), (k, l) in swaps:
         e[:, [i, k], [j, l]] = e[:, [k, i], [l, j]]

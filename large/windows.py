@@ -63,11 +63,8 @@ def contexts(model, condition, s, canvas):
     with full_precision(model.unet.conv_out.weight):
         for n in range(0, len(canvas.ij), canvas.batch):
             ij = canvas.ij[n:n + canvas.batch]
-            packed = []
-            for i, j in ij:
-                e = condition(s, i / high * 2 ** s, j / wide * 2 ** s)                  # (E,G,G)
-                packed.append(pack_grid(e))
-            tokens, mask = default_collate(packed)
+            e = [condition(s, i / high * 2 ** s, j / wide * 2 ** s) for i, j in ij]     # (E,G,G) each
+            tokens, mask = default_collate([pack_grid(grid) for grid in e])
             s_of = torch.full((len(ij),), s, device=device)
             c = model.summarizer(tokens.to(device), mask.to(device), s_of)              # (n,L,D)
             out.update(zip(ij, c))

@@ -68,13 +68,11 @@ def locate(captions, pyramids, path=""):
         high, wide = (side // pyramids.patch for side in pyramids.slides[names[name]]["size"])
         row, col, rows, cols = (0, 0, high, wide) if name == c.image else map(int, part.groups()[1:])
         if not (rows and cols and row + rows <= high and col + cols <= wide):
-            raise UserError(f"{path} line {c.line}: {c.image} is no part of {name}, which has {high} x {wide} base "
-                            f"tiles: write name@row,col,rows,cols, counted from 0")
+            raise UserError(f"{path} line {c.line}: {c.image} is no part of {name}, which has {high} x {wide} tiles")
         out.append(c._replace(slide=names[name], block=(row, col, rows, cols)))
     if missing:
         raise UserError(f"{path}: {len(missing)} captions are of images that {pyramids.folder} lacks, such as "
-                        f"{', '.join(dict.fromkeys(missing[:3]))}; images are called as in its index.json, like "
-                        f"{next(iter(names))}, with @row,col,rows,cols behind for a part")
+                        f"{missing[0]}; its own are called like {next(iter(names))}, parts name@row,col,rows,cols")
     return out
 
 def read_captions(path, pyramids, split="train"):
@@ -113,8 +111,7 @@ def load_vectors(path, texts, encoder=None):
     tensors, meta = load_tensors(path)
     v, known, name = tensors.get("v"), meta.get("captions"), meta.get("encoder")
     if v is None or not known or v.ndim != 2 or len(v) != len(known) or not v.isfinite().all():
-        raise UserError(f"{path} holds no v (n,d) of finite numbers with the n captions and the encoder: make it "
-                        f"with python -m text.captions embed, or text/captions.py::save_vectors")
+        raise UserError(f"{path} holds no v (n,d) of finite numbers with n captions: see captions.py::save_vectors")
     if encoder not in (None, name):
         raise UserError(f"{path} holds vectors of {name}, not of {encoder}: encode the captions with that")
     if known == list(texts):  # the vectors of images, say, of which two may share a caption

@@ -152,8 +152,8 @@ class GridModel(Conditioner):
         """raises: UserError if this was made for another encoder."""
         here, there = model.info.get("encoder"), self.info["encoder"]
         if (here, model.info.get("std")) != (there, self.info["std"]):
-            raise UserError(f"{path} makes embeddings of {there!r}, the run takes those of {here!r} with its own "
-                            f"deviations: move it and grid_state*.safetensors away, and train it again for this run")
+            raise UserError(f"{path} makes embeddings of {there!r}, the run takes {here!r} with its own deviations: "
+                            f"move it and grid_state*.safetensors away, and train it again")
 
     @classmethod
     def prepare(cls, cfg, model, pyramids):
@@ -162,8 +162,7 @@ class GridModel(Conditioner):
         if getattr(pyramids, "official", False):
             raise UserError(f"--model=grid learns from whole images, {pyramids.folder} has none: give --data=")
         if bool(cfg.captions) != bool(cfg.vectors):
-            raise UserError(f"--captions={cfg.captions} --vectors={cfg.vectors}: give both, or neither (python -m "
-                            f"text.captions embed {cfg.captions or 'captions.tsv'} makes the vectors)")
+            raise UserError("--captions and --vectors: give both (python -m text.captions embed FILE), or neither")
         info = {"encoder": pyramids.encoder, "std": pyramids.std, "shift": cfg.shift}
         described, vectors = [], None
         if cfg.captions:
@@ -251,13 +250,11 @@ def vector_of(made, caption="", file=""):
     if caption:
         from text.captions import ENCODER, encode_texts
         if text != ENCODER:
-            raise UserError(f"--caption needs a grid model trained with vectors of {ENCODER!r}, this one was with "
-                            f"those of {text!r}: make the vector with that encoder and give --vector=FILE")
+            raise UserError(f"--caption is encoded by {ENCODER!r}, this model knows {text!r}: give a --vector of that")
         return encode_texts([caption])[0]
     v, width = load_tensors(file)[0].get("v"), made.net.cfg.vector
     if v is None or v.shape not in ((width,), (1, width)) or not v.isfinite().all():
-        raise UserError(f"--vector={file} holds v {None if v is None else tuple(v.shape)}, this grid model takes "
-                        f"({width},), all of them finite")
+        raise UserError(f"--vector={file} holds no finite v of ({width},), as this grid model takes")
     return v.flatten().float()
 
 def main(argv):

@@ -147,7 +147,7 @@ def test_vector_of_a_caption(conditioned, zoomldm, tmp_path):
         save_tensors(path, {"v": v})
         if v.numel() == 3:
             assert vector_of(made, file=path).shape == (3,)
-    for more, says in (({"caption": "mostly fat"}, "'letters'"), ({"file": path}, r"takes \(3,\)")):
+    for more, says in (({"caption": "mostly fat"}, "'letters'"), ({"file": path}, r"no finite v of \(3,\)")):
         with pytest.raises(UserError, match=says):
             vector_of(made, **more)
     del made.info["text"]

@@ -7,7 +7,7 @@ from training import codes, start
 from common import load_tensors, save_tensors, setup
 from diffusion import Schedule
 from large.ranks import open_canvas
-from sample_joint import Level, Resize, sample_levels
+from sample_joint import GUIDES, Level, Resize, sample_levels
 
 S, D = Schedule(), torch.float64
 CASES = {"s1": {"fade": True}, "s2": {}, "x0": {"fade": True}, "x0+proxy": {}, "one window": {"side": 8}}
@@ -39,7 +39,7 @@ def every_case():
         canvas = open_canvas(side, side, 8, 4 if side > 8 else 0, options.get("fade", False), batch=3)
         z, y = normal(1, 3, side, side), normal(1, 3, side // 4, side // 4, seed=1)
         level = Level(place_aware(seen), shades, torch.tanh, canvas, z, Resize(4), y)
-        sample_levels([level], S, steps=4, inner=2, guide=name if name in ("s1", "s2", "x0", "x0+proxy") else "s2")
+        sample_levels([level], S, steps=2, inner=2, guide=name if name in GUIDES else "s2")
         out |= {name: level.z, f"{name}, corners": torch.tensor(seen)}
     return out
 
