@@ -44,9 +44,9 @@ class Proxy(nn.Module):
 
 def guide(level, z, t, ab, K, lam, delta, zeta):
     """See sample_joint.guide_x0_by_proxy. Without a proxy the decoder itself is differentiated. out: z, z0_hat, eps."""
-    image, smaller, A, y = level.decode, 1, level.A, level.target
-    if level.proxy is not None:
-        image, smaller = level.proxy, level.proxy.factor
+    image, smaller, proxy, A, y = level.decode, 1, level.proxy, level.A, level.target
+    if proxy is not None:
+        image, smaller = proxy, proxy.factor
     if smaller > A.factor:  # the proxy's image is smaller than the target: both are compared at its size
         y = Resize(smaller // A.factor, A.kind).down(y)
     small = replace(level, decode=image, A=Resize(max(A.factor // smaller, 1), A.kind), target=y)
@@ -54,8 +54,8 @@ def guide(level, z, t, ab, K, lam, delta, zeta):
     for _ in range(K):
         with full_precision(z):
             change = small.backpropagate(image, z0, small.error(small.Dec(z0)))
-            if level.proxy is not None:
-                change = torch.einsum("ij,bjhw->bihw", level.proxy.inverse, change)
+            if proxy is not None:
+                change = torch.einsum("ij,bjhw->bihw", proxy.inverse, change)
         z0 = z0 + lam * change
     return z, z0, to_eps(z0, z, ab, "x0")
 

@@ -115,13 +115,10 @@ class GridDiT(DiT):
 def regress(v, described, pyramids, made, damp=1e-3):
     """(V,E), by ridge regression: from the vector of a caption, v (n,V), to the mean embedding (standardised) of the
     region it describes. A denoiser learns that late, for it sees most of what it needs in the noisy grid."""
-    means = {}
-    for c in described:
-        if (c.slide, c.block) not in means:
-            e = embeddings(pyramids, c.slide, c.block).mean((0, 1))                      # (E,)
-            means[c.slide, c.block] = (e - made.mean) / made.std
-    aim = torch.stack([means[c.slide, c.block] for c in described]).double()             # (n,E)
-    v = v.double()
+    places = [(c.slide, c.block) for c in described]
+    means = {place: embeddings(pyramids, *place).mean((0, 1)) for place in set(places)}  # (E,) each
+    e = torch.stack([means[place] for place in places])                                  # (n,E)
+    aim, v = ((e - made.mean) / made.std).double(), v.double()
     penalty = damp * len(v) * torch.eye(v.shape[1]).double()
     return torch.linalg.solve(v.mT @ v + penalty, v.mT @ aim).float()
 

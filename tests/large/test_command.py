@@ -277,7 +277,7 @@ REFUSED = {
     "no --eval": ["--eval"], "take ddim": ["--sampler=plms"], "take a divisor of 1000": ["--steps=3"],
     "no finite numbers any more": ["--guide=s2 --delta=1e30"], "delta=-1": ["--delta=-1"],
     "known are clean, published": ["--end=never"], "known are reference, grid": ["--condition=cdm"],
-    "ends in .png, .tif": ["--out=x.jpg"], "is not openseadragon": ["--out=x.dzi --viewer=/nowhere.js"],
+    "ends in .png, .tif": ["--out=x.jpg"], "nowhere.js.*openseadragon": ["--out=x.dzi --viewer=/nowhere.js"],
     "holds other things": ["--out=full.dzi --viewer=openseadragon.min.js"], "mpp=": ["--out=x.tif --mpp=1e-9"],
     "cannot be written": ["--out=openseadragon.min.js/x.png"],
     "--reference does not": ["--condition=grid --reference=x.png"], "--vector go with grid": ["--caption=fat"],
