@@ -8,6 +8,7 @@ in:  folders of features (mil.py extract, CLAM, TRIDENT), a CSV of labels   out:
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import combinations, product
 from multiprocessing import get_context
 from pathlib import Path
 from zlib import crc32
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import UserError, at_least, cli, configure, load_meta, load_tensors, save_tensors, write_text
+from common import UserError, at_least, configure, load_meta, load_tensors, save_tensors, write_text
 from experiments.folds import Labels, few, make_splits, read_splits
 from mil import HEADS, cross_validate
 from slides.bags import files_of, open_bags, views
@@ -64,10 +65,6 @@ class Job:
     def name(self):
         return f"{Path(self.folder).name} {self.view}".strip()
 
-    def path(self):
-        name = f"{self.name()}_{self.head}_{self.fraction}_{self.repeat}.safetensors"
-        return out_of(self.cfg) / name.replace(" ", "_")
-
     def labels(self):
         return Labels(self.cfg.labels, [f.stem for f in files_of(self.folder)])
 
@@ -93,7 +90,8 @@ def out_of(cfg):
 def run_job(job):
     """Write scores (n,C) of every slide by the head that did not see it, fold (n,), y (n,), and, for the first
     repetition, the heads. out: the file; one that is there and was made by the same job is kept."""
-    path, labels = job.path(), job.labels()
+    name = f"{job.name()}_{job.head}_{job.fraction}_{job.repeat}.safetensors"
+    path, labels = out_of(job.cfg) / name.replace(" ", "_"), job.labels()
     splits = job.splits(labels)
     meta = job.meta(labels, splits)
     if path.exists() and load_meta(path) == json.loads(json.dumps(meta)):
@@ -149,17 +147,16 @@ def folders_of(cfg):
     folders = [f.strip() for f in cfg.features.split(",") if f.strip()]
     if not folders or not cfg.labels:
         raise UserError("say what to learn from: python mil.py cv --features=DIR --labels=FILE")
-    odd = [h for h in heads_of(cfg) if h not in HEADS]
-    if odd:
-        raise UserError(f"--heads={cfg.heads}: heads are {', '.join(HEADS)}, {odd[0]!r} is none")
+    if set(heads_of(cfg)) - set(HEADS):
+        raise UserError(f"--heads={cfg.heads}: heads are {', '.join(HEADS)}")
     at_least(cfg, folds=2, seeds=1, epochs=1, patience=1, width=2, workers=1, bootstrap=1)
     if not 0 < cfg.val < 1 or not all(0 < f <= 1 for f in cfg.fraction):
         raise UserError(f"--val={cfg.val} --fraction={cfg.fraction}: these are shares, from 0 to 1")
     if cfg.splits and cfg.fraction != (1.0,):
         raise UserError("--fraction goes with folds made here, not with --splits: cut the train column of the CSV")
-    slides = [f.stem for f in files_of(folders[0])]
-    for folder in folders[1:]:
-        odd = sorted({f.stem for f in files_of(folder)} ^ set(slides))
+    slides = [{f.stem for f in files_of(folder)} for folder in folders]
+    for folder, there in zip(folders, slides):
+        odd = sorted(there ^ slides[0])
         if odd:
             raise UserError(f"{folder} and {folders[0]} hold different slides ({few(odd)}): extract the same ones")
     return folders
@@ -174,13 +171,11 @@ def jobs_of(cfg):
     chosen = [(f, v) for f, v in pairs if cfg.views == "all" or v in wanted or not v]
     if not chosen:
         raise UserError(f"--views={cfg.views}: the features have {', '.join(v for _, v in pairs)}")
-    for folder, view in chosen:
-        for fraction in cfg.fraction:
-            for repeat in range(cfg.seeds):
-                jobs += [Job(cfg, folder, view, head, fraction, repeat) for head in heads_of(cfg)]
-    for job in jobs:
-        if (job.folder, job.view, job.head) == (*chosen[0], jobs[0].head):
-            job.splits(job.labels())
+    for pair in chosen:
+        for fraction, repeat in product(cfg.fraction, range(cfg.seeds)):
+            jobs += [Job(cfg, *pair, head, fraction, repeat) for head in heads_of(cfg)]
+            if pair == chosen[0]:
+                jobs[-1].splits(jobs[-1].labels())
     return jobs
 
 def measured(cfg, jobs, files, patients):
@@ -205,9 +200,7 @@ def show(cfg, fraction, folds, draws, right, pairs):
     for name in names:
         cells = [f"{interval(draws[name, h, fraction]):>21} {right[name, h, fraction]:.3f}" for h in heads]
         print(f"{name:{width}}" + "".join(cells))
-    if pairs is None:
-        pairs = [(b, a) for i, a in enumerate(names) for b in names[i + 1:]]
-    for a, b in pairs:
+    for a, b in [(b, a) for a, b in combinations(names, 2)] if pairs is None else pairs:
         if a in names and b in names:
             gaps = [draws[a, h, fraction] - draws[b, h, fraction] for h in heads]
             cells = [f"  {h} {interval(gap)}" for h, gap in zip(heads, gaps)]
@@ -217,9 +210,8 @@ def tables(cfg, pairs=None):
     """Train what cfg asks for and print tables. out: {(features, head, fraction): draws (1+n,) of the AUC}.
     pairs: names of features whose difference to print; default: all. raises: UserError for what does not do."""
     jobs = jobs_of(cfg)
-    labels, out = Labels(cfg.labels, [f.stem for f in files_of(jobs[0].folder)]), out_of(cfg)
-    counts = torch.bincount(labels.y).tolist()
-    classes = ", ".join(f"{c} ({n})" for c, n in zip(labels.classes, counts))
+    labels, out = jobs[0].labels(), out_of(cfg)
+    classes = ", ".join(f"{c} ({n})" for c, n in zip(labels.classes, labels.y.bincount().tolist()))
     print(f"{len(labels.names)} slides of {len(set(labels.patients))} patients, classes {classes}; {len(jobs)} "
           f"cross-validations -> {out}")
     if cfg.workers == 1:
@@ -228,8 +220,8 @@ def tables(cfg, pairs=None):
         with ProcessPoolExecutor(cfg.workers, get_context("spawn")) as workers:  # torch's threads survive no fork
             files = list(tqdm(workers.map(run_job, jobs), total=len(jobs)))
     draws, right = measured(cfg, jobs, files, labels.patients)
+    folds = int(load_tensors(files[0])[0]["fold"].max()) + 1
     for fraction in cfg.fraction:
-        folds = int(load_tensors(files[0])[0]["fold"].max()) + 1
         show(cfg, fraction, folds, draws, right, pairs)
     rows = [{"features": f, "head": h, "fraction": share, "auc": float(d[0]), "accuracy": right[f, h, share],
              "interval": limits(d)} for (f, h, share), d in draws.items()]
@@ -238,6 +230,3 @@ def tables(cfg, pairs=None):
 
 def main(argv):
     tables(configure(Config, argv, doc=__doc__))
-
-if __name__ == "__main__":
-    cli(main)

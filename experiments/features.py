@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from common import UserError, at_least, cli, configure, fingerprint, one_of, save_tensors, setup
+from common import UserError, at_least, configure, fingerprint, one_of, save_tensors, setup
 from data import Pyramids
 from diffusion import ZoomLDM, ddim_sample
 from mil import Activations
@@ -45,7 +45,7 @@ class Descriptor:
     """The encoder's view of the patch itself."""
     block = None
 
-    def __init__(self, model, pyramids, ranks, weights=None):
+    def __init__(self, pyramids, ranks, weights):
         self.pyramids, self.ranks = pyramids, ranks
         self.encoder = load_encoder(pyramids.encoder, pyramids.std, weights, ranks.device)
 
@@ -55,18 +55,17 @@ class Descriptor:
 class Drawn(Activations):
     """The encoder's view of a patch drawn from the condition; the patch itself is not seen."""
 
-    def __init__(self, model, pyramids, ranks, weights=None, guidance=2.0, steps=10, seed=0):
-        super().__init__(model, pyramids, ranks, seed=seed)
-        self.block, self.guidance, self.steps = None, guidance, steps
-        self.descriptor = Descriptor(model, pyramids, ranks, weights)
+    def __init__(self, cfg, model, pyramids, ranks):
+        super().__init__(model, pyramids, ranks, seed=cfg.seed)
+        self.cfg, self.block, self.descriptor = cfg, None, Descriptor(pyramids, ranks, cfg.weights)
 
     def of(self, slide, batch):
-        z_T = self.noise(slide, batch)
+        model, z_T = self.model, self.noise(slide, batch)
         with self.ranks.autocast():
-            c = self.model.summarizer(batch["tokens"], batch["mask"], batch["s"]).float()
-            guided = self.model.guided(c, self.guidance)
-            z = ddim_sample(guided, z_T, self.model.schedule, self.steps, end="clean")
-            x = self.model.decode(z).float().clamp(-1, 1)                  # (b,3,P,P)
+            c = model.summarizer(batch["tokens"], batch["mask"], batch["s"]).float()
+            guided = model.guided(c, self.cfg.guidance)
+            z = ddim_sample(guided, z_T, model.schedule, self.cfg.steps, end="clean")
+            x = model.decode(z).float().clamp(-1, 1)                       # (b,3,P,P)
         return self.descriptor.of(slide, {"x": x})
 
 def families(pyramids, k, scales):
@@ -79,11 +78,9 @@ def families(pyramids, k, scales):
     places = pyramids.tensor(k, f"ij{finest}")                 # (n,2)
     columns = []
     for s in scales:
-        number = {}
-        for n, (i, j) in enumerate(pyramids.tensor(k, f"ij{s}").tolist()):
-            number[i, j] = n
+        number = {tuple(ij): n for n, ij in enumerate(pyramids.tensor(k, f"ij{s}").tolist())}
         parents = places >> (s - finest)                       # each scale halves i and j
-        columns.append([number.get((i, j), -1) for i, j in parents.tolist()])
+        columns.append([number.get(tuple(ij), -1) for ij in parents.tolist()])
     return torch.tensor(columns).T, places
 
 @torch.no_grad()
@@ -107,14 +104,12 @@ def slide_features(source, k, scales, batch_size):
     if not whole.any():
         return None
     parts = []
-    for column, s in enumerate(scales):
+    for chosen, s in zip(numbers[whole].T, scales):            # (N,)
         found = scale_features(source, k, s, batch_size)       # (n of this scale,K)
-        chosen = numbers[whole, column]                        # (N,)
         parts.append(found[chosen])                            # (N,K of this scale)
     size = source.pyramids.patch << scales[0]                  # of a finest patch at full size
     corners = places[whole].flip(1) * size                     # (N,2)
-    widths = [part.shape[1] for part in parts]
-    return torch.cat(parts, 1), corners.int(), widths
+    return torch.cat(parts, 1), corners.int(), [part.shape[1] for part in parts]
 
 def open_pyramids(cfg, model):
     """The pyramids to take features from. raises: UserError if the run was not trained on the like of them."""
@@ -126,9 +121,9 @@ def open_pyramids(cfg, model):
 def source_of(cfg, model, pyramids, ranks):
     """What makes the features: an object with pyramids, ranks, block and `of`."""
     if cfg.kind == "descriptor":
-        return Descriptor(model, pyramids, ranks, cfg.weights)
+        return Descriptor(pyramids, ranks, cfg.weights)
     if cfg.kind == "drawn":
-        return Drawn(model, pyramids, ranks, cfg.weights, cfg.guidance, cfg.steps, cfg.seed)
+        return Drawn(cfg, model, pyramids, ranks)
     if cfg.kind == "untrained":
         torch.manual_seed(cfg.seed)
         model.unet = UNet(model.unet.cfg).to(ranks.device).eval().requires_grad_(False)
@@ -154,7 +149,7 @@ def extract(cfg):
     model = ZoomLDM.from_run(cfg.run).to(ranks.device) if cfg.run else None
     pyramids = open_pyramids(cfg, model)
     source = source_of(cfg, model, pyramids, ranks)
-    settings, out = described(cfg, source, model), Path(cfg.out or Path(cfg.run) / "features")
+    settings, out = described(cfg, source, model), Path(cfg.out or f"{cfg.run}/features")
     if ranks.rank == 0:
         how = "" if source.block is None else f", block {source.block}, t = {cfg.t}"
         print(f"{cfg.kind} features of {len(pyramids.slides)} slides at scales {cfg.scales}{how} -> {out}")
@@ -179,6 +174,3 @@ def extract(cfg):
 
 def main(argv):
     extract(configure(Config, argv, words=("run",), doc=__doc__))
-
-if __name__ == "__main__":
-    cli(main)

@@ -58,15 +58,14 @@ def deal(labels, slides, parts, seed):
     """Deal slides (numbers) into `parts`, weighted shares: whole patients, each class as evenly as that allows.
     out: a list of slide numbers per part, the same for the same seed. source: greedy, patients with most slides first,
     each to the part that lacks its classes most."""
-    patients = {}
+    patients, C = {}, len(labels.classes)
     for k in slides:
         patients.setdefault(labels.patients[k], []).append(k)
-    patients, C = list(patients.values()), len(labels.classes)
-    order = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
-    order.sort(key=len, reverse=True)
+    order = list(patients.values())
+    np.random.default_rng(seed).shuffle(order)
     have, share = np.zeros((len(parts), C)), np.array(parts, float)[:, None]               # slides dealt, (parts,C)
     out = [[] for _ in parts]
-    for mine in order:
+    for mine in sorted(order, key=len, reverse=True):
         count = np.bincount(labels.y[mine].numpy(), minlength=C)                           # (C,)
         filled = ((have + count) / share * count).sum(1) + 1e-3 * (have / share).sum(1)    # (parts,)
         part = int(filled.argmin())
