@@ -69,8 +69,8 @@ class Regions(Dataset):
         known = self.vectors is not None and rng.random() >= self.drop
         if known:
             at = rng.randrange(len(self.described))
-            i, block = self.described[at].slide, self.described[at].block
-            v = self.vectors[at]
+            c, v = self.described[at], self.vectors[at]
+            i, block = c.slide, c.block
         else:
             i, block = rng.choice(self.slides)
             v = torch.zeros(0 if self.vectors is None else self.vectors.shape[1])
@@ -211,7 +211,7 @@ class GridModel(Conditioner):
             v = self.standard(v.to(self.mean))
             aim = (v @ self.says)[:, None, None] if self.says.any() else None            # (E,1,1)
         k = round(cfg.tokens ** 0.5)
-        canvas = Canvas(max(rows, k), max(columns, k), k, k // 2 if max(rows, columns) > k else 0, fade=True)
+        canvas = Canvas(max(rows, k), max(columns, k), k, overlap=k // 2, fade=True)
         z = torch.randn(1, cfg.channels, canvas.h, canvas.w, generator=generator(seed, 12)).to(self.mean.device)
         if v is not None:
             z = z - (1 - spread) * z.mean((2, 3), keepdim=True)

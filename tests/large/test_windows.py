@@ -125,8 +125,7 @@ def test_slerp():
         want = torch.tensor([by_hand(a[:, k].tolist(), b[:, k].tolist(), f) for k in range(3)]).T
         assert_close(slerp(a, b, f), want, 1e-5, f"f={f}")
 
-@pytest.mark.parametrize("s", [0, 1])
-@pytest.mark.parametrize("di, dj", [(0, 0.25), (0.75, 0), (0.25, 0.5)])
+@pytest.mark.parametrize("s, di, dj", [(0, 0, 0.25), (0, 0.75, 0), (0, 0.25, 0.5), (1, 0.25, 0.5)])
 def test_conditions_between_tiles(s, di, dj):
     """From the four tiles around, along columns, then along rows, then standardised. Catches: a fraction from the
     wrong side, rows and columns exchanged, embeddings standardised before they are mixed only."""
