@@ -48,6 +48,11 @@ def toy(tmp_path_factory):
     return folder
 
 @pytest.fixture(scope="session")
+def pyramids(toy):
+    from data import Pyramids
+    return Pyramids(toy)
+
+@pytest.fixture(scope="session")
 def run(toy, tmp_path_factory):
     """One uninterrupted training."""
     out = tmp_path_factory.mktemp("run") / "a"

@@ -12,7 +12,6 @@ from rule import assert_close
 
 import sample_joint
 from common import Ranks, UserError, configure, generator, load_tensors, save_tensors
-from data import Pyramids
 from diffusion import ZoomLDM, ddim_sample
 from experiments import baselines
 from large import command
@@ -24,10 +23,6 @@ from large.windows import Grid, prepare
 RANKS = Ranks(0, 1, torch.device("cpu"), None)
 # 9 + 1 windows; one thread: pictures are compared bit by bit, whatever a fixture before them left
 SMALL = ["--size=128", "--context=1", "--guide=x0", "--steps=2", "--device=cpu", "--amp=False", "--threads=1"]
-
-@pytest.fixture(scope="module")
-def pyramids(toy):
-    return Pyramids(toy)
 
 def settings(*args):
     return configure(Settings, list(args), PRESETS, ("run", "preset"))

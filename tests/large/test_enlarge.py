@@ -6,7 +6,7 @@ from PIL import Image
 
 import invert as I
 from common import UserError, load_tensors, to_uint8
-from data import Pyramids, fixed_batch
+from data import fixed_batch
 from diffusion import ZoomLDM
 from large import windows
 from large.enlarge import agreement, read_image
@@ -17,10 +17,10 @@ from summarizer import standardize
 FAST = ["--device=cpu", "--amp=False", "--steps=2", "--invert_steps=2", "--scale=1"]
 
 @pytest.fixture(scope="module")
-def x(toy):
-    return fixed_batch(Pyramids(toy), "test", 1, 1)["x"]
+def x(pyramids):
+    return fixed_batch(pyramids, "test", 1, 1)["x"]
 
-def test_enlarged_start_is_the_encoder_of_the_tiles(model, toy):
+def test_enlarged_start_is_the_encoder_of_the_tiles(model):
     """An image that is smooth loses nothing when halved: its tiles, embedded. catches: tiles in the wrong order."""
     a = torch.linspace(-0.6, 0.6, 128)
     fine = torch.stack([a[:, None] * a, a[None] + 0 * a[:, None], -a[:, None] + 0 * a])[None]     # (1,3,128,128)

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 
 from common import Ranks, UserError, load_tensors, save_tensors
-from data import Pyramids
 from diffusion import ZoomLDM
 from large import proxy as proxies
 from sample_joint import Resize
@@ -12,8 +11,8 @@ from sample_joint import Resize
 RANKS = Ranks(0, 1, torch.device("cpu"), None)
 
 @pytest.fixture(scope="module")
-def trained(run, toy):
-    return ZoomLDM.from_run(run), Pyramids(toy)
+def trained(run, pyramids):
+    return ZoomLDM.from_run(run), pyramids
 
 @pytest.fixture(scope="module")
 def fitted(trained):

@@ -18,10 +18,6 @@ from sample_joint import Canvas
 from slides.writers import write_tiff
 
 @pytest.fixture(scope="module")
-def pyramids(toy):
-    return Pyramids(toy)
-
-@pytest.fixture(scope="module")
 def photo(pyramids, tmp_path_factory):
     """The picture of the first held-out slide, put together from its patches."""
     k = [x["name"] for x in pyramids.slides].index(pyramids.names("test")[0])
@@ -30,6 +26,13 @@ def photo(pyramids, tmp_path_factory):
         image[i * 64:i * 64 + 64, j * 64:j * 64 + 64] = x
     path = tmp_path_factory.mktemp("photo") / "slide.png"
     Image.fromarray(image).save(path)
+    return path
+
+@pytest.fixture(scope="module")
+def fine(photo):
+    """The same picture twice as fine, in a file that says so."""
+    image, path = np.asarray(Image.open(photo)), photo.with_name("fine.tif")
+    write_tiff(path, [image.repeat(2, 0).repeat(2, 1)], (512, 512), quality=98, mpp=0.25)
     return path
 
 def settings(*args):
@@ -47,14 +50,6 @@ def test_grid_of_a_slide(model, pyramids, toy):
     assert torch.allclose(load_grid(settings(), model, Pyramids(toy, std=std), (2, 2)).e,
                           load_grid(settings(), model, pyramids, (2, 2)).e / 2)
 
-def test_grid_of_a_picture(model, pyramids, photo):
-    """The slide's own picture gives its stored embeddings, to half precision. Catches: rows and columns of tiles
-    exchanged, deviations of another set, colours in another order."""
-    stored = load_grid(settings("--at=1,0"), model, pyramids, (3, 4))
-    seen = load_grid(settings("--at=1,0", f"--reference={photo}"), model, pyramids, (3, 4))
-    assert_close(seen.e, stored.e, 1e-3)
-    assert (stored.e[:, 0, 1] - stored.e[:, 1, 0]).abs().max() > 0.1
-
 def test_grid_of_a_file(model, pyramids, toy, tmp_path, monkeypatch):
     """From --at on. One of data.py is taken as the run's own deviations say. Catches: embeddings of another scale."""
     path, e = tmp_path / "grid.safetensors", torch.randn(3, 5, 96).half()
@@ -67,42 +62,40 @@ def test_grid_of_a_file(model, pyramids, toy, tmp_path, monkeypatch):
     monkeypatch.setitem(model.info, "std", [2 * v for v in pyramids.std])
     assert_close(load_grid(args, model, pyramids, (2, 2)).e, e.movedim(-1, 0) / 2, 1e-6)
 
-def test_without_its_data(ready, photo, tmp_path, capsys, monkeypatch):
+def test_without_its_data(ready, fine, tmp_path, capsys, monkeypatch):
     """A run that was copied alone draws from references; what only data can give is still asked for. Catches: a folder
     demanded and not read; another resolution taken without a word."""
-    state, config = load_tensors(ready / "ema.safetensors")
-    image, grids = np.asarray(Image.open(photo)), []
-    write_tiff(tmp_path / "fine.tif", [image.repeat(2, 0).repeat(2, 1)], (512, 512), quality=98, mpp=0.25)
+    (state, config), grids = load_tensors(ready / "ema.safetensors"), []
     monkeypatch.setattr(command, "draw", lambda model, grid, *args: grids.append(grid.e))
 
-    def main(info, *args):
-        info = config["info"] | {"data": "/nowhere/data", "mpp": None} | info
+    def main(mpp, *args):
+        info = config["info"] | {"data": "/nowhere/data", "mpp": mpp}
         save_tensors(tmp_path / "ema.safetensors", state, config | {"info": info})
         sample_joint.main([str(tmp_path), "--size=128", "--context=1", "--device=cpu", "--guide=x0", *args])
         return "fine.tif is read at its own resolution" in capsys.readouterr().out
-    fine = f"--reference={tmp_path / 'fine.tif'}"
-    assert not main({"mpp": 0.5}, fine) and main({}, fine) and not torch.equal(*grids)
-    for args in ((), (fine, "--data=/nowhere/data")):
+    from_file = f"--reference={fine}"
+    assert not main(0.5, from_file) and main(None, from_file) and not torch.equal(*grids)
+    for args in ((), (from_file, "--data=/nowhere/data")):
         with pytest.raises(UserError, match="/nowhere/data"):
-            main({}, *args)
+            main(0.5, *args)
 
-def test_a_reference_is_read_where_and_as_finely_as_needed(model, pyramids, photo, tmp_path, monkeypatch):
-    """A file twice as fine as the data shows the same tissue, not its upper left quarter enlarged; one that does not
-    say its resolution is taken as it is. Catches: a slide embedded whole for a corner of it."""
+def test_a_reference_is_read_where_and_as_finely_as_needed(model, pyramids, photo, fine, monkeypatch):
+    """The slide's own picture gives its stored embeddings. A file twice as fine as the data shows the same tissue, not
+    its upper left quarter enlarged; one that does not say its resolution is taken as it is. Catches: rows and columns
+    of tiles exchanged, deviations of another set, colours in another order; a slide embedded whole for a corner."""
     seen, real = [], reference.embed
-    monkeypatch.setattr(reference, "embed", lambda encoder, x: (seen.append(len(x)), real(encoder, x))[1])
-    want = load_grid(settings("--at=2,1", f"--reference={photo}"), model, pyramids, (1, 2))
-    assert seen == [2]
-    image = np.asarray(Image.open(photo))
-    write_tiff(tmp_path / "fine.tif", [image.repeat(2, 0).repeat(2, 1)], (512, 512), quality=98, mpp=0.25)
-    args = settings("--at=2,1", f"--reference={tmp_path / 'fine.tif'}")
-    half = SimpleNamespace(mpp=0.5)
-    assert_close(load_grid(args, model, half, (1, 2)).e, want.e, 0.2)
-    assert (load_grid(args, model, SimpleNamespace(mpp=None), (1, 2)).e - want.e).abs().max() > 0.5
-    plain = load_grid(settings("--at=2,1", f"--reference={photo}"), model, half, (1, 2))
-    assert torch.equal(plain.e, want.e)
+    monkeypatch.setattr(reference, "embed", lambda encoder, x: seen.append(len(x)) or real(encoder, x))
+    half, unsaid, need = SimpleNamespace(mpp=0.5), SimpleNamespace(mpp=None), (2, 3)
+    stored = load_grid(settings("--at=2,1"), model, pyramids, need).e
+    of_photo, of_fine = (settings("--at=2,1", f"--reference={path}") for path in (photo, fine))
+    want = load_grid(of_photo, model, pyramids, need).e
+    assert_close(want, stored, 1e-3)
+    assert seen == [3, 3] and (stored[:, 0, 1] - stored[:, 1, 0]).abs().max() > 0.1
+    assert_close(load_grid(of_fine, model, half, need).e, want, 0.2)
+    assert (load_grid(of_fine, model, unsaid, need).e - want).abs().max() > 0.5
+    assert torch.equal(load_grid(of_photo, model, half, need).e, want)
     with pytest.raises(UserError, match="has 4 x 4 base tiles, the image needs 4 x 4"):
-        load_grid(args, model, half, (4, 4))
+        load_grid(of_fine, model, half, (4, 4))
 
 def test_edits_of_the_grid(model, pyramids):
     """--swap, then --paste; cells that neither names stay, and so does what was given (a slide's own, mapped from its

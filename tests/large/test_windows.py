@@ -10,7 +10,6 @@ import torch.distributed as dist
 from rule import assert_close
 
 from common import Ranks
-from data import Pyramids
 from large import windows as module
 from large.command import pixels, usual_overlap
 from large.ranks import RankCanvas
@@ -19,10 +18,6 @@ from sample_joint import Canvas, starts
 from summarizer import standardize
 
 RANKS = Ranks(0, 1, torch.device("cpu"), None)
-
-@pytest.fixture(scope="module")
-def pyramids(toy):
-    return Pyramids(toy)
 
 # ----- 1. Latents -> pixels -----
 

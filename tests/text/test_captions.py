@@ -9,16 +9,11 @@ import pytest
 import torch
 
 from common import UserError, save_tensors
-from data import Pyramids
 from text import captions, tissues
 from text.captions import ENCODER, encode_texts, load_vectors, locate, read_captions, read_lines, save_vectors
 from text.tissues import agreement, fractions, real_image, region_map, regions, spearman, tissue_colours
 from text.wording import AMOUNTS, NOUNS, clause, describe, lie, shares_of
 from toy.tissue import TISSUES, toy_slide
-
-@pytest.fixture(scope="module")
-def pyramids(toy):
-    return Pyramids(toy)
 
 def block(rows, columns):
     """A mask (32,32), True within these rows and columns, given as (start, stop, step)."""

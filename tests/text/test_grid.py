@@ -8,7 +8,6 @@ from rule import assert_close
 
 import cdm
 from common import UserError, load_tensors, save_tensors
-from data import Pyramids
 from diffusion import ZoomLDM
 from text import captions, grid
 from text.grid import GridDiT, GridModel, GridSizes, Regions, plane_table, vector_of
@@ -85,9 +84,8 @@ def test_grid_holds_what_is_said():
 
 # ----- 3. Data -----
 
-def test_regions_are_places_of_the_slides(toy):
+def test_regions_are_places_of_the_slides(pyramids):
     """catches: rows and columns swapped; test slides; a draw that depends on its history."""
-    pyramids = Pyramids(toy)
     regions = Regions(pyramids, 2, 7)
     blocks = {tuple(pyramids.tensor(i, "e")[r:r + 2, c:c + 2].float().flatten().tolist())
               for i, (_, _, h, w) in regions.slides for r in range(h - 1) for c in range(w - 1)}
@@ -98,10 +96,9 @@ def test_regions_are_places_of_the_slides(toy):
     with pytest.raises(UserError, match="9 x 9"):
         Regions(pyramids, 9, 0)
 
-def test_regress(toy):
+def test_regress(pyramids):
     """A vector that holds a region's mean embedding says it. catches: captions and regions paired wrongly; rows and
     columns swapped; another scaling than the tokens'."""
-    pyramids = Pyramids(toy)
     places = [(i, (r, c, 2, 1)) for i, (_, _, h, w) in Regions(pyramids, 2, 0).slides
               for r in range(h - 1) for c in range(w)]
     mean = torch.stack([pyramids.tensor(i, "e")[r:r + h, c:c + w].float().mean((0, 1)) for i, (r, c, h, w) in places])
