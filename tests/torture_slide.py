@@ -43,17 +43,18 @@ def packed(tile, how, **options):
     elif how in (33003, 33005):
         ycc = image.convert("YCbCr") if how == 33003 else image
         Image.frombytes("RGB", image.size, ycc.tobytes()).save(out, "JPEG2000", no_jp2=True, mct=int(how == 33005))
-    elif how in (8, 32946):
+    elif how == 8:
         if options.get("predictor") == 2:
             tile = np.concatenate([tile[:, :1], np.diff(tile, axis=1)], 1)
         out.write(zlib.compress(np.ascontiguousarray(tile)))
     elif how == 1:
         out.write(np.ascontiguousarray(tile))
     else:  # Pillow packs it as a strip
-        image.save(out, "TIFF", compression={5: "tiff_lzw", 32773: "packbits", 50000: "zstd"}[how], strip_size=2**20)
-        tags = Image.open(io.BytesIO(out.getvalue())).tag_v2
-        return out.getvalue()[tags[273][0]:tags[273][0] + tags[279][0]], tags.get(317, 1)
-    return out.getvalue(), options.get("predictor", 1)
+        compression = {5: "tiff_lzw", 32773: "packbits"}[how]
+        image.save(out, "TIFF", compression=compression, strip_size=2**20, tiffinfo={317: 1})
+        tags = Image.open(out).tag_v2
+        return out.getvalue()[tags[273][0]:tags[273][0] + tags[279][0]]
+    return out.getvalue()
 
 def tables():
     out = io.BytesIO()
@@ -66,15 +67,14 @@ def page(image, tile, how, colours=None, kind=0, **options):
     colours = colours or (1 if bands == 1 else 6 if how == 7 else 2)
     cut = [image[y:y + tile[1], x:x + tile[0]] for y in range(0, h, tile[1]) for x in range(0, w, tile[0])]
     cut = [np.pad(t, ((0, tile[1] - t.shape[0]), (0, tile[0] - t.shape[1]), (0, 0)), "edge") for t in cut]
-    done = [packed(t, how, colours=colours, **options) for t in cut]
     tags = dict(subfile=(4, [kind]), width=(4, [w]), height=(4, [h]), bits=(3, [8] * bands), compression=(3, [how]),
-                bands=(3, [bands]), colours=(3, [colours]), planar=(3, [1]), predictor=(3, [done[0][1]]),
-                tile_width=(4, [tile[0]]), tile_height=(4, [tile[1]]))
+                bands=(3, [bands]), colours=(3, [colours]), planar=(3, [1]), tile_width=(4, [tile[0]]),
+                tile_height=(4, [tile[1]]), predictor=(3, [options.get("predictor", 1)]))
     if bands == 4:
         tags["extra_bands"] = 3, [0]
     if how == 7:
         tags["jpeg_tables"] = 1, list(tables())
-    return tags, [d for d, _ in done]
+    return tags, [packed(t, how, colours=colours, **options) for t in cut]
 
 def write(path, pages, order="<", big=False, sub=()):
     """Write directories first, tiles behind; `sub` are sub-directories of the first."""

@@ -15,20 +15,19 @@ def test_readers(tmp_path, monkeypatch):
     torch.save(x, tmp_path / "b.pt")
     np.save(tmp_path / "c.npy", x.half().numpy())
     torch.save({"features": x[None], "coords": ij}, tmp_path / "d.pt")
-    for name, where in (("a.safetensors", ij), ("b.pt", None), ("c.npy", None), ("d.pt", ij)):
+    (tmp_path / "e.h5").write_bytes(b"")
+    with monkeypatch.context() as m, pytest.raises(UserError, match=r"e.h5 needs the extra: pip install -e '.\[h5\]'"):
+        m.setitem(sys.modules, "h5py", None)
+        read_bag(tmp_path / "e.h5")
+    for name, where in (("a.safetensors", ij), ("b.pt", None), ("c.npy", None), ("d.pt", ij), ("e.h5", ij)):
+        if name == "e.h5":
+            h5py = pytest.importorskip("h5py", reason="the extra h5 is not installed")
+            with h5py.File(tmp_path / name, "w") as f:
+                f["features"], f["coords"] = x[None].numpy(), ij.numpy()
         got, coords, meta = read_bag(tmp_path / name)
         assert torch.equal(got, x) and got.dtype == torch.float32
         assert coords is None if where is None else torch.equal(coords, where)
         assert name[0] != "a" or meta == {"patch": 64}
-    with monkeypatch.context() as m, pytest.raises(UserError, match=r"e.h5 needs the extra: pip install -e '.\[h5\]'"):
-        m.setitem(sys.modules, "h5py", None)
-        (tmp_path / "e.h5").write_bytes(b"")
-        read_bag(tmp_path / "e.h5")
-    h5py = pytest.importorskip("h5py", reason="the extra h5 is not installed")
-    with h5py.File(tmp_path / "e.h5", "w") as f:
-        f["features"], f["coords"] = x[None].numpy(), ij.numpy()
-    got, coords, _ = read_bag(tmp_path / "e.h5")
-    assert torch.equal(got, x) and torch.equal(coords, ij)
 
 def test_unusable_files_are_named(tmp_path):
     nan = torch.randn(4, 3)
@@ -55,12 +54,11 @@ def test_bags(tmp_path):
         torch.save(torch.randn(20 + k, 8), tmp_path / "pt" / f"s{k}.pt")
     b = Bags(tmp_path / "pt")
     assert b.K == 8 and b.names == [f"s{k}" for k in range(6)] and views(tmp_path / "pt") == [""]
-    x = torch.cat([b["s3"], b["s1"]])
-    mean, deviation = b.scaler(["s3", "s1"])
-    torch.testing.assert_close(mean, x.mean(0))
-    torch.testing.assert_close(deviation, x.std(0, correction=0))
-    x = torch.cat([b["s3"], b["s3"]])
-    torch.testing.assert_close(b.scaler(["s3"], b)[1], x.std(0, correction=0))
+    for names, others in ((["s3", "s1"], ()), (["s3"], (b,))):
+        mean, deviation = b.scaler(names, *others)
+        x = torch.cat([bags[name] for bags in (b, *others) for name in names])
+        torch.testing.assert_close(mean, x.mean(0))
+        torch.testing.assert_close(deviation, x.std(0, correction=0))
     few = Bags(tmp_path / "pt", budget=1000)
     assert len(b.kept) == 6 and len(few.kept) == 1 and torch.equal(few["s4"], b["s4"])
     np.save(tmp_path / "a.npy", np.zeros((2, 3), np.float32))

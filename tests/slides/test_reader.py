@@ -36,7 +36,7 @@ def plain(image, kind=0, **more):
 
 # ----- 1. Pixels -----
 
-def test_every_compression(kinds):
+def test_every_compression(kinds, tmp_path):
     """Catches a swap of colours or axes, tables left out, the predictor, and an edge tile put in the wrong place."""
     allowed = {"jpeg.svs": 5, "rgb.svs": 3, "ycc.svs": 4, "strips.tif": 5, "photo.jpg": 12}
     for path in kinds:
@@ -47,9 +47,7 @@ def test_every_compression(kinds):
             assert [v.size for v in slide.levels] == [(120, 90), (60, 45)] and slide.mpp == 0.5 and slide.scanned
             off = np.abs(slide.read(0, 0, 60, 45, 1.0).astype(int) - IMAGE[::2, ::2])
             assert off.max() <= allowed.get(path.name, 0), f"{path.name}, level 1: off by {off.max()}"
-
-def test_colours_are_what_the_directory_says(tmp_path):
-    """Whatever a tile's own markers claim: a JFIF marker means YCbCr to every JPEG decoder."""
+    # colours are what the directory says: a JFIF marker means YCbCr to every JPEG decoder
     tags, tiles = page(IMAGE, TILE, 7, colours=2)
     jfif = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
     slide = slide_of(tmp_path, (tags, [t[:2] + jfif + t[2:] for t in tiles]))
@@ -78,8 +76,8 @@ def test_windows_are_crops(kinds, room, monkeypatch):
 def test_white_beyond_the_image(kinds):
     found = open_slide(kinds[4]).read(-10, -5, 200, 150)
     assert np.array_equal(found[5:95, 10:130], IMAGE)
-    assert found.astype(int).sum() == IMAGE.astype(int).sum() + 255 * 3 * (200 * 150 - 120 * 90)
-    assert (open_slide(kinds[4]).read(500, 500, 3, 2, 1.0) == 255).all()
+    found[5:95, 10:130] = 255
+    assert (found == 255).all() and (open_slide(kinds[4]).read(500, 500, 3, 2, 1.0) == 255).all()
     with pytest.raises(UserError, match="at least 1"):
         open_slide(kinds[4]).read(0, 0, 0, 5)
 
