@@ -1,14 +1,14 @@
 """Speed of the networks, of training and of sampling, side by side in one run.
 
     python -m experiments.bench                           # reduced width, some minutes on two cores
-    python -m experiments.bench --full --out=bench.md     # as published, 20 minutes; --compile: more
+    python -m experiments.bench --full                    # as published, 20 minutes; --compile: more
     python -m experiments.bench --full --compile --device=cuda --batch=32
 
 Every line of a group is called in turn, round after round, together with what the machine can do at best, so that other
 work on it slows all alike: trust the ratios. Random weights: no run is needed. The U-Net of `diffusers` runs beside
 ours where the extra is installed.
 
-in:  nothing   out: tables, on the screen and in --out     read next: ../docs/speed.md
+in:  nothing   out: tables     read next: ../docs/speed.md
 """
 import os
 import platform
@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, at_least, cli, configure, setup, write_text
+from common import UserError, at_least, cli, configure, setup
 from diffusion import ZoomLDM, ddim_timesteps
 from experiments.cost import network_flops, row_flops, rows_of_step, training_flops
 from large.proxy import Proxy
@@ -46,7 +46,6 @@ class Config:
     batch: int = 2          # patches per call, and per training step
     compile: bool = False   # torch.compile as well
     groups: str = ""        # of GROUPS, with "," between; empty = all
-    out: str = ""           # a file to write as well; empty = the screen alone
 
 def sizes(full):
     """Configs of U-Net, VAE and Summarizer: as published, or so that a call takes a fraction of a second."""
@@ -278,19 +277,11 @@ def main(argv):
     ranks = setup(cfg.device, threads=cfg.threads)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     size = "published sizes" if cfg.full else "reduced width (--full: published sizes)"
-    text = [machine(ranks), f"{size}, batch {cfg.batch}, latents of {SIDE} x {SIDE}, medians of {cfg.rounds} rounds",
-            compared(sizes(cfg.full)[0], SIDE)[0]]
-    print("\n".join(text), flush=True)
-    tables = []
+    print(f"{machine(ranks)}\n{size}, batch {cfg.batch}, latents of {SIDE} x {SIDE}, medians of {cfg.rounds} rounds\n"
+          f"{compared(sizes(cfg.full)[0], SIDE)[0]}", flush=True)
     for title in titles:
         lines = list(GROUPS[title](cfg, ranks))
-        tables.append(rate_table(title, lines, race(lines, cfg.rounds, ranks.device)))
-        print("\n" + tables[-1], flush=True)
-    if cfg.out:
-        command = " ".join(["python -m experiments.bench", *argv])
-        body = "\n\n".join(tables)
-        write_text(cfg.out, f"# `{command}`\n\n" + "\n".join(text) + f"\n```\n{body}\n```\n")
-        print(f"wrote {cfg.out}")
+        print("\n" + rate_table(title, lines, race(lines, cfg.rounds, ranks.device)), flush=True)
 
 if __name__ == "__main__":
     cli(main)

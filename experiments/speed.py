@@ -39,20 +39,21 @@ def largest(parts):
     """Largest absolute value of each window, (n,1,1,1), never zero."""
     return parts.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
 
+def batches(f, x):
+    return torch.cat([f(part) for part in x.split(16)])
+
 @torch.no_grad()
-def transcribed(model, c, c_ctx, z, z_ctx, factor, steps, guidance=2.0, lam=0.5, delta=0.005, zeta=0.005, inner=1):
-    """Joint sampling of a stitched grid of patches in float32, batches of 16, as published. reference.md §7.
+def transcribed(model, c, c_ctx, z, z_ctx, factor, steps, lam=0.5, delta=0.005, zeta=0.005):
+    """Joint sampling of a stitched grid of patches in float32, batches of 16, K = 1, guidance 2, as published.
+    reference.md §7.
 
     in:  tokens c (n,L,D) of the windows of the fine canvas, row by row, and its noise z; c_ctx (1,L,D) and z_ctx of the
     context. out: latents (1,3,H,W).
     """
     A, timesteps = Resize(factor), ddim_timesteps(1000, steps)
     patches, side = crops(z, z_ctx.shape[-1]), z_ctx.shape[-1] * model.vae.factor       # (n,3,w,w)
-    fns, fn_ctx = [model.guided(part, guidance) for part in c.split(16)], model.guided(c_ctx, guidance)
+    fns, fn_ctx = [model.guided(part, 2.0) for part in c.split(16)], model.guided(c_ctx, 2.0)
     ab, ab_prev = noise_levels(model.schedule, timesteps, "clean")
-
-    def batches(f, x):
-        return torch.cat([f(part) for part in x.split(16)])
 
     def estimate(z, i):
         t = torch.full((16,), timesteps[i], device=z.device)
@@ -64,18 +65,17 @@ def transcribed(model, c, c_ctx, z, z_ctx, factor, steps, guidance=2.0, lam=0.5,
         x0_c = to_x0(eps_c, z_ctx, ab[i], "eps")
         y = model.decode(x0_c).clamp(-1, 1)
         z_ctx = ddim_step(z_ctx, x0_c, eps_c, ab_prev[i])
+        _, z0_hat = estimate(patches, i)
+        x = batches(model.decode, z0_hat)                                               # (n,3,side,side)
+        canvas = uncrop(x, [n * factor for n in y.shape[2:]])
+        u = crops(A.up(y - A.down(canvas)), side)
+        step = largest(u)
+        moved = batches(model.encode, x + zeta * u / step)
+        e = (moved - batches(model.encode, x)) * step / zeta
+        _, moved = estimate(patches + delta * (e * (1 / largest(e))), i)
+        g = (moved - z0_hat) / delta
+        patches = patches + lam * (g * (1 / largest(g)))
         eps, z0_hat = estimate(patches, i)
-        for _ in range(inner):
-            x = batches(model.decode, z0_hat)                                           # (n,3,side,side)
-            canvas = uncrop(x, [n * factor for n in y.shape[2:]])
-            u = crops(A.up(y - A.down(canvas)), side)
-            step = largest(u)
-            moved = batches(model.encode, x + zeta * u / step)
-            e = (moved - batches(model.encode, x)) * step / zeta
-            _, moved = estimate(patches + delta * (e * (1 / largest(e))), i)
-            g = (moved - z0_hat) / delta
-            patches = patches + lam * (g * (1 / largest(g)))
-            eps, z0_hat = estimate(patches, i)
         patches = ddim_step(patches, z0_hat, eps, ab_prev[i])
     return uncrop(patches, z.shape[2:])
 
@@ -85,7 +85,7 @@ def published_decoding(model, z, w):
     side, size = w * model.vae.factor, [n * model.vae.factor for n in z.shape[2:]]
     line = torch.linspace(-1, 1, side)
     weight = torch.exp(-(line[:, None] ** 2 + line ** 2) / 0.8 ** 2)                    # (side,side)
-    x = torch.cat([model.decode(part) for part in crops(z, w, w // 4).split(16)])       # (n,3,side,side)
+    x = batches(model.decode, crops(z, w, w // 4))                                      # (n,3,side,side)
     total = uncrop(x * weight, size, side // 4)
     return (total / uncrop(weight.expand_as(x), size, side // 4)).clamp(-1, 1)
 
@@ -151,13 +151,13 @@ def speed(cfg):
     """Print seconds, full-size FLOPs and ratios to the transcription; the decoding at the end is timed apart and added
     once to 50 steps."""
     bench = Bench(cfg)
-    z, costs = bench.levels()[-1].z, {"transcription": []} | {name: [] for name in WAYS}
+    z, costs = bench.levels()[-1].z, {}
+    jobs = {"transcription": (bench.theirs, partial(published_decoding, bench.model, z, bench.window))}
+    for name, how in WAYS.items():
+        jobs[name] = partial(bench.ours, **how), partial(bench.decoding, z, how.get("amp", True))
     for _ in range(cfg.rounds):
-        published = partial(published_decoding, bench.model, z, bench.window)
-        costs["transcription"].append(bench.spent(bench.theirs) + bench.spent(published))
-        for name, how in WAYS.items():
-            decode = partial(bench.decoding, z, how.get("amp", True))
-            costs[name].append(bench.spent(partial(bench.ours, **how)) + bench.spent(decode))
+        for name, (draw, decode) in jobs.items():
+            costs.setdefault(name, []).append(bench.spent(draw) + bench.spent(decode))
     single = bench.apart()
     bench.model.double()
     print(f"{cfg.size} x {cfg.size} pixels, no overlap, guidance 2, medians of {cfg.rounds} rounds, {cfg.steps} steps\n"

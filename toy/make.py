@@ -56,9 +56,8 @@ def make_slide(cfg, index, k):
     """Write toy slide k, training slides first, unless an earlier run did; returns its line of the index."""
     torch.set_num_threads(1)
     split, number = ("train", k) if k < cfg.slides else ("test", k - cfg.slides)
-    name = f"{split}_{number:04d}"
+    name, meta = f"{split}_{number:04d}", {"source": index["source"]}
     path = Path(cfg.out) / f"{name}.safetensors"
-    meta = {"source": index["source"]}
     found = finished(path, cfg.scales, meta)
     counts = found[0] if found else write_toy(cfg, index, k, path, meta)
     return {"name": name, "file": path.name, "split": split, "size": [cfg.size] * 2, "counts": counts}
@@ -104,8 +103,8 @@ def make(argv):
     cfg = configure(ToyConfig, TASK + argv if task else argv, doc=__doc__)
     check(cfg)
     print(f"drawing {cfg.slides} + {cfg.test} slides of {cfg.size} x {cfg.size} into {cfg.out}")
-    source = {"command": "task" if task else "toy"}
-    source |= {key: value for key, value in asdict(cfg).items() if key not in FREE}
+    settings = {key: value for key, value in asdict(cfg).items() if key not in FREE}
+    source = {"command": "task" if task else "toy"} | settings
     if cfg.encoder == Stats.name:
         del source["encoder"]  # as in folders from before there was a choice
     index = begin(cfg.out, cfg.patch, cfg.encoder, source, asdict(ToyConfig()), partial(deviations, cfg))
