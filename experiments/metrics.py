@@ -1,6 +1,6 @@
 """Numbers that compare generated with real images: the scores of Z Tables 1-5, and checks against toy slides.
 
-Name the feature space beside each distance: only the Fréchet distance of `inception_features` is a FID.
+Name the feature space beside each distance: FID is the Fréchet distance of Inception's features, which are not here.
 `random_features` are a fair judge, because no model here is ever conditioned on them.
 
 in:  features (N,D), or images (N,3,H,W) in [-1,1], torch or numpy     out: floats, computed in float64
@@ -12,9 +12,8 @@ from torch import as_tensor, cat, stack
 from torch.linalg import qr, svd, svdvals
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, conv2d, cosine_similarity, normalize, one_hot, pad
 
-from common import UserError, cli, generator, to_uint8
+from common import UserError, cli, generator
 from diffusion import layout_fidelity
-from slides.weights import load_official, load_state_dict
 
 def need(ok, text):
     if not ok:
@@ -61,7 +60,8 @@ def frechet(a, b):
     root_a, root_b = root_of_covariance(a), root_of_covariance(b)
     # the eigenvalues of S_a S_b are the squares of these singular values
     shared = svdvals(root_a @ root_b.T).sum()
-    distance = apart + root_a.square().sum() + root_b.square().sum() - 2 * shared
+    traces = root_a.square().sum() + root_b.square().sum()
+    distance = apart + traces - 2 * shared
     return float(distance.clamp(min=0))
 
 def without_row(kernel):
@@ -144,7 +144,8 @@ def psnr(a, b):
     """Peak signal-to-noise ratio in dB, mean over the images (inf if two are equal). in: a, b (...,3,H,W), range 2."""
     a, b = as_images(a, b)
     error = (a - b).square().mean((1, 2, 3))                                                # (N,)
-    return float((10 * torch.log10(4 / error)).mean())
+    db = 10 * torch.log10(4 / error)
+    return float(db.mean())
 
 def ssim(a, b):
     """Structural similarity (Wang 2004): windows of 11 x 11 under a Gaussian of 1.5, only those inside the image, mean
@@ -206,8 +207,9 @@ def seam_ratio(x, window, every=1):
         step = x.diff(dim=axis).abs().movedim(axis, 0).flatten(1)                           # (H-1, B*3*W)
         place = torch.arange(1, len(step) + 1, device=x.device)
         border = place % window == 0
+        other = ~border & (place % every == 0)
         at_border.append(step[border].flatten())
-        inside.append(step[~border & (place % every == 0)].flatten())
+        inside.append(step[other].flatten())
     at_border, inside = float(cat(at_border).mean()), float(cat(inside).mean())
     if inside == 0:
         return float("inf") if at_border else 1.0
@@ -231,7 +233,8 @@ def tissue_fractions(x, palette, cell=8):
     x, = as_images(x)
     cells = avg_pool2d(x, cell).movedim(1, -1)                                              # (N,h,w,3)
     label = torch.cdist(cells, palette.to(cells)).argmin(-1)                                # (N,h,w)
-    return one_hot(label, len(palette)).double().mean((1, 2))
+    votes = one_hot(label, len(palette)).double()                                           # (N,h,w,K)
+    return votes.mean((1, 2))
 
 def nuclei_fraction(x, red=0.35):
     """Share (N,) of nuclear pixels: those of little red, which haematoxylin absorbs and eosin hardly."""
@@ -253,33 +256,6 @@ def random_features(x):
         out += [h.mean((2, 3)), h.std((2, 3))]
         inputs = width
     return cat(out, 1)
-
-@torch.no_grad()
-def inception_features(x, weights):
-    """Features (B,2048) for a true FID. in: weights, NVIDIA's inception-2015-12-05.pt, a TorchScript file."""
-    x, = as_images(x)
-    pixels = to_uint8(x).movedim(-1, 1)                                                     # (B,3,H,W)
-    try:
-        net = torch.jit.load(str(weights), map_location="cpu").eval()
-    except (RuntimeError, ValueError) as err:
-        raise UserError(f"{weights} is missing or no TorchScript: bring NVIDIA's inception-2015-12-05.pt") from err
-    return cat([net(part, return_features=True) for part in pixels.split(64)])
-
-def load_lpips(weights):
-    """LPIPS as a frozen module (a, b) -> (B,1,1,1). in: weights, a file of torchvision's VGG16 or AlexNet."""
-    try:
-        from lpips import LPIPS
-    except ImportError as err:
-        raise UserError(f"LPIPS needs the extra: pip install -e '.[metrics]', and {weights} as backbone") from err
-    state = load_state_dict(weights)
-    first = state.get("features.0.weight")
-    kind = "alex" if first is not None and first.shape[-1] == 11 else "vgg"
-    net = LPIPS(net=kind, pnet_rand=True, verbose=False)  # random: no download
-
-    def their_name(key):
-        return "features." + key.split(".", 1)[1]
-    load_official(net.net, state, "", their_name, ignore=("classifier.",))
-    return net.eval().requires_grad_(False)
 
 def main(argv):
     print("two Gaussians one apart in 8 dimensions, and noise against half the noise:")

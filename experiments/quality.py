@@ -62,8 +62,7 @@ def open_run(cfg, proxy=True, amp=True):
     """out: model, data, proxy (None if none is wanted), ranks."""
     ranks = setup(cfg.device, amp, cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
-    info = model.info
-    pyramids = Pyramids(cfg.data or info.get("data", ""), std=info.get("std"))
+    pyramids = Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
     return model, pyramids, proxies.load(cfg.run, model, pyramids, ranks) if proxy else None, ranks
 
 def feature_spaces(pyramids):
@@ -202,10 +201,6 @@ class Ruler:
             row[f"ref_{space}"] = similarity(like(near), like(its_own))
         return row
 
-def seams(name, images, P, cell):
-    x, begins = cat(images), window_step(name, P // cell) * cell
-    return {"seams": seam_ratio(x, P), "by_cell": seam_ratio(x, P, cell), "edges": seam_ratio(x, begins, cell)}
-
 # ----- 4. The table -----
 
 def quality(cfg):
@@ -242,7 +237,8 @@ def quality(cfg):
         seen = cat([A.down(x).clamp(-1, 1) for x in images])
         aim = cat(shared if name in bill else near)
         row |= {"psnr": psnr(seen, aim), "ssim": ssim(seen, aim)}
-        row |= seams(name, images, P, cell)
+        x, begins = cat(images), window_step(name, P // cell) * cell
+        row |= {"seams": seam_ratio(x, P), "by_cell": seam_ratio(x, P, cell), "edges": seam_ratio(x, begins, cell)}
         row |= ruler.measure(images, others if name == "real" else None)
         table.append(row)
         save_png(out / f"quality_{cfg.size}" / f"{slug(name)}.png", to_uint8(images[0])[0].numpy())

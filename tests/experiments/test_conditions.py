@@ -35,8 +35,7 @@ def test_edm_loads(conditioned):
 
 # ----- 2. Patches from nothing -----
 
-@pytest.mark.parametrize("command, args", [(cdm.main, ["sample", "HOME"]),
-                                           (cdm.main, ["sample", "HOME", "--model=edm"]),
+@pytest.mark.parametrize("command, args", [(cdm.main, ["sample", "HOME", "--model=edm"]),
                                            (sample_joint.main, ["HOME", "--condition=cdm"])])
 def test_sample_writes_patches(command, args, conditioned, tmp_path):
     """By either name. catches: a scale that is ignored; more or fewer files."""
@@ -46,7 +45,7 @@ def test_sample_writes_patches(command, args, conditioned, tmp_path):
 
 @pytest.mark.parametrize("main, args, says", [
     (cdm.main, ["sample", "HOME", "--model=grid"], "known are cdm, edm"), (cdm.main, ["sample"], "run folder"),
-    (cdm.main, ["sample", "RUN", "--model=edm"], "train one with"), (cdm.main, ["sample", "none"], "no trained model"),
+    (cdm.main, ["sample", "RUN", "--model=edm"], "train one with"),
     (cdm.main, ["sample", "HOME", "--scale=9"], "scales 0 to 2"), (cdm.main, ["sample", "HOME", "--n=0"], "--n=0"),
     (conditions.main, ["draw", "HOME"], "conditions"), (conditions.main, ["scales", "HOME"], "--single")])
 def test_bad_input(main, args, says, conditioned, run):

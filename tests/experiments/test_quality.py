@@ -8,12 +8,12 @@ from common import UserError
 from data import Pyramids
 from experiments import quality
 
-def table(ready, *args):
+def table(ready):
     quality.main([str(ready), "--size=256", "--n=1", "--steps=1", "--methods=bicubic;independent", "--device=cpu",
-                  "--threads=1", *args])
+                  "--threads=1"])
     return {r["method"]: r for r in json.loads((ready / "bench" / "quality_256.json").read_text())["rows"]}
 
-def test_rows_and_resume(ready, monkeypatch):
+def test_rows_and_resume(ready, model, monkeypatch):
     """catches: a real image that differs from itself; images of other settings taken for these; one drawn twice."""
     monkeypatch.setattr(quality, "full_size", lambda: {"U-Net": 5e12})  # the true ones: test_cost.py
     first = table(ready)
@@ -27,8 +27,9 @@ def test_rows_and_resume(ready, monkeypatch):
         raise AssertionError("drawn again")
     monkeypatch.setattr(quality, "Profile", drawn_again)
     assert table(ready) == first
+    other = quality.Config(run=str(ready), size=256, context=2, steps=4)
     with pytest.raises(AssertionError, match="drawn again"):
-        table(ready, "--steps=4")
+        quality.Painter(other, model, None, None).paint("independent", 0, None, torch.zeros(1, 3, 64, 64))
 
 def test_where_windows_begin():
     """catches: edges of overlapping windows sought where patches meet."""

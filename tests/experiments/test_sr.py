@@ -1,13 +1,15 @@
 """experiments/sr.py: regions, other dyes, the trained baseline, its commands."""
+import math
+
 import pytest
 import torch
-from conftest import ROOT  # noqa: F401 - puts the repository on the path
 from rule import assert_close
 
-from common import UserError, setup
+from common import UserError, save_tensors, setup
 from data import Pyramids, fixed_batch
 from experiments import sr
 from experiments.sr import Trained
+from large import proxy as proxies
 from sample_joint import Resize
 
 def test_regions_and_other_dyes(toy):
@@ -40,3 +42,18 @@ def test_the_trained_baseline_begins_as_the_run(model, ready, toy, tmp_path):
     again = Trained(tmp_path, model, pyramids, ranks, 2, 2)
     assert torch.equal(net.predict(z, t, y[0]), again.predict(z, t, y[0]))
     assert net.draw(fixed_batch(pyramids, "test", 1, 1)["x"], 0, 2).shape == (1, 3, 128, 128)
+
+def test_commands(model, ready, toy, capsys):
+    """The table and planted conditions at the smallest size."""
+    fast = [str(ready), f"--data={toy}", "--n=1", "--steps=1", "--invert_steps=1", "--device=cpu", "--threads=0"]
+    proxy = proxies.Proxy(4)
+    save_tensors(ready / "proxy.safetensors", proxy.state_dict(), {"model": proxies.fingerprint(model)})
+    sr.main(["table", *fast, "--scale=1", "--seeds=1", "--train_steps=1"])
+    rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
+    assert {"bicubic", "trained", "null", "gt", "inferred", "inferred, exact", "real"} < set(rows)
+    assert float(rows["inferred, exact"][-1].split("±")[0]) >= 48 and math.isinf(float(rows["real"][0]))
+    assert (ready / "bench" / "sr.png").exists() and (ready / "bench" / "sr.json").exists()
+    sr.main(["planted", *fast])
+    assert "2x2" in capsys.readouterr().out
+    with pytest.raises(UserError, match="say what"):
+        sr.main(["tables", str(ready)])
