@@ -15,7 +15,7 @@ from tqdm import tqdm
 from common import UserError, open_tensors, save_grid, write_text
 from data import fixed_batch
 from experiments import metrics as M
-from experiments.conditions import feature_spaces
+from experiments.quality import feature_spaces
 from sample_joint import draw_patches, scales_of
 from text.tissues import region_map
 from zoom_vae import perplexity

@@ -32,8 +32,9 @@ def draw_log(run):
     figure, axes = panels(3, (15, 4))
     shown = ((loss, "by_scale", "scale"), (loss, "by_t", "quarter of t"), (drawn, "layout", "scale"))
     for ax, (rows, key, name) in zip(axes, shown):
-        for i in range(len(rows[0][key]) if rows else 0):
-            ax.plot([r["step"] for r in rows], [r[key][i] for r in rows], label=f"{name} {i}")
+        steps = [r["step"] for r in rows]
+        for i, values in enumerate(zip(*(r[key] for r in rows))):
+            ax.plot(steps, values, label=f"{name} {i}")
         ax.set(xlabel="step", ylabel="mean squared error of eps", yscale="log")
         ax.legend(fontsize="small")
     axes[2].set(ylabel="layout fidelity of drawn patches", yscale="linear")

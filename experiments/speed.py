@@ -226,8 +226,8 @@ def cosine(cfg):
     timesteps, alpha_bar = ddim_timesteps(1000, 20), bench.model.schedule.alpha_bar
 
     def look(n, step, levels):
-        if n % 2 == 0 and n + 2 <= len(timesteps):
-            t = timesteps[len(timesteps) - 2 - n]                                       # where z lies after this step
+        if n % 2 == 0:
+            t = timesteps[-2 - n]                                                       # where z lies after this step
             e, g, ep, first, second, kept = directions(levels[-1], t, float(alpha_bar[t]), bench.proxy)
             print(f"{t:>6}{e:>18.3f}{g:>18.3f}{ep:>18.3f}{first:>10.1f}{second:>10.1f}{kept:>16.0f}", flush=True)
     print(f"{'t':>6}{'e, S2 with S1':>18}{'g, S2 with S1':>18}{'e, proxy with S1':>18}{'Eq. 6, s':>10}{'Eq. 3, s':>10}"

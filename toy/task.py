@@ -80,8 +80,5 @@ def task_slide(seed, size=512):
 
 def write_labels(path, first, n, size):
     """Write the CSV that mil.py reads: n slides as data.py names them, drawn from seeds first, first + 1, ..."""
-    lines = ["case_id,slide_id,label"]
-    for k in range(n):
-        label = structures(first + k, size)[2]
-        lines.append(f"patient_{k // 2:04d},train_{k:04d},{label}")
-    write_text(path, "\n".join(lines) + "\n")
+    rows = [f"patient_{k // 2:04d},train_{k:04d},{structures(first + k, size)[2]}" for k in range(n)]
+    write_text(path, "\n".join(["case_id,slide_id,label", *rows, ""]))
