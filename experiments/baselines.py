@@ -23,10 +23,11 @@ def layout(cfg, scales, window, overlap):
 def repair(model, condition, level, s, *, guidance=2.0, seed=0, batch=64, start=300, step=50):
     """Mend the borders of windows: noise the canvas to t = start, then denoise it in windows at a quarter of their
     side, averaged uniformly. out: a Level. reference: the published post-processing (Z S8.2)."""
-    high = level.canvas.window[0]
-    canvas = open_canvas(level.canvas.h, level.canvas.w, level.canvas.window, high * 3 // 4, batch=batch)
-    noise = torch.randn(level.z.shape, generator=generator(seed, s, start)).to(level.z)
-    z = model.schedule.q_sample(level.z, torch.tensor([start], device=level.z.device), noise)
+    old, rng = level.canvas, generator(seed, s, start)
+    canvas = open_canvas(old.h, old.w, old.window, old.window[0] * 3 // 4, batch=batch)
+    noise = torch.randn(level.z.shape, generator=rng).to(level.z)
+    t = torch.tensor([start], device=noise.device)
+    z = model.schedule.q_sample(level.z, t, noise)
     eps = WindowEps(model, contexts(model, condition, s, canvas), guidance)
     mended = Level(eps, model.decode, model.encode, canvas, z)
     sample_levels([mended], model.schedule, timesteps=list(range(step, start + 1, step)), end="clean")

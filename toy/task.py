@@ -6,7 +6,7 @@ never shows the whole structure; the structure at scale 2, where nuclei are abou
 in:  a seed   out: as toy.tissue.toy_slide; labels.csv (case_id, slide_id, label) with 5 % of the labels wrong
 run: python data.py toy --task     read next: mil.py"""
 import numpy as np
-from numpy import clip, hypot, maximum, minimum
+from numpy import clip, cos, hypot, maximum, minimum, pi, sin
 
 from common import write_text
 from toy.tissue import connective, develop, enlarge, epithelium, field, ground, inside, scatter
@@ -38,7 +38,7 @@ def outlines(rng, duct):
         cx = (j + 0.5) * CELL + rng.uniform(-16, 16)
         radius = rng.uniform(88, 108)
         part = rng.uniform(0.36, 0.46)                                         # the lumen's share of the radius
-        turn = rng.uniform(0, 2 * np.pi)
+        turn = rng.uniform(0, 2 * pi)
         away = hypot(y - cy, x - cx) + ragged
         if duct[i, j]:
             hole = part * radius - away
@@ -46,7 +46,7 @@ def outlines(rng, duct):
         else:  # a nest of the same area; it lies off the middle of its cleft
             small = radius * (1 - part ** 2) ** 0.5 - 4
             body = small - away
-            dy, dx = 13 * np.sin(turn), 13 * np.cos(turn)
+            dy, dx = 13 * sin(turn), 13 * cos(turn)
             around = small + 16 - hypot(y - cy - dy, x - cx - dx) - ragged
             hole = minimum(around, -body)
         solid = maximum(solid, body)
@@ -61,7 +61,7 @@ def task_slide(seed, size=512):
     side = size // CELL
     solid, clear = outlines(rng, duct.reshape(side, side))                     # (size,size)
     in_solid, in_clear = inside(solid), inside(clear)
-    angle = np.pi * enlarge(field(rng, size // 2, 32), 2)
+    angle = pi * enlarge(field(rng, size // 2, 32), 2)
     _, mottle, grain, thick, eosin, haem = ground(rng, angle[::2, ::2])
     eosin = maximum(eosin, 0.05)
     epithelium(eosin, haem, in_solid, grain, mottle)
