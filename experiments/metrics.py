@@ -1,6 +1,6 @@
 """Numbers that compare generated with real images: the scores of Z Tables 1-5, and checks against toy slides.
 
-Name the feature space beside each distance: FID is the Fréchet distance of Inception's features, which are not here.
+Name the feature space beside each distance: only the Fréchet distance of `inception_features` is a FID.
 `random_features` are a fair judge, because no model here is ever conditioned on them.
 
 in:  features (N,D), or images (N,3,H,W) in [-1,1], torch or numpy     out: floats, computed in float64
@@ -12,8 +12,9 @@ from torch import as_tensor, cat, stack
 from torch.linalg import qr, svd, svdvals
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, conv2d, cosine_similarity, normalize, one_hot, pad
 
-from common import UserError, cli, generator
+from common import UserError, cli, generator, to_uint8
 from diffusion import layout_fidelity
+from slides.weights import load_official, load_state_dict
 
 def need(ok, text):
     if not ok:
@@ -256,6 +257,33 @@ def random_features(x):
         out += [h.mean((2, 3)), h.std((2, 3))]
         inputs = width
     return cat(out, 1)
+
+@torch.no_grad()
+def inception_features(x, weights):
+    """Features (B,2048) for a true FID. in: weights, NVIDIA's inception-2015-12-05.pt, a TorchScript file."""
+    x, = as_images(x)
+    pixels = to_uint8(x).movedim(-1, 1)                                                     # (B,3,H,W)
+    try:
+        net = torch.jit.load(str(weights), map_location="cpu").eval()
+    except (RuntimeError, ValueError) as err:
+        raise UserError(f"{weights} is missing or no TorchScript: bring NVIDIA's inception-2015-12-05.pt") from err
+    return cat([net(part, return_features=True) for part in pixels.split(64)])
+
+def load_lpips(weights):
+    """LPIPS as a frozen module (a, b) -> (B,1,1,1). in: weights, a file of torchvision's VGG16 or AlexNet."""
+    try:
+        from lpips import LPIPS
+    except ImportError as err:
+        raise UserError(f"LPIPS needs the extra: pip install -e '.[metrics]', and {weights} as backbone") from err
+    state = load_state_dict(weights)
+    first = state.get("features.0.weight")
+    kind = "alex" if first is not None and first.shape[-1] == 11 else "vgg"
+    net = LPIPS(net=kind, pnet_rand=True, verbose=False)  # random: no download
+
+    def their_name(key):
+        return "features." + key.split(".", 1)[1]
+    load_official(net.net, state, "", their_name, ignore=("classifier.",))
+    return net.eval().requires_grad_(False)
 
 def main(argv):
     print("two Gaussians one apart in 8 dimensions, and noise against half the noise:")

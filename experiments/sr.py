@@ -23,7 +23,7 @@ from common import UserError, at_least, cli, configure, generator, load_tensors,
 from common import to_uint8, write_text
 from data import PatchDataset, fixed_batch, halve
 from diffusion import diffusion_loss, to_eps
-from experiments.metrics import gms, paired_gain, psnr, similarity, ssim, standard
+from experiments.metrics import gms, load_lpips, paired_gain, psnr, similarity, ssim, standard
 from experiments.quality import base_tiles, crops, feature_spaces, open_run
 from invert import eps_error, invert, project, super_resolve
 from large.enlarge import agreement
@@ -53,6 +53,7 @@ class Config:
     lam: float = 0.3
     A: str = "box"          # how pyramids are made
     train_steps: int = 400  # of the trained baseline
+    lpips: str = ""         # weights of its backbone (extra "metrics"); empty = the column is left out
     device: str = "auto"
     threads: int = 2
 
@@ -173,6 +174,7 @@ class Scores:
     def __init__(self, pyramids, cfg, truth, x):
         self.P, self.A, self.truth, self.x = pyramids.patch, cfg.A, truth, x
         self.rows, self.first, self.spaces = {}, {}, {}
+        self.net = load_lpips(cfg.lpips) if cfg.lpips else None
         fine = fixed_batch(pyramids, "train", 0, 512)["x"]
         for name, features in feature_spaces(pyramids).items():
             self.spaces[name] = features, standard(features(fine))
@@ -180,6 +182,9 @@ class Scores:
     def add(self, name, images):
         truth = self.truth
         row = {"psnr": psnr(images, truth), "ssim": ssim(images, truth), "gms": gms(images, truth)}
+        if self.net is not None:
+            far = [self.net(a, b) for a, b in zip(images.split(1), truth.split(1))]
+            row["lpips"] = float(cat(far).mean())        # lower is better
         for space, (features, like) in self.spaces.items():
             tiles = (cat([crops(v, self.P) for v in some.split(1)]) for some in (images, truth))
             row[space] = similarity(*(like(features(x)) for x in tiles))

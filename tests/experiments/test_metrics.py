@@ -1,4 +1,7 @@
 """metrics.py against closed forms and brute force. "catches": code changes a test was seen to fail on."""
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +9,9 @@ import torch
 from common import UserError, generator
 from diffusion import layout_fidelity
 from experiments import metrics
-from experiments.metrics import fit_palette, frechet, gms, kernel_distance, nearest, nuclei_fraction, paired_gain
-from experiments.metrics import principal, psnr, random_features, seam_ratio, similarity, ssim, standard
-from experiments.metrics import tissue_fractions
+from experiments.metrics import fit_palette, frechet, gms, inception_features, kernel_distance, load_lpips, nearest
+from experiments.metrics import nuclei_fraction, paired_gain, principal, psnr, random_features, seam_ratio
+from experiments.metrics import similarity, ssim, standard, tissue_fractions
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=generator(seed))
@@ -187,6 +190,49 @@ def test_random_features_are_fixed():
     known = torch.tensor([0.1857, 0.1586, 0.0357])  # if they change, old scores are no longer comparable
     assert torch.allclose(found[:, [0, 100, 239]].mean(0), known, atol=1e-4), found[:, [0, 100, 239]].mean(0)
     assert random_features(images(1, 48)[..., :40]).shape == (1, 240)
+
+class FakeInception(torch.nn.Module):
+    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert x.dtype == torch.uint8 and return_features
+        return x.float().mean(2).flatten(1)
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_inception_takes_a_local_torchscript_file(tmp_path):
+    (tmp_path / "bad.pt").write_bytes(b"not a script")
+    for name in ("none", "bad"):
+        with pytest.raises(UserError, match=f"{name}.pt is missing or no TorchScript: bring"):
+            inception_features(images(2, 32), tmp_path / f"{name}.pt")
+    torch.jit.script(FakeInception()).save(str(tmp_path / "net.pt"))
+    found = inception_features(torch.ones(70, 3, 8, 8), tmp_path / "net.pt")
+    assert found.shape == (70, 24) and (found == 255).all()
+
+class FakeLPIPS(torch.nn.Module):
+    """A stand-in of the package's class: slice1 holds features 0-1, slice2 2-3, as in the published one."""
+
+    def __init__(self, net, pnet_rand, verbose):
+        super().__init__()
+        assert pnet_rand and net == "alex"
+        self.net = torch.nn.Module()
+        self.net.slice1, self.net.slice2 = torch.nn.Sequential(), torch.nn.Sequential()
+        self.net.slice1.add_module("0", torch.nn.Conv2d(3, 4, 11, padding=5))
+        self.net.slice2.add_module("3", torch.nn.Conv2d(4, 4, 3))
+
+def test_lpips_reads_torchvision_names(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[metrics\]', and .*alex.pth as backbone"):
+        load_lpips(tmp_path / "alex.pth")
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=FakeLPIPS))
+    state = {"features.0.weight": normal(4, 3, 11, 11), "features.0.bias": normal(4), "features.3.weight":
+             normal(4, 4, 3, 3), "features.3.bias": normal(4), "classifier.1.weight": normal(2, 2)}
+    torch.save(state, tmp_path / "alex.pth")
+    net = load_lpips(tmp_path / "alex.pth")
+    assert torch.equal(net.net.slice1[0].weight, state["features.0.weight"])
+    assert torch.equal(net.net.slice2[0].weight, state["features.3.weight"]) and not net.training
+    assert not any(p.requires_grad for p in net.parameters())
+    del state["features.3.bias"]
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(UserError, match="missing: features.3.bias"):
+        load_lpips(tmp_path / "part.pth")
 
 def test_demo(capsys):
     metrics.main([])
