@@ -1,27 +1,29 @@
 """Shared by all tests: the repository on the path, threads that do not spin, equal random numbers, a tiny run."""
+import fcntl
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
 
-# before torch starts its threads: a spinning thread on a busy 2-core machine has made a step ten times slower
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# before torch starts its threads: a spinning thread on a busy 2-core machine has made a step ten times slower; one a
+# process, for two processes of pytest-xdist inherit what the first one sets
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
-THREADS = int(os.environ["OMP_NUM_THREADS"])
-torch.set_num_threads(THREADS)
+# torch and our modules are imported where they are used: pytest-xdist's first process needs none, and all wait for it
 
 @pytest.fixture(autouse=True)
 def seeded():
     """Each test begins with the same random numbers; its --threads are not those of the tests and fixtures after it."""
+    import torch
     torch.manual_seed(0)
     yield
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # one thread: runs are compared bit by bit, whatever a test before them left
 TINY = ["smoke", "--vae_steps=8", "--steps=6", "--batch=4", "--vae_batch=4", "--save_every=3", "--log_every=1",
@@ -39,13 +41,34 @@ def vae_of(run, out):
     shutil.copytree(run / "latents", out / "latents")
     return f"--vae_weights={run}"
 
+def log(out, stage="ldm"):
+    """The log of a training."""
+    return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["stage"] == stage]
+
+# ----- Made once for all processes of pytest-xdist: tests only read these -----
+
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory):
+def once(tmp_path_factory):
+    """once(name, make): the folder that make(folder) has filled, here or in the other process, for which it waits."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder_of(name, make):
+        folder, made = base / name, base / f"{name}.made"
+        with open(base / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                make(folder)
+                made.touch()
+        return folder
+    return folder_of
+
+@pytest.fixture(scope="session")
+def toy(once):
     """A tiny pyramid set: 6 + 2 slides of 256 px, three scales."""
     import data
-    folder = tmp_path_factory.mktemp("toy") / "data"
-    data.main(["toy", f"--out={folder}", "--slides=6", "--test=2", "--size=256", "--workers=1"])
-    return folder
+    return once("toy", lambda out: data.main(
+        ["toy", f"--out={out}", "--slides=6", "--test=2", "--size=256", "--workers=1"]))
 
 @pytest.fixture(scope="session")
 def pyramids(toy):
@@ -53,25 +76,26 @@ def pyramids(toy):
     return Pyramids(toy)
 
 @pytest.fixture(scope="session")
-def run(toy, tmp_path_factory):
+def run(toy, once):
     """One uninterrupted training."""
-    out = tmp_path_factory.mktemp("run") / "a"
-    quick([*TINY, f"--data={toy}", f"--out={out}"])
-    return out
+    return once("run", lambda out: quick([*TINY, f"--data={toy}", f"--out={out}"]))
 
 @pytest.fixture(scope="session")
-def cnn(toy, run, tmp_path_factory):
+def cnn(toy, run, once):
     """The same with the CNN Summarizer, on the VAE of `run`."""
-    out = tmp_path_factory.mktemp("run") / "cnn"
-    quick([*TINY, "--summarizer=cnn", f"--data={toy}", f"--out={out}", vae_of(run, out)])
-    return out
+    args = [*TINY, "--summarizer=cnn", f"--data={toy}"]
+    return once("cnn", lambda out: quick([*args, f"--out={out}", vae_of(run, out)]))
 
 @pytest.fixture(scope="session")
-def conditioned(run, toy, tmp_path_factory):
+def conditioned(toy, run, once):
     """A copy of the tiny run with all conditioning models, the grid's told by captions with made-up vectors."""
+    return once("conditioned", lambda out: condition(toy, run, out))
+
+def condition(toy, run, folder):
+    import torch
     from cdm_runs import go, new_home
     from text import captions
-    folder = new_home(run, tmp_path_factory.mktemp("conditioned") / "run")
+    new_home(run, folder)
     captions.main(["toy", str(toy), f"--out={folder}", "--n=2", "--heldout=3", "--tiles=4"])
     for name in ("captions", "heldout"):
         texts = [c.text for c in captions.read_lines(folder / f"{name}.tsv")]
@@ -80,17 +104,20 @@ def conditioned(run, toy, tmp_path_factory):
     told = f"--captions={folder}/captions.tsv", f"--vectors={folder}/captions.safetensors"
     for kind, more in (("cdm", ()), ("edm", ()), ("grid", told)):
         go(folder, kind, "--steps=3", "--sheet=0", *more)
-    return folder
 
 @pytest.fixture(scope="session")
-def task(tmp_path_factory):
+def task(once):
     """Eight slides of the task, and a run folder whose networks were never trained, but whose layers all act."""
+    return once("eight", slides_and_run)
+
+def slides_and_run(out):
+    import torch
+
     import data
     from diffusion import ZoomLDM
     from summarizer import Summarizer, SummarizerConfig
     from unet import UNet, UNetConfig
     from zoom_vae import VQVAE, VAEConfig
-    out = tmp_path_factory.mktemp("task")
     data.main(["toy", "--task", f"--out={out / 'task'}", "--slides=8", "--scales=3", "--workers=1"])
     torch.manual_seed(0)
     vae, unet = VQVAE(VAEConfig(4, (1, 1, 1), 1, 16, groups=2)), UNet(UNetConfig(8, (1, 2), 1, (2,), 16, groups=4))
@@ -99,11 +126,12 @@ def task(tmp_path_factory):
             torch.nn.init.normal_(p, std=0.1)
     info = {"encoder": "stats", "std": [0.5] * 96, "patch": 64, "data": str(out / "task")}
     ZoomLDM(vae, Summarizer(SummarizerConfig(96, 16, 1, 16, 3)), unet, 0.5, info=info).save(out / "run")
-    return out
 
 @pytest.fixture(scope="module")
 def ready(run, tmp_path_factory):
     """A copy of the tiny run, without a proxy. Its U-Net is shaken, for after six steps it hardly hears conditions."""
+    import torch
+
     from diffusion import ZoomLDM
     folder, model = tmp_path_factory.mktemp("ready"), ZoomLDM.from_run(run)
     g = torch.Generator().manual_seed(0)
@@ -117,6 +145,3 @@ def model(ready):
     from diffusion import ZoomLDM
     return ZoomLDM.from_run(ready)
 
-@pytest.fixture(scope="session")
-def root():
-    return ROOT

@@ -176,13 +176,12 @@ def test_cv_messages(folder, tmp_path):
 # ----- 4. Extraction, maps, the task, the experiments -----
 
 @pytest.fixture(scope="module")
-def three(task):
+def three(task, tmp_path_factory):
     """The run, and the first three of the slides."""
-    shutil.copytree(task / "task", task / "three" / "task")
-    shutil.copytree(task / "run", task / "three" / "run")
+    out = shutil.copytree(task, tmp_path_factory.mktemp("three") / "copy")
     index = json.loads((task / "task" / "index.json").read_text())
-    (task / "three" / "task" / "index.json").write_text(json.dumps(index | {"slides": index["slides"][:3]}))
-    return task / "three"
+    (out / "task" / "index.json").write_text(json.dumps(index | {"slides": index["slides"][:3]}))
+    return out
 
 def extract(task, out, *more):
     mil.main(["extract", str(task / "run"), f"--data={task / 'task'}", f"--out={out}", "--device=cpu", "--amp=False",
