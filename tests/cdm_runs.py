@@ -18,10 +18,10 @@ def go(folder, kind, *args):
               "--sample_every=6", "--sheet=1", "--device=cpu", "--threads=1", *args])
     return load_tensors(folder / f"{kind}.safetensors")[0]
 
-def check_resume(kind, home, folder, *args):
-    """Three steps and three more equal six. A cosine to zero would depend on the number of steps."""
+def check_resume(kind, home, folder, *args, once=None):
+    """Three steps and three more equal six, `once`. A cosine to zero would depend on the number of steps."""
     args = ("--decay=constant", "--sheet=0", *args)
-    once = go(new_home(home, folder / "once"), kind, *args)
+    once = once or go(new_home(home, folder / "once"), kind, *args)
     twice = new_home(home, folder / "twice")
     go(twice, kind, *args, "--steps=3")
     again = go(twice, kind, *args)

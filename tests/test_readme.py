@@ -3,7 +3,6 @@ import ast
 import importlib
 import re
 import shlex
-import sys
 
 import pytest
 from conftest import ROOT
@@ -44,7 +43,7 @@ def test_command_parses(name, args, modules, monkeypatch):
         real(*given, **options)
         raise Parsed
 
-    for module in list(sys.modules.values()):
+    for module in modules.values():
         if getattr(module, "configure", None) is real:
             monkeypatch.setattr(module, "configure", parse)
     args = shlex.split(args)
@@ -54,17 +53,13 @@ def test_command_parses(name, args, modules, monkeypatch):
     with pytest.raises(Parsed):
         modules[name].main(args)
 
-@pytest.mark.parametrize("place", sorted(set(re.findall(r"`((?:\w+/)?\w+\.py)::(\w+)`(?: line (\d+))?", TEXT))),
-                         ids=lambda p: "::".join(p))
-def test_function_exists(place):
-    """... and the line that is named lies in it."""
-    file, name, line = place
-    found = [n for n in ast.walk(TREES[file]) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name
-             or isinstance(n, ast.Assign) and name in [ast.unparse(v) for v in n.targets]]
-    assert found, f"{file} has no {name}"
-    assert not line or any(n.lineno <= int(line) <= n.end_lineno for n in found), f"{file}: {name} is not at {line}"
-
-def test_files_options_and_targets_exist():
+def test_functions_files_options_and_targets_exist():
+    """... and the line that is named lies in its function."""
+    for file, name, line in set(re.findall(r"`((?:\w+/)?\w+\.py)::(\w+)`(?: line (\d+))?", TEXT)):
+        found = [n for n in ast.walk(TREES[file]) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name
+                 or isinstance(n, ast.Assign) and name in [ast.unparse(v) for v in n.targets]]
+        assert found, f"{file} has no {name}"
+        assert not line or any(n.lineno <= int(line) <= n.end_lineno for n in found), f"{file}: {name} is not at {line}"
     for file in set(re.findall(r"`((?:\w+/)?\w+\.py)`", TEXT)):
         assert file in FILES, file
     for option in set(re.findall(r"`--([a-z_A-Z.]+)", TEXT)) - {"key"}:

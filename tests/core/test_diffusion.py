@@ -5,11 +5,10 @@ changes of the code that the test is meant to fail on ("catches: ...").
 """
 import pytest
 import torch
-from rule import assert_close, assert_golden, golden, state_dict
+from rule import assert_close, assert_golden, golden, small
 
 from diffusion import Schedule, ZoomLDM, ddim_sample, ddim_timesteps, diffusion_loss, guided, plms_sample, to_eps, to_x0
 from summarizer import Summarizer, SummarizerConfig
-from unet import UNet
 from zoom_vae import VQVAE, VAEConfig
 
 LDM = Schedule("scaled_linear")
@@ -49,32 +48,25 @@ def prediction(pred, z0, eps, ab):
     return {"eps": eps, "x0": z0, "v": ab ** 0.5 * eps - (1 - ab) ** 0.5 * z0}[pred]
 
 @pytest.mark.parametrize("pred", ["eps", "x0", "v"])
-def test_round_trip(pred):
-    """From any prediction to x0 and eps. catches: + for -; ab and 1 - ab swapped."""
-    z0, eps = rand(2, 3, 4, 4), rand(2, 3, 4, 4, seed=1)
-    for k in (0, 500, 999):
-        ab, z_t = LDM.alpha_bar[k], LDM.q_sample(z0, torch.full((2,), k), eps)
-        for level in (float(ab), ab.expand(2, 1, 1, 1)):
-            out = prediction(pred, z0, eps, ab)
-            assert_close(to_x0(out, z_t, level, pred), z0, 1e-10)
-            assert_close(to_eps(out, z_t, level, pred), eps, 1e-10)
-
-@pytest.mark.parametrize("pred", ["eps", "x0", "v"])
 def test_loss(pred):
-    """A perfect network has loss 0; a constant error gives its square, per sample; the second number is the error on
-    eps whatever is predicted. catches: a target of another kind; a mean over the batch; a weight upside down."""
+    """From any prediction to x0 and eps. A perfect network has loss 0; a constant error gives its square, per sample;
+    the second number is the error on eps whatever is predicted. catches: + for -; ab and 1 - ab swapped; a target of
+    another kind; a mean over the batch; a weight upside down."""
     t = torch.tensor([3, 400, 990])
     z0, eps = rand(3, 3, 4, 4), rand(3, 3, 4, 4, seed=1)
-    ab = LDM.alpha_bar[t].view(-1, 1, 1, 1)
+    ab, z_t = LDM.alpha_bar[t].view(-1, 1, 1, 1), LDM.q_sample(z0, t, eps)
     off = torch.tensor([0.0, 0.1, 0.3], dtype=torch.float64).view(-1, 1, 1, 1)
+    out = prediction(pred, z0, eps, ab)
+    assert_close(to_x0(out, z_t, ab, pred), z0, 1e-10)
+    assert_close(to_eps(out, z_t, ab, pred), eps, 1e-10)
+    assert_close(to_x0(out[:1], z_t[:1], float(ab[0]), pred), z0[:1], 1e-10)
 
-    def fn(z_t, when):
-        assert torch.equal(when, t) and torch.equal(z_t, LDM.q_sample(z0, t, eps))
-        return prediction(pred, z0, eps, ab) + off
+    def fn(noised, when):
+        assert torch.equal(when, t) and torch.equal(noised, z_t)
+        return out + off
     loss, on_eps = diffusion_loss(fn, z0, t, eps, LDM, pred)
     assert_close(loss, off.flatten() ** 2, 1e-6)
-    z_t = LDM.q_sample(z0, t, eps)
-    error = to_eps(prediction(pred, z0, eps, ab) + off, z_t, ab, pred) - eps
+    error = to_eps(out + off, z_t, ab, pred) - eps
     assert torch.allclose(on_eps.double(), error.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-9)
 
 # ----- 3. Guidance -----
@@ -113,45 +105,15 @@ def test_ddim_timesteps():
             tau = list(ddim_timesteps(1000, steps))
             assert len(tau) >= steps and tau[0] == 1 and tau[-1] < 1000 and all(a < b for a, b in zip(tau, tau[1:]))
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("steps", [50, 30])
-def test_ddim_coefficients(steps, eta):
-    """One step at a time: network and noise set to 0 or 1 read the published alphas, alphas_prev and sigmas off the
-    sampler. catches: any index off by one; an end at 1; eta squared; sigma without its second factor."""
-    g, seen = golden("schedule")[0], []
-    tau = g[f"out/ddim{steps}_eta1_timesteps"]
-    a = g[f"out/ddim{steps}_eta1_alphas"].double()
-    prev = g[f"out/ddim{steps}_eta1_alphas_prev"].double()
-    sigma = g[f"out/ddim{steps}_eta{int(eta)}_sigmas"].double()
-    one = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).view(3, 1, 1, 1)  # z, eps, noise in turn
-    eps, xi = one.roll(1, 0), one.roll(2, 0)
-    state = []
-
-    def fn(z, t):
-        assert z.shape == (3, 1, 1, 1) and t.shape == (3,) and t.dtype == torch.int64
-        state.append(z.clone())
-        return eps
-    out = ddim_sample(fn, one, LDM, steps, eta, noise=xi.expand(len(tau), 3, 1, 1, 1),
-                      callback=lambda i, t, z, z0_hat: seen.append((i, int(t), z.clone(), z0_hat.clone())))
-    assert [s[1] for s in seen] == tau.flip(0).tolist() and [s[0] for s in seen] == list(range(len(tau)))
-    for (_, _, z_next, z0_hat), z, k in zip(seen, state, reversed(range(len(tau)))):
-        assert_close(z0_hat, (z - (1 - a[k]).sqrt() * eps) / a[k].sqrt(), 1e-6)
-        want = prev[k].sqrt() * z0_hat + (1 - prev[k] - sigma[k] ** 2).sqrt() * eps + sigma[k] * xi
-        assert_close(z_next, want, 1e-6)
-    assert torch.equal(out, seen[-1][2])
-
 # ----- 5. The published samplers -----
-
-@pytest.fixture(scope="module")
-def net():
-    return UNet.from_official(state_dict("unet_small")).requires_grad_(False)
 
 @pytest.mark.parametrize("name, sampler, key", [("ddim_small", ddim_sample, ""), ("ddim_small", ddim_sample, "eta1_"),
                                                 ("plms_small", plms_sample, "")])
-def test_published_samplers(net, name, sampler, key):
+def test_published_samplers(name, sampler, key):
     """catches: noise in the wrong order; sqrt(1 - ab_prev) without - sigma^2; any coefficient of Adams-Bashforth;
     guidance after instead of before the extrapolation's memory."""
-    c, trace, g = golden("unet_small")[0]["in/context"], [], golden("ddim_small")[0]
+    net, c = small("unet_small"), golden("unet_small")[0]["in/context"]
+    trace, g = [], golden("ddim_small")[0]
     more = {"eta": 1.0, "noise": g["in/eta1_noise"]} if key else {}
     z = sampler(guided(net, c, 2.0), g["in/x_T"], LDM, 10, callback=lambda i, t, z, z0: trace.append((z, z0)), **more)
     assert_golden(torch.stack([z for z, _ in trace]), name, f"{key}x_inter", 1e-4)
@@ -211,21 +173,18 @@ def test_what_the_network_is_asked():
 # ----- 7. The whole model -----
 
 @pytest.fixture(scope="module")
-def model(net):
+def model():
     torch.manual_seed(0)
-    return ZoomLDM(VQVAE(VAEConfig(32, (1, 1, 1), 1, 16)), Summarizer(SummarizerConfig(16, 64, 1, 64, 5)), net,
-                   latent_scale=2.0).eval().requires_grad_(False)
+    parts = VQVAE(VAEConfig(32, (1, 1, 1), 1, 16)), Summarizer(SummarizerConfig(16, 64, 1, 64, 5)), small("unet_small")
+    return ZoomLDM(*parts, latent_scale=2.0).eval().requires_grad_(False)
 
-def test_model_guidance_with_cached_keys(model, net):
-    """catches: cached keys of c and null in the wrong order."""
-    g = golden("unet_small")[0]
+def test_model_sample(model):
+    """An image depends on its seed and place in the batch alone. catches: cached keys of c and null in the wrong order;
+    noise drawn for the batch as a whole."""
+    g, net = golden("unet_small")[0], model.unet
     z, t, c = g["in/x"], g["in/t"], g["in/context"]
     assert_close(model.guided(c, 2.0)(z, t), guided(net, c, 2.0)(z, t), 2e-6)
     assert torch.equal(model.guided(c, 1.0)(z, t), net(z, t, c))
-
-def test_model_sample(model, net):
-    """An image depends on its seed and place in the batch alone. catches: noise drawn for the batch as a whole."""
-    c = golden("unet_small")[0]["in/context"]
     a = model.sample(c, (16, 8), guidance=2.0, steps=2, seed=3)
     assert a.shape == (2, 3, 16, 8) and torch.equal(a, model.sample(c, (16, 8), guidance=2.0, steps=2, seed=3))
     assert not torch.equal(a, model.sample(c, (16, 8), guidance=2.0, steps=2, seed=4))

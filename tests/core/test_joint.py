@@ -1,5 +1,5 @@
 """Algorithms S1 and S2 and the faster guides on closed forms: what a correction is, what it costs, how levels work."""
-import ast
+import inspect
 import re
 
 import pytest
@@ -37,10 +37,9 @@ def draw(seed=0, **options):
     """A canvas of four windows under a context that wants a ramp, identity autoencoder. out: z, z_ctx, estimates."""
     z, z_ctx = normal(1, 3, SIDE, SIDE, seed=seed), normal(1, 3, SIDE // K, SIDE // K, seed=seed + 100)
     ramp = torch.linspace(-0.8, 0.8, SIDE // K).expand(1, 3, SIDE // K, -1)
-    seen = []
-    out = joint_sample(gaussian(0.1), gaussian(ramp, 0.01), identity, identity, S, z, z_ctx,
-                       **{"window": W, "factor": K, "steps": 10} | options,
-                       callback=lambda n, t, z, z0_hat, target: seen.append((z0_hat, target)))
+    settings, seen = dict(eps_fine=gaussian(0.1), eps_ctx=gaussian(ramp, 0.01), encode=identity, decode=identity,
+                          schedule=S, z_T=z, z_T_ctx=z_ctx, window=W, factor=K, steps=10), []
+    out = joint_sample(**settings | options, callback=lambda n, t, z, z0_hat, target: seen.append((z0_hat, target)))
     return (z, z_ctx), out, seen
 
 def against(y, z=None, eps=None, decode=identity, encode=identity, overlap=0, fade=False, kind="box", proxy=None,
@@ -72,14 +71,8 @@ def test_overlap_without_guidance_is_multidiffusion():
         return torch.stack([gaussian(0.1 * i - 0.05 * j)(z[n:n + 1], t[n:n + 1])[0] for n, (i, j) in enumerate(ij)])
 
     def averaged(z, t):
-        total, count = torch.zeros_like(z), torch.zeros_like(z)
-        for i in (0, 4, 8):
-            for j in (0, 4, 8):
-                at = (..., slice(i, i + W), slice(j, j + W))
-                total[at] += eps(z[at], t, [(i, j)])
-                count[at] += 1
-        return total / count
-    z = torch.randn(1, 3, SIDE, SIDE)
+        return stitched(lambda part, ij: eps(part, t, [ij]), z, 4, False)
+    z = normal(1, 3, SIDE, SIDE)
     fine, none = joint_sample(eps, None, identity, identity, S, z, None, window=W, factor=K, steps=10, lam=0, overlap=4,
                               y=torch.zeros(1, 3, 4, 4))
     assert_close(fine, ddim_sample(averaged, z, S, 10), 1e-6)
@@ -96,25 +89,20 @@ TAGS = {
 }
 
 def test_equation_tags():
-    """Every line of sample_joint.py that a comment calls Eq. n does what n is in Z. Catches: a swapped number."""
-    found = {}
+    """Every line of sample_joint.py that a comment calls Eq. n does what n is in Z; S1 is Eq. 3, 4, 5, S2 is Eq. 6, 4,
+    5, in this order of lines. Catches: a swapped number."""
+    found = set()
     for line in (ROOT / "sample_joint.py").read_text().splitlines():
         code, _, comment = line.partition("#")
         for number in map(int, re.findall(r"Eq\. (\d)", comment)):
             if code.strip():
                 pattern, times = TAGS[number]
                 assert len(re.findall(pattern, code)) == times, f"Eq. {number}: {line.strip()}"
-                found.setdefault(number, []).append(line)
-    assert found.keys() == TAGS.keys()
-
-def test_s1_and_s2_are_what_z_prints():
-    """S1 is Eq. 3, 4, 5; S2 is Eq. 6, 4, 5, in this order of lines."""
-    source = (ROOT / "sample_joint.py").read_text()
-    bodies = {n.name: ast.get_source_segment(source, n) for n in ast.parse(source).body
-              if isinstance(n, ast.FunctionDef)}
-    tags = {name: re.findall(r"# +Eq\. (\d)", bodies[name]) for name in ("algorithm_s1", "algorithm_s2")}
-    assert tags == {"algorithm_s1": ["3", "4", "5"], "algorithm_s2": ["6", "4", "5"]}
-    assert (GUIDES["s1"].__name__, GUIDES["s2"].__name__) == tuple(tags)
+                found.add(number)
+    assert found == TAGS.keys()
+    for guide, numbers in (("s1", ["3", "4", "5"]), ("s2", ["6", "4", "5"])):
+        assert re.findall(r"# +Eq\. (\d)", inspect.getsource(GUIDES[guide])) == numbers
+        assert GUIDES[guide].__name__ == f"algorithm_{guide}"
 
 def networks():
     """A denoiser that knows its place, a decoder of two pixels a side per latent that knows the mean of its window, an
@@ -212,57 +200,26 @@ def test_parts_of_the_algorithms(overlap, fade):
     else:
         assert_close(e, down, 1e-6)
 
-@pytest.mark.parametrize("t", [200, 600])
-def test_s2_points_where_s1_does(t):
-    """With orthogonal decoder and encoder = its transpose, Eq. 6 is Eq. 3. Catches: the encoder's difference at another
-    image."""
-    Q = torch.linalg.qr(normal(12, 3, seed=1, dtype=D))[0]                              # (12,3), orthonormal columns
-
-    def decode(z):
-        return F.pixel_shuffle(torch.einsum("pc,nchw->nphw", Q, z), 2)
-
-    def encode(x):
-        return torch.einsum("pc,nphw->nchw", Q, F.pixel_unshuffle(x, 2))
-    y = normal(1, 3, 8, 8, seed=5, dtype=D)
-    s1, s2 = (against(y, None, networks()[0], decode, encode, timesteps=[t], guide=guide, lam=0.1)[0].z
-              for guide in ("s1", "s2"))
-    assert_close(s1, s2, 1e-9)
-
 # ----- 3. Corrections go down -----
 
-@pytest.mark.parametrize("overlap, fade", [(0, False), (4, False), (4, True)])
+@pytest.mark.parametrize("overlap, fade, C", [(0, False, 1), (4, False, 3), (4, True, 4)])
 @pytest.mark.parametrize("guide", GUIDES)
-def test_every_guide_descends(guide, overlap, fade):
-    """More corrections, less misfit. Catches: Eq. 5's sign as printed, a target of the wrong estimate, A and its
-    adjoint swapped, an x0 guide that drops its corrections."""
-    lam = 0.5 if guide in IN_X0 else 0.02
-    y = torch.linspace(-0.8, 0.8, 4, dtype=D).expand(1, 3, 4, 4)
-    costs = [cost(against(y, kind="bicubic", inner=k, lam=lam, timesteps=[901], guide=guide, overlap=overlap,
+def test_every_guide_descends(guide, overlap, fade, C):
+    """More corrections, less misfit, whatever the number of channels. Catches: Eq. 5's sign as printed, a target of the
+    wrong estimate, A and its adjoint swapped, an x0 guide that drops its corrections; three channels for granted."""
+    lam, z = 0.5 if guide in IN_X0 else 0.02, normal(1, C, SIDE, SIDE, dtype=D)
+    y = torch.linspace(-0.8, 0.8, 4, dtype=D).expand(1, C, 4, 4)
+    costs = [cost(against(y, z, kind="bicubic", inner=k, lam=lam, timesteps=[901], guide=guide, overlap=overlap,
                           fade=fade)[1][0][2], y) for k in range(6)]
     assert all(b < a for a, b in zip(costs, costs[1:])), costs
-
-@pytest.mark.parametrize("guide, lam", [("s1", 0.3), ("s2", 0.3), ("x0", 1.0), ("x0+proxy", 1.0)])
-@pytest.mark.parametrize("C", [1, 3, 4])
-def test_guided_images_match_their_context(guide, lam, C):
-    """Whatever the number of channels. Catches: three channels taken for granted."""
-    z, z_ctx = normal(1, C, SIDE, SIDE), normal(1, C, 4, 4, seed=1)
-    ramp, off = torch.linspace(-0.8, 0.8, 4).expand(1, C, 4, 4), []
-    for size in (0.0, lam):
-        seen = []
-        joint_sample(gaussian(0.1), gaussian(ramp, 0.01), identity, identity, S, z, z_ctx, window=W, factor=K, steps=10,
-                     inner=3, lam=size, guide=guide, overlap=4, callback=lambda *a, seen=seen: seen.append(a[3:]))
-        off.append(cost(*seen[-1]))
-    assert off[1] < 0.05 * off[0]
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_what_fits_is_left_alone(guide):
     """A constant canvas under a constant context, or one wrong by rounding alone, is not changed; one wrong by more is.
     Catches: a unit step that turns rounding into steps of full size."""
     still = gaussian(0.3, 1e-12)                           # its estimate is 0.3, whatever z
-    free, _ = joint_sample(still, still, identity, identity, S, normal(1, 3, 16, 16, dtype=D),
-                           normal(1, 3, 4, 4, dtype=D), window=W, factor=K, steps=4, lam=0.0, guide=guide)
-    drawn, _ = joint_sample(still, still, identity, identity, S, normal(1, 3, 16, 16, dtype=D),
-                            normal(1, 3, 4, 4, dtype=D), window=W, factor=K, steps=4, lam=0.5, guide=guide)
+    free, drawn = (joint_sample(still, still, identity, identity, S, normal(1, 3, 16, 16, dtype=D), normal(
+        1, 3, 4, 4, dtype=D), window=W, factor=K, steps=4, lam=lam, guide=guide)[0] for lam in (0.0, 0.5))
     assert_close(drawn, free, 1e-6)
     there = Resize(K).down(against(torch.zeros(1, 3, 4, 4), lam=0.0, steps=2)[1][0][2])
     z = against(there, lam=0.0, steps=2, kind="bicubic")[1][0][1]
@@ -270,19 +227,17 @@ def test_what_fits_is_left_alone(guide):
                  for d in (1e-6, 1))
     assert near < 1e-3 < 0.05 < far
 
-@pytest.mark.parametrize("guide", ["s1", "s2"])
-def test_steps_are_as_large_as_lam_says(guide):
-    """The largest change of every window is lam, and where one already fits, it is left alone while its neighbours
-    move. Catches: one maximum for the whole canvas, the error of another window."""
-    A = Resize(K, "box")
-    free = against(torch.zeros(1, 3, 4, 4), lam=0.0, timesteps=[500], eps=gaussian(0.0))[1][-1][2]
-    y = A.down(free) + torch.tensor([[1.0, 3.0], [-2.0, 0.0]]).repeat_interleave(2, 0).repeat_interleave(2, 1)
-    ab = S.alpha_bar[500]
-    slope = (1 - (1 - ab) / (ab * 0.25 + 1 - ab)) / ab.sqrt()  # of the estimate in z_t
-    change = (against(y, lam=0.25, timesteps=[500], eps=gaussian(0.0), guide=guide)[1][-1][2] - free) / slope
-    largest = F.max_pool2d(change.abs().amax(1, keepdim=True), W)[0, 0]
-    assert_close(largest, torch.tensor([[0.25, 0.25], [0.25, 0.0]]), 1e-3)
-    assert change[..., :W, :].mean() > 0 > change[..., W:, :W].mean()
+class Mix:
+    """A stand-in for a `Proxy`: decodes to a part of decode's side, by a matrix of colours that is not symmetric."""
+
+    def __init__(self, factor=2):
+        self.M, self.factor, self.rows, self.states = normal(3, 3, seed=7) + 2 * torch.eye(3), factor, 0, []
+        self.inverse = torch.linalg.inv(self.M.T @ self.M)
+
+    def __call__(self, z):
+        self.rows += len(z)
+        self.states.append(torch.is_autocast_enabled("cpu"))
+        return torch.einsum("ij,njhw->nihw", self.M, z)
 
 # ----- 4. In the space of the estimate -----
 
@@ -316,18 +271,6 @@ def test_lam_goes_from_first_to_last():
     assert taken(lam=0.5, inner=2) == [0.75] * 5
     assert taken(lam=(0.0, 1.0)) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert draw(timesteps=[500], lam=(0.5, 0.1))[1][0].isfinite().all()
-
-class Mix:
-    """A stand-in for a `Proxy`: decodes to a part of decode's side, by a matrix of colours that is not symmetric."""
-
-    def __init__(self, factor=2):
-        self.M, self.factor, self.rows, self.states = normal(3, 3, seed=7) + 2 * torch.eye(3), factor, 0, []
-        self.inverse = torch.linalg.inv(self.M.T @ self.M)
-
-    def __call__(self, z):
-        self.rows += len(z)
-        self.states.append(torch.is_autocast_enabled("cpu"))
-        return torch.einsum("ij,njhw->nihw", self.M, z)
 
 @pytest.mark.parametrize("overlap", [0, 4])
 @pytest.mark.parametrize("smaller, factor", [(2, 8), (8, 4)])
@@ -415,25 +358,22 @@ def counted(guide, steps=5, inner=3, proxy=None, batch=3, **options):
     sample_levels([coarse, fine], S, steps=steps, inner=inner, guide=guide, **options)
     return f
 
-@pytest.mark.parametrize("guide, eps, encode, decode", [
-    ("s1", 7, 0, 6),        # 1 + 2 inner estimates; a decode for the misfit, one to differentiate
-    ("s2", 7, 6, 3),        # 2 inner encodes, inner decodes of the canvas
-    ("x0", 1, 6, 3),
-    ("x0+proxy", 1, 0, 6),  # without a proxy: the decoder in its place
+@pytest.mark.parametrize("guide, eps, encode, decode, small", [
+    ("s1", 7, 0, 6, None),        # 1 + 2 inner estimates; a decode for the misfit, one to differentiate
+    ("s2", 7, 6, 3, None),        # 2 inner encodes, inner decodes of the canvas
+    ("x0", 1, 6, 3, None),
+    ("x0+proxy", 1, 0, 6, None),  # without a proxy: the decoder in its place
+    ("x0+proxy", 1, 0, 0, 6),     # two small passes per correction
 ])
-def test_what_a_step_costs(guide, eps, encode, decode):
+def test_what_a_step_costs(guide, eps, encode, decode, small):
     """Per window; the context's estimate is decoded once. No call has more windows than `batch`. Catches: anything
     computed twice, as the estimate after the last correction, or a batch that is not cut up."""
-    fine, ctx, E, Dec = counted(guide)
+    mix = Mix(1) if small else None
+    fine, ctx, E, Dec = counted(guide, proxy=mix)
     assert [sum(f.rows) for f in (fine, ctx, E, Dec)] == [5 * 4 * eps, 5, 5 * 4 * encode, 5 * (4 * decode + 1)]
+    assert not small or mix.rows == 5 * 4 * small
     assert max(fine.rows + E.rows + Dec.rows) == 3
     assert not any(fine.states + E.states + Dec.states), "bf16 is switched on by the caller alone"
-
-def test_what_a_proxy_costs():
-    """Two small passes per correction, no encoder, and no decoder but for the context."""
-    mix = Mix(1)
-    fine, _, E, Dec = counted("x0+proxy", proxy=mix)
-    assert (sum(fine.rows), E.rows, sum(Dec.rows), mix.rows) == (5 * 4, [], 5, 5 * 4 * 6)
 
 @pytest.mark.parametrize("guide, eps, encode, decode, other", [
     # one step, two corrections; the context is decoded first
@@ -458,31 +398,6 @@ def test_differences_and_gradients_are_float32(guide, eps, encode, decode, other
     for f, want in ((fine, eps), (ctx, "1"), (E, encode), (Dec, decode), *([(mix, other)] if mix else ())):
         assert "".join(str(int(x)) for x in f.states) == want.replace(" ", ""), f
 
-def test_bf16_changes_little():
-    """Catches: a correction taken in bf16, whose finite difference is mostly rounding."""
-    a, b, c = (normal(3, 3, 3, 3, seed=n) / 5 for n in (1, 2, 3))
-
-    def conv(w):
-        return lambda z, *args: F.conv2d(z, w, padding=1)
-
-    def moved(on):
-        with torch.autocast("cpu", torch.bfloat16, enabled=on):
-            free, drawn = (against(normal(1, 3, 4, 4, seed=5), None, conv(a), conv(c), conv(b), timesteps=[300],
-                                   lam=lam)[1][0][2] for lam in (0.0, 0.5))
-        assert drawn.dtype == torch.float32
-        return (drawn - free).flatten()
-    assert torch.cosine_similarity(moved(False), moved(True), dim=0) > 0.99
-
-def test_guided_at_all_times_of_any_schedule():
-    """catches: guidance that ends at t = 1000 of 2000."""
-    seen = []
-
-    def eps(z, t, ij=None):
-        return torch.zeros_like(z)
-    joint_sample(eps, eps, lambda x: seen.append(1) or x, identity, Schedule("scaled_linear", 2000),
-                 normal(1, 3, 16, 16), normal(1, 3, 4, 4), window=W, factor=4, steps=5, guide="x0")
-    assert len(seen) == 2 * 5
-
 # ----- 7. Bad input -----
 
 @pytest.mark.parametrize("options, says", [
@@ -491,20 +406,13 @@ def test_guided_at_all_times_of_any_schedule():
     ({"steps": 0}, "steps=0"),
     ({"factor": 3}, "3 must divide"), ({"factor": 3, "guide": "s1"}, "3 must divide"), ({"factor": 0}, "factor=0"),
     ({"zeta": 0.0}, "zeta=0"), ({"inner": -1}, "inner=-1"), ({"lam": -3.0}, "lam=-3"), ({"delta": 0}, "delta=0"),
-    ({"lam": float("nan")}, "lam=nan"), ({"lam": (0.5, 0.1, 0.2)}, "first,last"), ({"lam": ()}, "first,last")])
-def test_what_does_not_fit(options, says):
-    with pytest.raises(ValueError, match=says):
-        draw(**options)
-
-@pytest.mark.parametrize("options, says", [
+    ({"lam": float("nan")}, "lam=nan"), ({"lam": (0.5, 0.1, 0.2)}, "first,last"), ({"lam": ()}, "first,last"),
     ({"eps_ctx": None}, "give eps_ctx or y"), ({"z_T_ctx": None}, "one image at a time"),
     ({"z_T": torch.zeros(2, 3, 16, 16)}, "one image at a time"),
     ({"z_T": torch.zeros(1, 3, 16, 16, dtype=torch.bfloat16)}, "in float32 or float64")])
-def test_latents_of_another_kind(options, says):
-    settings = dict(eps_fine=gaussian(0.1), eps_ctx=gaussian(0.5), encode=identity, decode=identity, schedule=S,
-                    z_T=normal(1, 3, 16, 16), z_T_ctx=normal(1, 3, 4, 4))
+def test_what_does_not_fit(options, says):
     with pytest.raises(UserError, match=says):
-        joint_sample(**settings | options, window=W, factor=4, steps=2)
+        draw(**options)
 
 def test_old_names_of_guides():
     """exact is s2; gradient, which took g by backpropagation too, is s1 as Z prints it."""
