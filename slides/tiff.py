@@ -39,6 +39,7 @@ MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # w
 MICROMETRES = dict.fromkeys(("um", "\xb5m", "\u03bcm", "\ufffdm"), 1)
 MICROMETRES |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "\xc5": 1e-4}
 MAX_TILE, MAX_TAG, MAX_DIRECTORIES, MAX_ENTRIES = 2**24, 2**22, 500, 2000  # pixels of a tile; bytes of a value
+MAX_VALUES = 2**25  # bytes of all values of a file, its tables of tiles apart: directories may point to the same ones
 NONE = None, 0, 0  # a table of tiles that is missing
 
 # ----- 1. Directories -----
@@ -51,9 +52,10 @@ def numbers(f, at, count, kind):
     f.seek(at)
     return np.frombuffer(f.read(end - at), kind)
 
-def read_directory(f, at, order, count, word):
-    """Parse a directory, whose count of entries and offsets are of these numpy types. out: {name: array} of the tags in
-    TAGS, the tables of tiles as (type, count, position); where the next directory stands, 0 for nowhere."""
+def read_directory(f, at, order, count, word, left):
+    """Parse a directory, whose count of entries and offsets are of these numpy types, with values of `left` bytes at
+    most. out: {name: array} of the tags in TAGS, the tables of tiles as (type, count, position); where the next
+    directory stands, 0 for nowhere; what is left."""
     n, tags = int(numbers(f, at, 1, count)[0]), {}
     if n > MAX_ENTRIES:
         raise ValueError(f"a directory of {n} entries")
@@ -66,16 +68,17 @@ def read_directory(f, at, order, count, word):
         many *= 2 if kind == RATIONAL else 1
         name, kind = NAMES[tag], np.dtype(order + KINDS[kind])
         size, table = many * kind.itemsize, name in ("offsets", "lengths", "gdal")  # GDAL's text may be long
-        if size > MAX_TAG and not table:
+        left -= 0 if table else size
+        if left < 0 or size > MAX_TAG and not table:
             raise ValueError(f"{many} values of tag {tag}")
         place = value if size > word.itemsize else at - word.itemsize          # short values stand in the entry itself
         tags[name] = (kind, many, place) if table else numbers(f, place, many, kind)
-    return tags, int(numbers(f, at, 1, word)[0])
+    return tags, int(numbers(f, at, 1, word)[0]), left
 
 def directories(f):
     """Parse the image directories of an open TIFF, each of the main chain followed by its sub-directories.
     out: [{name: array}], with "page", the place in the main chain or None; [] if it is no TIFF. raises: ValueError."""
-    begins, found, seen = f.read(4), [], set()
+    begins, found, seen, left = f.read(4), [], set(), MAX_VALUES
     if begins not in TIFF:
         return []
     order, big = TIFF[begins], b"+" in begins
@@ -83,10 +86,10 @@ def directories(f):
     waiting = [(int(numbers(f, word.itemsize, 1, word)[0]), 0)]                # where they begin, and their pages
     while waiting:
         at, page = waiting.pop(0)
-        if at in seen or len(seen) >= MAX_DIRECTORIES:
+        if at in seen or len(seen) + len(waiting) >= MAX_DIRECTORIES:
             raise ValueError("its directories form a loop")
         seen.add(at)
-        tags, following = read_directory(f, at, order, count, word)
+        tags, following, left = read_directory(f, at, order, count, word, left)
         found.append(tags | {"page": page})
         waiting += [(int(sub), None) for sub in tags.get("sub_directories", ())]
         if following and page is not None:
@@ -143,7 +146,7 @@ def levels_of(f, found):
     raises: ValueError if tables or tiles do not fit the image."""
     pages = [tags for tags in found if tiled(tags) and not number(tags, "subfile") & 12]  # 4: a mask; 9: Aperio's macro
     pages.sort(key=lambda tags: number(tags, "width") * number(tags, "height"), reverse=True)
-    levels, end = [], np.uint64(f.seek(0, 2))
+    levels, end, left = [], np.uint64(f.seek(0, 2)), f.seek(0, 2)
     gdal = any(tags.keys() & {"geo_scale", "geo_keys", "gdal", "nodata"} for tags in found)
     for tags in pages:
         size, tile = size_of(tags), (number(tags, "tile_width"), number(tags, "tile_height"))
@@ -157,6 +160,9 @@ def levels_of(f, found):
         for kind, count, at in (tags.get("offsets", NONE), tags.get("lengths", NONE)):
             if count != n:
                 raise ValueError(f"level {len(levels)} has {n} tiles, its table {count}")
+            left -= n * kind.itemsize
+            if left < 0:
+                raise ValueError("its levels have more tiles than its bytes could tell of: tables are shared")
             tables.append(numbers(f, at, n, kind).astype(np.uint64))
         offsets, lengths = tables
         beyond = ((lengths > 0) & ((offsets > end) | (lengths > end - np.minimum(offsets, end)))).sum()

@@ -1,0 +1,41 @@
+"""Files that ask for more than they hold, and names that lead out of their folder, are refused in time."""
+import resource
+import struct
+
+import numpy as np
+import pytest
+from torture_slide import page
+
+from common import UserError
+from slides.reader import open_slide
+from slides.tiff import pack_directory
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB on Linux
+
+def chain(path, count, shared, n):
+    """A TIFF of `count` directories, 5000, 4999 ... pixels wide, whose tags `shared` point to the same 4 n bytes."""
+    tags, _ = page(np.zeros((8, 8, 1), np.uint8), (8, 8), 1)
+    tags["height"] = 4, [3200]
+    at = 8 + 4 * n
+    out = b"II*\0" + struct.pack("<I", at) + b"0" * (4 * n)
+    for k in range(count):
+        tags["width"] = 4, [5000 - k]
+        size, plain = 6 + 12 * (len(tags) + len(shared)), pack_directory(tags, 0)[2:-4]
+        entries = [plain[i:i + 12] for i in range(0, len(plain), 12)]
+        entries += [struct.pack("<HHII", tag, kind, many, 8) for tag, (kind, many) in shared.items()]
+        out += struct.pack("<H", len(entries)) + b"".join(entries)
+        at += size
+        out += struct.pack("<I", at if k < count - 1 else 0)
+    path.write_bytes(out)
+
+@pytest.mark.parametrize("shared, says", [({270: (2, 2**20)}, "values of tag 270"),
+                                          ({324: (4, 250_000), 325: (4, 250_000)}, "tables are shared")])
+def test_directories_that_share_bytes(tmp_path, shared, says):
+    """Each points to the same megabyte, of text or of tables of tiles: gigabytes, if there were as many as may be."""
+    count = 40 if 270 in shared else 8
+    chain(tmp_path / "a.tif", count, shared, 2**18)
+    before = peak()
+    with pytest.raises(UserError, match=says):
+        open_slide(tmp_path / "a.tif")
+    assert peak() - before < 100
