@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError, open_tensors, write_text
-from data import INDEX, read_index
+from data import read_index
+from slides.index import INDEX
 
 def begin(out, patch, encoder, source, defaults, fit_std):
     """Open or start a set: returns its index, whose "source" all its files are written with.

@@ -1,12 +1,16 @@
 """Files that ask for more than they hold, and names that lead out of their folder, are refused in time."""
+import json
 import resource
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 from torture_slide import page
 
 from common import UserError
+from data import read_index
+from slides.index import inside
 from slides.reader import open_slide
 from slides.tiff import pack_directory
 
@@ -39,3 +43,31 @@ def test_directories_that_share_bytes(tmp_path, shared, says):
     with pytest.raises(UserError, match=says):
         open_slide(tmp_path / "a.tif")
     assert peak() - before < 100
+
+@pytest.mark.parametrize("name, good", [
+    ("a.safetensors", True), ("b/a b.x", True), ("..a/b..", True), ("../a", False), ("a/../../b", False), ("/a", False),
+    ("", False), (".", False), ("a\0b", False), (3, False), (None, False), ("a" * 300, False), ("..", False)])
+def test_names_stay_inside_their_folder(name, good):
+    assert inside(name) == good
+
+SLIDE = {"name": "a", "file": "a.safetensors", "split": "train", "size": [32, 32], "counts": [4, 1]}
+INDEX = {"format": 1, "patch": 16, "scales": 2, "embed_dim": 3, "encoder": "stats", "std": [1.0, 2, 0.5], "source": {},
+         "slides": [SLIDE]}
+
+@pytest.mark.parametrize("change, says", [
+    ({}, None), ({"slides": []}, None), ({"slides": [SLIDE, SLIDE | {"file": "../../a"}]}, "at slide 1: make"),
+    ({"slides": [SLIDE | {"name": "/etc/a"}]}, "slide 0"), ({"slides": [SLIDE | {"counts": [1]}]}, "slide 0"),
+    ({"slides": [{}]}, "slide 0"), ({"slides": [3]}, "at slides"), ({"patch": 0, "std": [1.0, 2]}, "patch, std"),
+    ({"std": [1.0, 0.0, 1.0]}, "std"), ({"scales": True}, "scales"), ({"source": {"mpp": "x"}}, "source"),
+    ({"embed_dim": 10**30}, "embed_dim"), ({"encoder": None}, "encoder"), ({"format": 2}, "no index of this program")])
+def test_an_index_from_elsewhere(tmp_path, change, says):
+    """It says where it is wrong, before anything is read or written by what it names."""
+    Path(tmp_path, "index.json").write_text(json.dumps(INDEX | change))
+    if says is None:
+        assert read_index(tmp_path) == INDEX | change
+    else:
+        with pytest.raises(UserError, match=f"index.json is damaged.*{says}"):
+            read_index(tmp_path)
+    Path(tmp_path, "index.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="index.json is damaged"):
+        read_index(tmp_path)
