@@ -86,7 +86,7 @@ class Picture:
         cfg, under = self.cfg, np.s_[i << s:(i + 1) << s, j << s:(j + 1) << s]  # the base tiles below the patch
         some = tile[::max(1, len(tile) // 64), ::max(1, len(tile) // 64)]      # enough pixels to tell black
         if any((a >> s, b >> s) == (i, j) for a, b in self.bad):
-            why = "damaged"
+            why = "unreadable"
         elif (some <= DARK).all(-1).mean() > cfg.nodata:
             why = "without data"
         elif self.tissue is not None and self.tissue[under].mean() < cfg.tissue:

@@ -18,8 +18,8 @@ from PIL import Image
 
 from common import UserError, cli, configure, save_png
 from data import halve
-from slides.tiff import (MODES, Level, decode, directories, halved_chroma, levels_of, number, readable, resolution,
-                         steps, text, tiled)
+from slides.tiff import (MODES, Level, decode, directories, halved_chroma, levels_of, pieces_of, readable, resolution,
+                         shown, steps, text)
 
 MAX_PIXELS = 178_956_970  # of an image that must be decoded as a whole: 0.7 GB in Pillow
 CACHE = 2**25             # bytes of decoded tiles kept, of each level; openslide keeps as many
@@ -119,13 +119,9 @@ class Slide:
     def _tile(self, level, column, row):
         """Decode a tile, (th,tw,3) uint8; white if it is empty, as scanners leave out what they did not scan."""
         (tw, th), (sx, sy) = level.tile, level.step
-        k = row * ceil(level.size[0] / tw) + column
-        length, white = int(level.lengths[k]), np.full((th, tw, 3), 255, np.uint8)
         try:
-            if length > 16 * tw * th + 2**16:
-                raise ValueError(f"{length} bytes for {tw} x {th} pixels")
-            self.file.seek(int(level.offsets[k]))
-            return decode(self.file.read(length), level) if length else white
+            data, cut = pieces_of(self.file, level, column, row)
+            return decode(data, cut) if any(data) else np.full((th, tw, 3), 255, np.uint8)
         except Exception as err:  # Pillow's decoders raise nearly anything on damaged bytes
             n = self.levels.index(level)
             why = f"tile {column}, {row} of level {n} cannot be decoded ({type(err).__name__}: {err})"
@@ -133,7 +129,7 @@ class Slide:
                 raise UserError(f"{self.path}: {why}: the file is damaged, copy it again") from err
             box = column * tw * sx, row * th * sy, (column + 1) * tw * sx, (row + 1) * th * sy
             self.damaged.append((tuple(int(n) for n in box), why))
-            return white
+            return np.full((th, tw, 3), 255, np.uint8)
 
 def paste(out, block, x, y):
     """Copy a block (h,w,3) into `out` with its corner at x, y, which may be negative; what sticks out is left."""
@@ -172,11 +168,13 @@ def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None):
     with readable(path):
         f = open(path, "rb")
         found = directories(f)
-        main = max(found, key=lambda tags: number(tags, "width") * number(tags, "height"), default={})
-        levels = levels_of(f, found) if tiled(main) else []
         foreign = any("hamamatsu" in tags or "<scn" in text(tags, "description") or "<iScan" in text(tags, "xmp")
-                      for tags in found)                                       # Hamamatsu, Leica, Ventana
-        if foreign or levels and halved_chroma(f, levels[0]):
+                      or text(tags, "software").startswith("Philips") for tags in found)  # and Leica, Ventana
+        if foreign:
+            return by_openslide(path, mpp, damaged)
+        found, main, how = shown(path, found)
+        levels = levels_of(f, found, main) if how == "tiles" else []
+        if levels and halved_chroma(f, levels[0]):
             return by_openslide(path, mpp, damaged)
         mpp = mpp or resolution(main)
         scanned = path.suffix.lower() == ".svs" or text(main, "description").startswith("Aperio")
@@ -188,13 +186,13 @@ def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None):
 def by_pillow(path, page, max_pixels):
     """The level of an image that is decoded as a whole, once it is read. raises: UserError for its kind or size."""
     with readable(path):
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(open(path, "rb"), formats=FORMATS)                  # by path, it maps turned pages wrongly
         if page:
             image.seek(page)
     (w, h), length = image.size, path.stat().st_size
     if w * h > min(max_pixels, 2**25 + 1000 * length):                         # no codec here packs a picture tighter
         raise UserError(f"{path} unpacks to {w} x {h} pixels, more than --max_pixels={max_pixels} or than its {length} "
-                        f"bytes can hold: make it a tiled TIFF, or tell data.py to take more if you trust the file")
+                        f"bytes can hold: make it a tiled TIFF of 8-bit RGB, or give data.py more if you trust it")
     if image.mode not in MODES:
         raise UserError(f"{path} has pixels of kind {image.mode!r}, which do not show as 8-bit RGB: convert it first")
 

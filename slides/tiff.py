@@ -1,7 +1,7 @@
 """The tiles of a TIFF, parsed by hand with strict bounds: directories, pyramid levels, resolution, one tile decoded.
 
 A hostile file ends in an exception: nothing is read beyond the file's end, nothing large is allocated on the word of a
-tag, no loop is followed. Pillow decodes the bytes of a tile: JPEG, JPEG-2000, or what libtiff undoes.
+tag, no loop is followed. Pillow undoes the compression of a tile; what its numbers mean is said here, in one table.
 
 in:  an open TIFF, BigTIFF, SVS or GeoTIFF   out: levels; tiles (th,tw,3) uint8
 read next: slides/reader.py
@@ -11,12 +11,12 @@ import re
 import struct
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import unescape
 from math import ceil
 
 import numpy as np
-from PIL import Image, Jpeg2KImagePlugin, JpegImagePlugin, TiffImagePlugin
+from PIL import Image, Jpeg2KImagePlugin, JpegImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from common import UserError
 
@@ -24,21 +24,40 @@ TIFF = {b"II*\0": "<", b"II+\0": "<", b"MM\0*": ">", b"MM\0+": ">"}  # how a fil
 # TIFF's types of values, for numpy; a RATIONAL is two numbers
 KINDS = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 5: "u4", 7: "u1", 12: "f8", 13: "u4", 16: "u8", 18: "u8"}
 SHORT, LONG, RATIONAL, LONG8 = 3, 4, 5, 16
-TAGS = dict(subfile=254, width=256, height=257, bits=258, compression=259, colours=262, description=270, bands=277,
-            x_dots=282, y_dots=283, planar=284, dots_unit=296, predictor=317, tile_width=322, tile_height=323,
-            offsets=324, lengths=325, sub_directories=330, sample_format=339, jpeg_tables=347, xmp=700,
-            geo_scale=33550, geo_keys=34735, gdal=42112, nodata=42113, hamamatsu=65420)
+TAGS = dict(subfile=254, width=256, height=257, bits=258, compression=259, colours=262, fill_order=266,
+            description=270, strip_offsets=273, orientation=274, bands=277, strip_rows=278, strip_lengths=279,
+            x_dots=282, y_dots=283, planar=284, dots_unit=296, software=305, predictor=317, palette=320,
+            tile_width=322, tile_height=323, offsets=324, lengths=325, sub_directories=330, extra_bands=338,
+            sample_format=339, jpeg_tables=347, chroma=530, xmp=700, geo_scale=33550, geo_keys=34735, gdal=42112,
+            nodata=42113, hamamatsu=65420)
 NAMES = {tag: name for name, tag in TAGS.items()}  # what is read; other tags are passed over
-WRITTEN = TAGS | dict(strip_offsets=273, strip_rows=278, strip_lengths=279, extra_bands=338, chroma=530)
-# compressions, and the colours that each may come with: 0, 1 grey; 2 RGB; 6 YCbCr
-JPEG, JP2K, JP2K_YCBCR = 7, (33005, 34712), 33003
-WRAPPED = (1, 5, 8, 32773, 32946, 50000)  # plain, LZW, deflate, packbits, deflate, zstd: left to libtiff
-COLOURS = {JPEG: (1, 2, 6), JP2K_YCBCR: (2, 6)} | dict.fromkeys(JP2K, (1, 2, 6)) | dict.fromkeys(WRAPPED, (0, 1, 2))
+TABLES = "offsets", "lengths", "strip_offsets", "strip_lengths", "gdal"  # may be long, and are read when needed
+# What a pixel is. Compressions: libtiff gives back the bytes of these, the next three are pictures to Pillow
+LOSSLESS = 1, 5, 8, 32773, 32946, 34925, 50000
+JPEG, JP2K_YCBCR, JP2K, WEBP = 7, 33003, (33005, 34712), 50001
+PACKED = {1: "no", 2: "CCITT", 3: "CCITT", 4: "CCITT", 5: "LZW", 6: "old JPEG", 7: "JPEG", 8: "deflate",
+          22610: "JPEG XR", 32773: "PackBits", 32946: "deflate", 33003: "JPEG 2000", 33005: "JPEG 2000", 34661: "JBIG",
+          34676: "LogLuv", 34677: "LogLuv", 34712: "JPEG 2000", 34887: "LERC", 34892: "lossy JPEG", 34925: "LZMA",
+          34933: "PNG", 34934: "JPEG XR", 50000: "zstd", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL"}
+GREY, RGB, PALETTE, CMYK, YCBCR = {0, 1}, {2}, {3}, {5}, {6}                   # colours of a page; 0: white is zero
+COLOURS = dict(zip(range(9), ("grey", "grey", "RGB", "palette", "mask", "CMYK", "YCbCr", "unknown", "CIELab")))
+FORMATS = {1: "", 2: "signed ", 3: "float ", 4: "", 5: "complex ", 6: "complex "}  # of numbers; 4: undefined
+# The first row that fits: compression, colours, bands in a tile (one, if each band has its own tiles), bits; and how it
+# is read: tile by tile (strips are tiles as wide as the image), or by Pillow as a whole page. What fits none is
+# refused. Of more bands the first three are red, green and blue, whatever the file calls them. Alpha and infrared are
+# left out: colours are as they are stored, neither blended nor divided by alpha.
+ROWS = ((LOSSLESS, GREY | RGB, range(1, 1000), (8, 16), "tiles"), (LOSSLESS, PALETTE, (1,), (8,), "tiles"),
+        ((JPEG,), GREY | RGB, (1, 3, 4), (8,), "tiles"), ((JPEG, JP2K_YCBCR), YCBCR, (3,), (8,), "tiles"),
+        ((JP2K_YCBCR,), RGB, (3,), (8,), "tiles"), (JP2K, {1} | RGB | YCBCR, (1, 3, 4), (8,), "tiles"),
+        ((WEBP,), RGB, (3, 4), (8,), "tiles"),
+        (LOSSLESS, GREY | PALETTE, (1,), (1, 2, 4), "page"), ((2, 3, 4, 32771, 32809), GREY, (1,), (1, 4), "page"),
+        (LOSSLESS, CMYK, (4,), (8,), "page"), ((5, 6, 8, 32773, 32946), YCBCR, (3,), (8,), "page"),
+        ((JPEG,), CMYK, (4,), (8,), "page"), ((6,), GREY | RGB, (1, 3), (8,), "page"))
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # what Pillow turns into RGB faithfully
 # OME's units, \xc5 for angstrom; the letter of micro has two codes, and is none where a file is not in UTF-8
 MICROMETRES = dict.fromkeys(("um", "\xb5m", "\u03bcm", "\ufffdm"), 1)
 MICROMETRES |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "\xc5": 1e-4}
-MAX_TILE, MAX_TAG, MAX_DIRECTORIES, MAX_ENTRIES = 2**24, 2**22, 500, 2000  # pixels of a tile; bytes of a value
+MAX_TILE, MAX_TAG, MAX_DIRECTORIES, MAX_ENTRIES = 2**26, 2**22, 500, 2000  # bytes of a tile, of a value
 MAX_VALUES = 2**25  # bytes of all values of a file, its tables of tiles apart: directories may point to the same ones
 NONE = None, 0, 0  # a table of tiles that is missing
 
@@ -67,7 +86,7 @@ def read_directory(f, at, order, count, word, left):
             continue
         many *= 2 if kind == RATIONAL else 1
         name, kind = NAMES[tag], np.dtype(order + KINDS[kind])
-        size, table = many * kind.itemsize, name in ("offsets", "lengths", "gdal")  # GDAL's text may be long
+        size, table = many * kind.itemsize, name in TABLES
         left -= 0 if table else size
         if left < 0 or size > MAX_TAG and not table:
             raise ValueError(f"{many} values of tag {tag}")
@@ -77,24 +96,33 @@ def read_directory(f, at, order, count, word, left):
 
 def directories(f):
     """Parse the image directories of an open TIFF, each of the main chain followed by its sub-directories.
-    out: [{name: array}], with "page", the place in the main chain or None; [] if it is no TIFF. raises: ValueError."""
+    out: [{name: array}], with "order", of bytes; "page", the place in the main chain; "sub", which of its
+    sub-directories it is, or None; [] if it is no TIFF. raises: ValueError."""
     begins, found, seen, left = f.read(4), [], set(), MAX_VALUES
     if begins not in TIFF:
         return []
     order, big = TIFF[begins], b"+" in begins
     count, word = np.dtype(order + ("u8" if big else "u2")), np.dtype(order + ("u8" if big else "u4"))
-    waiting = [(int(numbers(f, word.itemsize, 1, word)[0]), 0)]                # where they begin, and their pages
+    waiting = [(int(numbers(f, word.itemsize, 1, word)[0]), 0, None)]          # where they begin, their pages and subs
     while waiting:
-        at, page = waiting.pop(0)
+        at, page, sub = waiting.pop(0)
         if at in seen or len(seen) + len(waiting) >= MAX_DIRECTORIES:
             raise ValueError("its directories form a loop")
         seen.add(at)
         tags, following, left = read_directory(f, at, order, count, word, left)
-        found.append(tags | {"page": page})
-        waiting += [(int(sub), None) for sub in tags.get("sub_directories", ())]
-        if following and page is not None:
-            waiting.append((following, page + 1))
+        found.append(strips_as_tiles(tags) | {"order": order, "page": page, "sub": sub})
+        if sub is None:
+            waiting += [(int(start), page, k) for k, start in enumerate(tags.get("sub_directories", ()))]
+            waiting += [(following, page + 1, None)] if following else []
     return found
+
+def strips_as_tiles(tags):
+    """Strips are tiles as wide as the image; the last one is cut short."""
+    if "tile_width" in tags or "strip_offsets" not in tags:
+        return tags
+    rows = min(number(tags, "strip_rows", 2**32), number(tags, "height"))
+    tables = {name: tags[f"strip_{name}"] for name in ("offsets", "lengths") if f"strip_{name}" in tags}
+    return tags | tables | {"tile_width": tags.get("width", ()), "tile_height": [rows]}
 
 def number(tags, name, default=0):
     return int(tags[name][0]) if len(tags.get(name, ())) else default
@@ -110,13 +138,49 @@ def amount(said):
 def size_of(tags):
     return number(tags, "width"), number(tags, "height")                       # (w,h)
 
-def tiled(tags):
-    """Whether `decode` knows the tiles of this directory: 8 bits, bands side by side, compression and colours."""
-    how, bands = number(tags, "compression", 1), number(tags, "bands", 1)
-    in_bytes = set(tags.get("bits", np.ones(1)).tolist()) == {8} and number(tags, "sample_format", 1) == 1
-    side_by_side = number(tags, "planar", 1) == 1 and bands in ((1, 3) if how == JPEG else (1, 3, 4))
-    in_tiles = "tile_width" in tags and "tile_height" in tags
-    return in_tiles and in_bytes and side_by_side and number(tags, "colours", -1) in COLOURS.get(how, ())
+def tile_of(tags):
+    return number(tags, "tile_width"), number(tags, "tile_height")             # (w,h)
+
+def layout(tags):
+    """out: bands of an image; bands in each of its tiles; bits of a number; its colours (if unsaid, by the bands)."""
+    bands = number(tags, "bands", 1)
+    colours = number(tags, "colours", 2 if bands >= 3 else 1)
+    return bands, 1 if number(tags, "planar", 1) == 2 else bands, int(max(tags.get("bits", [1]))), colours
+
+def how_read(tags):
+    """How the pixels of a directory are read: "tiles", "page", or "" if they are not."""
+    codec, (bands, held, bits, colours), (tw, th) = number(tags, "compression", 1), layout(tags), tile_of(tags)
+    rows = [row for row in ROWS if codec in row[0] and colours in row[1] and held in row[2] and bits in row[3]]
+    alike = {*tags.get("bits", [1])} == {bits} and FORMATS.get(number(tags, "sample_format", 1)) == ""
+    if not rows or not alike or colours == 2 and bands < 3 or number(tags, "predictor", 1) > 2:
+        return ""
+    turned = number(tags, "orientation", 1) != 1 or number(tags, "fill_order", 1) == 2
+    in_strips, large = "strip_offsets" in tags, tw * th * held * bits // 8 > MAX_TILE
+    if rows[0][-1] == "tiles" and "tile_width" in tags and not turned and not (in_strips and large):
+        return "tiles"
+    by_pillow = rows[0][-1] == "page" or codec in (*LOSSLESS, JPEG) and (bands == 1 or colours not in GREY)
+    return "page" if by_pillow and bits <= 8 and held == bands <= 4 else ""
+
+def unread(tags):
+    """What the pixels of a directory are, in words."""
+    (bands, held, bits, colours), codec = layout(tags), number(tags, "compression", 1)
+    kind = f"{bits}-bit {FORMATS.get(number(tags, 'sample_format', 1), 'unknown ')}{COLOURS.get(colours, 'unknown')}"
+    other = ", apart" * (held < bands) + ", turned" * (number(tags, "orientation", 1) != 1)
+    return (f"holds {kind} pixels of {bands} bands{other}, with {PACKED.get(codec, 'unknown')} compression "
+            f"(TIFF's {codec})")
+
+def shown(path, found):
+    """The picture to show: the largest. out: the directories, the main one, how it is read.
+    raises: UserError if that is not known, or if its channels are no colours."""
+    def largest(found):
+        return max(found, key=lambda tags: number(tags, "width") * number(tags, "height"), default={})
+    found = with_channels(path, found, largest(found))
+    main = largest(found)
+    how = how_read(main) if main else "page"
+    if not how or layout(main)[2] > 8:
+        raise UserError(f"{path} {unread(main)}, which is not read here: convert it to 8-bit RGB (gdal_translate -ot "
+                        f"Byte -co TILED=YES, or vips)")
+    return found, main, how
 
 # ----- 2. Levels -----
 
@@ -128,48 +192,97 @@ class Level:
     region: object = None
     tags: dict | None = None           # its directory
     tile: tuple = (0, 0)               # (w,h)
-    offsets: np.ndarray | None = None  # (n,) uint64, row by row
+    offsets: np.ndarray | None = None  # (n,) uint64, row by row; band after band, if each has its own tiles
     lengths: np.ndarray | None = None
     tile_of: object = None             # (column, row) -> (th,tw,3) uint8, where openslide reads them
 
-def steps(whole, size, ratio=False):
+def steps(whole, size, tile=None, ratio=False):
     """How many pixels of `whole` (w,h) one pixel of `size` (w,h) spans, in x and y: the ratio of the sizes for GDAL.
     Of other programs an integer, where the size is what that leaves, rounded up or down: they drop or repeat an odd
-    last pixel, so the ratio (4443 / 1110 = 4.003) would place every pixel wrong, the last ones by most."""
-    d = max(1, round(whole[0] / size[0]))
-    exact = not ratio and all(n // d <= m <= ceil(n / d) for n, m in zip(whole, size))
-    return (d, d) if exact else (whole[0] / size[0], whole[1] / size[1])
+    last pixel, so the ratio (4443 / 1110 = 4.003) would place every pixel wrong, the last ones by most. The same power
+    of two in x and y, where sizes are whole tiles and within a tile of what that leaves: they were padded or cut."""
+    d = max(1, *(round(n / m) for n, m in zip(whole, size)))
+    if not ratio and all(n // d <= m <= ceil(n / d) for n, m in zip(whole, size)):
+        return d, d
+    if tile and not ratio and not any(m % t for m, t in zip(size, tile)):
+        twos = [2**k for k in range(1, 24) if all(abs(n / 2**k - m) < t for n, m, t in zip(whole, size, tile))]
+        if len(twos) == 1:                                                     # else the size does not tell
+            return twos[0], twos[0]
+    return whole[0] / size[0], whole[1] / size[1]
 
-def levels_of(f, found):
-    """The levels: of the directories with tiles, the largest, and those that show the same in fewer pixels.
-    Labels, macros, masks and thumbnails in strips fall away: they have no tiles, another aspect, or are marked so.
+def is_level(tags, main):
+    """Whether a directory may show the main one in fewer pixels: in tiles, and marked as reduced, its sub-directory, or
+    a page of Aperio's, who marks none. Labels (strips), macros (9), masks (4) and other pictures are not."""
+    kind, in_tiles = number(tags, "subfile"), how_read(tags) == "tiles" and "strip_offsets" not in tags
+    marked = kind & 1 or text(main, "description").startswith("Aperio")
+    its = tags["page"] == main["page"] if tags["sub"] is not None else marked
+    return in_tiles and its and not kind & 12 and number(tags, "bands", 1) == number(main, "bands", 1)
+
+def tables(f, tags, what):
+    """out: offsets and lengths (n,) of all tiles of a directory, band after band where each has its own."""
+    if "channels" in tags:                                                     # each in a directory of its own
+        return [np.concatenate(x) for x in zip(*(tables(f, each, what) for each in tags["channels"]))]
+    (w, h), (tw, th), (bands, held, *_), end = size_of(tags), tile_of(tags), layout(tags), np.uint64(f.seek(0, 2))
+    n, found = ceil(w / tw) * ceil(h / th) * (bands // held), []
+    for kind, count, at in (tags.get("offsets", NONE), tags.get("lengths", NONE)):
+        if count != n:
+            raise ValueError(f"{what} has {n} tiles, its table {count}")
+        found.append(numbers(f, at, n, kind).astype(np.uint64))
+    offsets, lengths = found
+    beyond = ((lengths > 0) & ((offsets > end) | (lengths > end - np.minimum(offsets, end)))).sum()
+    if beyond:
+        raise ValueError(f"{beyond} of {n} tiles of {what} lie beyond its {end} bytes")
+    return found
+
+def levels_of(f, found, main):
+    """The levels: the main directory, and those that show the same in fewer pixels.
     raises: ValueError if tables or tiles do not fit the image."""
-    pages = [tags for tags in found if tiled(tags) and not number(tags, "subfile") & 12]  # 4: a mask; 9: Aperio's macro
-    pages.sort(key=lambda tags: number(tags, "width") * number(tags, "height"), reverse=True)
-    levels, end, left = [], np.uint64(f.seek(0, 2)), f.seek(0, 2)
+    pages = [main, *(tags for tags in found if tags is not main and is_level(tags, main))]
+    pages.sort(key=lambda tags: -number(tags, "width") * number(tags, "height"))
+    levels, left = [], f.seek(0, 2)
     gdal = any(tags.keys() & {"geo_scale", "geo_keys", "gdal", "nodata"} for tags in found)
     for tags in pages:
-        size, tile = size_of(tags), (number(tags, "tile_width"), number(tags, "tile_height"))
-        if min(size + tile) < 1 or tile[0] * tile[1] > MAX_TILE:
+        size, tile, (_, held, bits, _) = size_of(tags), tile_of(tags), layout(tags)
+        if min(size + tile) < 1 or tile[0] * tile[1] * held * bits // 8 > MAX_TILE:
             raise ValueError(f"an image of {size[0]} x {size[1]} pixels in tiles of {tile[0]} x {tile[1]}")
-        step = steps(levels[0].size, size, gdal) if levels else (1, 1)
+        step = steps(levels[0].size, size, tile, gdal) if levels else (1, 1)
         other_aspect = abs(step[0] / step[1] - 1) > 0.01 + 2 / min(size)
-        if levels and (other_aspect or size[0] >= levels[-1].size[0]):
-            continue
-        n, tables = ceil(size[0] / tile[0]) * ceil(size[1] / tile[1]), []
-        for kind, count, at in (tags.get("offsets", NONE), tags.get("lengths", NONE)):
-            if count != n:
-                raise ValueError(f"level {len(levels)} has {n} tiles, its table {count}")
-            left -= n * kind.itemsize
+        if not levels or not other_aspect and size[0] * size[1] < levels[-1].size[0] * levels[-1].size[1]:
+            levels.append(Level(size, step, None, tags, tile, *tables(f, tags, f"level {len(levels)}")))
+            left -= 4 * len(levels[-1].offsets)                                # of an offset and a length, at least
             if left < 0:
                 raise ValueError("its levels have more tiles than its bytes could tell of: tables are shared")
-            tables.append(numbers(f, at, n, kind).astype(np.uint64))
-        offsets, lengths = tables
-        beyond = ((lengths > 0) & ((offsets > end) | (lengths > end - np.minimum(offsets, end)))).sum()
-        if beyond:
-            raise ValueError(f"{beyond} of {n} tiles of level {len(levels)} lie beyond its {end} bytes")
-        levels.append(Level(size, step, None, tags, tile, offsets, lengths))
     return levels
+
+# how OME says red, green and blue
+RED_GREEN_BLUE = (["-16776961", "16711935", "65535"], ["red", "green", "blue"])
+
+def with_channels(path, found, main):
+    """Put the colours together where each is a page of its own, as of an OME-TIFF that does not say RGB.
+    out: the directories. raises: UserError if they are other channels, as of fluorescence, or planes or times."""
+    said = unescape(text(main, "description"))
+    pixels = "".join(re.findall(r"<(?:\w+:)?Pixels\b.*?(?:</(?:\w+:)?Pixels>|$)", said, re.S)[:1])
+    apart = [tags for tags in found if tags["sub"] is None and size_of(tags) == size_of(main)
+             and number(tags, "bands", 1) == 1 and layout(tags)[3] in GREY and not number(tags, "subfile")]
+    n = max([len(apart), *(int(k) for k in re.findall(r"\bSizeC=[\"'](\d+)", pixels)[:1])])
+    n = max([n, *(int(k) for k in re.findall(r"^images=(\d+)", said, re.M) if said.startswith("ImageJ="))])
+    if number(main, "bands", 1) > 1 or n < 2 or re.search(r"\bSizeC=[\"']1[\"']", pixels):
+        return found
+    channels = re.findall(r"<(?:\w+:)?Channel\b([^>]*)", pixels)
+    told = [[x.lower() for each in channels for x in re.findall(rf"\b{key}=[\"'](.*?)[\"']", each)]
+            for key in ("Color", "Name", "Fluor", "EmissionWavelength")]
+    in_order = re.findall(r"FirstC=[\"'](\d+)", pixels) in ([], ["0", "1", "2"])
+    if n != len(apart) or n != 3 or not pixels or not in_order or not all(x in ([], *RED_GREEN_BLUE) for x in told):
+        raise UserError(f"{path} holds {n} grey pictures, channels, planes or times, and does not say that they are "
+                        f"red, green and blue: export it as RGB (raw2ometiff --rgb), or one of them alone")
+    together = []
+    for first in [tags for tags in found if tags["page"] == apart[0]["page"]]:
+        parts = [tags for each in apart for tags in found
+                 if tags["page"] == each["page"] and tags["sub"] == first["sub"]]
+        if len(parts) == 3 and all(size_of(tags) == size_of(first) for tags in parts):
+            more = dict(channels=parts, bands=[3], bits=3 * [layout(first)[2]], colours=[2], planar=[2])
+            together.append(first | more)
+    return together
 
 def resolution(tags):
     """Micrometres per pixel from Aperio's or OME's description, GeoTIFF's scale or the resolution tags; None if unsaid.
@@ -181,6 +294,10 @@ def resolution(tags):
     if "PhysicalSizeX" in ome:
         mpp = amount(ome["PhysicalSizeX"]) * MICROMETRES.get(ome.get("PhysicalSizeXUnit", "um"), 0)
         return mpp if 1e-3 <= mpp <= 1e3 else None                             # half understood is unknown
+    philips = re.findall(r'DICOM_PIXEL_SPACING"[^>]*>[\s"]*([^\s"<]+)', said)
+    if philips:                                                                # of every level, in millimetres
+        mpp = min(amount(x) for x in philips) * 1e3
+        return mpp if 1e-3 <= mpp <= 1e3 else None
     for name in ("MPP", "AppMag"):
         value = amount("".join(re.findall(rf"\b{name} *= *([^|\r\n]*)", said)[:1]))
         if 1e-2 <= value <= 1e3:
@@ -217,10 +334,10 @@ def pack_directory(tags, at, following=0, big=False, order="<"):
     head, word, room = (order + "Q", order + "Q", 8) if big else (order + "H", order + "I", 4)
     entries, longer = struct.pack(head, len(tags)), b""
     after = at + len(entries) + len(tags) * (4 + 2 * room) + room              # values over `room` bytes stand there
-    for name in sorted(tags, key=WRITTEN.get):
+    for name in sorted(tags, key=TAGS.get):
         kind, values = tags[name]
         data = np.array(values, order + KINDS[kind]).tobytes()
-        entries += struct.pack(order + "HH", WRITTEN[name], kind)
+        entries += struct.pack(order + "HH", TAGS[name], kind)
         entries += struct.pack(word, len(values) // (2 if kind == RATIONAL else 1))
         if len(data) > room:
             entries += struct.pack(word, after + len(longer))
@@ -243,35 +360,67 @@ def whole_jpeg(data, tables, rgb):
             at = end
     raise ValueError("no JPEG scan in it")
 
-def wrapped(data, tags, tile):
-    """A TIFF of one strip around a tile's bytes, for Pillow's libtiff to undo compression and predictor."""
-    (w, h), bands = tile, number(tags, "bands", 1)
-    values = dict(width=(LONG, [w]), height=(LONG, [h]), bits=(SHORT, [8] * bands), bands=(SHORT, [bands]),
-                  strip_offsets=(LONG, [0]), strip_rows=(LONG, [h]), strip_lengths=(LONG, [len(data)]))
-    for name, default in (("compression", 1), ("colours", 0), ("predictor", 1)):
-        values[name] = SHORT, [number(tags, name, default)]
-    if bands == 4:
-        values["extra_bands"] = SHORT, [0]
-    values["strip_offsets"] = LONG, [8 + len(pack_directory(values, 8))]       # the tile comes behind the directory
-    return b"II*\0\x08\0\0\0" + pack_directory(values, 8) + data
+def unpacked(data, how, rows, length):
+    """Undo a lossless compression. out: (rows,length) bytes; libtiff takes them for a grey image of one strip."""
+    if how == 1:
+        return np.frombuffer(data, np.uint8, rows * length).reshape(rows, length)
+    tags = dict(width=(LONG, [length]), height=(LONG, [rows]), bits=(SHORT, [8]), compression=(SHORT, [how]),
+                colours=(SHORT, [1]), bands=(SHORT, [1]), strip_offsets=(LONG, [0]), strip_rows=(LONG, [rows]),
+                strip_lengths=(LONG, [len(data)]))
+    tags["strip_offsets"] = LONG, [8 + len(pack_directory(tags, 8))]           # the tile comes behind the directory
+    image = TiffImagePlugin.TiffImageFile(io.BytesIO(b"II*\0\x08\0\0\0" + pack_directory(tags, 8) + data))
+    image.load()
+    return np.asarray(image)
 
-def decode(data, level):
-    """The bytes of a tile -> (th,tw,3) uint8; a fourth band is left out. raises: nearly anything, if it is damaged."""
-    tags, how = level.tags, number(level.tags, "compression", 1)
+def pieces_of(f, level, column, row):
+    """Read a tile. out: its bytes, or those of each band; the level, or one of shorter tiles for the last strip.
+    raises: ValueError if they are too many."""
+    (w, h), (tw, th) = level.size, level.tile
+    columns, rows = ceil(w / tw), ceil(h / th)
+    places, pieces = range(row * columns + column, len(level.offsets), columns * rows), []
+    for k in places[:3] if len(places) > 2 else places[:1]:
+        length = int(level.lengths[k])
+        if length > 8 * layout(level.tags)[0] * tw * th + 2**16:
+            raise ValueError(f"{length} bytes for {tw} x {th} pixels")
+        f.seek(int(level.offsets[k]))
+        pieces.append(f.read(length))
+    return pieces, replace(level, tile=(tw, min(th, h - row * th))) if "strip_offsets" in level.tags else level
+
+def stored(data, tags, width, rows):
+    """The bytes of a tile -> its numbers (rows,width,bands), as they are stored; JPEG's colours as RGB.
+    raises: nearly anything, if it is damaged."""
+    how, (_, held, bits, colours) = number(tags, "compression", 1), layout(tags)
+    if not data:                                                               # other bands are there: GDAL means 0
+        return np.zeros((rows, width, held), np.uint8)
+    if how in LOSSLESS:
+        x = unpacked(data, how, rows, width * held * bits // 8)
+        x = x.view(tags["order"] + f"u{bits // 8}").reshape(rows, width, held)
+        differences = number(tags, "predictor", 1) == 2 and how not in (1, 32773)
+        return np.cumsum(x, 1, f"u{bits // 8}") if differences else x
     if how == JPEG:
         tables = tags["jpeg_tables"].tobytes() if "jpeg_tables" in tags else b""
-        data = whole_jpeg(data, tables, number(tags, "colours") == 2)
-        image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
-    elif how in WRAPPED:
-        image = TiffImagePlugin.TiffImageFile(io.BytesIO(wrapped(data, tags, level.tile)))
+        image = JpegImagePlugin.JpegImageFile(io.BytesIO(whole_jpeg(data, tables, colours != 6)))
     else:
-        image = Jpeg2KImagePlugin.Jpeg2KImageFile(io.BytesIO(data))
-    if image.size != level.tile or image.mode not in MODES:                    # before it is unpacked: a bomb ends here
-        raise ValueError(f"it holds {image.size[0]} x {image.size[1]} pixels {image.mode}, not {level.tile}")
+        image = (WebPImagePlugin.WebPImageFile if how == WEBP else Jpeg2KImagePlugin.Jpeg2KImageFile)(io.BytesIO(data))
+    w, h = image.size                                                          # before it is unpacked: a bomb ends here
+    if w != width or not rows <= h <= tile_of(tags)[1] or image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        raise ValueError(f"it holds {w} x {h} pixels {image.mode}, not ({width}, {rows})")
     image.load()
     if how == JP2K_YCBCR:                                                      # which its codestream does not say
-        image = Image.frombytes("YCbCr", image.size, image.convert("RGB").tobytes())
-    return np.asarray(image.convert("RGB"))
+        image = Image.frombytes("YCbCr", image.size, image.convert("RGB").tobytes()).convert("RGB")
+    x = np.asarray(image).reshape(h, w, -1)[:rows]
+    return 255 - x if image.mode == "CMYK" else x                              # four bands: Pillow takes them for inks
+
+def decode(pieces, level):
+    """The bytes of a tile, or of each of its bands -> (th,tw,3) uint8 or uint16. raises: as `stored`."""
+    tags, colours = level.tags, layout(level.tags)[3]
+    x = np.concatenate([stored(data, tags, *level.tile) for data in pieces], 2)
+    if colours == 3:
+        table = tags["palette"].reshape(3, -1).T                               # (256,3), of 16 bits; some write 8
+        x = (table >> 8 if table.max() > 255 else table).astype(np.uint8)[x[..., 0]]
+    if colours == 0:
+        x = np.iinfo(x.dtype).max - x
+    return np.ascontiguousarray(x[..., :3] if x.shape[2] >= 3 else x[..., :1].repeat(3, 2))
 
 def halved_chroma(f, level):
     """Whether the first JPEG-2000 tile has components of several sizes, which Pillow refuses."""

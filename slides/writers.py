@@ -24,7 +24,8 @@ from slides.tiff import LONG, LONG8, RATIONAL, SHORT, pack_directory
 CLASSIC = 5 * 2**29  # bytes of raw tiles above which a TIFF is a BigTIFF: noise at quality 100 grows 1.6 fold, to 4 GB
 VIEWER = "node_modules/openseadragon/build/openseadragon/openseadragon.min.js"  # where npm puts it
 OURS = {"image.dzi", "image_files", "index.html", "openseadragon.min.js"}
-DZI = ('<Image xmlns="http://schemas.microsoft.com/deepzoom/2008" Format="jpg" Overlap="0" TileSize="%d">'
+DZI = ('<?xml version="1.0" encoding="UTF-8"?>\n'                              # large-image insists on it
+       '<Image xmlns="http://schemas.microsoft.com/deepzoom/2008" Format="jpg" Overlap="0" TileSize="%d">'
        '<Size Width="%d" Height="%d"/></Image>')
 # The size stands here as well, and a canvas draws: on a page from file://, scripts and WebGL may not read other files.
 PAGE = """<!doctype html><html><head><meta charset="utf-8"><title>%s</title></head>

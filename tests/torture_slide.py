@@ -35,14 +35,19 @@ def noise(h, w, seed=0):
 
 def packed(tile, how, **options):
     """The bytes of one tile (h,w,bands), as compression `how` stores them."""
-    image, out = Image.fromarray(tile.squeeze()), io.BytesIO()
+    image, out = Image.fromarray(tile.squeeze()) if how not in (1, 8) else None, io.BytesIO()
     if how == 7:  # the colours as they are, or turned to YCbCr; tables apart; no marker says which
         rgb = image.convert("YCbCr") if options.get("colours", 6) == 6 else image
         rgb = Image.frombytes("RGB", rgb.size, rgb.tobytes()) if image.mode == "RGB" else image
-        rgb.save(out, "JPEG", quality=95, subsampling=0, keep_rgb=True, streamtype=2)
+        if tile.shape[2] == 4:  # Pillow takes four bands for inks, which it turns round
+            rgb, options = Image.frombytes("CMYK", image.size, (255 - tile).tobytes()), {"whole": True}
+        rgb.save(out, "JPEG", quality=95, subsampling=0, keep_rgb=True, streamtype=2 * ("whole" not in options))
     elif how in (33003, 33005):
         ycc = image.convert("YCbCr") if how == 33003 else image
-        Image.frombytes("RGB", image.size, ycc.tobytes()).save(out, "JPEG2000", no_jp2=True, mct=int(how == 33005))
+        rgb = Image.frombytes("RGB", image.size, ycc.tobytes()) if image.mode == "RGB" else image
+        rgb.save(out, "JPEG2000", no_jp2=True, mct=int(how == 33005 and image.mode == "RGB"))
+    elif how == 50001:
+        image.save(out, "WEBP", lossless=True, exact=True)
     elif how == 8:
         if options.get("predictor") == 2:
             tile = np.concatenate([tile[:, :1], np.diff(tile, axis=1)], 1)
@@ -62,16 +67,21 @@ def tables():
     return out.getvalue()
 
 def page(image, tile, how, colours=None, kind=0, **options):
-    """One directory: its tags {name: (type, values)} and its tiles. in: image (h,w,bands); tile (w,h)."""
-    h, w, bands = image.shape
-    colours = colours or (1 if bands == 1 else 6 if how == 7 else 2)
+    """One directory: its tags {name: (type, values)} and its tiles. in: image (h,w,bands) uint8 or uint16; tile (w,h);
+    in options, planar=2 for tiles of one band each, strips for strips of h rows."""
+    (h, w, bands), planar, strips = image.shape, options.get("planar", 1), options.get("strips")
+    colours = (1 if bands == 1 else 6 if how == 7 else 2) if colours is None else colours
+    tile = (w, tile[1]) if strips else tile
     cut = [image[y:y + tile[1], x:x + tile[0]] for y in range(0, h, tile[1]) for x in range(0, w, tile[0])]
-    cut = [np.pad(t, ((0, tile[1] - t.shape[0]), (0, tile[0] - t.shape[1]), (0, 0)), "edge") for t in cut]
-    tags = dict(subfile=(4, [kind]), width=(4, [w]), height=(4, [h]), bits=(3, [8] * bands), compression=(3, [how]),
-                bands=(3, [bands]), colours=(3, [colours]), planar=(3, [1]), tile_width=(4, [tile[0]]),
-                tile_height=(4, [tile[1]]), predictor=(3, [options.get("predictor", 1)]))
-    if bands == 4:
-        tags["extra_bands"] = 3, [0]
+    if not strips:
+        cut = [np.pad(t, ((0, tile[1] - t.shape[0]), (0, tile[0] - t.shape[1]), (0, 0)), "edge") for t in cut]
+    cut = [t[..., c:c + 1] for c in range(bands) for t in cut] if planar == 2 else cut
+    tags = dict(subfile=(4, [kind]), width=(4, [w]), height=(4, [h]), bits=(3, [8 * image.itemsize] * bands),
+                compression=(3, [how]), bands=(3, [bands]), colours=(3, [colours]), planar=(3, [planar]),
+                predictor=(3, [options.get("predictor", 1)]))
+    tags |= {"strip_rows": (4, [tile[1]])} if strips else {"tile_width": (4, [tile[0]]), "tile_height": (4, [tile[1]])}
+    if bands > 3:
+        tags["extra_bands"] = 3, [0] * (bands - 3)
     if how == 7:
         tags["jpeg_tables"] = 1, list(tables())
     return tags, [packed(t, how, colours=colours, **options) for t in cut]
@@ -83,7 +93,9 @@ def write(path, pages, order="<", big=False, sub=()):
     main, pages = len(pages), [(dict(tags), tiles) for tags, tiles in [*pages, *sub]]
     for tags, tiles in pages:
         if tiles:                                              # room for what is known later
-            tags |= {"offsets": (16 if big else 4, [0] * len(tiles)), "lengths": (4, [len(t) for t in tiles])}
+            strip = "strip_" * ("strip_rows" in tags)
+            tags |= {f"{strip}offsets": (16 if big else 4, [0] * len(tiles)),
+                     f"{strip}lengths": (4, [len(t) for t in tiles])}
     if sub:
         pages[0][0]["sub_directories"] = 4, [0] * len(sub)
     starts = [len(out)]
@@ -94,7 +106,7 @@ def write(path, pages, order="<", big=False, sub=()):
     end = starts[-1]
     for k, (tags, tiles) in enumerate(pages):
         for i, tile in enumerate(tiles):
-            tags["offsets"][1][i] = end if tile else 0
+            tags["strip_offsets" if "strip_rows" in tags else "offsets"][1][i] = end if tile else 0
             end += len(tile)
         out += pack_directory(tags, starts[k], 0 if k + 1 >= main else starts[k + 1], big, order)
     Path(path).write_bytes(out + b"".join(tile for _, tiles in pages for tile in tiles))

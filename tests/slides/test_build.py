@@ -179,7 +179,7 @@ def test_a_damaged_tile_costs_the_patches_over_it(tmp_path, capsys):
     write(tmp_path / "a.tif", [(tags, [*tiles[:6], b"nonsense", *tiles[7:]])])  # column 2, row 1: x 96-144, y 32-64
     p = build(tmp_path / "out", tmp_path / "a.tif")
     said, t = capsys.readouterr().out, tensors(tmp_path / "out", "a.tif")
-    assert "a.tif: tile 2, 1 of level 0 cannot be decoded" in said and "left out: 10 damaged" in said
+    assert "a.tif: tile 2, 1 of level 0 cannot be decoded" in said and "left out: 10 unreadable" in said
     bad = {(i, j) for i in (2, 3) for j in (6, 7, 8)}
     assert not bad & places(t) and p.slides[0]["counts"] == [96 - 6, 24 - 2, 6 - 2]
     for (i, j), x in zip(t["ij0"].tolist(), t["x0"]):

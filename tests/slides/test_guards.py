@@ -20,9 +20,9 @@ def peak():
 def chain(path, count, shared, n):
     """A TIFF of `count` directories, 5000, 4999 ... pixels wide, whose tags `shared` point to the same 4 n bytes."""
     tags, _ = page(np.zeros((8, 8, 1), np.uint8), (8, 8), 1)
-    tags["height"] = 4, [3200]
+    tags |= {"height": (4, [3200]), "subfile": (4, [1])}
     at = 8 + 4 * n
-    out = b"II*\0" + struct.pack("<I", at) + b"0" * (4 * n)
+    out = b"II*\0" + struct.pack("<I", at) + bytes(4 * n)
     for k in range(count):
         tags["width"] = 4, [5000 - k]
         size, plain = 6 + 12 * (len(tags) + len(shared)), pack_directory(tags, 0)[2:-4]

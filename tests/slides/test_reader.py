@@ -124,6 +124,8 @@ def test_odd_sizes_keep_their_place(tmp_path):
     image = noise(101, 203)
     write_tiff(tmp_path / "a.tif", [np.kron(image, np.ones((4, 4, 1), np.uint8))], (404, 812), 16, 100, mpp=0.25)
     slide = open_slide(tmp_path / "a.tif")
+    write_tiff(tmp_path / "b.tif", [noise(257, 1)], (257, 1), 16)
+    assert [v.size[1] for v in open_slide(tmp_path / "b.tif").levels] == [257, 129, 65, 33, 17, 9]
     assert slide.mpp == pytest.approx(0.25) and slide.levels[2].size == (203, 101)
     assert np.abs(slide.read(190, 90, 13, 11, 1.0).astype(int) - image[90:, 190:]).mean() < 3
 
@@ -148,27 +150,138 @@ def test_gdal_overviews_lie_at_the_ratio_of_the_sizes(tmp_path, tag):
 # ----- 2. Pages -----
 
 def test_levels_are_told_from_other_pictures(tmp_path):
+    """Levels are marked as reduced (1), or Aperio's tiles, which are not; what only looks like one is another picture.
+    A level that is missed costs time, a macro that is taken for one is shown."""
     wide = np.full((60, 160, 3), 9, np.uint8)
     thumbnail, macro, label = plain(IMAGE[::3, ::3]), plain(IMAGE[::4, ::4], 9), plain(wide[:50, :50])
     strip = {k: v for k, v in thumbnail[0].items() if "tile" not in k}, thumbnail[1]
     mask = page(IMAGE[..., :1], TILE, 1, kind=4)
-    slide = slide_of(tmp_path, plain(IMAGE), strip, plain(IMAGE[::2, ::2]), label, macro, mask, plain(wide),
-                     plain(IMAGE), plain(IMAGE[:45:2, ::2]))
-    assert [v.size for v in slide.levels] == [(120, 90), (60, 45)]
+    aperio = {"description": text("Aperio Image Library")}
+    for said, kind, n in ((aperio, 0, 2), ({}, 1, 2), ({}, 0, 1), ({}, 9, 1)):
+        slide = slide_of(tmp_path, plain(IMAGE, **said), strip, plain(IMAGE[::2, ::2], kind), label, macro, mask,
+                         plain(wide, 1), plain(IMAGE), plain(IMAGE[:45:2, ::2]))
+        assert [v.size for v in slide.levels] == [(120, 90), (60, 45)][:n], (said, kind)
+    grey = page(IMAGE[::2, ::2, :1], TILE, 1, kind=1)                          # a mask that is marked as a level
+    assert len(slide_of(tmp_path, plain(IMAGE), grey).levels) == 1
+    write(tmp_path / "a.tif", [plain(IMAGE), plain(255 - IMAGE[::4, ::4])], sub=[plain(IMAGE[::2, ::2])])
+    assert [v.size for v in open_slide(tmp_path / "a.tif").levels] == [(120, 90), (60, 45)]  # an unmarked sub-directory
     slide = slide_of(tmp_path, plain(IMAGE), sub=[plain(IMAGE[::2, ::2], 1), plain(IMAGE[::4, ::4], 1)])
     assert [v.size for v in slide.levels] == [(120, 90), (60, 45), (30, 23)]   # as OME-TIFF keeps them
     images = [Image.fromarray(x) for x in (IMAGE[:20, :20], IMAGE)]
     images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:])  # in strips, and not the first
     assert np.array_equal(open_slide(tmp_path / "a.tif").read(0, 0, 120, 90), IMAGE)
 
-@pytest.mark.parametrize("how", [8, 5, 1])
-def test_near_infrared_is_left_out_and_grey_is_three_times_grey(tmp_path, how):
-    four = np.concatenate([IMAGE, noise(90, 120)[..., :1]], 2)
-    assert np.array_equal(slide_of(tmp_path, page(four, TILE, how)).read(0, 0, 120, 90), IMAGE)
-    Image.fromarray(four).save(tmp_path / "b.tif")
-    assert np.array_equal(open_slide(tmp_path / "b.tif").read(0, 0, 120, 90), IMAGE)
-    found = slide_of(tmp_path, page(IMAGE[..., :1], TILE, how)).read(0, 0, 120, 90)
-    assert np.array_equal(found, IMAGE[..., :1].repeat(3, 2))
+@pytest.mark.parametrize("strips", [False, True])
+@pytest.mark.parametrize("planar", [1, 2])
+@pytest.mark.parametrize("how", [1, 5, 7, 8, 32773, 33005, 50001])
+def test_bands_and_colours(tmp_path, how, planar, strips):
+    """The first three bands are red, green and blue, whatever the file calls them; one or two are grey. What comes
+    behind (alpha, infrared) is left out, in tiles as in strips, with its bands side by side or apart."""
+    rest = noise(90, 120)
+    for bands, colours in ((1, 1), (1, 0), (2, 1), (3, 1), (3, 2), (4, 1), (4, 2), (5, 2), (6, 1)):
+        held = 1 if planar == 2 else bands
+        if how == 50001 and (held < 3 or colours != 2 or held > 4) or held > 4 and how not in (1, 8):
+            continue
+        if how not in (1, 8) and held == 2 or how == 33005 and (held == 4 or colours == 0):
+            continue
+        image = np.concatenate([IMAGE, rest], 2)[..., :bands]
+        for predictor in (1, 2) if how == 8 else (1,):
+            tags, tiles = page(image, TILE, how, colours, planar=planar, strips=strips, predictor=predictor)
+            tags = {k: v for k, v in tags.items() if k != "jpeg_tables" or held < 4}
+            slide = slide_of(tmp_path, (tags | ({"extra_bands": (3, [1])} if bands == 4 else {}), tiles))
+            want = image[..., :3] if bands > 2 else image[..., :1].repeat(3, 2)
+            off = np.abs(slide.read(0, 0, 120, 90).astype(int) - (255 - want if colours == 0 else want)).max()
+            assert off <= (5 if how == 7 else 0) and slide.levels[0].tags, (bands, colours, predictor, off)
+
+def test_a_palette_and_a_band_that_is_empty(tmp_path):
+    """A palette holds 16 bits, and of some programs 8. Of several bands that have their own tiles, GDAL leaves out what
+    is 0; where all are left out, nothing was scanned."""
+    tags, tiles = page(IMAGE[..., :1], TILE, 8, 3)
+    table = np.random.default_rng(0).integers(0, 256, (3, 256))
+    for values in (table * 257, table):
+        found = slide_of(tmp_path, (tags | {"palette": (3, values.ravel().tolist())}, tiles)).read(0, 0, 120, 90)
+        assert np.array_equal(found, table.T[IMAGE[..., 0]])
+    tags, tiles = page(IMAGE, TILE, 8, planar=2)
+    some = [b"" if k in (0, 8, 9, 16) else x for k, x in enumerate(tiles)]
+    found = slide_of(tmp_path, (tags, some)).read(0, 0, 64, 48)
+    assert (found[:, :32] == 255).all() and np.array_equal(found[:, 32:], IMAGE[:48, 32:64] * np.uint8([1, 0, 1]))
+
+@pytest.mark.parametrize("strips", [False, True])
+@pytest.mark.parametrize("bands", [1, 3])
+def test_turned_pages_are_upright(tmp_path, bands, strips):
+    """As photographs are, whatever they are packed in: tag 274 says where the first row and column belong."""
+    image = IMAGE[..., :bands]
+    turned = {1: image, 2: image[:, ::-1], 3: image[::-1, ::-1], 4: image[::-1], 5: image.swapaxes(0, 1),
+              6: np.rot90(image, -1), 7: np.rot90(image, 2).swapaxes(0, 1), 8: np.rot90(image)}
+    for orientation, want in turned.items():
+        for rows in (48, 90):                                                  # several strips; a single one
+            tags, tiles = page(image, (32, rows + 6), 1, strips=strips)
+            slide = slide_of(tmp_path, (tags | {"orientation": (3, [orientation])}, tiles))
+            assert slide.size == want.shape[1::-1], orientation
+            assert (slide.read(0, 0, *slide.size) == want).all(), (orientation, rows)
+
+NOT_READ = [({"compression": 34887}, "LERC"), ({"compression": 50002}, "JPEG XL"), ({"compression": 52546}, "JPEG XL"),
+            ({"compression": 999}, "unknown compression .TIFF's 999"), ({"sample_format": 2}, "8-bit signed RGB"),
+            ({"sample_format": 3, "bits": 32}, "32-bit float RGB"), ({"bits": 12}, "12-bit RGB"),
+            ({"compression": 7, "bands": 2, "colours": 1}, "8-bit grey pixels of 2 bands, with JPEG"),
+            ({"compression": 7, "planar": 2, "colours": 6}, "YCbCr pixels of 3 bands, apart, with JPEG"),
+            ({"compression": 50001, "planar": 2}, "apart, with WebP"), ({"colours": 8}, "CIELab"),
+            ({"compression": 1, "colours": 6}, "YCbCr pixels of 3 bands, with no compression"),
+            ({"orientation": 6, "planar": 2}, "apart, turned"), ({"predictor": 3}, "8-bit RGB")]
+
+@pytest.mark.parametrize("strips", [False, True])
+@pytest.mark.parametrize("change, says", NOT_READ)
+def test_what_is_not_read_is_called_by_its_name(tmp_path, change, says, strips):
+    """And is not called damaged: copying it again would not help."""
+    tags, tiles = page(IMAGE, TILE, 8, strips=strips)
+    with pytest.raises(UserError, match=f"a.tif holds .*{says}.* is not read here: convert it to 8-bit RGB") as err:
+        slide_of(tmp_path, (tags | {k: (3, [v] * (3 if k == "bits" else 1)) for k, v in change.items()}, tiles))
+    assert "damaged" not in str(err.value)
+
+def channels(size, *said, more=""):
+    """What OME says of an image that keeps its channels apart."""
+    said = "".join("<Channel " + " ".join(f'{k}="{v}"' for k, v in each.items()) + "/>" for each in said)
+    return f'<OME xmlns="a"><Image><Pixels PhysicalSizeX="0.5" SizeC="{size}">{said}{more}</Pixels></Image></OME>'
+
+REDS = [{"Color": -16776961}, {"Color": 16711935}, {"Color": 65535}]           # signed RGBA, as raw2ometiff writes it
+DYES = [{"Name": "DAPI"}, {"Name": "FITC"}, {"Name": "TRITC"}]
+PLACES = "".join(f'<TiffData FirstC="{c}" IFD="{k}"/>' for k, c in enumerate((2, 1, 0)))
+
+@pytest.mark.parametrize("said, n, colours", [
+    (channels(3), 3, True), (channels(3, *REDS), 3, True), (channels(3, *REDS[::-1]), 3, False),
+    (channels(3, *({"Name": n} for n in ("Red", "Green", "Blue"))), 3, True), (channels(3, *DYES), 3, False),
+    (channels(3, more=PLACES), 3, False), (channels(2), 2, False), (channels(7), 7, False), (channels(7), 1, False),
+    (channels(3), 1, False), (channels(1), 3, None), ("ImageJ=1.53t\nimages=3\nchannels=3", 3, False),
+    ("ImageJ=1.53t\nimages=7\nchannels=7", 1, False), ('{"shape": [3, 90, 120]}', 3, False), ("", 2, False)])
+def test_colours_that_are_pages_of_their_own(tmp_path, said, n, colours):
+    """Put together where OME says so; other channels are refused, for the first alone would be shown as grey. None: of
+    planes or times of one channel the first is shown."""
+    image = np.concatenate([IMAGE, noise(90, 120), noise(90, 120)], 2)
+    pages = [page(image[..., k:k + 1], TILE, 8, strips=n == 2) for k in range(n)]
+    pages[0] = pages[0][0] | ({"description": text(said)} if said else {}), pages[0][1]
+    if colours is False:
+        with pytest.raises(UserError, match=r"a.tif holds \d grey pictures.*export it as RGB"):
+            slide_of(tmp_path, *pages)
+    else:
+        slide = slide_of(tmp_path, *pages, page(IMAGE[:20, :20, :1], TILE, 8))
+        want = IMAGE if colours else IMAGE[..., :1].repeat(3, 2)
+        assert np.array_equal(slide.read(0, 0, 120, 90), want) and len(slide.levels) == 1 and slide.mpp == 0.5
+
+def test_levels_padded_to_whole_tiles(tmp_path):
+    """As Philips keeps them: the ratio of the sizes (3056 / 1536) would be 8 pixels off at the right end."""
+    for whole, size, tile, step in (((3056, 3072), (1536, 1536), 16, 2), ((3056, 3072), (768, 768), 16, 4),
+                                    ((50176, 38400), (1024, 1024), 512, 64), ((1000, 1000), (400, 400), 256, 2.5),
+                                    ((100352, 77824), (3584, 2560), 512, 32), ((1000, 800), (512, 512), 256, 2)):
+        found = tiff.steps(whole, size, (tile, tile))
+        assert found == ((step, step) if step else (whole[0] / size[0], whole[1] / size[1])), (whole, size)
+    image = picture(192, 191 * 16)
+    half = np.pad(image[::2, ::2], ((0, 0), (0, 8), (0, 0)), constant_values=255)
+    xml = "".join(f'<Attribute Name="DICOM_PIXEL_SPACING">&quot;{x}&quot; &quot;{x}&quot;</Attribute>'
+                  for x in ("0.000500", "2.5e-4", "0.001"))
+    (tags, tiles), reduced = page(image, (16, 16), 1), page(half, (16, 16), 1, kind=1)
+    slide = slide_of(tmp_path, (tags | {"description": text(xml)}, tiles), reduced)
+    assert slide.mpp == 0.25 and [v.step for v in slide.levels] == [(1, 1), (2, 2)]
+    assert np.array_equal(slide.read(1500, 0, 28, 96, 0.5), image[::2, 3000::2])
 
 KEYS = 3, [1, 1, 0, 3, 1024, 0, 1, 1, 3072, 0, 1, 26914, 3076, 0, 1, 9001]
 
@@ -241,7 +354,7 @@ def test_absurd_tags(tmp_path, change, says):
 
 def test_a_file_that_points_beyond_its_end_or_to_itself(tmp_path):
     path = tmp_path / "a.tif"
-    write(path, [plain(IMAGE), plain(IMAGE[::2, ::2])])
+    write(path, [plain(IMAGE), plain(IMAGE[::2, ::2], 1)])
     whole = path.read_bytes()
     for keep, says in ((len(whole) - 5, "1 of 2 tiles of level 1 lie beyond"), (100, "it points to byte"),
                        (len(whole) // 2, "of 8 tiles of level 0"), (6, "it points to byte"), (3, "cannot identify"),
@@ -310,7 +423,8 @@ def test_what_needs_openslide(tmp_path, monkeypatch, kinds):
     halved[46] = halved[49] = 2                                                # as Aperio's 33003 may be
     files = {"a.ndpi": plain(IMAGE), "b.tif": plain(IMAGE, hamamatsu=(4, [1])),
              "c.tif": plain(IMAGE, description=text("<scn>")), "d.tif": plain(IMAGE, xmp=(1, list(b"<iScan/>"))),
-             "e.svs": (page(IMAGE, TILE, 33003)[0], [bytes(halved)] * 8)}
+             "e.svs": (page(IMAGE, TILE, 33003)[0], [bytes(halved)] * 8),
+             "f.tif": plain(IMAGE, software=text("Philips DP v1.0"))}
     for name, each in files.items():
         write(tmp_path / name, [each])
 

@@ -151,6 +151,7 @@ def test_what_lenient_readers_do_not_notice(tmp_path, monkeypatch, big):
 def test_deepzoom(tmp_path, viewer, h, w, tile):
     image, folder = picture(h, w), tmp_path / "new" / "slide"
     write_deepzoom(folder, cut(image, 20, 3), (h, w), tile, 100, viewer, title="<b> & ü, 50%")
+    assert (folder / "image.dzi").read_text().startswith('<?xml version="1.0" encoding="UTF-8"?>\n<Image ')
     root, space = ET.parse(folder / "image.dzi").getroot(), "{http://schemas.microsoft.com/deepzoom/2008}"
     assert root.tag == space + "Image" and root.attrib == {"Format": "jpg", "Overlap": "0", "TileSize": str(tile)}
     assert root[0].tag == space + "Size" and root[0].attrib == {"Width": str(w), "Height": str(h)}
