@@ -159,8 +159,8 @@ def save_tensors(path, tensors, meta=None, earlier=None):
     with atomic(path, earlier) as tmp:
         save_file(tensors, tmp, {"json": json.dumps(meta or {})})
 
-def open_tensors(path, framework="pt"):
-    """Memory-map a safetensors file. raises: UserError if it is missing, cut short, or something else."""
+def open_tensors(path, framework="np"):
+    """Map a safetensors file; "pt": one that fits into memory. raises: UserError if it is missing or damaged."""
     if not Path(path).is_file():
         raise UserError(f"no file {path}: check the path, or run the command that makes it")
     try:
@@ -175,7 +175,7 @@ def load_meta(path):
 
 def load_tensors(path):
     """in: a safetensors file. out: ({name: tensor}, meta). raises: as open_tensors."""
-    with open_tensors(path) as f:
+    with open_tensors(path, "pt") as f:
         return {k: f.get_tensor(k) for k in f.keys()}, load_meta(path)
 
 def crc32(x, before=0):

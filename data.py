@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from common import UserError, atomic, cli, fingerprint, load_meta, open_tensors, save_tensors
+from common import UserError, atomic, cli, fingerprint, load_meta, save_tensors
 from summarizer import pack_grid, standardize
 
 GRID = 8    # Z S8.1: larger grids are pooled to 8x8
@@ -142,7 +142,7 @@ class Pyramids:
 
     @lru_cache(8192)  # noqa: B019 (a system allows more mappings; none travels to other processes)
     def tensor(self, k, name):
-        """Tensor `name` of slide k, memory-mapped. raises: UserError if it is missing or of another shape."""
+        """Tensor `name` of slide k, mapped: never write to it. raises: UserError if it is missing or mis-shaped."""
         slide, P, E = self.slides[k], self.patch, self.embed_dim
         kind = name.rstrip("0123456789")                             # e, x, z, p or ij
         n = 0 if kind == "e" else slide["counts"][int(name[len(kind):])]
@@ -150,8 +150,8 @@ class Pyramids:
         wanted = {"e": (height // P, width // P, E), "p": (n, GRID, GRID, E), "ij": (n, 2),
                   "x": (n, P, P, 3), "z": (n, 3, P // 4, P // 4)}[kind]
         path = (self.latents if kind == "z" else self.folder) / slide["file"]
-        with open_tensors(path) as f:
-            found = f.get_tensor(name) if name in f.keys() else None
+        from toy.folder import map_tensor  # a file may be larger than memory
+        found = map_tensor(path, name)
         shape = "missing" if found is None else tuple(found.shape)
         if shape != wanted:
             again = "again with train.py" if kind == "z" else "again"

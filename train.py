@@ -6,7 +6,8 @@
 
 A run folder holds ema.safetensors (what everything loads), state.safetensors and state.1.safetensors (to go
 on from), config.json, log.jsonl (`python -m experiments.plot RUN` draws it) and samples/*.png. The result
-depends on settings and seed. Interruptions change nothing, the number of ranks only the rounding.
+depends on settings and seed. Interruptions change nothing (on more than two ranks, the rounding), the number
+of ranks only the rounding.
 
 read next: cdm.py
 """

@@ -32,7 +32,7 @@ def truth(pyramids, batch, size):
         n, side = 2 ** s, size * 2 ** s                     # of the patch, in base tiles and in pixels of the slide
         region = torch.from_numpy(region_map(pyramids, k, (i * n, j * n, n, n)))
         shares.append(torch.bincount(region.flatten().long(), minlength=4) / region.numel())
-        with open_tensors(pyramids.folder / pyramids.slides[k]["file"]) as f:
+        with open_tensors(pyramids.folder / pyramids.slides[k]["file"], "pt") as f:
             x, y, radius = f.get_tensor("nuclei").double().T
         inside = (x // side == j) & (y // side == i)
         areas.append(torch.pi * radius[inside].square().sum() / side ** 2)

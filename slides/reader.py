@@ -14,7 +14,7 @@ from math import ceil
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common import UserError, cli, configure, save_png
 from data import halve
@@ -189,7 +189,8 @@ def by_pillow(path, page, max_pixels):
         image = Image.open(open(path, "rb"), formats=FORMATS)                  # by path, it maps turned pages wrongly
         if page:
             image.seek(page)
-    (w, h), length = image.size, path.stat().st_size
+        turn = image.getexif().get(274, 1) if image.format in ("JPEG", "MPO") else 1  # of a camera; a TIFF turns itself
+    (w, h), length = image.size[::-1] if turn > 4 else image.size, path.stat().st_size
     if w * h > min(max_pixels, 2**25 + 1000 * length):                         # no codec here packs a picture tighter
         raise UserError(f"{path} unpacks to {w} x {h} pixels, more than --max_pixels={max_pixels} or than its {length} "
                         f"bytes can hold: make it a tiled TIFF of 8-bit RGB, or give data.py more if you trust it")
@@ -198,7 +199,9 @@ def by_pillow(path, page, max_pixels):
 
     def region(x, y, w, h):
         with readable(path):
-            image.load()                                                       # does nothing from the second time on
+            image.load()                                                       # does nothing from the second time on,
+            if turn > 1:
+                ImageOps.exif_transpose(image, in_place=True)                  # nor does this
         return np.asarray(image.crop((x, y, x + w, y + h)).convert("RGB"))     # a fourth band is left out, not blended
     return Level((w, h), (1, 1), region)
 

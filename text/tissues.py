@@ -26,7 +26,7 @@ def region_map(pyramids, k, block):
     with open_tensors(path) as f:
         if "region" not in f.keys():
             raise UserError(f"{path} holds no region map: only toy slides (python data.py toy) can be described")
-        region = f.get_tensor("region").numpy()
+        region = f.get_tensor("region")
     row, col, rows, cols = (n * pyramids.patch // 4 for n in block)
     return region[row:row + rows, col:col + cols]
 

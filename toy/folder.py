@@ -5,9 +5,11 @@ with the list of files. A command that was stopped goes on with the files that l
 in:  settings   out: index.json     read next: toy/make.py"""
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common import UserError, open_tensors, write_text
 from data import read_index
@@ -56,6 +58,22 @@ def finish(out, index, slides):
     for s in range(scales, len(counts)):
         side = index["patch"] << s
         print(f"  scale {s} is dropped: no image holds a patch of {side} x {side} pixels")
+
+def map_tensor(path, name):
+    """Tensor `name` of a safetensors file that may be larger than memory, None if there is none. Not to be written to.
+    safetensors (0.8) maps the whole file for PyTorch so that it could be: Linux grants that only up to memory and swap.
+    raises: as open_tensors."""
+    with open_tensors(path) as f:
+        if name not in f.keys():
+            return None
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        place = json.loads(f.read(length))[name]
+    kind = np.dtype(f"<{place['dtype'][0].lower()}{int(place['dtype'][1:]) // 8}")      # F32, I32, F16 or U8
+    x = np.memmap(path, kind, "r", 8 + length + place["data_offsets"][0], tuple(place["shape"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                              # PyTorch knows no read-only tensors
+        return torch.from_numpy(x)
 
 def write_safetensors(path, tensors, streams, meta):
     """Write a safetensors file by hand: pixels are copied from file to file, never held in memory.

@@ -1,5 +1,6 @@
 """data.py: strips to tiles, the format on disk, the index, single patches, the data set, every message."""
 import json
+import os
 import shutil
 from copy import deepcopy
 
@@ -13,6 +14,7 @@ from common import UserError, load_tensors, save_tensors
 from data import PatchDataset, Pyramids, fixed_batch, halve, open_data, tile_rows
 from summarizer import pack_grid, standardize
 from toy.descriptor import Stats
+from toy.folder import finished
 from toy.tissue import toy_slide
 
 SMALL = ["--slides=3", "--test=2", "--size=256", "--patch=16", "--scales=5", "--keep0=20", "--keep1=9", "--workers=1"]
@@ -187,6 +189,27 @@ def test_fixed_batch(folder):
     assert len(fixed_batch(p, "test", 4, 99)["s"]) == 2  # all there are
     with pytest.raises(UserError, match="no 'test' patch at scale 5"):
         fixed_batch(p, "test", 5, 1)
+
+def test_a_file_larger_than_memory(tmp_path):
+    """Of a large slide: made of holes, but for one grey level of its last patch. Catches: a mapping of the whole file
+    that could be written to, which Linux grants only up to memory and swap (safetensors 0.8 for PyTorch)."""
+    n, P = 4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (3 * 1024 ** 2), 1024
+    header, end = {"__metadata__": {"json": "{}"}}, 0
+    for name, kind, shape in ("ij0", "I32", (n, 2)), ("e", "F16", (1, n, 1)), ("x0", "U8", (n, P, P, 3)):
+        begin, end = end, end + int(kind[1:]) // 8 * int(np.prod(shape))
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    with open(tmp_path / "a.safetensors", "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + end)
+        f.seek(-1, 2)
+        f.write(b"\xff")
+    slide = {"name": "a", "file": "a.safetensors", "split": "train", "size": [P, n * P], "counts": [n]}
+    index = {"format": 1, "patch": P, "scales": 1, "embed_dim": 1, "encoder": "a", "std": [1.0], "source": {}}
+    (tmp_path / "index.json").write_text(json.dumps(index | {"slides": [slide]}))
+    x = Pyramids(tmp_path).read(0, 0, n - 1, ("x",))["x"]
+    assert x.shape == (3, P, P) and x[2, -1, -1] == 1 and x.sum() == 2 - x.numel()
+    assert finished(tmp_path / "a.safetensors", 1) == ([n], {})
 
 # ----- 3. Messages and restarts -----
 

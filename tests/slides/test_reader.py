@@ -491,6 +491,20 @@ def test_by_openslide(name, size, levels, mpp):
             off = np.abs(slide.read(x, y, 256, 256).astype(int) - want).max()
             assert off <= 1, f"{name} at {x}, {y}: off by {off}"
 
+@pytest.mark.parametrize("ending", ["jpg", "mpo", "tif"])
+@pytest.mark.parametrize("orientation, upright", [(1, lambda x: x), (3, lambda x: x[::-1, ::-1]),
+                                                  (6, lambda x: np.rot90(x, -1)), (8, np.rot90)])
+def test_a_photograph_stands_upright(tmp_path, ending, orientation, upright):
+    """As the camera says. Catches: a portrait read as it lies on the sensor, a side taken for the other, a turn too
+    many, as Pillow turns TIFF but not JPEG."""
+    exif, path = Image.Exif(), tmp_path / f"a.{ending}"
+    exif[0x0112] = orientation
+    Image.fromarray(noise(40, 24)).save(path, exif=exif)
+    want = upright(np.asarray(Image.open(path))) if ending != "tif" else upright(noise(40, 24))
+    slide = open_slide(path)
+    assert slide.size == want.shape[1::-1] and np.array_equal(slide.read(0, 0, *slide.size), want)
+    assert np.array_equal(slide.read(3, 5, 9, 7), want[5:12, 3:12])
+
 def test_naip_by_pillow():
     if not (path := DATA / "naip_m4709963_20200831_rgbn.tif").exists():
         pytest.skip(f"{path} is not here")
