@@ -121,7 +121,7 @@ class Slide:
         (tw, th), (sx, sy) = level.tile, level.step
         try:
             data, cut = pieces_of(self.file, level, column, row)
-            return decode(data, cut) if any(data) else np.full((th, tw, 3), 255, np.uint8)
+            return decode(data, cut)[..., :3] if any(data) else np.full((th, tw, 3), 255, np.uint8)
         except Exception as err:  # Pillow's decoders raise nearly anything on damaged bytes
             n = self.levels.index(level)
             why = f"tile {column}, {row} of level {n} cannot be decoded ({type(err).__name__}: {err})"

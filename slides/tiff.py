@@ -42,17 +42,18 @@ PACKED = {1: "no", 2: "CCITT", 3: "CCITT", 4: "CCITT", 5: "LZW", 6: "old JPEG", 
 GREY, RGB, PALETTE, CMYK, YCBCR = {0, 1}, {2}, {3}, {5}, {6}                   # colours of a page; 0: white is zero
 COLOURS = dict(zip(range(9), ("grey", "grey", "RGB", "palette", "mask", "CMYK", "YCbCr", "unknown", "CIELab")))
 FORMATS = {1: "", 2: "signed ", 3: "float ", 4: "", 5: "complex ", 6: "complex "}  # of numbers; 4: undefined
+ANY = range(1, 1000)
 # The first row that fits: compression, colours, bands in a tile (one, if each band has its own tiles), bits; and how it
 # is read: tile by tile (strips are tiles as wide as the image), or by Pillow as a whole page. What fits none is
 # refused. Of more bands the first three are red, green and blue, whatever the file calls them. Alpha and infrared are
 # left out: colours are as they are stored, neither blended nor divided by alpha.
-ROWS = ((LOSSLESS, GREY | RGB, range(1, 1000), (8, 16), "tiles"), (LOSSLESS, PALETTE, (1,), (8,), "tiles"),
+ROWS = ((LOSSLESS, GREY | RGB, ANY, (8, 16), "tiles"), (LOSSLESS, PALETTE | CMYK, ANY, (8,), "tiles"),
         ((JPEG,), GREY | RGB, (1, 3, 4), (8,), "tiles"), ((JPEG, JP2K_YCBCR), YCBCR, (3,), (8,), "tiles"),
         ((JP2K_YCBCR,), RGB, (3,), (8,), "tiles"), (JP2K, {1} | RGB | YCBCR, (1, 3, 4), (8,), "tiles"),
         ((WEBP,), RGB, (3, 4), (8,), "tiles"),
         (LOSSLESS, GREY | PALETTE, (1,), (1, 2, 4), "page"), ((2, 3, 4, 32771, 32809), GREY, (1,), (1, 4), "page"),
-        (LOSSLESS, CMYK, (4,), (8,), "page"), ((5, 6, 8, 32773, 32946), YCBCR, (3,), (8,), "page"),
-        ((JPEG,), CMYK, (4,), (8,), "page"), ((6,), GREY | RGB, (1, 3), (8,), "page"))
+        ((5, 8, 32773, 32946), YCBCR, (3,), (8,), "page"), ((JPEG,), CMYK, (4,), (8,), "page"),
+        ((6,), GREY | RGB | YCBCR, (1, 3), (8,), "page"))
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # what Pillow turns into RGB faithfully
 # OME's units, \xc5 for angstrom; the letter of micro has two codes, and is none where a file is not in UTF-8
 MICROMETRES = dict.fromkeys(("um", "\xb5m", "\u03bcm", "\ufffdm"), 1)
@@ -144,7 +145,7 @@ def tile_of(tags):
 def layout(tags):
     """out: bands of an image; bands in each of its tiles; bits of a number; its colours (if unsaid, by the bands)."""
     bands = number(tags, "bands", 1)
-    colours = number(tags, "colours", 2 if bands >= 3 else 1)
+    colours = number(tags, "colours", {1: 1, 3: 2}.get(bands, -1))
     return bands, 1 if number(tags, "planar", 1) == 2 else bands, int(max(tags.get("bits", [1]))), colours
 
 def how_read(tags):
@@ -152,7 +153,7 @@ def how_read(tags):
     codec, (bands, held, bits, colours), (tw, th) = number(tags, "compression", 1), layout(tags), tile_of(tags)
     rows = [row for row in ROWS if codec in row[0] and colours in row[1] and held in row[2] and bits in row[3]]
     alike = {*tags.get("bits", [1])} == {bits} and FORMATS.get(number(tags, "sample_format", 1)) == ""
-    if not rows or not alike or colours == 2 and bands < 3 or number(tags, "predictor", 1) > 2:
+    if not rows or not alike or bands < {2: 3, 5: 4}.get(colours, 1) or number(tags, "predictor", 1) > 2:
         return ""
     turned = number(tags, "orientation", 1) != 1 or number(tags, "fill_order", 1) == 2
     in_strips, large = "strip_offsets" in tags, tw * th * held * bits // 8 > MAX_TILE
@@ -263,7 +264,7 @@ def with_channels(path, found, main):
     said = unescape(text(main, "description"))
     pixels = "".join(re.findall(r"<(?:\w+:)?Pixels\b.*?(?:</(?:\w+:)?Pixels>|$)", said, re.S)[:1])
     apart = [tags for tags in found if tags["sub"] is None and size_of(tags) == size_of(main)
-             and number(tags, "bands", 1) == 1 and layout(tags)[3] in GREY and not number(tags, "subfile")]
+             and layout(tags)[0] == 1 < layout(tags)[2] and layout(tags)[3] in GREY and not number(tags, "subfile")]
     n = max([len(apart), *(int(k) for k in re.findall(r"\bSizeC=[\"'](\d+)", pixels)[:1])])
     n = max([n, *(int(k) for k in re.findall(r"^images=(\d+)", said, re.M) if said.startswith("ImageJ="))])
     if number(main, "bands", 1) > 1 or n < 2 or re.search(r"\bSizeC=[\"']1[\"']", pixels):
@@ -378,7 +379,7 @@ def pieces_of(f, level, column, row):
     (w, h), (tw, th) = level.size, level.tile
     columns, rows = ceil(w / tw), ceil(h / th)
     places, pieces = range(row * columns + column, len(level.offsets), columns * rows), []
-    for k in places[:3] if len(places) > 2 else places[:1]:
+    for k in places[:4]:                                                       # colours and alpha, or inks
         length = int(level.lengths[k])
         if length > 8 * layout(level.tags)[0] * tw * th + 2**16:
             raise ValueError(f"{length} bytes for {tw} x {th} pixels")
@@ -412,15 +413,19 @@ def stored(data, tags, width, rows):
     return 255 - x if image.mode == "CMYK" else x                              # four bands: Pillow takes them for inks
 
 def decode(pieces, level):
-    """The bytes of a tile, or of each of its bands -> (th,tw,3) uint8 or uint16. raises: as `stored`."""
+    """The bytes of a tile, or of each of its bands -> (th,tw,3) uint8 or uint16, or (th,tw,4) if there is a fourth band
+    or alpha. raises: as `stored`."""
     tags, colours = level.tags, layout(level.tags)[3]
-    x = np.concatenate([stored(data, tags, *level.tile) for data in pieces], 2)
+    x = np.concatenate([stored(data, tags, *level.tile) for data in pieces], 2)[..., :4]
     if colours == 3:
         table = tags["palette"].reshape(3, -1).T                               # (256,3), of 16 bits; some write 8
-        x = (table >> 8 if table.max() > 255 else table).astype(np.uint8)[x[..., 0]]
-    if colours == 0:
-        x = np.iinfo(x.dtype).max - x
-    return np.ascontiguousarray(x[..., :3] if x.shape[2] >= 3 else x[..., :1].repeat(3, 2))
+        return (table >> 8 if table.max() > 255 else table).astype(np.uint8)[x[..., 0]]
+    if colours == 5:
+        return np.asarray(Image.frombytes("CMYK", level.tile, x.tobytes()).convert("RGB"))
+    n = 3 if x.shape[2] >= 3 else 1
+    shown, alpha = x[..., :n], x[..., n:]
+    shown = shown if colours else np.iinfo(x.dtype).max - shown                # 0: white is zero
+    return np.concatenate([shown] * (3 // n) + [alpha], 2)
 
 def halved_chroma(f, level):
     """Whether the first JPEG-2000 tile has components of several sizes, which Pillow refuses."""

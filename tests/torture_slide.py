@@ -119,7 +119,8 @@ def specimens(folder):
     image, made = picture(90, 120), []
     small = image[::2, ::2]
     for name, how, options in (("jpeg", 7, {}), ("rgb", 7, {"colours": 2}), ("j2k", 33005, {}), ("ycc", 33003, {}),
-                               ("deflate", 8, {"predictor": 2}), ("lzw", 5, {}), ("plain", 1, {}), ("pack", 32773, {})):
+                               ("deflate", 8, {"predictor": 2}), ("lzw", 5, {}), ("plain", 1, {}), ("pack", 32773, {}),
+                               ("apart", 8, {"planar": 2}), ("webp", 50001, {}), ("rgbless", 8, {"colours": 1})):
         pages = [page(image, (32, 48), how, **options), page(small, (32, 48), how, kind=1, **options)]
         pages[0][0]["description"] = text("Aperio Image Library|AppMag = 20|MPP = 0.5")
         made.append(folder / f"{name}.svs")

@@ -193,14 +193,19 @@ def test_bands_and_colours(tmp_path, how, planar, strips):
             off = np.abs(slide.read(0, 0, 120, 90).astype(int) - (255 - want if colours == 0 else want)).max()
             assert off <= (5 if how == 7 else 0) and slide.levels[0].tags, (bands, colours, predictor, off)
 
-def test_a_palette_and_a_band_that_is_empty(tmp_path):
+@pytest.mark.parametrize("planar", [1, 2])
+def test_palettes_inks_and_a_band_that_is_empty(tmp_path, planar):
     """A palette holds 16 bits, and of some programs 8. Of several bands that have their own tiles, GDAL leaves out what
     is 0; where all are left out, nothing was scanned."""
-    tags, tiles = page(IMAGE[..., :1], TILE, 8, 3)
-    table = np.random.default_rng(0).integers(0, 256, (3, 256))
-    for values in (table * 257, table):
+    table, five = np.random.default_rng(0).integers(0, 256, (3, 256)), np.concatenate([IMAGE, noise(90, 120)], 2)
+    for values, bands in ((table * 257, 1), (table, 1), (table, 2)):
+        tags, tiles = page(five[..., :bands], TILE, 8, 3, planar=planar)
         found = slide_of(tmp_path, (tags | {"palette": (3, values.ravel().tolist())}, tiles)).read(0, 0, 120, 90)
         assert np.array_equal(found, table.T[IMAGE[..., 0]])
+    want = np.asarray(Image.fromarray(five[..., :4], "CMYK").convert("RGB"))
+    for bands in (4, 5):
+        slide = slide_of(tmp_path, page(five[..., :bands], TILE, 8, 5, planar=planar))
+        assert np.array_equal(slide.read(0, 0, 120, 90), want)
     tags, tiles = page(IMAGE, TILE, 8, planar=2)
     some = [b"" if k in (0, 8, 9, 16) else x for k, x in enumerate(tiles)]
     found = slide_of(tmp_path, (tags, some)).read(0, 0, 64, 48)
@@ -227,15 +232,19 @@ NOT_READ = [({"compression": 34887}, "LERC"), ({"compression": 50002}, "JPEG XL"
             ({"compression": 7, "planar": 2, "colours": 6}, "YCbCr pixels of 3 bands, apart, with JPEG"),
             ({"compression": 50001, "planar": 2}, "apart, with WebP"), ({"colours": 8}, "CIELab"),
             ({"compression": 1, "colours": 6}, "YCbCr pixels of 3 bands, with no compression"),
-            ({"orientation": 6, "planar": 2}, "apart, turned"), ({"predictor": 3}, "8-bit RGB")]
+            ({"orientation": 6, "planar": 2}, "apart, turned"),
+            ({"bands": 4, "colours": None, "bits": 8}, "8-bit unknown pixels of 4 bands"),
+            ({"predictor": 3}, "8-bit RGB")]
 
 @pytest.mark.parametrize("strips", [False, True])
 @pytest.mark.parametrize("change, says", NOT_READ)
 def test_what_is_not_read_is_called_by_its_name(tmp_path, change, says, strips):
     """And is not called damaged: copying it again would not help."""
     tags, tiles = page(IMAGE, TILE, 8, strips=strips)
+    tags |= {k: (3, [v] * (3 if k == "bits" else 1)) for k, v in change.items()}
+    tags = {k: v for k, v in tags.items() if v[1] != [None]}                   # left unsaid
     with pytest.raises(UserError, match=f"a.tif holds .*{says}.* is not read here: convert it to 8-bit RGB") as err:
-        slide_of(tmp_path, (tags | {k: (3, [v] * (3 if k == "bits" else 1)) for k, v in change.items()}, tiles))
+        slide_of(tmp_path, (tags, tiles))
     assert "damaged" not in str(err.value)
 
 def channels(size, *said, more=""):
@@ -252,7 +261,8 @@ PLACES = "".join(f'<TiffData FirstC="{c}" IFD="{k}"/>' for k, c in enumerate((2,
     (channels(3, *({"Name": n} for n in ("Red", "Green", "Blue"))), 3, True), (channels(3, *DYES), 3, False),
     (channels(3, more=PLACES), 3, False), (channels(2), 2, False), (channels(7), 7, False), (channels(7), 1, False),
     (channels(3), 1, False), (channels(1), 3, None), ("ImageJ=1.53t\nimages=3\nchannels=3", 3, False),
-    ("ImageJ=1.53t\nimages=7\nchannels=7", 1, False), ('{"shape": [3, 90, 120]}', 3, False), ("", 2, False)])
+    ("ImageJ=1.53t\nimages=7\nchannels=7", 1, False),
+    (channels(3, *3 * [{"Color": -1}]), 3, False), ('{"shape": [3, 90, 120]}', 3, False), ("", 2, False)])
 def test_colours_that_are_pages_of_their_own(tmp_path, said, n, colours):
     """Put together where OME says so; other channels are refused, for the first alone would be shown as grey. None: of
     planes or times of one channel the first is shown."""
