@@ -18,14 +18,16 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, at_least, configure, load_meta, load_tensors, save_tensors, write_text
-from experiments.folds import Labels, few, make_splits, read_splits
+from experiments.folds import Labels, make_splits, read_splits
 from mil import HEADS, cross_validate
-from slides.bags import files_of, open_bags, views
+from slides.bags import open_bags, unusable, views
+from slides.names import few, files_of, match, name_of
 
 @dataclass
 class Config:
     features: str = ""         # folder of features, or several with commas between
     labels: str = ""           # CSV with slide_id, label and, if patients have several slides, case_id
+    partial: bool = False      # leave out slides without label, without features, or whose features are unusable
     splits: str = ""           # CLAM's splits, a CSV or a folder of them; "" = folds made here
     out: str = ""              # folder for scores and trained heads, which are not trained again; default FEATURES_cv
     heads: str = "abmil,dsmil,clam"  # of HEADS
@@ -48,7 +50,8 @@ class Config:
     image: str = ""            # or the slide itself: any file that slides.reader reads
 
 # settings that change no single job
-FREE = ("features", "out", "heads", "views", "seeds", "fraction", "bootstrap", "workers", "slide", "data", "image")
+FREE = ("features", "out", "heads", "views", "seeds", "fraction", "bootstrap", "workers", "partial", "slide", "data",
+        "image")
 
 # ----- 1. One cross-validation: a head on one view of one folder -----
 
@@ -61,22 +64,24 @@ class Job:
     head: str
     fraction: float = 1.0
     repeat: int = 0
+    names: tuple = ()          # of the slides in the folder that are used
 
     def name(self):
         return f"{Path(self.folder).name} {self.view}".strip()
 
     def labels(self):
-        return Labels(self.cfg.labels, [f.stem for f in files_of(self.folder)])
+        return Labels(self.cfg.labels, self.names, self.cfg.partial)
 
     def splits(self, labels):
         cfg = self.cfg
         if cfg.splits:
-            return read_splits(cfg.splits, labels)
+            return read_splits(cfg.splits, labels, cfg.partial)
         return make_splits(labels, cfg.folds, self.fraction, cfg.val, cfg.seed + 10 * self.repeat)
 
     def meta(self, labels, splits):
         """What the scores depend on, as plain types."""
-        files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files_of(self.folder)]
+        files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files_of(self.folder)
+                 if name_of(f) in labels.names]
         mark = crc32(repr([files, labels.y.tolist(), labels.patients, splits]).encode())
         same = {key: value for key, value in asdict(self.cfg).items() if key not in FREE}
         return {"settings": same, "folder": str(self.folder), "view": self.view, "head": self.head,
@@ -97,7 +102,7 @@ def run_job(job):
     if path.exists() and load_meta(path) == json.loads(json.dumps(meta)):
         return path
     torch.set_num_threads(1)
-    bags = open_bags(job.folder, job.view)
+    bags = open_bags(job.folder, job.view, names=tuple(labels.names))
     scores, fold, heads = cross_validate(HEADS[job.head], [bags], bags, labels, splits, job.cfg, job.repeat)
     tensors = {"scores": scores, "fold": fold, "y": labels.y}
     for k, (head, scaler) in enumerate(heads if job.repeat == 0 else ()):
@@ -143,7 +148,7 @@ def interval(draws):
 # ----- 3. Tables -----
 
 def folders_of(cfg):
-    """The folders of features. raises: UserError for settings that do not do, or folders of different slides."""
+    """The folders of features. raises: UserError for settings that do not do."""
     folders = [f.strip() for f in cfg.features.split(",") if f.strip()]
     if not folders or not cfg.labels:
         raise UserError("say what to learn from: python mil.py cv --features=DIR --labels=FILE")
@@ -154,12 +159,30 @@ def folders_of(cfg):
         raise UserError(f"--val={cfg.val} --fraction={cfg.fraction}: these are shares, from 0 to 1")
     if cfg.splits and cfg.fraction != (1.0,):
         raise UserError("--fraction goes with folds made here, not with --splits: cut the train column of the CSV")
-    slides = [{f.stem for f in files_of(folder)} for folder in folders]
-    for folder, there in zip(folders, slides):
-        odd = sorted(there ^ slides[0])
-        if odd:
-            raise UserError(f"{folder} and {folders[0]} hold different slides ({few(odd)}): extract the same ones")
     return folders
+
+def slides_of(cfg, folders):
+    """The slides that are used. out: {folder: names in it}, in all folders the same ones, whatever they are called.
+    raises: UserError if folders hold different ones, unless cfg.partial: then these and the unusable are left out."""
+    files = {folder: {name_of(file): file for file in files_of(folder)} for folder in folders}
+    first, pairs, left = folders[0], {}, []
+    for folder, mine in files.items():
+        bad = unusable(mine) if cfg.partial else {}
+        left += bad.values()
+        pairs[folder] = match([name for name in mine if name not in bad], files[first], folder)
+        odd = (set(mine) - set(pairs[folder])) | (set(files[first]) - set(pairs[folder].values()))
+        if odd and not cfg.partial:
+            raise UserError(f"{folder} and {first} hold different slides ({few(sorted(odd))}): extract the same ones, "
+                            f"or use those that both have: --partial=True")
+        left += [f"{name} is not in {folder} and {first}" for name in sorted(odd - set(bad))]
+    common = set.intersection(*(set(found.values()) for found in pairs.values()))
+    if left:
+        print(f"{len(left)} left out: {few(left, '; ')}")
+    if not common:
+        raise UserError(f"{' and '.join(folders)} have no usable slide in common")
+    back = {folder: {k: name for name, k in found.items()} for folder, found in pairs.items()}
+    kept = [k for k in files[first] if k in common]                        # one order, by which patients are counted
+    return {folder: tuple(map(mine.get, kept)) for folder, mine in back.items()}
 
 def heads_of(cfg):
     return [h.strip() for h in cfg.heads.split(",")]
@@ -167,13 +190,14 @@ def heads_of(cfg):
 def jobs_of(cfg):
     """Every cross-validation that cfg asks for, checked before anything is trained. out: list of Job."""
     wanted, jobs = cfg.views.split(","), []
-    pairs = [(folder, view) for folder in folders_of(cfg) for view in views(folder)]
+    names = slides_of(cfg, folders_of(cfg))
+    pairs = [(folder, view) for folder in names for view in views(folder, names[folder][0])]
     chosen = [(f, v) for f, v in pairs if cfg.views == "all" or v in wanted or not v]
     if not chosen:
         raise UserError(f"--views={cfg.views}: the features have {', '.join(v for _, v in pairs)}")
     for pair in chosen:
         for fraction, repeat in product(cfg.fraction, range(cfg.seeds)):
-            jobs += [Job(cfg, *pair, head, fraction, repeat) for head in heads_of(cfg)]
+            jobs += [Job(cfg, *pair, head, fraction, repeat, names[pair[0]]) for head in heads_of(cfg)]
             if pair == chosen[0]:
                 jobs[-1].splits(jobs[-1].labels())
     return jobs
@@ -213,7 +237,7 @@ def tables(cfg, pairs=None):
     labels, out = jobs[0].labels(), out_of(cfg)
     classes = ", ".join(f"{c} ({n})" for c, n in zip(labels.classes, labels.y.bincount().tolist()))
     print(f"{len(labels.names)} slides of {len(set(labels.patients))} patients, classes {classes}; {len(jobs)} "
-          f"cross-validations -> {out}")
+          f"cross-validations -> {out}" + (f"; left out: {labels.left}" if labels.left else ""))
     if cfg.workers == 1:
         files = [run_job(job) for job in tqdm(jobs)]
     else:

@@ -156,7 +156,7 @@ def extract(cfg):
     lost = 0
     for k in tqdm(range(ranks.rank, len(pyramids.slides), ranks.world), disable=ranks.rank > 0):
         slide = pyramids.slides[k]
-        path, file = out / f"{slide['name']}.safetensors", (pyramids.folder / slide["file"]).stat()
+        path, file = out / slide["file"], (pyramids.folder / slide["file"]).stat()
         meta = {"settings": settings, "source": [file.st_size, file.st_mtime_ns], "patch": pyramids.patch,
                 "size": slide["size"], "scales": cfg.scales}
         if finished(path, 0, json.loads(json.dumps(meta))) is not None:

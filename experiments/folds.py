@@ -3,7 +3,6 @@
 in:  CSV files with columns case_id, slide_id, label, and, for splits, train, val, test, as CLAM writes them
 out: labels; folds (train, val, test) of slide numbers     read next: experiments/crossval.py
 """
-import csv
 import re
 from pathlib import Path
 
@@ -11,46 +10,37 @@ import numpy as np
 import torch
 
 from common import UserError
+from slides.names import NOTHING, few, match, read_table
 
 # ----- 1. Labels -----
 
-def read_csv(path, needed):
-    """The rows of a CSV file as dicts. raises: UserError if it is missing or lacks a column."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = list(csv.DictReader(f))
-    except (OSError, UnicodeDecodeError, csv.Error) as err:
-        raise UserError(f"{path} cannot be read as CSV ({err}): give a file with columns {', '.join(needed)}") from err
-    lacking = [c for c in needed if not rows or c not in rows[0]]
-    if lacking:
-        raise UserError(f"{path} has no column {', '.join(lacking)}, or no row: give a CSV with {', '.join(needed)}")
-    return rows
-
-def few(names):
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
 class Labels:
-    """The labels of slides. Attributes: names; y (n,) class numbers; classes, their names; patients, one per slide.
-    in: a CSV with slide_id, label, and case_id (default: each slide a patient); names, the slides that have features.
-    raises: UserError naming what is missing."""
+    """The labels of slides. Attributes: names; y (n,) class numbers; classes, their names; patients, one per slide;
+    left, what is left out.
+    in: a CSV with slide_id, label, and case_id (default: each slide a patient); names, the slides that have features;
+    partial: leave out what has no label, or no features. raises: UserError naming what is missing."""
 
-    def __init__(self, path, names):
+    def __init__(self, path, names, partial=False):
         rows = {}
-        for row in read_csv(path, ("slide_id", "label")):
-            slide, label = row["slide_id"].strip(), row["label"].strip()
-            entry = label, (row.get("case_id") or slide).strip()
-            if not label or rows.setdefault(slide, entry) != entry:
-                raise UserError(f"{path}: slide {slide} has {'two different rows' if label else 'no label'}: give one")
-        bare, extra = sorted(set(names) - set(rows)), sorted(set(rows) - set(names))
-        for what, which in (("features but no label", bare), ("a label but no features", extra)):
-            if which:
-                raise UserError(f"{len(which)} slides have {what} in {path}: {few(which)}; complete or remove them")
-        self.names = list(names)
-        self.classes = sorted({rows[n][0] for n in names}, key=lambda v: (len(v), v))      # 2 before 10
+        for row in read_table(path, ("slide_id", "label")):
+            slide, label, patient = row["slide_id"], row["label"], row.get("case_id", "")
+            label, patient = ("" if v.lower() in NOTHING else v for v in (label, patient))
+            if rows.setdefault(slide, (label, patient or slide)) != (label, patient or slide):
+                raise UserError(f"{path}: slide {slide} has two different rows: give one")
+        means = match(names, rows, path)
+        absent = {"features but no label": [n for n in names if n not in means or not rows[means[n]][0]],
+                  "a label but no features": sorted(set(rows) - set(means.values()))}
+        said = "; ".join(f"{len(v)} slides have {what}: {few(v)}" for what, v in absent.items() if v)
+        if said and not partial:
+            raise UserError(f"{path}: {said}; complete or remove them, or leave them out: --partial=True")
+        means = {n: row for n, row in means.items() if rows[row][0]}
+        self.names = list(means)
+        found = [rows[means[n]] for n in self.names]
+        self.classes = sorted({label for label, _ in found}, key=lambda v: (len(v), v))    # 2 before 10
         if len(self.classes) < 2:
             raise UserError(f"{path} gives the slides {len(self.classes)} class(es): at least two are needed")
-        self.y = torch.tensor([self.classes.index(rows[n][0]) for n in names])
-        self.patients = [rows[n][1] for n in names]
+        self.y = torch.tensor([self.classes.index(label) for label, _ in found])
+        self.patients, self.left = [patient for _, patient in found], said
 
 # ----- 2. Folds -----
 
@@ -73,14 +63,29 @@ def deal(labels, slides, parts, seed):
         out[part] += mine
     return [sorted(part) for part in out]
 
+def spread(labels, part, rest):
+    """Move whole patients from `rest` into `part`, lists of slides, until it has every class that `rest` can spare: the
+    smallest patients first, and none who leaves `rest` without a class. in place; both stay sorted."""
+    for c in range(len(labels.classes)):
+        if c in labels.y[part]:
+            continue
+        patients = {}
+        for k in rest:
+            patients.setdefault(labels.patients[k], []).append(k)
+        for mine in sorted((m for m in patients.values() if c in labels.y[m]), key=len):
+            left = [k for k in rest if k not in mine]
+            if set(labels.y[left].tolist()) >= set(labels.y[rest].tolist()):
+                part[:], rest[:] = sorted(part + mine), left
+                break
+
 def check_split(labels, split, where):
     """raises: UserError if a part of (train, val, test) lacks a class, or a patient is in two parts."""
     owner = {}
     for name, part in zip(("train", "val", "test"), split):
         lacking = [c for i, c in enumerate(labels.classes) if i not in labels.y[part]]
         if lacking:
-            raise UserError(f"{where}: {name} has {len(part)} slides and none of class {', '.join(lacking)}: take more "
-                            f"slides, a larger --fraction or --val, or fewer --folds")
+            raise UserError(f"{where}: {name} has {len(part)} slides and none of class {', '.join(lacking)}: give it "
+                            f"some, by more slides, a larger --fraction or other --folds")
         for patient in (labels.patients[k] for k in part):
             if owner.setdefault(patient, name) != name:
                 raise UserError(f"{where}: patient {patient} is in {owner[patient]} and in {name}: put all into one")
@@ -97,14 +102,17 @@ def make_splits(labels, folds, fraction, val, seed):
     for k, test in enumerate(deal(labels, slides, [1 / folds] * folds, seed)):
         rest = sorted(set(slides) - set(test))
         if fraction < 1:
-            rest = deal(labels, rest, (fraction, 1 - fraction), seed + 1)[0]
-        out.append((*deal(labels, rest, (1 - val, val), seed + 2), test))
+            rest, unused = deal(labels, rest, (fraction, 1 - fraction), seed + 1)
+            spread(labels, rest, unused)
+        train, stop = deal(labels, rest, (1 - val, val), seed + 2)
+        spread(labels, stop, train)
+        out.append((train, stop, test))
         check_split(labels, out[-1], f"fold {k}")
     return out
 
-def read_splits(path, labels):
+def read_splits(path, labels, partial=False):
     """CLAM's splits: a CSV with columns train, val, test of slide ids, or a folder of splits_0.csv, splits_1.csv, ...
-    out, raises: as make_splits, and UserError for slides without label."""
+    out, raises: as make_splits, and UserError for slides without features or label, unless `partial`."""
     files = [Path(path)]
     if files[0].is_dir():
         files = [f for f in files[0].iterdir() if re.fullmatch(r"splits_\d+\.csv", f.name)]
@@ -112,13 +120,16 @@ def read_splits(path, labels):
             raise UserError(f"{path} holds no splits_0.csv: give a CSV with columns train, val, test")
     number, out = {name: k for k, name in enumerate(labels.names)}, []
     for file in sorted(files, key=lambda f: (len(f.name), f.name)):                        # 2 before 10
-        split = []
+        split, table = [], read_table(file, ("train", "val", "test"))
         for part in ("train", "val", "test"):
-            names = [row[part].strip() for row in read_csv(file, ("train", "val", "test")) if (row[part] or "").strip()]
-            unknown = [n for n in names if n not in number]
-            if unknown:
+            names = [row[part] for row in table if row[part].lower() not in NOTHING]
+            if {name.lower() for name in names} <= {"true", "false"}:                      # splits_0_bool.csv
+                names = [row.get("") for row in table if row[part].lower() == "true"]
+            means = match(names, number, file)
+            unknown = [n for n in names if n not in means]
+            if unknown and not partial:
                 raise UserError(f"{file} names {len(unknown)} slides without features or label: {few(unknown)}")
-            split.append([number[n] for n in names])
+            split.append([number[n] for n in means.values()])
         check_split(labels, split, file)
         out.append(tuple(split))
     return out

@@ -28,7 +28,8 @@ from experiments.evaluate import truth
 from experiments.folds import Labels, make_splits
 from mil import cross_validate
 from sample_joint import Config as Drawing, draw_patches
-from slides.bags import Bags, files_of, read_bag, views
+from slides.bags import Bags, read_bag, views
+from slides.names import files_of
 from toy.task import CELL, structures
 
 SHARES = (0.1, 1.0)  # of the training slides or patches

@@ -12,8 +12,9 @@ import torch
 
 from common import UserError, cli, configure, load_tensors, save_png
 from data import Pyramids
-from experiments.crossval import HEADS, Config, Job, out_of, run_job
-from slides.bags import files_of, read_bag, views
+from experiments.crossval import HEADS, Config, Job, out_of, run_job, slides_of
+from slides.bags import placed, views
+from slides.names import few, files_of, match, name_of
 
 LARGEST = 1024  # pixels of a picture's longer side, about
 
@@ -21,9 +22,10 @@ def from_pyramids(folder, name):
     """A picture of a slide put together from its patches. out: (h,w,3) uint8, pixels of the slide per pixel."""
     pyramids = Pyramids(folder)
     names = [slide["name"] for slide in pyramids.slides]
-    if name not in names:
+    found = match([name], names, folder)
+    if not found:
         raise UserError(f"{folder} has no slide {name!r}: give the pyramids it was extracted from")
-    k, P, s = names.index(name), pyramids.patch, 0
+    k, P, s = names.index(found[name]), pyramids.patch, 0
     h, w = pyramids.slides[k]["size"]
     while max(h, w) >> s > LARGEST and s < pyramids.scales - 1:
         s += 1
@@ -33,8 +35,9 @@ def from_pyramids(folder, name):
         picture[i:i + P, j:j + P] = tile
     return picture, 2 ** s
 
-def from_slide(path):
-    """The same from the slide's own file."""
+def from_slide(path, size):
+    """The same from the slide's own file. size: (h,w) of the image that our coordinates are in; None: of the slide.
+    raises: UserError if that is but a part of it."""
     from slides.reader import open_slide
     slide = open_slide(path, mpp=1.0)  # so that a resolution is a factor
     factor = 1
@@ -42,7 +45,11 @@ def from_slide(path):
         factor *= 2
     _, _, (w, h) = slide.grid(factor)
     picture = slide.read(0, 0, w, h, factor)
-    return picture, slide.size[0] / w
+    height, width = size or slide.size[::-1]
+    if abs(slide.size[0] / width * height / slide.size[1] - 1) > 2 / min(height, width) + 0.01:
+        raise UserError(f"{path} is {slide.size[0]} x {slide.size[1]}, the features are of a part, {width} x {height}: "
+                        f"draw on the pyramids, --data=DIR")
+    return picture, width / w
 
 def heat_of(attention, coords, side, shape, factor):
     """A picture (h,w) of attention (N,), 1 = the highest. coords (N,2), side: of the patches, in the slide's pixels."""
@@ -60,13 +67,6 @@ def overlay(picture, heat):
     share = 0.6 * heat[..., None]
     over = picture * (1 - share) + hot * share
     return np.concatenate([picture, over.astype(np.uint8)], 1)
-
-def side_of(coords, meta):
-    """Side of a patch in the slide's pixels: what our files say, else the smallest step between patches."""
-    if "patch" in meta:
-        return meta["patch"] << meta["scales"][0]
-    steps = torch.cat([v.unique().diff() for v in coords.T])
-    return int(steps.min()) if len(steps) else 256
 
 def judge(job, t, at, x):
     """The head that did not see slide number `at`, on its features x (N,K). out: probabilities (C,), attention (N,)."""
@@ -87,21 +87,25 @@ def draw_map(cfg):
     if head not in HEADS:
         raise UserError(f"--heads={cfg.heads}: heads are {', '.join(HEADS)}")
     cfg = replace(cfg, heads=head, fraction=cfg.fraction[:1])
-    job = Job(cfg, folder, views(folder)[-1], head, cfg.fraction[0])
-    t, meta = load_tensors(run_job(job))
-    slides, classes = meta["slides"], meta["classes"]
-    if cfg.slide not in slides:
-        raise UserError(f"--slide={cfg.slide}: the features are of {', '.join(slides[:8])}, ...")
-    at = slides.index(cfg.slide)
-    x, coords, told = read_bag(next(f for f in files_of(folder) if f.stem == cfg.slide))
-    if coords is None or t["fold"][at] < 0:
-        raise UserError(f"{cfg.slide} has no coordinates, or is in no test fold: give .h5 or .safetensors features")
+    names = slides_of(cfg, [folder])[folder]
+    job = Job(cfg, folder, views(folder, names[0])[-1], head, cfg.fraction[0], names=names)
+    names = job.labels().names
+    slide = match([cfg.slide], names, folder).get(cfg.slide)
+    if slide is None:
+        raise UserError(f"--slide={cfg.slide}: the features are of {few(names)}")
     if not cfg.data and not cfg.image:
         raise UserError("say what to draw on: --data=DIR, the pyramids, or --image=FILE, the slide")
-    picture, factor = from_slide(cfg.image) if cfg.image else from_pyramids(cfg.data, cfg.slide)
+    x, coords, side, told = placed(next(f for f in files_of(folder) if name_of(f) == slide))
+    if not side:
+        raise UserError(f"{slide} has a single tile whose size is not told: there is nothing to map")
+    picture, factor = from_slide(cfg.image, told.get("size")) if cfg.image else from_pyramids(cfg.data, slide)
+    t, meta = load_tensors(run_job(job))
+    at, classes = meta["slides"].index(slide), meta["classes"]
+    if t["fold"][at] < 0:
+        raise UserError(f"{slide} is in no test fold: take one that is")
     probabilities, a = judge(job, t, at, x)
-    heat = heat_of(a, coords, side_of(coords, told), picture.shape[:2], factor)
-    out = out_of(cfg) / f"map_{cfg.slide}_{job.name()}_{head}.png".replace(" ", "_")
+    heat = heat_of(a, coords, side, picture.shape[:2], factor)
+    out = out_of(cfg) / f"map_{slide}_{job.name()}_{head}.png".replace(" ", "_")
     save_png(out, overlay(picture, heat))
     guesses = ", ".join(f"P({c}) = {p:.2f}" for c, p in zip(classes, probabilities))
     print(f"{out}: label {classes[t['y'][at]]}, {guesses}; the most attended patch weighs "

@@ -2,6 +2,8 @@
 
 in:  a folder of .safetensors, .pt, .npy or .h5 files   out: features (N,K) float32, a slide at a time
 """
+import re
+from _codecs import encode
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,34 +11,91 @@ import numpy as np
 import torch
 
 from common import UserError, load_tensors
+from slides.names import SUFFIXES, few, files_of, name_of
 
 # ----- 1. One file -----
 
-SUFFIXES = (".safetensors", ".pt", ".npy", ".h5")
+NAMES = ("features", "feats", "embeddings")  # CLAM, TRIDENT and we; STAMP; HEST
+COORDS = ("coords", "coordinates", "coord", "positions", "xy")
+ROOM, RATIO = 2**24, 64  # a file may unpack to so many bytes, and so many times its own
 
 def read_bag(path):
-    """in: a file of features: ours, .npy, CLAM's .pt, CLAM's and TRIDENT's .h5.
-    out: features (N,K) float32; coords (N,2) or None; meta, plain types. raises: UserError if it is damaged, empty, of
-    another shape, or holds NaN."""
-    found, meta = contents(Path(path))
-    for key, value in found.items():
-        if torch.is_tensor(value) and value.ndim == 3 and len(value) == 1:  # some tools write (1,N,K)
-            found[key] = value[0]
-    x = found.get("features", next(iter(found.values())) if len(found) == 1 else None)
-    if not torch.is_tensor(x) or x.ndim != 2 or not x.is_floating_point():
-        shape = tuple(x.shape) if torch.is_tensor(x) else "no tensor"
-        raise UserError(f"{path} holds {shape}, expected features (N,K) of a float type, among {', '.join(found)}")
+    """in: a file of features: ours, .npy (Owkin's too), .pt and .h5 of CLAM, TRIDENT, STAMP, HEST.
+    out: features (N,K) float32; coords (N,2) of corners in pixels of level 0, or None; meta, plain types, with side,
+    that of a tile in these pixels, 0 if the file does not say. raises: UserError if it is damaged, empty, of another
+    shape, or holds NaN."""
+    path = Path(path)
+    found, meta = contents(path)
+    found = {key: plain(path, value) for key, value in found.items()}
+    key = named(path, found)
+    x, coords = found[key], next((found[c] for c in COORDS if c in found), None)
+    if x.ndim == 1 and coords is not None and len(coords) == 1:
+        x = x[None]                                                # of one tile, squeezed
+    if x.ndim != 2 or not x.is_floating_point():
+        raise UserError(f"{path} holds {tuple(x.shape)}, expected features (N,K) of a float type, not {x.dtype}")
     if not len(x):
         raise UserError(f"{path} is an empty bag: take the slide out, or extract it again")
     bad = int((~x.isfinite()).any(1).sum())
     if bad:
         raise UserError(f"{path} holds NaN or infinity in {bad} of {len(x)} rows: extract it again")
-    coords = found.get("coords")
-    fits = torch.is_tensor(coords) and coords.shape == (len(x), 2)
-    return x.float(), coords.long() if fits else None, meta
+    x = x[:, 3:] if path.suffix == ".npy" and has_places(x) else x
+    return x.float(), pixels(coords, len(x), key, meta), {"side": side_said(meta)} | meta
+
+def plain(path, value):
+    """A tensor of what lies in a file, without leading axes of 1 or gradients; None for anything else."""
+    value = torch.from_numpy(native(value)) if isinstance(value, np.ndarray) and value.dtype.kind in "fiu" else value
+    if not torch.is_tensor(value):
+        return None
+    bounded(path, value.numel() * value.element_size())            # a tensor may be one number, strided
+    value = value.detach()
+    return value[0] if value.ndim == 3 and len(value) == 1 else value  # some tools write (1,N,K)
+
+def native(x):
+    """An array in this machine's order of bytes."""
+    return x.astype(x.dtype.newbyteorder("="), copy=False)
+
+def bounded(path, size):
+    if size > ROOM + RATIO * path.stat().st_size:
+        raise UserError(f"{path} would unpack to {size:.3g} bytes, far more than it has: extract it again")
+
+def named(path, found):
+    """The name of the features in a file: a known one, or that of the only thing that is no coordinates."""
+    tensors = [key for key, value in found.items() if value is not None and key not in COORDS]
+    known = [key for key in NAMES if key in tensors] or tensors
+    if len(known) != 1:
+        raise UserError(f"{path} holds no tensor of features, or several, among {few(found) or 'nothing'}: call them "
+                        f"one of {', '.join(NAMES)}")
+    return known[0]
+
+def has_places(x):
+    """Whether the first three columns are a level and the column and row of a tile, as Owkin's are."""
+    level, places = x[:, :1], x[:, 1:3]
+    whole = (x[:, :3] == x[:, :3].round()).all() and (x[:, :3] >= 0).all() and (level == level[0]).all()
+    return x.shape[1] > 3 and bool(whole) and len(places.unique(dim=0)) == len(x) and bool((x[:, 3:] % 1).any())
+
+def pixels(coords, n, key, meta):
+    """Coordinates (n,2) int64 if they are pixels of level 0. STAMP's are micrometres, or pixels of another level."""
+    if coords is None or coords.shape != (n, 2) or key == "feats" or "um" in str(meta.get("unit", "")):
+        return None
+    return coords.long() if not (coords % 1).any() else None
+
+def side_said(meta):
+    """The side of a tile in pixels of level 0 that a file tells: ours, TRIDENT's, or CLAM's of a level; or 0."""
+    if "patch" in meta:
+        return meta["patch"] << meta["scales"][0] if "scales" in meta else meta["patch"]
+    step = figure(meta.get("downsample")) or float(meta.get("patch_level") == 0)
+    clam = figure(meta.get("patch_size")) * round(step) * (meta.get("custom_downsample", 1) == 1)
+    return int(figure(meta.get("patch_size_level0")) or clam)
+
+def figure(value):
+    """The number that an attribute is, the first of several; 0 if it is none."""
+    try:
+        return float(np.nan_to_num(float(np.ravel(value)[0]), posinf=0, neginf=0))
+    except (TypeError, ValueError, IndexError):
+        return 0.0
 
 def contents(path):
-    """out: {name: tensor}, meta. raises: UserError if it cannot be read."""
+    """out: {name: tensor or array}, meta. raises: UserError if it cannot be read."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path} is no file of features: known are {', '.join(SUFFIXES)}")
     try:
@@ -45,59 +104,113 @@ def contents(path):
         if path.suffix == ".h5":
             return read_h5(path)
         if path.suffix == ".npy":
-            found = torch.from_numpy(np.load(path, allow_pickle=False))
-        else:
+            return {"features": np.load(path, allow_pickle=False)}, {}
+        rebuild = np.empty(0).__reduce__()[0]                      # TRIDENT saves arrays, which hold no code either
+        kinds = {type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")}
+        older = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+        with torch.serialization.safe_globals([np.ndarray, np.dtype, encode, *kinds, *older]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except ImportError as err:
         raise UserError(f"{path} needs the extra: pip install -e '.[h5]', or give .pt files") from err
     except Exception as err:  # damaged files raise nearly anything
-        why = (str(err).splitlines() or [""])[0]
-        raise UserError(f"{path} cannot be read ({type(err).__name__}: {why}): make it again, of tensors") from err
+        why = re.search(r"GLOBAL [\w.]+", str(err))                 # the class that torch would not load
+        why = f"it holds {why[0][7:]}" if why else f"{type(err).__name__}: {(str(err).splitlines() or [''])[0]}"
+        raise UserError(f"{path} cannot be read ({why}): make it again, of tensors") from err
     if not isinstance(found, dict):
         return {"features": found}, {}
-    return found, {"side": int(found.pop("patch_size_level0", 0))}
+    return found, {key: value for key, value in found.items() if isinstance(value, int | float | str)}
 
 def read_h5(path):
-    """out: {name: tensor}; meta: the side of a tile in pixels of level 0, or 0."""
+    """out: {name: array}; meta: the attributes of the file and of its coordinates."""
     import h5py
     with h5py.File(path, "r") as f:
-        found = {key: torch.from_numpy(np.asarray(f[key])) for key in ("features", "coords") if key in f}
-        side = f["coords"].attrs.get("patch_size_level0", 0) if "coords" in f else 0
-    return found, {"side": int(side)}
+        sets = {key: f[key] for key in f if isinstance(f[key], h5py.Dataset) and f[key].dtype.kind in "fiu"}
+        wanted = [key for key in NAMES if key in sets] or [key for key in sets if sets[key].dtype.kind == "f"]
+        wanted = dict.fromkeys(wanted + [key for key in COORDS if key in sets])  # not the pixels that HEST has beside
+        meta = dict(f.attrs)
+        for key in wanted:
+            bounded(path, sets[key].nbytes)                        # before they are read
+            meta |= sets[key].attrs
+        return {key: np.asarray(sets[key]) for key in wanted}, meta
 
-# ----- 2. A folder -----
+# ----- 2. How large its tiles are -----
 
-def views(folder):
+def neighbours(coords):
+    """The commonest distance of neighbouring tiles in a row or a column, 0 if there are none. in: (N,2)."""
+    gaps = []
+    for axis, other in ((0, 1), (1, 0)):
+        order = np.lexsort((coords[:, axis], coords[:, other]))
+        step = np.diff(coords[order], axis=0)
+        gaps.append(step[(step[:, other] == 0) & (step[:, axis] > 0), axis])
+    gaps, counts = np.unique(np.concatenate(gaps), return_counts=True)
+    return int(gaps[counts.argmax()]) if len(gaps) else 0
+
+def placed(path):
+    """out: features, coords, side of the tiles, meta, as `read_bag`; where the file lacks these, of the coordinates
+    beside it, of CLAM (../h5_files, ../patches) and TRIDENT (../patches/*_patches.h5), or of neighbouring tiles.
+    raises: UserError if there are none, or if they contradict each other."""
+    path = Path(path)
+    x, coords, meta = read_bag(path)
+    sides, above, name = [meta["side"]], path.parent.parent, name_of(path)
+    for beside in (above / f"h5_files/{name}.h5", above / f"patches/{name}.h5", above / f"patches/{name}_patches.h5"):
+        if beside.is_file() and beside != path:
+            found, told = read_h5(beside)
+            there = plain(beside, found.get("coords"))
+            there = None if there is None else pixels(there, len(x), "", told)
+            coords = there if coords is None else coords
+            sides.append(side_said(told) if there is not None and torch.equal(there, coords) else 0)
+    if coords is None:
+        raise UserError(f"{path} holds {len(x)} features without coordinates (N,2) in pixels of level 0, and in "
+                        f"../h5_files and ../patches there are none")
+    apart = neighbours(coords.numpy())
+    sides = [side for side in sides if side > 0] or [apart]
+    far = sides[0] and apart % sides[0] == 0 and apart > sides[0] and len(x) > 8
+    if max(sides) - min(sides) > 1 or far and not (coords - coords[0]).remainder(apart).any():
+        said = " or ".join(map(str, sides))
+        raise UserError(f"{path}: tiles said to be of side {said} lie {apart} pixels apart: embed them again")
+    near = [apart] if abs(apart - sides[0]) == 1 else []           # TRIDENT floors a side that its patcher rounds
+    return x, coords, (near or sides)[0], meta
+
+# ----- 3. A folder -----
+
+def views(folder, name=None):
     """How the files of a folder can be looked at: "" as they are; "0", "2", "0+2": the scales joined in ours."""
-    _, _, meta = read_bag(files_of(folder)[0])
+    _, _, meta = read_bag(next(f for f in files_of(folder) if name in (None, name_of(f))))
     scales = [str(s) for s in meta.get("scales", ())]
     return [*scales, "+".join(scales)] if len(scales) > 1 else [""]
 
-def files_of(folder):
-    """The files of features in a folder, sorted. raises: UserError if there is none, or two of one slide."""
-    folder = Path(folder)
-    files = sorted(f for f in folder.glob("*") if f.suffix in SUFFIXES and not f.name.startswith("."))
-    if not files:
-        raise UserError(f"{folder} holds no features ({', '.join(SUFFIXES)}): make them with python mil.py extract")
-    for a, b in zip(files, files[1:]):
-        if a.stem == b.stem:
-            raise UserError(f"{a} and {b} are features of one slide: take one of them out")
-    return files
+def unusable(files):
+    """in: {name: file}. out: {name: why} of those that no head can learn from."""
+    bad = {}
+    for name, file in files.items():
+        try:
+            read_bag(file)
+        except UserError as err:
+            bad[name] = str(err)
+    return bad
 
 class Bags:
     """The features of a folder, slide by slide; those that fit into `budget` bytes stay in memory.
     in:  view, one of `views`. A view of a coarser scale has one row per patch of that scale.
+         names, of the slides that are used, by default all.
     Attributes: names; K, the width; sums {name: (N, sum (K), sum of squares (K))}, to standardise by.
-    raises: UserError if a file is unusable (every one is read once), or their widths differ."""
+    raises: UserError if files are unusable (every one is read once), naming all, or if their widths differ."""
 
-    def __init__(self, folder, view="", budget=2**32):
+    def __init__(self, folder, view="", budget=2**32, names=None):
         self.view, self.left, self.kept, self.sums = view, budget, {}, {}
-        self.files = {f.stem: f for f in files_of(folder)}
+        self.files = {name_of(f): f for f in files_of(folder) if names is None or name_of(f) in names}
         self.names = list(self.files)
         for name in self.names:
-            x = self[name]
+            try:
+                x = self[name]
+            except UserError as err:
+                bad = unusable(self.files)
+                if len(bad) == 1:
+                    raise
+                why = few(bad.values(), "; ")
+                raise UserError(f"{len(bad)} of {len(self.names)} files of {folder} are of no use: {why}") from err
             self.K = x.shape[1] if name == self.names[0] else self.K
             if x.shape[1] != self.K:
                 raise UserError(f"{self.files[name]} is {x.shape[1]} wide, others {self.K}: use one extractor for all")

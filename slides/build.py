@@ -25,7 +25,7 @@ from common import UserError, at_least, configure, save_png, write_text
 from data import write_slide
 from slides.encoders import Stats, embed, load_encoder
 from slides.reader import MAX_PIXELS
-from slides.strips import ahead, embedded, image_jobs, opened, plan, workers
+from slides.strips import ahead, embedded, image_jobs, opened, plan, with_features, workers
 from toy.folder import begin, finish, finished
 
 PARALLEL = 2**23  # pixels from which worker processes are worth the seconds they take to start
@@ -110,7 +110,7 @@ def build_one(run, job, group):
     if cfg.tissue:
         tissue, mask = next(group)[1].result()                                 # (Gh,Gw), (h,w)
         save_png(Path(cfg.out) / "masks" / f"{out.stem}.png", mask)
-    _, given, there = embedded(job, cfg.features) if cfg.features else (job, (), None)
+    _, given, there = embedded(job) if cfg.features else (job, (), None)
     picture = Picture(run, job, group, tissue, given, there)
     meta = {"source": run.source, "bytes": job.path.stat().st_size, "size": [h, w]}
     counts = write_slide(out, picture.strips(), picture.embed_row, cfg.patch, cfg.scales, meta, picture.keep)
@@ -151,7 +151,7 @@ class Run:
                 continue
             try:
                 job = plan(job, cfg.mpp, cfg.patch, cfg.max_pixels)
-                todo.append(embedded(job, cfg.features)[0] if cfg.features else job)
+                todo.append(embedded(job)[0] if cfg.features else job)
             except UserError as err:
                 self.fail(job, err)
         return todo
@@ -210,8 +210,13 @@ def sample_tiles(cfg, jobs):
 def deviations(cfg, jobs):
     """The deviation of each number of an embedding, to scale it with; 1 where the encoder does that itself."""
     if cfg.features:
-        job = plan(jobs[0], cfg.mpp, cfg.patch, cfg.max_pixels)
-        return [1.0] * embedded(job, cfg.features)[1].shape[2]
+        for job in jobs:
+            try:
+                job = plan(job, cfg.mpp, cfg.patch, cfg.max_pixels)
+                return [1.0] * embedded(job)[1].shape[2]
+            except UserError as err:
+                error = err
+        raise error
     encoder = load_encoder(cfg.encoder, None, cfg.weights, cfg.device)
     return encoder.fit(sample_tiles(cfg, jobs)).tolist() if encoder.scaled else [1.0] * encoder.embed_dim
 
@@ -250,6 +255,7 @@ def build(argv):
     cfg = configure(Config, argv, doc=__doc__)
     shard, shards, cut = check(cfg)
     jobs = image_jobs(cfg.images, cfg.out, cfg.holdout, cut)
+    jobs = with_features(jobs, cfg.features) if cfg.features else jobs
     mine = jobs[shard::shards]
     print(f"reading {len(mine)} images from {cfg.images}, writing to {cfg.out}")
     source = {"command": "build"} | {key: value for key, value in asdict(cfg).items() if key not in FREE}

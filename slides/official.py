@@ -5,7 +5,7 @@ root/1x/17_vae.npy beside 17_dino_grid.npy), `read_features` tile embeddings wit
 in:  a folder; or SLIDE.h5, SLIDE.pt   out: items with tokens (64,E), mask (64,), s, z (3,h,w); or a grid (Gh,Gw,E)
 read next: slides/build.py"""
 import io
-from math import gcd, isqrt
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 
 from common import UserError
 from data import GRID, Pyramids
-from slides.bags import read_bag
+from slides.bags import placed
 from summarizer import pack_grid, standardize
 
 # ----- 1. The official folders -----
@@ -132,27 +132,22 @@ class Samples:
 
 def read_features(path, side=0):
     """Put the embeddings of one image on their grid.
-    in:  SLIDE.h5, SLIDE.pt, or neither ending, to take whichever there is; side of a tile in pixels of level 0, for
-    files that do not say it (0 = the largest that fits all coordinates).
+    in:  SLIDE.h5, SLIDE.pt, or neither ending, to take whichever there is; side, in pixels of level 0, of a tile that
+    is alone and does not say it.
     out: e (Gh,Gw,E) float16, 0 where there is no tile; there (Gh,Gw) bool; origin (x, y) and side in pixels of level 0.
     raises: UserError for a damaged file, or tiles that overlap or lie on no common grid."""
     files = [Path(f"{path}{end}") for end in (".h5", ".pt", "")]
     path = next((file for file in files if file.is_file()), files[-1])
-    x, coords, meta = read_bag(path)
-    beside = path.parent.parent / "h5_files" / f"{path.stem}.h5"               # where CLAM has them
-    if coords is None and beside.is_file():
-        _, coords, meta = read_bag(beside)
-    if coords is None or len(coords) != len(x):
-        raise UserError(f"{path} holds {len(x)} features without coordinates (N,2), and in ../h5_files there are none")
+    x, coords, told, _ = placed(path)
+    side = told or side or 1
     origin = coords.amin(0)
     steps = coords - origin                                                    # (N,2) x, y
-    side = meta.get("side") or side or gcd(*steps.flatten().tolist()) or 1
     column, row = (steps // side).T
     w, h = int(column.max()) + 1, int(row.max()) + 1
     index = row * w + column
     if (steps % side).any() or len(index.unique()) < len(index) or h * w > 10_000 + 100 * len(index):
         raise UserError(f"{path}: {len(x)} tiles of side {side} lie on no common grid: cut the slide without overlap, "
-                        f"on one grid for all pieces of tissue (CLAM starts afresh for each)")
+                        f"on one grid for all pieces of tissue, as TRIDENT does (CLAM starts afresh for each)")
     e = torch.zeros(h * w, x.shape[1], dtype=torch.float16)
     e[index] = x.half()
     there = torch.zeros(h * w, dtype=torch.bool)

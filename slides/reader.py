@@ -50,7 +50,7 @@ class Slide:
     def __init__(self, path, levels, mpp=None, scanned=False, file=None, damaged=None):
         self.path, self.levels, self.size = path, levels, levels[0].size
         self.mpp, self.said, self.scanned = mpp, mpp is not None, scanned
-        self.file, self.damaged = file, damaged
+        self.file, self.damaged, self.near = file, damaged, NEAR
         self.keep_tiles(CACHE)
 
     def keep_tiles(self, room):
@@ -79,10 +79,10 @@ class Slide:
         whole = max(1, round(f))
         near = min(self.levels, key=lambda level: abs(np.log(f / level.step[0])))
         off, other = abs(np.log([f / near.step[0], f / whole]))
-        if off <= np.log(NEAR) and (off < other or near.step == (whole, whole)):
+        if off <= np.log(self.near) and (off < other or near.step == (whole, whole)):
             return near, (1, 1), near.size
-        f = whole if other <= np.log(NEAR) else f
-        level = [level for level in self.levels if NEAR * max(level.step) <= f][-1]
+        f = whole if other <= np.log(self.near) else f
+        level = [level for level in self.levels if self.near * max(level.step) <= f][-1]
         w, h = self.size
         return level, (f / level.step[0], f / level.step[1]), (max(1, int(w / f)), max(1, int(h / f)))
 

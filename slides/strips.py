@@ -3,7 +3,6 @@
 in:  a folder, a pattern, a CSV   out: jobs; per job strips of pixels (n*P,W,3) uint8 with their embeddings (n*Gw,E)
 run: python data.py build     read next: slides/build.py
 """
-import csv
 import glob
 import os
 import re
@@ -28,6 +27,7 @@ from PIL import Image, ImageFilter
 
 from common import UserError
 from slides.encoders import embed, load_encoder
+from slides.names import few, files_of, match, name_of, read_table
 from slides.official import read_features
 from slides.reader import CACHE, MAX_PIXELS, VENDORS, open_slide
 
@@ -35,6 +35,7 @@ cpu_encoder = lru_cache(1)(load_encoder)
 TASK = 2**22        # pixels that a worker reads at a time, if that is a whole strip at least
 AHEAD = 2**28       # bytes of strips that may wait
 NUMBER = r"((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)?"  # or nothing
+ALIKE = 1.1         # pixels that differ by less are of one magnification
 LOW, HIGH = 10, 40  # bounds of the saturation that parts tissue from glass
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Job:
     size: tuple = ()
     rows: int = 0               # strips to read at a time
     note: str = ""              # about its resolution, for people
+    features: Path | None = None  # the file of its embeddings, made elsewhere
+    exact: bool = False         # mpp is that of these, to the last digit
 
 # ----- 1. Which images -----
 
@@ -69,11 +72,8 @@ def below(root, out):
 
 def from_csv(path):
     """out: {image: (mpp or None, split or "")} of the columns path, mpp, split; paths are relative to the CSV."""
-    with open(path, newline="", encoding="utf-8-sig") as f:
-        table = list(csv.DictReader(f))
     found = {}
-    for n, row in enumerate(table, 2):
-        row = {(k or "").strip(): v.strip() for k, v in row.items() if isinstance(v, str)}
+    for n, row in enumerate(read_table(path, ("path",)), 2):
         name, mpp, split = (row.get(key, "") for key in ("path", "mpp", "split"))
         if not name or split not in ("", "train", "test") or not re.fullmatch(NUMBER, mpp):
             raise UserError(f"{path}, line {n}: give path, and if need be mpp, a number, and split, train or test")
@@ -129,6 +129,7 @@ def opened(job):
         if slide.scanned and job.mpp is None:
             slide.grid(1.0)                                                    # raises: it does not say its own
         slide.mpp, slide.said = job.mpp or 1.0, False                          # the one asked for, or any unit
+    slide.near = 1 + 1e-9 if job.exact else slide.near
     level = slide.grid(job.mpp)[0]
     slide.keep_tiles(max(CACHE, 6 * level.size[0] * level.tile[1]))            # two rows of tiles serve the next strip
     return slide
@@ -161,18 +162,43 @@ def read_strips(job, encoder, first, rows):
         e = torch.cat([embed(cpu_encoder(*encoder), row) for row in tiles]).numpy()
     return pixels, e, bad_tiles(job, slide, first, first + rows)
 
-def embedded(job, features):
-    """Tiles of a job that were embedded elsewhere. out: the job, narrowed to the part they cover; their embeddings
+def with_features(jobs, features):
+    """The jobs with their files of embeddings; a single file goes with a single image, whatever it is called.
+    raises: UserError if there are none, or a file can be that of two images."""
+    root = Path(features)
+    if not root.is_dir():
+        means, files = {jobs[0].name: root} if len(jobs) == 1 else {}, {root: root}
+    else:
+        files = {name_of(file): file for file in files_of(root)}
+        means = match([job.name for job in jobs], files, root)
+    if not means:
+        raise UserError(f"--features={root} has none of {few([job.name for job in jobs])}, but {few(files)}: call them "
+                        f"as the images are called")
+    return [replace(job, features=files.get(means.get(job.name))) for job in jobs]
+
+def embedded(job):
+    """Tiles of a job that were embedded elsewhere. Where they show nearly the pixels asked for, base tiles are these
+    tiles: scanners of one magnification differ. out: the job, narrowed to the part they cover; their embeddings
     (Gh,Gw,E), which of them there are (Gh,Gw). raises: UserError if they are of another side, or lie outside."""
-    given, slide, P = Path(features), opened(job), job.patch
-    width, height = slide.grid(job.mpp)[2]
-    fine = slide.size[0] / width                                               # level 0 pixels per base pixel
-    e, there, origin, side = read_features(given / job.path.stem if given.is_dir() else given, round(P * fine))
+    if job.features is None:
+        raise UserError(f"{job.path} has no features: make them, or take it out")
+    slide, P = opened(job), job.patch
+    level, ratio, (width, height) = slide.grid(job.mpp)
+    fine = ratio[0] * level.step[0]                                            # level 0 pixels per base pixel
+    e, there, origin, side = read_features(job.features, round(P * fine))
+    drift = abs(side / fine - P) * max(e.shape[:2])                            # base pixels, at the last tile
+    if drift > 0.5 and job.mpp and slide.said and 1 / ALIKE < side / fine / P < ALIKE and side >= P:
+        job = replace(job, mpp=slide.mpp * side / P, exact=True, note=f"{slide.mpp * side / P:.4g} micrometres each")
+        fine, (width, height) = side / P, opened(job).grid(job.mpp)[2]
+    elif drift > 0.5:
+        remedy = f"--mpp={slide.mpp * side / P:.4g}" if slide.said and side >= P else "its own mpp in a CSV of images"
+        remedy += f" or --patch={round(side / fine)}" if round(side / fine) % 16 == 0 else ""
+        raise UserError(f"{job.features}: tiles of {side} pixels of {job.path.name}'s level 0, at "
+                        f"{fine:.4g} of them a pixel, which does not fit --patch={P}: give {remedy}")
     x, y = round(origin[0] / fine), round(origin[1] / fine)
     gh, gw = min(e.shape[0], (height - y) // P), min(e.shape[1], (width - x) // P)
-    if abs(side / fine - P) > 0.5 / max(e.shape[:2]) or min(gh, gw) < 1:
-        raise UserError(f"--features={given}: tiles of {side} pixels of {job.path.name}'s level 0, from {origin} on, "
-                        f"which does not fit --patch={P}: give --patch={round(side / fine)} or another --mpp")
+    if min(gh, gw) < 1 or min(x, y) < 0:
+        raise UserError(f"{job.features}: its tiles, from {origin} on, lie outside of {job.path.name}: give its own")
     return replace(job, origin=(x, y), size=(gw * P, gh * P)), e[:gh, :gw].float(), there[:gh, :gw].numpy()
 
 def bad_tiles(job, slide, first, last):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import mil
 from common import UserError, generator, load_tensors
 from data import Pyramids
@@ -43,12 +44,12 @@ def test_labels(tmp_path):
     rows = "slide_id,label,case_id", "a,10,x", "b,2,x", "c,2,"
     labels = Labels(write_csv(tmp_path / "l.csv", *rows), ["a", "b", "c"])
     assert labels.classes == ["2", "10"] and labels.y.tolist() == [1, 0, 0] and labels.patients == ["x", "x", "c"]
-    for names, lines, says in (("abcd", rows, "features but no label .*: d;"),
-                               ("ab", rows, "a label but no features .*: c;"),
+    for names, lines, says in (("abcd", rows, "have features but no label: d;"),
+                               ("ab", rows, "have a label but no features: c;"),
                                ("a", ["slide_id,class", "a,1"], "no column label"),
                                ("a", ["slide_id,label"], "or no row"),
                                ("a", ["slide_id,label", "a,1", "a,2"], "slide a has two different rows"),
-                               ("a", ["slide_id,label", "a,"], "slide a has no label"),
+                               ("a", ["slide_id,label", "a,"], "1 slides have features but no label: a"),
                                ("ab", ["slide_id,label", "a,1", "b,1"], "1 class")):
         with pytest.raises(UserError, match=says):
             Labels(write_csv(tmp_path / "m.csv", *lines), list(names))
@@ -72,6 +73,11 @@ def test_folds_are_stratified_and_keep_patients_together(tmp_path):
         assert 15 <= len(test) <= 21 and 12 <= len(val) <= 17
         assert abs(labels.y[test].double().mean() - labels.y.double().mean()) < 0.06
     assert splits == make_splits(labels, 5, 1.0, 0.2, 0) != make_splits(labels, 5, 1.0, 0.2, 1)
+    names = [str(k) for k in range(20)]
+    rare = Labels(write_csv(tmp_path / "r.csv", "slide_id,label", *(f"{k},{int(k) % 4}" for k in names)), names)
+    for train, val, test in make_splits(rare, 5, 1.0, 0.2, 0):                             # one of each class, where
+        assert [sorted(rare.y[part].tolist()) for part in (val, test)] == [[0, 1, 2, 3]] * 2  # one can be spared
+        assert sorted(train + val + test) == list(range(20)) and len(train) == 12
     few = make_splits(labels, 5, 0.5, 0.2, 0)
     for (train, val, test), (a, b, c) in zip(few, splits):
         assert test == c and set(train + val) < set(a + b) and 30 <= len(train + val) <= 42
@@ -85,6 +91,9 @@ def test_splits_that_are_refused_or_read(tmp_path, folder):
     rows = ",train,val,test", "0,s00,s04,s08", "1,s01,s05,s09"
     good = write_csv(tmp_path / "splits_0.csv", *rows, "2,s02,,")
     assert read_splits(good, labels) == read_splits(tmp_path, labels) == [([0, 1, 2], [4, 5], [8, 9])]
+    odd = write_csv(tmp_path / "bool.csv", ",train,val,test", *(f"s{k:02d},{k < 3},{3 < k < 6},{k in (8, 9)}"
+                                                                for k in range(40)))
+    assert read_splits(odd, labels) == read_splits(good, labels)                           # CLAM's splits_0_bool.csv
     for row, words in ((",s10,,s10", "patient p5 is in train and in test"), (",s10,s11,", "patient p5 is in train and"),
                        (",s77,,", "names 1 slides without features or label: s77")):
         with pytest.raises(UserError, match=words):
@@ -244,6 +253,27 @@ def test_attention_map(task, tmp_path, capsys):
     for more, words in (("--slide=x", "features are of train_0000"), ("--slide=train_0001", "what to draw on")):
         with pytest.raises(UserError, match=words):
             mil.main([*argv, more])
+
+def test_folders_as_the_gdc_client_lays_them(tmp_path, capsys):
+    """UUID/NAME.png, a label table without both: four commands from there to a map; a map that does not fit."""
+    for k in range(8):
+        (tmp_path / "in" / f"u{k}").mkdir(parents=True)
+        pixels = np.random.default_rng(k).integers(30 + 40 * (k % 2), 256, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / f"u{k}" / f"s.{k}.png")
+    labels = write_csv(tmp_path / "l.csv", "Slide ID;Label", *(f"s.{k};{k % 2}" for k in range(8)))
+    data.main(["build", f"--images={tmp_path / 'in'}", f"--out={tmp_path / 'd'}", "--patch=16", "--scales=1"])
+    mil.main(["extract", "--kind=descriptor", f"--data={tmp_path / 'd'}", f"--out={tmp_path / 'f'}"])
+    more = [f"--features={tmp_path / 'f'}", f"--labels={labels}", "--folds=2", "--epochs=1", "--workers=1",
+            "--heads=abmil", "--bootstrap=9"]
+    mil.main(["cv", *more])
+    assert "8 slides of 8 patients, classes 0 (4), 1 (4)" in capsys.readouterr().out
+    for image in (f"--data={tmp_path / 'd'}", f"--image={tmp_path / 'in' / 'u3' / 's.3.png'}"):
+        mil.main(["map", *more, "--slide=s.3", image])
+        assert (tmp_path / "f_cv" / "map_u3__s.3.png_f_abmil.png").exists()
+    Image.new("RGB", (64, 40)).save(tmp_path / "in" / "part.png")
+    for name, says in (("none.png", "none.png"), ("part.png", "are of a part, 64 x 64")):
+        with pytest.raises(UserError, match=says):
+            mil.main(["map", *more, "--slide=s.3", f"--image={tmp_path / 'in' / name}"])
 
 def test_patch_classifier_learns_and_stains_shift():
     """A shift of stain changes colour, and the order of grey levels in no channel."""

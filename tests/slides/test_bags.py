@@ -27,7 +27,47 @@ def test_readers(tmp_path, monkeypatch):
         got, coords, meta = read_bag(tmp_path / name)
         assert torch.equal(got, x) and got.dtype == torch.float32
         assert coords is None if where is None else torch.equal(coords, where)
-        assert name[0] != "a" or meta == {"patch": 64}
+        assert meta["side"] == (64 if name[0] == "a" else 0)
+
+X, AT = torch.randn(12, 5), torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1) * 512
+
+@pytest.mark.parametrize("found, coords, side", [
+    ({"features": X.numpy(), "coords": AT.numpy()}, AT, 0), (X.numpy(), None, 0),          # arrays, as TRIDENT saves
+    ({"features": X.numpy().astype(">f4"), "coords": AT.numpy().astype(">i8")}, AT, 0),
+    (torch.nn.Parameter(X), None, 0), ({"features": X[None], "coords": AT[None]}, AT, 0),
+    ({"embeddings": X, "coords": AT, "patch_size_level0": 512}, AT, 512),                  # HEST
+    ({"feats": X, "coords": AT * 0.2525}, None, 0), ({"feats": X, "coords": AT.float()}, None, 0),  # STAMP
+    ({"features": X, "coords": AT + 0.5}, None, 0), ({"whatever": X, "coords": AT.float()}, AT, 0),
+    ({"features": X, "coords": AT, "patch_size": 256, "patch_level": 1, "downsample": 4.0001}, AT, 1024),  # CLAM
+    ({"features": X, "coords": AT, "patch_size": 256, "patch_level": 0}, AT, 256),
+    ({"features": X, "coords": AT, "patch_size": 256, "patch_level": 1}, AT, 0),  # how coarse that is, is unsaid
+    ({"features": X, "coords": AT, "patch_size_level0": "None"}, AT, 0)])
+@pytest.mark.parametrize("kind", ["pt", "h5"])
+def test_what_other_tools_write(tmp_path, kind, found, coords, side):
+    """catches: coordinates taken for features, micrometres for pixels; a gradient kept; the side of another level."""
+    path = tmp_path / f"a.{kind}"
+    if kind == "pt":
+        torch.save(found, path)
+    elif isinstance(found, dict):
+        h5py = pytest.importorskip("h5py", reason="the extra h5 is not installed")
+        with h5py.File(path, "w") as f:
+            for key, value in found.items():
+                if hasattr(value, "shape"):
+                    f[key] = np.asarray(value)
+            f["coords"].attrs.update({key: v for key, v in found.items() if not hasattr(v, "shape")})
+            f["barcodes"] = [b"x"] * 12
+    else:
+        return
+    x, where, meta = read_bag(path)
+    assert torch.equal(x, X) and x.dtype == torch.float32 and not x.requires_grad and meta["side"] == side
+    assert where is None if coords is None else torch.equal(where, coords)
+
+def test_owkin(tmp_path):
+    """A level and a place before the features, in SLIDE/features.npy. catches: these for features."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "features.npy", torch.cat([torch.full((12, 1), 16.0), AT / 512, X], 1).numpy())
+    assert torch.equal(Bags(tmp_path)["b"], X) and Bags(tmp_path).names == ["a", "b"]
 
 def test_unusable_files_are_named(tmp_path):
     nan = torch.randn(4, 3)
@@ -38,11 +78,16 @@ def test_unusable_files_are_named(tmp_path):
     np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
     torch.save({"a": nan, "b": nan}, tmp_path / "two.pt")
     torch.save(UserError, tmp_path / "code.pt")
+    torch.save({"coords": AT.float()}, tmp_path / "places.pt")
+    torch.save({"coords": AT.float(), "feats": X, "features": X}, tmp_path / "both.pt")
+    torch.save(torch.ones(1, 1).expand(10**6, 10**6), tmp_path / "bomb.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "two.pt").read_bytes()[:200])
     (tmp_path / "x.txt").write_text("")
     for name, words in (("nan.npy", "NaN or infinity in 1 of 4 rows"), ("none.npy", "empty bag"),
                         ("flat.npy", r"holds \(7,\), expected features"), ("object.npy", "cannot be read"),
-                        ("two.pt", "no tensor.*among a, b"), ("code.pt", "cannot be read"),
+                        ("two.pt", "no tensor.*among a, b"), ("code.pt", "cannot be read .it holds common.UserError"),
+                        ("places.pt", "no tensor of features.* among coords"),
+                        ("both.pt", "or several"), ("bomb.pt", "would unpack to 4e.12 bytes"),
                         ("cut.pt", "cannot be read"), ("x.txt", "no file of features")):
         with pytest.raises(UserError, match=f"{name} .*{words}" if words[0] != "h" else words):
             read_bag(tmp_path / name)
@@ -65,6 +110,11 @@ def test_bags(tmp_path):
     np.save(tmp_path / "b.npy", np.zeros((2, 4), np.float32))
     with pytest.raises(UserError, match="b.npy is 4 wide, others 3"):
         Bags(tmp_path)
+    np.save(tmp_path / "b.npy", np.zeros((0, 3), np.float32))
+    np.save(tmp_path / "c.npy", np.full((2, 3), np.nan, np.float32))
+    with pytest.raises(UserError, match="2 of 3 files .* are of no use: .*b.npy is an empty bag.*; .*c.npy holds NaN"):
+        Bags(tmp_path)
+    assert Bags(tmp_path, names=("a",)).names == ["a"]
     torch.save(torch.zeros(2, 3), tmp_path / "b.pt")
     with pytest.raises(UserError, match="b.npy and .*b.pt are features of one slide"):
         Bags(tmp_path)

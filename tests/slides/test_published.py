@@ -16,6 +16,7 @@ from data import PatchDataset, fixed_batch
 from diffusion import ZoomLDM
 from slides import official as published
 from slides.official import Samples, layout_of, read_features
+from slides.strips import Job, with_features
 from summarizer import pack_grid, standardize
 
 E, SIDE = 16, 8  # embedding width and latent side of the small sets here; published: 1024 and 64
@@ -164,17 +165,86 @@ def test_features_of_clam_and_trident(tmp_path, name):
 def test_features_that_fit_no_grid(tmp_path):
     x, coords, _ = tiles()
     torch.save({"features": x, "coords": coords}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="no common grid"):
-        read_features(tmp_path / "a.pt", 48)
+    assert read_features(tmp_path / "a.pt", 48)[3] == 32               # the file is believed, not the command line
     for broken, says in (({"features": x}, "11 features without coordinates"),
                          ({"features": x, "coords": coords[1:]}, "11 features without coordinates"),
                          ({"features": x * torch.nan, "coords": coords}, "NaN"),
-                         ({"features": x, "coords": coords * 0}, "no common grid"), (x, "h5_files there are none")):
+                         ({"features": x, "coords": coords * 0}, "no common grid"), (x, "patches there are none")):
         torch.save(broken, tmp_path / "a.pt")
         with pytest.raises(UserError, match=says):
             read_features(tmp_path / "a")
     with pytest.raises(UserError, match="no file"):
         read_features(tmp_path / "b")
+
+@pytest.mark.parametrize("said, apart, result", [
+    ({"patch_size": 256, "patch_level": 1, "downsample": 4.0}, 1024, 1024), ({"patch_size_level0": 682}, 683, 683),
+    ({}, 1024, 1024), ({"patch_size_level0": 512}, 1024, "of side 512 lie 1024 pixels apart"),
+    ({"patch_size_level0": 512}, 448, "no common grid"),                       # 64 pixels of overlap
+    ({"patch_size": 256, "patch_level": 0}, 1024, "of side 256 lie 1024 pixels apart")])
+def test_the_side_of_a_tile(tmp_path, said, apart, result):
+    """What the file says, TRIDENT's rounding aside, or else how far apart tiles lie; never what the command implies."""
+    x, coords, grid = tiles(side=apart, origin=(7, 9))
+    torch.save({"features": x, "coords": coords} | said, tmp_path / "a.pt")
+    if isinstance(result, str):
+        with pytest.raises(UserError, match=result):
+            read_features(tmp_path / "a.pt", 512)
+    else:
+        e, there, origin, side = read_features(tmp_path / "a.pt", 512)
+        assert side == result and e.shape == grid.shape and origin == (7, 9) and there.sum() == 11
+
+def test_coordinates_beside_the_file(tmp_path):
+    """TRIDENT's patches/a_patches.h5 beside a .pt of features alone; CLAM's patches/a.h5 tells the side of a level."""
+    x, coords, _ = tiles(side=48)
+    (tmp_path / "f").mkdir()
+    torch.save(x.numpy(), tmp_path / "f" / "a.pt")
+    write_h5(tmp_path / "patches" / "a_patches.h5", x[:0], coords, patch_size_level0=48)
+    assert read_features(tmp_path / "f" / "a.pt")[2:] == ((64, 96), 48)
+    write_h5(tmp_path / "patches" / "a.h5", x[:0], coords, patch_size=12, patch_level=1, downsample=(2.0, 2.0))
+    with pytest.raises(UserError, match="of side 24 or 48 lie 48 pixels apart"):
+        read_features(tmp_path / "f" / "a.pt")
+
+def test_one_grid_for_each_piece_of_tissue(tmp_path):
+    """catches: CLAM's second contour laid on the grid of the first."""
+    x, coords, _ = tiles()
+    coords[6:] += torch.tensor([517, 3])
+    torch.save({"features": x, "coords": coords, "patch_size_level0": 32}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="on one grid for all pieces of tissue, as TRIDENT does"):
+        read_features(tmp_path / "a.pt")
+
+def test_base_tiles_are_the_tiles_that_were_embedded(tmp_path, capsys):
+    """Tiles of 33 pixels at 0.2325 for 16 at 0.5: drawn each in one colour, they come out so. catches: a base
+    resolution of 0.465 or 0.5, whose tiles drift from those that were embedded; a remedy that is refused."""
+    x, coords, grid = tiles(5, 6, 33, (66, 99))
+    colours = np.random.default_rng(0).integers(4, 256, (9, 10, 3), np.uint8)
+    Image.fromarray(colours.repeat(33, 0).repeat(33, 1)).save(tmp_path / "a.png")
+    (tmp_path / "list.csv").write_text("path,mpp\na.png,0.2325\n")
+    torch.save({"features": x, "coords": coords, "patch_size_level0": 33}, tmp_path / "a.pt")
+    args = ["build", f"--images={tmp_path / 'list.csv'}", f"--features={tmp_path / 'a.pt'}", "--encoder=uni",
+            "--patch=16", "--scales=1"]
+    with pytest.raises(UserError, match="does not fit --patch=16: give --mpp=0.4795$"):
+        data.main([*args, "--mpp=0.6", f"--out={tmp_path / 'none'}"])
+    for mpp in (0.5, 0.4795):
+        data.main([*args, f"--mpp={mpp}", f"--out={tmp_path / str(mpp)}"])
+        assert "pixels 0.4795 micrometres each, kept [29] patches" in capsys.readouterr().out
+        pyramids = data.Pyramids(tmp_path / str(mpp))
+        for n in range(29):
+            item = pyramids.read(0, 0, n, ("x", "e"))
+            i, j = item["ij"].tolist()
+            torch.testing.assert_close(item["e"][:, 0, 0], grid[i, j].half().float())
+            want = torch.from_numpy(colours[i + 3, j + 2].copy())[:, None, None].expand(3, 16, 16)
+            assert torch.equal(((item["x"] + 1) * 127.5).round().byte(), want)
+
+def test_features_belong_to_images_by_name(tmp_path):
+    """catches: one file of features for every image; one name in two folders."""
+    jobs = [Job(name, tmp_path / name) for name in ("u/a.svs", "v/b.svs")]
+    for name in ("a", "v__b.svs"):
+        torch.save(torch.zeros(1, 2), tmp_path / f"{name}.pt")
+    assert [job.features.name for job in with_features(jobs, tmp_path)] == ["a.pt", "v__b.svs.pt"]
+    for more, features, says in (([], tmp_path / "a.pt", "has none of u/a.svs, v/b.svs"),
+                                 ([Job("w/a.svs", tmp_path)], tmp_path, "u/a.svs and w/a.svs can both be a")):
+        with pytest.raises(UserError, match=says):
+            with_features([*jobs, *more], features)
+    assert with_features(jobs[1:], tmp_path / "a.pt")[0].features == tmp_path / "a.pt"
 
 def test_build_takes_the_features(tmp_path):
     """Pixels of the image, embeddings of the file, and patches only where every tile was embedded."""
