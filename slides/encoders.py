@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import UserError, cli
-from slides.weights import count_of, load_official, load_state_dict, renamed, size_of
+from slides.weights import count_of, load_official, load_state_dict, named, place, renamed, size_of
 from toy.descriptor import Stats, embed  # noqa: F401 (whoever embeds finds both here)
 
 # ----- 1. The published transformers: what their tensors do not tell -----
@@ -33,13 +33,14 @@ TRANSFORMERS = (
     (".qkv.2.", ".attention.attention.value."), ("blocks.", "encoder.layer."), ("cls", "embeddings.cls_token"),
     ("patchify.", "embeddings.patch_embeddings.projection."), ("positions", "embeddings.position_embeddings"))
 
+ANCHORS = "patchify.weight", "patchify.bias", "norm.weight", "blocks.0.norm1.weight", "blocks.0.fc2.weight"
+
 @dataclass
 class Kind:
     """One published encoder. Sizes are those of its file, for the table that this module prints."""
     size: tuple                 # width, depth, heads, patch, hidden, positions, registers
     names: tuple = TIMM         # how its file names what is ours
-    prefixes: tuple = ("",)     # what may stand before all names
-    unused: tuple = ()          # beginnings of keys that no embedding needs
+    unused: tuple = ("head.",)  # beginnings of keys that no embedding needs
     registers: tuple = ()       # published names of the register tokens, if it has any
     scaled: bool = True         # LayerScale
     swiglu: bool = False
@@ -54,15 +55,14 @@ class Kind:
 KINDS = {  # sources: timm and TRIDENT, facebookresearch/dinov2 (crop as in timm), mahmoodlab/HIPT, transformers
     "uni": Kind((1024, 24, 16, 16, 4096, 197, 0)),
     "uni2h": Kind((1536, 24, 24, 14, 4096, 256, 8), registers=("reg_token",), swiglu=True),
-    "dinov2": Kind((1024, 24, 16, 14, 4096, 1370, 0), unused=("mask_token",), offset=0.1, antialias=False,
+    "dinov2": Kind((1024, 24, 16, 14, 4096, 1370, 0), unused=("mask_token", "head."), offset=0.1, antialias=False,
                    resize="bicubic"),
-    "dinov2_reg": Kind((1024, 24, 16, 14, 4096, 1370, 4), unused=("mask_token",),
+    "dinov2_reg": Kind((1024, 24, 16, 14, 4096, 1370, 4), unused=("mask_token", "head."),
                        registers=("register_tokens", "reg_token"), resize="bicubic"),  # the second: timm's copies
-    "hipt": Kind((384, 12, 6, 16, 1536, 197, 0), prefixes=("module.backbone.", "backbone.", ""),
-                 unused=("module.head.", "head."), scaled=False, offset=0.1, antialias=False, side=256, mean=(0.5,) * 3,
-                 std=(0.5,) * 3),
-    "phikon": Kind((768, 12, 12, 16, 3072, 197, 0), TRANSFORMERS, ("", "vit."), ("pooler.", "vit.pooler."),
-                   scaled=False, eps=1e-12, antialias=False),
+    "hipt": Kind((384, 12, 6, 16, 1536, 197, 0), scaled=False, offset=0.1, antialias=False, side=256,
+                 mean=(0.5,) * 3, std=(0.5,) * 3),
+    "phikon": Kind((768, 12, 12, 16, 3072, 197, 0), TRANSFORMERS, ("pooler.",), scaled=False, eps=1e-12,
+                   antialias=False),
 }
 
 # ----- 2. The network -----
@@ -152,28 +152,28 @@ class ViT(nn.Module):
     @classmethod
     def from_official(cls, state, name, heads=None):
         """Build from a published state dict, in eval mode.
-        in:  name, one of KINDS; heads, by default width / 64, as in all published sizes. A flat dict, or HIPT's whole
-        file, of which the teacher counts. raises: ValueError listing missing, unexpected and mis-shaped keys."""
+        in:  name, one of KINDS; heads, by default width / 64, as in all published sizes; a state dict, or all that a
+        training file holds (see `place`). raises: ValueError listing missing, unexpected and mis-shaped keys."""
         if name not in KINDS:
             raise UserError(f"unknown ViT {name!r}: known are {', '.join(KINDS)}")
-        kind, state = KINDS[name], state.get("teacher", state)
-        depths = {prefix: count_of(state, prefix + renamed("blocks.", kind.names)) for prefix in kind.prefixes}
-        prefix = max(depths, key=depths.get)
-        registers = next((key for key in kind.registers if key in state), "".join(kind.registers[:1]))
-
-        def publish(ours):
-            return registers if ours == "registers" else prefix + renamed(ours, kind.names)
-        width = size_of(state, publish("norm.weight"), 0, size_of(state, publish("norm.bias"), 0, 0))
+        kind = KINDS[name]
         try:
+            state, prefix = place(state, "", *(renamed(key, kind.names) for key in ANCHORS))
+            registers = next((key for key in kind.registers if prefix + key in state), "".join(kind.registers[:1]))
+
+            def publish(ours):
+                return registers if ours == "registers" else renamed(ours, kind.names)
+
+            def size(ours, dim, default):
+                return size_of(state, prefix + publish(ours), dim, default)
+            width = size("norm.weight", 0, size("norm.bias", 0, 0))
             if not width:
-                raise UserError(f"{publish('norm.weight')} and all the rest are missing")
-            patch = size_of(state, publish("patchify.weight"), 2, 1)
-            hidden = size_of(state, publish("blocks.0.fc2.weight"), 1, 1)
-            positions = size_of(state, publish("positions"), 1, 1)
+                raise UserError(f"{prefix}{publish('norm.weight')} and all the rest are missing")
+            patch = size("patchify.weight", 2, 1)
             with torch.device("meta"):
-                model = cls(name, width, depths[prefix], heads or width // 64, patch, hidden, positions,
-                            size_of(state, registers, 1, 1))
-            load_official(model, state, "", publish, kind.unused)
+                model = cls(name, width, count_of(state, prefix + publish("blocks.")), heads or width // 64, patch,
+                            size("blocks.0.fc2.weight", 1, 1), size("positions", 1, 1), size("registers", 1, 1))
+            load_official(model, state, prefix, publish, kind.unused)
             if patch != kind.size[3]:  # DINOv2's keys are those of UNI
                 raise UserError(f"their patches are {patch} pixels wide, and not {kind.size[3]}")
         except UserError as err:
@@ -246,10 +246,8 @@ def load_encoder(name, std=None, weights=None, device="cpu"):
         net = FREE[name](std) if FREE[name].scaled else FREE[name]()
     else:
         kind = KINDS[name]
-        try:
+        with named(weights):
             vit = ViT.from_official(load_state_dict(weights), name)
-        except UserError as err:
-            raise UserError(f"{weights}: {err}") from err
         net = Published(vit, vit.embed_dim, kind.side, kind.resize, kind.mean, kind.std)
     if std is not None and len(std) != net.embed_dim:
         raise UserError(f"got {len(std)} deviations for the encoder {name!r}, which has {net.embed_dim} numbers: these "

@@ -10,7 +10,8 @@ import torch
 
 from common import UserError
 from diffusion import ZoomLDM
-from slides.weights import check_official, count_of, has, load_official, load_state_dict, renamed, size_of
+from slides.weights import check_official, count_of, has, load_official, load_state_dict, named, place, \
+    renamed, size_of
 from summarizer import Summarizer, SummarizerConfig
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
@@ -34,6 +35,7 @@ vae_name = partial(renamed, pairs=VAE_NAMES)
 
 def load_vae(state, prefix=""):
     """VQVAE.from_official. A vq-f4 file of its own also holds the networks of its training loss, `loss.*`."""
+    state, prefix = place(state, prefix, "encoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")
     levels = prefix + "encoder.down."
     width = size_of(state, prefix + "encoder.conv_in.bias", 0, 128, multiple=32)
     mult = []
@@ -57,6 +59,7 @@ summarizer_name = partial(renamed, pairs=SUMMARIZER_NAMES)
 
 def load_summarizer(state, prefix=""):
     """Summarizer.from_official."""
+    state, prefix = place(state, prefix, "dim_reduce.weight", "mag_embedding.weight", "final_proj.weight")
     width = size_of(state, prefix + "final_proj.bias", 0, 512, multiple=8)
     embed = size_of(state, prefix + "dim_reduce.weight", 1, 1024)
     depth = count_of(state, prefix + LAYER)
@@ -67,6 +70,7 @@ def load_summarizer(state, prefix=""):
 
 # ----- 3. U-Net -----
 
+UNET_ANCHORS = "input_blocks.0.0.weight", "time_embed.0.weight", "middle_block.0.out_layers.3.weight", "out.2.weight"
 OUTER_NAMES = {"time1": "time_embed.0", "time2": "time_embed.2", "norm_out": "out.0", "conv_out": "out.2"}
 DEEP = "transformer_blocks.0."
 INNER_NAMES = {  # what is not listed, norm, proj_in and proj_out of a transformer, keeps its name
@@ -123,6 +127,7 @@ def empty_unet(state, prefix=""):
 
 def load_unet(state, prefix=""):
     """UNet.from_official. One head, which weights do not show."""
+    state, prefix = place(state, prefix, *UNET_ANCHORS)
     unet = empty_unet(state, prefix)
     return load_official(unet, state, prefix, partial(unet_name, unet)).eval()
 
@@ -131,8 +136,8 @@ def start_unet(unet, state):
     in:  a whole checkpoint's state dict, of which the raw U-Net counts, as in the papers; or the U-Net's alone
     out: {our name: tensor}; the keys of the class embedder, which has no place here and is dropped
     raises: ValueError listing missing, unexpected and mis-shaped keys."""
-    prefix = UNET if has(state, UNET) else ""
-    dropped = [k for k in state if k.startswith((SUMMARIZER, prefix + "label_emb."))]
+    state, prefix = place(state, "", *UNET_ANCHORS)
+    dropped = [k for k in state if SUMMARIZER in k or k.startswith(prefix + "label_emb.")]
     state = {k: v for k, v in state.items() if k not in dropped}
     names = check_official(unet, state, prefix, partial(unet_name, unet))
     if unet.cfg.heads != 1 or unet.cfg.groups != 32:
@@ -145,21 +150,29 @@ def start_unet(unet, state):
 BOOKKEEPING = {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
                "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
                "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
-               "lvlb_weights", "model_ema.decay", "model_ema.num_updates"}
+               "lvlb_weights", "logvar", "model_ema.decay", "model_ema.num_updates"}
 
 def load_whole(source):
     """ZoomLDM.from_official. in: a path (.ckpt, .pt: tensors only; .safetensors) or a state dict, bare or under
-    "state_dict". out: the model; its `ignored` lists keys without weights. official: only the U-Net was averaged."""
-    state = source if isinstance(source, dict) else load_state_dict(source)
-    state = state.get("state_dict", state)
-    kept = {k: v for k, v in state.items() if k not in BOOKKEEPING}
-    other = [k for k in kept if not k.startswith((VAE, SUMMARIZER, UNET, "model_ema."))]
-    if other:
-        raise UserError(f"no whole published ZoomLDM checkpoint: {len(other)} unexpected: {', '.join(other[:8])}")
-    unet = empty_unet(kept, UNET)
-    check_official(unet, kept, UNET, partial(unet_name, unet))          # the raw U-Net is checked, but not used
-    load_official(unet, kept, "model_ema.", partial(averaged_name, unet))
-    model = ZoomLDM(load_vae(kept, VAE), load_summarizer(kept, SUMMARIZER), unet)
+    "state_dict". out: the model; its `ignored` lists keys without weights. official: only the U-Net was averaged. A
+    file without any average gives the U-Net as it is; a `scale_factor` is what it multiplied latents by."""
+    with named(source):
+        state = source if isinstance(source, dict) else load_state_dict(source)
+        state, prefix = place(state, "", UNET + UNET_ANCHORS[0], VAE + "quant_conv.weight", SUMMARIZER + "pad_token")
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        kept = {k: v for k, v in state.items() if k not in BOOKKEEPING}
+        scale = kept.pop("scale_factor", torch.ones((), device="cpu"))
+        other = [k for k in kept if not k.startswith((VAE, SUMMARIZER, UNET, "model_ema."))]
+        if scale.numel() != 1 or not 0 < scale.item() < torch.inf:
+            raise UserError(f"its scale_factor, what latents are multiplied by, is {scale.tolist()}")
+        if other:
+            raise UserError(f"no whole published ZoomLDM checkpoint: {len(other)} unexpected: {', '.join(other[:8])}")
+        unet = empty_unet(kept, UNET)
+        check_official(unet, kept, UNET, partial(unet_name, unet))      # also where the average is used
+        averaged = has(kept, "model_ema.")
+        load_official(unet, kept, *(("model_ema.", partial(averaged_name, unet)) if averaged else
+                                    (UNET, partial(unet_name, unet))))
+        model = ZoomLDM(load_vae(kept, VAE), load_summarizer(kept, SUMMARIZER), unet, scale.item())
     model.ignored = sorted(BOOKKEEPING & state.keys())
     return model.eval().requires_grad_(False)
 
@@ -178,8 +191,7 @@ dit_name = partial(renamed, pairs=DIT_NAMES)
 def load_dit(state, prefix="", heads=None):
     """DiT.from_official. Of a whole checkpoint the "ema" weights count, which the published sampling uses."""
     from cdm import DiT, DiTConfig  # here, for it brings the training along
-    if not prefix and isinstance(state.get("ema"), dict):
-        state = state["ema"]
+    state, prefix = place(state, prefix, "x_embedder.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight")
     width = size_of(state, prefix + "x_embedder.weight", 0, size_of(state, prefix + "x_embedder.bias", 0, 768))
     outputs = size_of(state, prefix + "final_layer.linear.bias", 0,
                       size_of(state, prefix + "final_layer.linear.weight", 0, 1024))
@@ -196,7 +208,8 @@ def load_cdm(source, model=None, heads=None):
     tokens are not as wide as those of `model`."""
     from cdm import Conditioner, DiT
     state = source if isinstance(source, dict) else load_state_dict(source)
-    made = Conditioner(DiT.from_official(state, heads=heads))
+    with named(source):
+        made = Conditioner(DiT.from_official(state, heads=heads))
     if model is not None:
         made.check_fit(model, "the published file")
     return made.eval().requires_grad_(False)

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from common import UserError
-from slides.keys import VAE, has, load_vae, start_unet
-from slides.weights import load_state_dict
+from slides.keys import load_vae, start_unet
+from slides.weights import load_state_dict, named
 from unet import UNet
 
 def published_vae(path):
     """The VAE of a published file, which may be a whole latent diffusion checkpoint. raises: UserError."""
-    state = load_state_dict(path)
-    return load_vae(state, VAE if has(state, VAE) else "")
+    with named(path):
+        return load_vae(load_state_dict(path))
 
 def start_weights(cfg, ranks, pyramids, base, resumed):
     """out: {name in train.LDMStage: tensor}. in: base, the model of another run, or None for a published file, which
@@ -29,7 +29,8 @@ def start_weights(cfg, ranks, pyramids, base, resumed):
         return {}
     with torch.device("meta"):
         unet = UNet(cfg.unet)
-    weights, dropped = start_unet(unet, load_state_dict(cfg.init_from))
+    with named(cfg.init_from):
+        weights, dropped = start_unet(unet, load_state_dict(cfg.init_from))
     if cfg.pred != "eps" or cfg.schedule != "scaled_linear":
         raise UserError(f"--init_from={cfg.init_from} is a published U-Net: give --pred=eps --schedule=scaled_linear")
     if ranks.rank == 0:

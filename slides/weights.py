@@ -3,6 +3,9 @@
 in:  a .safetensors, .ckpt, .pt, .pth or .bin file   out: a flat state dict, published name -> tensor
 read next: slides/keys.py
 """
+import re
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
@@ -10,31 +13,138 @@ import torch
 
 from common import UserError, load_tensors
 
-# old checkpoints name these classes beside their tensors; they are read as empty classes that do nothing
-INERT = [type("Namespace", (), {"__module__": "argparse"}),
-         type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})]
+# ----- 1. Files -----
+
+# how files begin that are none of weights: what they are, and what to do
+SIGNS = ((rb"version https://git-lfs", "is a Git LFS pointer, a note of where the file lies: run `git lfs pull`"),
+         (rb"(\xef\xbb\xbf)?\s*<", "is a web page: log in where the file lies, accept its licence, and download it"),
+         (rb"\s*[{\[]\s*[]}{\[\"]", "is JSON, settings or an index: give the file of weights beside it"),
+         (rb"\x89HDF", "is HDF5, as of Keras: save the weights by PyTorch"),
+         (rb"\x93NUMPY", "is a NumPy array: save the weights by PyTorch"),
+         (rb"\x1f\x8b|BZh|\xfd7zXZ|Rar!|7z\xbc\xaf", "is a packed archive: unpack it first"),
+         (rb"[\t\n\r -~\x80-\xff]{8,}\Z", "is text: download the file itself"))
+
+# objects of these classes stand beside the tensors of training checkpoints: read as empty ones that do nothing
+SCALARS = "scalar _reconstruct"
+BESIDE = {"argparse": "Namespace", "builtins": "bool dict float int list object slice str tuple",
+          "collections": "defaultdict", "datetime": "datetime timedelta", "pathlib": "PosixPath WindowsPath",
+          "typing": "Any", "numpy": "dtype ndarray", "numpy.core.multiarray": SCALARS,
+          "numpy._core.multiarray": SCALARS, "omegaconf.base": "ContainerMetadata Metadata",
+          "omegaconf.dictconfig": "DictConfig", "omegaconf.listconfig": "ListConfig",
+          "omegaconf.nodes": "AnyNode BooleanNode BytesNode EnumNode FloatNode IntegerNode PathNode StringNode",
+          "pytorch_lightning.callbacks.model_checkpoint": "ModelCheckpoint",
+          "lightning.pytorch.callbacks.model_checkpoint": "ModelCheckpoint"}
+
+class Inert:
+    """What is made of them, whatever they were made with."""
+
+    def __init__(self, *_):
+        pass
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+INERT = [type(name, (Inert,), {"__module__": module}) for module, names in BESIDE.items() for name in names.split()]
+
+def sign_of(path):
+    """What a file is that was taken for data and is none, by its first bytes, and the remedy; "" if they do not say."""
+    with open(path, "rb") as f:
+        begins = f.read(256)
+    return next((what for sign, what in SIGNS if re.match(sign, begins, re.DOTALL)), "")
 
 def load_state_dict(path):
-    """Read a foreign checkpoint (.safetensors, or .ckpt/.pt/.pth/.bin of tensors alone) as a flat state dict.
-    A wrapping "state_dict" (CompVis), "ema" (the published CDM's) or "teacher" (DINO) is taken off. raises: UserError.
-    """
+    """Read a foreign checkpoint (.safetensors, or .ckpt/.pt/.pth/.bin of tensors alone) as a flat state dict, what
+    stands around and before its keys taken off (see `bare`). raises: UserError that says what the file is instead."""
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_tensors(path)[0]
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: check the path")
+    if what := sign_of(path):
+        raise UserError(f"{path} holds no weights, it {what}")
+    state = load_tensors(path)[0] if path.suffix == ".safetensors" else unpickled(path)
+    with named(path):
+        found = bare(state) if isinstance(state, dict) else {}
+    if not found:
+        raise UserError(f"{path} holds no state dict of tensors: give a checkpoint of the published layout")
+    return found
+
+def unpickled(path):
+    """What a file of torch.save holds. raises: UserError if that could run code, naming the class, or it is damaged."""
     try:
         with torch.serialization.safe_globals(INERT):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # torch meets damaged bytes with IndexError, TypeError, struct.error and many more
-        raise UserError(f"{path} is damaged or holds more than tensors (which could run code, so it is refused): "
-                        f"download it again, or save its state_dict as .safetensors") from err
-    for wrap in ("state_dict", "ema", "teacher"):
-        if isinstance(state, dict) and isinstance(state.get(wrap), dict):
-            state = state[wrap]
-    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
-        raise UserError(f"{path} holds no state dict of tensors; give a checkpoint of the published layout")
-    return state
+        said = str(err)
+        if foreign := re.findall(r"GLOBAL (\S+) was not|but got <class '(.+)'>|(TorchScript)", said):
+            raise UserError(f"{path} is damaged or holds more than tensors: {''.join(foreign[0])}, which could run "
+                            f"code, so it is refused: save its state_dict as .safetensors where it was made") from err
+        why = (re.findall(r"WeightsUnpickler error:\s*(.+)", said) or said.splitlines() or [type(err).__name__])[0]
+        raise UserError(f"{path} is damaged or no file of tensors ({shorten(why, 200)}): download it again, or save "
+                        f"its state_dict as .safetensors") from err
+
+@contextmanager
+def named(source):
+    """Put the name of a file before what is found wrong with it."""
+    try:
+        yield
+    except UserError as err:
+        if isinstance(source, dict) or str(source) in str(err):
+            raise
+        raise UserError(f"{source}: {err}") from err
+
+# ----- 2. What stands around and before the keys -----
+
+# under which names checkpoints keep state dicts; the first counts, an average before what it was taken of
+WRAPS = ("state_dict_ema", "model_ema", "state_dict", "ema", "teacher", "model_state_dict", "model", "module", "net")
+AVERAGES = {"teacher", "ema", "ema_model", "model_ema"}
+# what DistributedDataParallel, FSDP, recomputed activations, torch.compile and DINOv2's chunks of blocks put into names
+WRAPPED = re.compile(r"(?:^|(?<=\.))(?:module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|_orig_mod\.?|"
+                     r"(?<=\bblocks\.)\d+\.(?=\d+\.)")
+
+def bare(state):
+    """The tensors of what a checkpoint holds, by name: out of the dicts around them, names without what wrappers add.
+    raises: UserError if there are several dicts of tensors of which none counts more, or names become the same."""
+    for _ in range(4):  # deep at most
+        inner = {k: v for k, v in state.items() if holds_tensors(v) and "optim" not in str(k)}
+        known, flat = [k for k in WRAPS if k in inner], any(map(torch.is_tensor, state.values()))
+        if len(inner) > 1 and not known and not flat:
+            raise UserError(f"several state dicts in it, {', '.join(map(str, inner))}: save one of them alone")
+        if inner and (known or not flat):
+            state = inner[known[0] if known else next(iter(inner))]
+    found = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
+    names = {k: WRAPPED.sub("", k) for k in found}
+    if len({*names.values()}) < len(names):
+        raise UserError("keys in it with and without the name of a wrapper (module., _orig_mod.): keep one of both")
+    return {names[k]: v for k, v in found.items()}
+
+def holds_tensors(x, depth=3):
+    """Whether x is a dict with tensors in it, or in dicts in it."""
+    return isinstance(x, dict) and any(torch.is_tensor(v) or depth and holds_tensors(v, depth - 1) for v in x.values())
+
+def place(state, prefix, *anchors):
+    """Where in a checkpoint a network stands. in: prefix, "" to find it; anchors, some of the network's keys.
+    out: its tensors by name; the prefix before most anchors, that of an average first. raises: UserError if several
+    networks fit alike."""
+    if prefix:
+        return state, prefix
+    state = bare(state)
+    hits = Counter(k.removesuffix(a) for a in anchors for k in state if f".{k}".endswith(f".{a}"))
+    rank = {p: (bool({*p.split(".")} & AVERAGES), n) for p, n in hits.items() if n > 1}
+    best = [p for p in rank if rank[p] == max(rank.values())]
+    if len(best) > 1:
+        raise UserError(f"several such networks in it, below {shorten(', '.join(sorted(best)), 300)}: save one alone")
+    prefix, own = "".join(best), tuple(a.split(".")[0] + "." for a in anchors)
+    astray = [k for k in state if k.startswith(own) and not k.startswith(prefix)]
+    if astray:
+        raise UserError(f"{len(astray)} unexpected: {shorten(', '.join(astray), 300)}, not below {prefix}")
+    return state, prefix
+
+# ----- 3. Against a model of ours -----
+
+def form(x):
+    return f"{tuple(x.shape)}" + ("" if x.is_floating_point() else f" {x.dtype}")  # quantised weights are none
 
 def check_official(module, state, prefix, rename, ignore=()):
     """Hold a published state dict against `module`. in: rename maps our parameter names to published ones, after
@@ -46,8 +156,8 @@ def check_official(module, state, prefix, rename, ignore=()):
     ignored = tuple(prefix + i for i in ignore)
     extra = [k for k in state if k.startswith(prefix) and k not in known and not k.startswith(ignored)]
     missing = [key for key in names.values() if key not in state]
-    shaped = [f"{key} is {tuple(state[key].shape)}, expected {tuple(ours[name].shape)}"
-              for name, key in names.items() if key in state and state[key].shape != ours[name].shape]
+    shaped = [f"{key} is {form(state[key])}, expected {form(ours[name])}"
+              for name, key in names.items() if key in state and form(state[key]) != form(ours[name])]
     text = ""
     for what, keys in ("missing", missing), ("unexpected", sorted(extra)), ("of another shape", shaped):
         text += f"; {len(keys)} {what}: {shorten(', '.join(keys), 300)}" if keys else ""

@@ -109,6 +109,21 @@ def test_other_forms_of_the_same_weights(tmp_path):
     state |= {"cls_token": state["cls_token"] + place[:, :1], "pos_embed": place[:, 1:].clone()}
     torch.testing.assert_close(small("dinov2_reg", state)(image), e)
 
+@pytest.mark.parametrize("form", ["training", "teacher", "visual", "lightning", "compiled"])
+def test_checkpoints_of_trainings(form):
+    """DINOv2's: the teacher among heads and student, its blocks in chunks that keep their numbers; inside CLIP,
+    Lightning, DistributedDataParallel and torch.compile. catches: the student; blocks of one chunk taken for all."""
+    state, image = state_dict("encoder_dinov2"), torch.randn(1, 3, 70, 70)
+    chunks = {k.replace("blocks.1.", "blocks.1.1.").replace("blocks.0.", "blocks.0.0."): v for k, v in state.items()}
+    teacher = {"backbone." + k: v for k, v in chunks.items()} | {"dino_head.mlp.0.weight": torch.zeros(2, 2)}
+    held = {"training": {"model": {f"{who}.{k}": v * f for who, f in (("student", 0.5), ("teacher", 1.0))
+                                   for k, v in teacher.items()}, "optimizer": {}, "iteration": 9},
+            "teacher": {"teacher": teacher}, "visual": {"visual.trunk." + k: v for k, v in state.items()} | {
+                "transformer.resblocks.0.ln_1.weight": torch.zeros(2), "logit_scale": torch.zeros(())},
+            "lightning": {"state_dict": {"net." + k: v for k, v in state.items()} | {"loss.weight": torch.zeros(2)}},
+            "compiled": {"_orig_mod.module." + k: v for k, v in state.items()} | {"head.bias": torch.zeros(2)}}[form]
+    assert torch.equal(small("dinov2", held)(image), small("dinov2")(image))
+
 # ----- 3. What does not fit is refused, by name -----
 
 @each
@@ -143,6 +158,7 @@ def test_wrong_names_and_heads():
     state = state_dict("encoder_uni")
     for change, name, heads, says in (({}, "unni", 4, "unknown ViT 'unni': known are uni"),
                                       ({}, "uni", 5, "say how many heads"), ({}, "uni", None, "say how many heads"),
+                                      ({"norm.weight": torch.ones(48, dtype=torch.int8)}, "uni", 4, "torch.int8"),
                                       ({"pos_embed": torch.zeros(1, 200, 48)}, "uni", 4, "neither a square")):
         with pytest.raises(ValueError, match=says):
             ViT.from_official(state | change, name, heads)
