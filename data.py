@@ -131,6 +131,7 @@ class Pyramids:
         self.rescale = torch.tensor(index["std"]) / torch.tensor(self.std)  # (E,), 1 where both agree
         self.weights = index["source"].get("weights")  # the file of a published encoder, where it lay then
         self.mpp = index["source"].get("mpp")          # micrometres per pixel of base tiles; None: not known
+        self.white = index["source"].get("white", 0)   # of images of more than 8 bits, the value shown as white
 
     def names(self, split):
         """Names of the slides of a split, "train" or "test"."""

@@ -2,16 +2,13 @@
 
     python invert.py out/toy --image=photo.png --scale=2 --sr=4 --variations=4
 
-in:  an image that Pillow reads, its scale   out: DIR/sr.png, e.safetensors (for sample_joint.py --reference), sheet.png
+in:  an image or slide, its scale   out: DIR/sr.png, e.safetensors (for sample_joint.py --reference), sheet.png
 """
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from common import UserError, at_least, cli, configure, one_of, save_grid, save_png, save_tensors, setup, to_uint8
 from data import Pyramids
@@ -21,15 +18,15 @@ from large import proxy as proxies
 from large.windows import Grid
 from sample_joint import GUIDES, Resize
 from slides.encoders import FREE, load_encoder
-
-MODES = "RGB RGBA RGBX L LA P PA 1 CMYK YCbCr I I;16 I;16B".split()  # of pixels that are read
+from slides.reader import MAX_PIXELS, open_slide
 
 @dataclass
 class Config:
     run: str = ""              # run folder (or an ema.safetensors)
-    image: str = ""            # the image: anything Pillow reads
+    image: str = ""            # the image: anything that slides/reader.py opens
     data: str = ""             # data folder, should a proxy have to be fitted; default: what the run was trained on
     scale: int = -1            # its scale: 0 = finest the run knows, each +1 half the resolution
+    white: int = 0             # of more than 8 bits, the value to show as white; 0 = the largest of the bits it uses
     sr: int = 0                # how many times larger, a power of 2; 0 = down to scale 0, 1 = not at all
     out: str = ""              # folder; default RUN/invert
     variations: int = 0        # images to draw at the same scale from the same conditions, and their cells at scale 0
@@ -50,28 +47,16 @@ class Config:
 
 # ----- 1. Reading -----
 
-def read_image(path):
-    """The image (3,H,W) in [-1,1], turned as its EXIF says; grey becomes RGB, a fourth band is left out, 16 bits are
-    scaled from 0..65535. raises: UserError if it cannot be read."""
+def read_image(path, white=0):
+    """The image (3,H,W) in [-1,1], as `data.py build` reads it (docs/own_images.md). raises: UserError if it cannot."""
     if not Path(path).is_file():
         raise UserError(f"--image={path}: no such file; give the image to begin with")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*[Tt]runcated")  # Pillow only warns of a TIFF with cut tables
-            image = Image.open(path)
-            image.load()
-    except Exception as err:  # Pillow's decoders raise nearly anything on damaged files
-        raise UserError(f"{path} cannot be read ({type(err).__name__}: {err}): convert it to PNG or TIFF") from err
-    if image.mode not in MODES:
-        raise UserError(f"{path} has pixels of kind {image.mode!r}, which do not show as RGB: convert it first")
-    image = ImageOps.exif_transpose(image)
-    if not image.mode.startswith("I"):
-        pixels = torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32))     # (H,W,3)
-        return pixels.movedim(-1, 0) / 127.5 - 1
-    deep = torch.from_numpy(np.asarray(image).astype(np.float32))                          # (H,W)
-    if not 0 <= deep.min() <= deep.max() <= 65535:
-        raise UserError(f"{path} has grey levels from {deep.min():.0f} to {deep.max():.0f}: convert it to 16 bits")
-    return (deep / 257).expand(3, -1, -1) / 127.5 - 1
+    slide = open_slide(path, white=white)
+    if math.prod(slide.size) > MAX_PIXELS:
+        raise UserError(f"{path} has {slide.size[0]} x {slide.size[1]} pixels: cut out less, up to {MAX_PIXELS}")
+    if slide.white:
+        print(f"{path}: its value {slide.white} is shown as white")
+    return torch.tensor(slide.read(0, 0, *slide.size)).movedim(-1, 0) / 127.5 - 1
 
 def embed_enlarged(model, x, cells, s, P):
     """What the run's encoder says of the tiles of the enlarged image: (B,E,*cells); None if its weights are not where
@@ -99,7 +84,7 @@ def check(cfg, known):
     factor = cfg.sr or 2 ** cfg.scale
     if factor not in [2 ** n for n in range(cfg.scale + 1)]:
         raise UserError(f"--sr={cfg.sr}: from --scale={cfg.scale} give a power of 2 up to {2 ** cfg.scale}")
-    at_least(cfg, steps=1, invert_steps=1, batch=1, seed=0, variations=0)
+    at_least(cfg, white=0, steps=1, invert_steps=1, batch=1, seed=0, variations=0)
     one_of(cfg, A=("bicubic", "box"), guide=GUIDES)
     return cfg.scale - factor.bit_length() + 1
 
@@ -144,7 +129,7 @@ def main(argv):
     ranks, s = setup(cfg.device, cfg.amp, cfg.threads), cfg.scale
     folder = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
     model, out = ZoomLDM.from_run(cfg.run).to(ranks.device), Path(cfg.out or folder / "invert")
-    target, x = check(cfg, model.summarizer.cfg.scales), read_image(cfg.image)
+    target, x = check(cfg, model.summarizer.cfg.scales), read_image(cfg.image, cfg.white)
     (h, w), P = x.shape[1:], patch_of(model, x)
     if min(h, w) < P and ranks.rank == 0:
         print(f"{cfg.image}, {w} x {h} pixels, is smaller than a tile of {P}: reflect-padded, and cut again in the end")

@@ -53,7 +53,7 @@ def from_image(cfg, model, pyramids, need):
         raise UserError(f"--reference={name} does not exist: give an image, or a .safetensors grid")
     if "encoder" not in info:
         raise UserError(f"{cfg.run or 'the model'} knows no encoder: give --reference as a .safetensors file")
-    slide, mpp = open_slide(name), None
+    slide, mpp = open_slide(name, white=getattr(pyramids, "white", 0)), None
     if slide.said:
         mpp = info.get("mpp") if pyramids is None else pyramids.mpp
         if pyramids is None and mpp is None:

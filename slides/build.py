@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections import Counter, deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -24,13 +24,15 @@ from tqdm import tqdm
 from common import UserError, at_least, configure, save_png, write_text
 from data import write_slide
 from slides.encoders import Stats, embed, load_encoder
-from slides.reader import MAX_PIXELS
+from slides.pictures import DARK, MAX_PIXELS
 from slides.strips import ahead, embedded, image_jobs, opened, plan, with_features, workers
 from toy.folder import begin, finish, finished
 
 PARALLEL = 2**23  # pixels from which worker processes are worth the seconds they take to start
 FREE = "out", "max_pixels", "device", "holdout", "workers", "shard"  # settings that change nothing in a file
-DARK = 3          # of 255; corners without data are black, but for what compression leaves
+# why patches are left out, and what to do if all of them are
+LEFT = {"unreadable": "copy the image again", "without data": "raise --nodata, or --white if it is too dark",
+        "without tissue": "lower --tissue", "not embedded": "embed the whole image", "plain": "lower --background"}
 
 @dataclass
 class Config:
@@ -45,7 +47,10 @@ class Config:
     scales: int = 8               # at most; those larger than every image are dropped
     tissue: float = 0.0           # leave out patches with less than this share of tissue (try 0.2), 0 = keep all
     background: float = 0.0       # leave out patches whose grey levels deviate less than this (try 5), 0 = keep all
-    nodata: float = 0.05          # leave out patches with more than this share of black, as corners of aerial tiles
+    nodata: float = 0.05          # leave out patches with more than this share of black, or of what the image says is
+    #                               nothing, as corners of aerial tiles
+    white: int = 0                # of images of more than 8 bits, the value to show as white, for all alike. 0 = the
+    #                               largest of as many bits as each uses
     cut: str = ""                 # 3x2: make 3 columns x 2 rows of every image: a part of one slide is held out
     holdout: float = 0.1          # fraction of the images held out, if there are at least 5, and no column split
     max_pixels: int = MAX_PIXELS  # refuse larger images of kinds that unpack as a whole
@@ -58,6 +63,10 @@ class Config:
 def output(cfg, job, ending=".safetensors"):
     """The file of an image. What ends in .failed.txt says why there is none: other shards need not wait for it."""
     return Path(cfg.out) / (job.name.replace("/", "__") + ending)
+
+def reasons(left):
+    """Patches left out by reason, {why: count}, and what to do, for people."""
+    return ", ".join(f"{n} {why} ({LEFT[why]})" for why, n in sorted(left.items()))
 
 class Picture:
     """What write_slide asks of one image: strips of pixels, their embeddings, which patches stay.
@@ -87,7 +96,7 @@ class Picture:
         some = tile[::max(1, len(tile) // 64), ::max(1, len(tile) // 64)]      # enough pixels to tell black
         if any((a >> s, b >> s) == (i, j) for a, b in self.bad):
             why = "unreadable"
-        elif (some <= DARK).all(-1).mean() > cfg.nodata:
+        elif (some <= (0 if self.job.white else DARK)).all(-1).mean() > cfg.nodata:  # deep pixels have no such noise
             why = "without data"
         elif self.tissue is not None and self.tissue[under].mean() < cfg.tissue:
             why = "without tissue"
@@ -113,6 +122,7 @@ def build_one(run, job, group):
     _, given, there = embedded(job) if cfg.features else (job, (), None)
     picture = Picture(run, job, group, tissue, given, there)
     meta = {"source": run.source, "bytes": job.path.stat().st_size, "size": [h, w]}
+    meta |= {"white": job.white} if job.white else {}
     counts = write_slide(out, picture.strips(), picture.embed_row, cfg.patch, cfg.scales, meta, picture.keep)
     run.left.update(picture.left)
     others = "".join(f", {n} {why}" for why, n in sorted(picture.left.items()) if why != "plain")
@@ -120,6 +130,11 @@ def build_one(run, job, group):
                f"{h % cfg.patch} rows at the edge and {picture.left['plain']} plain patches{others}")
     for why in sorted(set(picture.bad.values())):
         tqdm.write(f"  {job.name}: {why}; patches over it are left out")
+    if not any(counts) and picture.bad:
+        out.unlink()
+        raise UserError(f"{job.path} keeps no patch: {reasons(picture.left)}; {why}")
+    if not any(counts):
+        tqdm.write(f"  {job.name} keeps no patch: {reasons(picture.left)}")
 
 # ----- 2. All of them -----
 
@@ -181,6 +196,9 @@ class Run:
         if tiles:
             speed, size = tiles / self.seconds, 3e-6 * self.cfg.patch**2
             print(f"{tiles} base tiles in {self.seconds:.1f} s: {speed:.0f} a second, {speed * size:.0f} MB of pixels")
+        whites = sorted({job.white for job in self.built if job.white})
+        if len(whites) > 1:
+            print(f"images of more than 8 bits have their white at {whites}: for all alike, give --white={whites[-1]}")
         for name, why in self.failed.items():
             print(f"failed: {why}" if name in why else f"failed: {name}: {why}")
 
@@ -234,7 +252,7 @@ def listing(cfg, jobs):
 
 def check(cfg):
     """out: i and n of --shard; (columns, rows) of --cut. raises: UserError if a setting is not what it may be."""
-    at_least(cfg, patch=16, scales=1, max_pixels=1, workers=0, background=0)
+    at_least(cfg, patch=16, scales=1, max_pixels=1, workers=0, background=0, white=0)
     if cfg.patch % 16 or not (0 <= cfg.holdout < 1 and 0 <= cfg.tissue <= 1 and 0 <= cfg.nodata <= 1):
         raise UserError(f"got --patch={cfg.patch} --holdout={cfg.holdout} --tissue={cfg.tissue} --nodata={cfg.nodata}: "
                         f"patch is a multiple of 16, holdout in [0, 1), tissue, nodata in [0, 1]")
@@ -254,7 +272,7 @@ def build(argv):
     """Cut images into pyramids. raises: UserError; SystemExit(1) in the end if some of several images failed."""
     cfg = configure(Config, argv, doc=__doc__)
     shard, shards, cut = check(cfg)
-    jobs = image_jobs(cfg.images, cfg.out, cfg.holdout, cut)
+    jobs = [replace(job, white=cfg.white) for job in image_jobs(cfg.images, cfg.out, cfg.holdout, cut)]
     jobs = with_features(jobs, cfg.features) if cfg.features else jobs
     mine = jobs[shard::shards]
     print(f"reading {len(mine)} images from {cfg.images}, writing to {cfg.out}")
@@ -268,6 +286,8 @@ def build(argv):
     lines, missing = listing(cfg, jobs)
     if missing:
         print(f"{missing} images are left to other shards: the last to end lists all in index.json")
+    elif lines and run.left and not any(sum(line["counts"]) for line in lines):
+        raise UserError(f"no patch is left in {cfg.out}: {reasons(run.left)}, and remove that folder")
     elif lines:
         finish(cfg.out, index, lines)
     if run.failed:

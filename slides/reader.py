@@ -2,7 +2,7 @@
 
 TIFF, BigTIFF, SVS and cloud-optimised GeoTIFF are read tile by tile (tiff.py), whatever their size. Strips, PNG, JPEG
 and the like are decoded as a whole, within a bound. What only openslide knows (ndpi, mrxs ...) goes through it where it
-is installed (extra `slides`).
+is installed (extra `slides`). All are upright, of 8 bits, and black where they say that they show nothing.
 
 in:  a file   out: Slide, with .size .mpp .levels and .read(x, y, w, h, mpp) -> (h,w,3) uint8
 run: python -m slides.reader FILE [--out=view.png]     what is in it, and a small view
@@ -14,20 +14,20 @@ from math import ceil
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from common import UserError, cli, configure, save_png
 from data import halve
-from slides.tiff import (MODES, Level, decode, directories, halved_chroma, levels_of, pieces_of, readable, resolution,
-                         shown, steps, text)
+from slides.pictures import DARK, MAX_PIXELS, nodata_of, to_rgb, upright, white_of, whole
+from slides.tiff import (JPEG, MAP, Level, amount, decode, directories, halved_chroma, levels_of, number, pieces_of,
+                         readable, resolution, shown, square, steps, text)
 
-MAX_PIXELS = 178_956_970  # of an image that must be decoded as a whole: 0.7 GB in Pillow
 CACHE = 2**25             # bytes of decoded tiles kept, of each level; openslide keeps as many
 NEAR = 1.05               # resolutions this close count as the same: scanners differ by more, and resampling would blur
 BLOCK = 1024              # pixels of the finer level, in x and y, that are reduced at a time
+ALPHA = 1, 2              # kinds of a fourth band: premultiplied or not
 TILE, BACK = 512, 3072    # pixels that openslide reads at a time, and at most before them; it splits windows at 4096
 VENDORS = {".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}  # left to openslide
-FORMATS = ("PNG", "JPEG", "TIFF", "JPEG2000", "WEBP", "BMP", "PPM", "GIF")  # not EPS, which would start a program
 
 # ----- 1. Reading regions -----
 
@@ -45,12 +45,15 @@ class Slide:
     Attributes: path; size (w,h) of level 0; mpp, micrometres per pixel of level 0, None if unknown; said, whether the
     file or the user told it; levels, of tiff.Level; scanned, whether a slide scanner made it; damaged, None or a list
     to which tiles that cannot be decoded are added as (box (x0,y0,x1,y1) in level-0 pixels, why), while white stands
-    for them."""
+    for them; white, the value that is shown as white, of pixels of more than 8 bits, else None; empty, the grey of
+    tiles that are left out; nodata, the value of pixels that show nothing."""
 
-    def __init__(self, path, levels, mpp=None, scanned=False, file=None, damaged=None):
+    def __init__(self, path, levels, mpp=None, scanned=False, file=None, damaged=None, white=None, empty=255,
+                 nodata=None):
         self.path, self.levels, self.size = path, levels, levels[0].size
         self.mpp, self.said, self.scanned = mpp, mpp is not None, scanned
         self.file, self.damaged, self.near = file, damaged, NEAR
+        self.white, self.empty, self.nodata = white, empty, nodata
         self.keep_tiles(CACHE)
 
     def keep_tiles(self, room):
@@ -58,7 +61,7 @@ class Slide:
         for level in self.levels:
             if min(level.tile):
                 most = max(1, room // (3 * level.tile[0] * level.tile[1]))
-                tile_of = level.tile_of or partial(self._tile, level)
+                tile_of = level.tile_of or partial(self._shown, level)
                 level.region = partial(self._region, level, lru_cache(most)(tile_of))
 
     def grid(self, mpp=None):
@@ -75,7 +78,8 @@ class Slide:
         f = mpp / self.mpp
         if not 1 / NEAR <= f <= max(self.size):
             raise UserError(f"{self.path} has pixels of {self.mpp:.4g} micrometres, and {mpp:.4g} were asked for: give "
-                            f"an --mpp between its own and that of the whole image in one pixel")
+                            f"an --mpp between its own and that of the whole image in one pixel, or if the file is "
+                            f"wrong, its true one in a column mpp of a CSV")
         whole = max(1, round(f))
         near = min(self.levels, key=lambda level: abs(np.log(f / level.step[0])))
         off, other = abs(np.log([f / near.step[0], f / whole]))
@@ -116,12 +120,28 @@ class Slide:
                 paste(out, tile_of(column, row), column * tw - x, row * th - y)
         return out
 
+    def _shown(self, level, column, row):
+        x, near = self._tile(level, column, row), DARK if number(level.tags, "compression") == JPEG else 0
+        bands = 4 if number(level.tags, "extra_bands") in ALPHA else 3
+        return to_rgb(x[..., :bands], self.white, self.nodata, near)
+
+    def find_white(self):
+        """Measure which value of deep pixels to show as white, on up to 64 tiles of the coarsest level."""
+        level, found = self.levels[-1], [np.zeros((1, 3))]
+        columns = ceil(level.size[0] / level.tile[0])
+        many = columns * ceil(level.size[1] / level.tile[1])
+        for k in range(0, many, 1 + many // 64):
+            x = self._tile(level, k % columns, k // columns)[..., :3]
+            found += [x[(x != self.nodata).any(-1)][::61]] if x.dtype == np.uint16 else []
+        self.white = white_of(np.concatenate(found))
+
     def _tile(self, level, column, row):
-        """Decode a tile, (th,tw,3) uint8; white if it is empty, as scanners leave out what they did not scan."""
+        """Decode a tile, (th,tw,3) uint8, or uint16 if deep. Scanners leave out what they did not scan: that is white,
+        but of a map nothing."""
         (tw, th), (sx, sy) = level.tile, level.step
         try:
             data, cut = pieces_of(self.file, level, column, row)
-            return decode(data, cut)[..., :3] if any(data) else np.full((th, tw, 3), 255, np.uint8)
+            return decode(data, cut) if any(data) else np.full((th, tw, 3), self.empty, np.uint8)
         except Exception as err:  # Pillow's decoders raise nearly anything on damaged bytes
             n = self.levels.index(level)
             why = f"tile {column}, {row} of level {n} cannot be decoded ({type(err).__name__}: {err})"
@@ -153,10 +173,11 @@ def reduced(level, x, y, w, h, rx, ry):
 
 # ----- 2. Opening -----
 
-def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None):
+def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None, white=None):
     """Open a slide or image for random access.
     in:  mpp, micrometres per pixel of level 0, where the file does not say it or says it wrong; max_pixels, of an image
-         that cannot be read tile by tile; damaged, a list that collects damaged tiles, which else end the reading.
+         that cannot be read tile by tile; damaged, a list that collects damaged tiles, which else end the reading;
+         white, the value to show as white, of pixels of more than 8 bits: None, as they say (pictures.white_of).
     out: Slide. raises: UserError if it is missing, damaged, too large, or needs openslide, which is not there."""
     path = Path(path)
     if not path.is_file():
@@ -178,32 +199,18 @@ def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None):
             return by_openslide(path, mpp, damaged)
         mpp = mpp or resolution(main)
         scanned = path.suffix.lower() == ".svs" or text(main, "description").startswith("Aperio")
-    if levels:
-        return Slide(path, levels, mpp, scanned, f, damaged)
-    f.close()
-    return Slide(path, [by_pillow(path, main.get("page"), max_pixels)], mpp, scanned, None, damaged)
-
-def by_pillow(path, page, max_pixels):
-    """The level of an image that is decoded as a whole, once it is read. raises: UserError for its kind or size."""
-    with readable(path):
-        image = Image.open(open(path, "rb"), formats=FORMATS)                  # by path, it maps turned pages wrongly
-        if page:
-            image.seek(page)
-        turn = image.getexif().get(274, 1) if image.format in ("JPEG", "MPO") else 1  # of a camera; a TIFF turns itself
-    (w, h), length = image.size[::-1] if turn > 4 else image.size, path.stat().st_size
-    if w * h > min(max_pixels, 2**25 + 1000 * length):                         # no codec here packs a picture tighter
-        raise UserError(f"{path} unpacks to {w} x {h} pixels, more than --max_pixels={max_pixels} or than its {length} "
-                        f"bytes can hold: make it a tiled TIFF of 8-bit RGB, or give data.py more if you trust it")
-    if image.mode not in MODES:
-        raise UserError(f"{path} has pixels of kind {image.mode!r}, which do not show as 8-bit RGB: convert it first")
-
-    def region(x, y, w, h):
-        with readable(path):
-            image.load()                                                       # does nothing from the second time on,
-            if turn > 1:
-                ImageOps.exif_transpose(image, in_place=True)                  # nor does this
-        return np.asarray(image.crop((x, y, x + w, y + h)).convert("RGB"))     # a fourth band is left out, not blended
-    return Level((w, h), (1, 1), region)
+        empty, turn = 0 if any(tags.keys() & MAP for tags in found) else 255, number(main, "orientation", 1)
+    if not levels:
+        f.close()
+        level, white = whole(path, main.get("page"), max_pixels, white)
+        return Slide(path, [level], mpp, scanned, None, damaged, white)
+    turned = turn in range(2, 9)                                               # damage is not found there again
+    deep = max(main.get("bits", [8])) > 8
+    slide = Slide(path, levels, mpp, scanned, f, None if turned else damaged, white if deep else None, empty,
+                  nodata_of(main))
+    if deep and not white:
+        slide.find_white()
+    return Slide(path, [upright(v, turn) for v in levels], mpp, scanned, white=slide.white) if turned else slide
 
 def by_openslide(path, mpp, damaged):
     """A slide of a kind that only openslide knows. raises: UserError if that is missing or does not know it either."""
@@ -213,7 +220,8 @@ def by_openslide(path, mpp, damaged):
         raise UserError(f"{path} is of a kind that only openslide reads: pip install -e '.[slides]'") from err
     with readable(path):
         handle = openslide.OpenSlide(str(path))
-    sizes, said = handle.level_dimensions, handle.properties.get("openslide.mpp-x")
+    sizes, about = handle.level_dimensions, handle.properties
+    said = about.get("openslide.mpp-x", "")
 
     def tile(n, step, columns, rows, column, row):
         x, y = columns[column], rows[row]
@@ -230,7 +238,8 @@ def by_openslide(path, mpp, damaged):
         if max(across, down) <= 1 / 16:                                        # else a finer level serves
             tile_of = partial(tile, n, step, columns, rows)
             levels.append(Level(size, steps(sizes[0], size), tile=(TILE, TILE), tile_of=tile_of))
-    return Slide(path, levels, mpp or (float(said) if said else None), True, None, damaged)
+    mpp = mpp or square(amount(said), amount(about.get("openslide.mpp-y", said)))
+    return Slide(path, levels, mpp, True, None, damaged)
 
 def starts(size, step):
     """Where to begin each tile along an axis of a level, at or before it, so that openslide does not blend.

@@ -49,6 +49,7 @@ class Job:
     mpp: float | None = None    # from here on as `plan` finds it: the resolution asked for
     patch: int = 0
     max_pixels: int = MAX_PIXELS
+    white: int | None = None    # the value shown as white: the one asked for, or that of its pixels, None of 8 bits
     origin: tuple = (0, 0)      # (x,y) where in the image it begins, and its size (w,h), at that resolution
     size: tuple = ()
     rows: int = 0               # strips to read at a time
@@ -124,7 +125,7 @@ def image_jobs(images, out, holdout, cut=(1, 1)):
 @lru_cache(1)
 def opened(job):
     """The slide of a job, which collects damaged tiles; a process keeps the last one open. raises: UserError."""
-    slide = open_slide(job.path, job.own, job.max_pixels, [])
+    slide = open_slide(job.path, job.own, job.max_pixels, [], job.white)
     if slide.mpp is None:
         if slide.scanned and job.mpp is None:
             slide.grid(1.0)                                                    # raises: it does not say its own
@@ -147,8 +148,9 @@ def plan(job, mpp, patch, max_pixels=MAX_PIXELS):
     note = f"{mpp or slide.mpp:.4g} micrometres each"
     if not slide.said:
         note = f"taken to be {note}, which it does not say" if mpp else "of unknown size"
+    note += f", {slide.white} shown as white" if slide.white else ""
     task = TASK if slide.levels[0].tags else 4 * TASK                          # all workers unpack a whole image
-    return replace(job, origin=(x, y), size=(w, h), rows=max(1, task // (w * patch)), note=note)
+    return replace(job, white=slide.white, origin=(x, y), size=(w, h), rows=max(1, task // (w * patch)), note=note)
 
 def read_strips(job, encoder, first, rows):
     """Strips first .. first + rows of base tiles.

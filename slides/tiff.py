@@ -57,10 +57,12 @@ ROWS = ((LOSSLESS, GREY | RGB, ANY, (8, 16), "tiles"), (LOSSLESS, PALETTE | CMYK
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # what Pillow turns into RGB faithfully
 # OME's units, \xc5 for angstrom; the letter of micro has two codes, and is none where a file is not in UTF-8
 MICROMETRES = dict.fromkeys(("um", "\xb5m", "\u03bcm", "\ufffdm"), 1)
-MICROMETRES |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "\xc5": 1e-4}
+MICROMETRES |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "in": 25400, "\xc5": 1e-4, "": 1}
 MAX_TILE, MAX_TAG, MAX_DIRECTORIES, MAX_ENTRIES = 2**26, 2**22, 500, 2000  # bytes of a tile, of a value
 MAX_VALUES = 2**25  # bytes of all values of a file, its tables of tiles apart: directories may point to the same ones
 NONE = None, 0, 0  # a table of tiles that is missing
+MAP = {"geo_scale", "geo_keys", "gdal", "nodata"}  # GDAL writes some of these
+WEB = 3857         # a projection whose metres are longer than the ground's, twice so at 60 degrees
 
 # ----- 1. Directories -----
 
@@ -241,7 +243,7 @@ def levels_of(f, found, main):
     pages = [main, *(tags for tags in found if tags is not main and is_level(tags, main))]
     pages.sort(key=lambda tags: -number(tags, "width") * number(tags, "height"))
     levels, left = [], f.seek(0, 2)
-    gdal = any(tags.keys() & {"geo_scale", "geo_keys", "gdal", "nodata"} for tags in found)
+    gdal = any(tags.keys() & MAP for tags in found)
     for tags in pages:
         size, tile, (_, held, bits, _) = size_of(tags), tile_of(tags), layout(tags)
         if min(size + tile) < 1 or tile[0] * tile[1] * held * bits // 8 > MAX_TILE:
@@ -285,32 +287,48 @@ def with_channels(path, found, main):
             together.append(first | more)
     return together
 
+def square(x, y, least=1e-3, most=1e3):
+    """The size of pixels that measure x and y; None if that is unknown, absurd, or they are no squares."""
+    return x if least <= x < most and y and abs(x / y - 1) < 0.05 else None
+
+def length(said, unit=""):
+    """Micrometres of a number with a unit, behind it or apart, in micrometres if without; 0 if half understood."""
+    number, behind = re.fullmatch(r"([\d.,]*(?:[eE][-+]?\d+)?)\s*(.*)", said.strip(), re.S).groups()
+    return amount(number) * MICROMETRES.get(unit.strip() + behind, 0)
+
+def said_by_ome(description, width):
+    """{attribute: text} of the OME description of the image that is so wide; the first one's if none says how wide."""
+    found = [dict(re.findall(r"(\w+)\s*=\s*[\"'](.*?)[\"']", pixels, re.S))
+             for pixels in re.findall(r"<(?:\w+:)?Pixels\b([^>]*)", description)]
+    return next((x for x in found if x.get("SizeX", str(width)) == str(width)), {})
+
 def resolution(tags):
-    """Micrometres per pixel from Aperio's or OME's description, GeoTIFF's scale or the resolution tags; None if unsaid.
-    A magnification alone counts as 10 / mpp. Resolution tags of 20 to 2000 micrometres are those of screens and paper
-    (72 dpi is 353), which programs write unasked: not believed."""
+    """Micrometres per pixel from Aperio's or OME's description, GeoTIFF's scale or the resolution tags; None if unsaid,
+    or half understood. A magnification alone counts as 10 / mpp. Resolution tags of 20 micrometres and more are those
+    of screens and paper (72 dpi is 353), which programs write unasked, or made up: not believed."""
     said = unescape(text(tags, "description"))                                 # XML may write a micro sign as &#181;
-    pixels = "".join(re.findall(r"<(?:\w+:)?Pixels\b([^>]*)", said)[:1])
-    ome = dict(re.findall(r"(\w+) *= *[\"'](.*?)[\"']", pixels))
+    ome = said_by_ome(said, number(tags, "width"))
     if "PhysicalSizeX" in ome:
-        mpp = amount(ome["PhysicalSizeX"]) * MICROMETRES.get(ome.get("PhysicalSizeXUnit", "um"), 0)
-        return mpp if 1e-3 <= mpp <= 1e3 else None                             # half understood is unknown
+        x, y = (length(ome.get(f"PhysicalSize{axis}", ome["PhysicalSizeX"]),
+                       ome.get(f"PhysicalSize{axis}Unit", ome.get("PhysicalSizeXUnit", ""))) for axis in "XY")
+        return square(x, y)
     philips = re.findall(r'DICOM_PIXEL_SPACING"[^>]*>[\s"]*([^\s"<]+)', said)
     if philips:                                                                # of every level, in millimetres
-        mpp = min(amount(x) for x in philips) * 1e3
-        return mpp if 1e-3 <= mpp <= 1e3 else None
+        return square(*2 * [min(length(x, "mm") for x in philips)])
     for name in ("MPP", "AppMag"):
-        value = amount("".join(re.findall(rf"\b{name} *= *([^|\r\n]*)", said)[:1]))
-        if 1e-2 <= value <= 1e3:
-            return value if name == "MPP" else 10 / value
-    geo = tags.get("geo_keys", np.zeros(0)).tolist()
-    keys, scale = dict(zip(geo[4::4], geo[7::4])), float(tags.get("geo_scale", (0,))[0])
-    if keys.get(1024) == 1 and keys.get(3076) == 9001 and 1e-6 <= scale <= 1e3:
-        return scale * 1e6                                                     # a map whose unit is the metre
-    unit = {2: 25400, 3: 10000}.get(number(tags, "dots_unit", 2), 0)             # micrometres of an inch, a centimetre
-    dots = tags.get("x_dots", np.zeros(0)).tolist()
-    mpp = unit * dots[1] / dots[0] if len(dots) == 2 and dots[0] else 0
-    return mpp if 1e-3 <= mpp < 20 or 2000 < mpp <= 1e9 else None
+        value = "".join(re.findall(rf"\b{name} *= *([^|\r\n]*)", said)[:1]).strip()
+        if value.strip("0., "):                                                # zero is as good as unsaid
+            x = length(value) if name == "MPP" else 10 / (amount(value.rstrip("xX")) or 1e9)
+            return square(x, x, 1e-2)
+    geo, scale = (tags.get(name, np.zeros(0)).tolist() for name in ("geo_keys", "geo_scale"))
+    keys = dict(zip(geo[4::4], geo[7::4]))
+    if len(scale) > 1:                                                         # a map; its unit is the metre
+        metres = keys.get(1024) == 1 and keys.get(3076) == 9001 and keys.get(3072) != WEB
+        return square(scale[0] * 1e6, scale[1] * 1e6, 1, 1e9) if metres else None
+    unit = {2: 25400, 3: 10000}.get(number(tags, "dots_unit", 2), 0)           # micrometres of an inch, a centimetre
+    dots = [tags[name].tolist() for name in ("x_dots", "y_dots") if len(tags.get(name, ())) == 2]
+    sizes = [unit * many / n if n else 0 for n, many in dots]
+    return square(sizes[0], sizes[-1], 1e-3, 20) if sizes else None
 
 # ----- 3. One tile -----
 
