@@ -4,6 +4,7 @@ A hostile file ends in an exception: nothing is read beyond the file's end, noth
 tag, no loop is followed. Pillow undoes the compression of a tile; what its numbers mean is said here, in one table.
 
 in:  an open TIFF, BigTIFF, SVS or GeoTIFF   out: levels; tiles (th,tw,3) uint8
+run: python -m slides.tiff     the table of docs/own_images.md
 read next: slides/reader.py
 """
 import io
@@ -18,7 +19,7 @@ from math import ceil
 import numpy as np
 from PIL import Image, Jpeg2KImagePlugin, JpegImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-from common import UserError
+from common import UserError, cli
 
 TIFF = {b"II*\0": "<", b"II+\0": "<", b"MM\0*": ">", b"MM\0+": ">"}  # how a file begins -> byte order; + is BigTIFF
 # TIFF's types of values, for numpy; a RATIONAL is two numbers
@@ -35,10 +36,11 @@ TABLES = "offsets", "lengths", "strip_offsets", "strip_lengths", "gdal"  # may b
 # What a pixel is. Compressions: libtiff gives back the bytes of these, the next three are pictures to Pillow
 LOSSLESS = 1, 5, 8, 32773, 32946, 34925, 50000
 JPEG, JP2K_YCBCR, JP2K, WEBP = 7, 33003, (33005, 34712), 50001
-PACKED = {1: "no", 2: "CCITT", 3: "CCITT", 4: "CCITT", 5: "LZW", 6: "old JPEG", 7: "JPEG", 8: "deflate",
-          22610: "JPEG XR", 32773: "PackBits", 32946: "deflate", 33003: "JPEG 2000", 33005: "JPEG 2000", 34661: "JBIG",
-          34676: "LogLuv", 34677: "LogLuv", 34712: "JPEG 2000", 34887: "LERC", 34892: "lossy JPEG", 34925: "LZMA",
-          34933: "PNG", 34934: "JPEG XR", 50000: "zstd", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL"}
+PACKED = {1: "none", 2: "CCITT", 3: "CCITT", 4: "CCITT", 5: "LZW", 6: "old JPEG", 7: "JPEG", 8: "deflate",
+          22610: "JPEG XR", 32771: "CCITT", 32773: "PackBits", 32809: "ThunderScan", 32946: "deflate",
+          33003: "JPEG 2000", 33005: "JPEG 2000", 34661: "JBIG", 34676: "LogLuv", 34677: "LogLuv",
+          34712: "JPEG 2000", 34887: "LERC", 34892: "lossy JPEG", 34925: "LZMA", 34933: "PNG", 34934: "JPEG XR",
+          50000: "zstd", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL"}
 GREY, RGB, PALETTE, CMYK, YCBCR = {0, 1}, {2}, {3}, {5}, {6}                   # colours of a page; 0: white is zero
 COLOURS = dict(zip(range(9), ("grey", "grey", "RGB", "palette", "mask", "CMYK", "YCbCr", "unknown", "CIELab")))
 FORMATS = {1: "", 2: "signed ", 3: "float ", 4: "", 5: "complex ", 6: "complex "}  # of numbers; 4: undefined
@@ -164,19 +166,20 @@ def how_read(tags):
     by_pillow = rows[0][-1] == "page" or codec in (*LOSSLESS, JPEG) and (bands == 1 or colours not in GREY)
     return "page" if by_pillow and bits <= 8 and held == bands <= 4 else ""
 
+def largest(found):
+    return max(found, key=lambda tags: number(tags, "width") * number(tags, "height"), default={})
+
 def unread(tags):
     """What the pixels of a directory are, in words."""
     (bands, held, bits, colours), codec = layout(tags), number(tags, "compression", 1)
     kind = f"{bits}-bit {FORMATS.get(number(tags, 'sample_format', 1), 'unknown ')}{COLOURS.get(colours, 'unknown')}"
     other = ", apart" * (held < bands) + ", turned" * (number(tags, "orientation", 1) != 1)
-    return (f"holds {kind} pixels of {bands} bands{other}, with {PACKED.get(codec, 'unknown')} compression "
-            f"(TIFF's {codec})")
+    return (f"holds {kind} pixels of {bands} bands{other}, compression: {PACKED.get(codec, 'unknown')} "
+            f"({codec})")
 
 def shown(path, found):
     """The picture to show: the largest. out: the directories, the main one, how it is read.
     raises: UserError if that is not known, or if its channels are no colours."""
-    def largest(found):
-        return max(found, key=lambda tags: number(tags, "width") * number(tags, "height"), default={})
     found = with_channels(path, found, largest(found))
     main = largest(found)
     how = how_read(main) if main else "page"
@@ -257,35 +260,41 @@ def levels_of(f, found, main):
                 raise ValueError("its levels have more tiles than its bytes could tell of: tables are shared")
     return levels
 
-# how OME says red, green and blue
-RED_GREEN_BLUE = (["-16776961", "16711935", "65535"], ["red", "green", "blue"])
+RED_GREEN_BLUE = ["-16776961", "16711935", "65535"], ["red", "green", "blue"]  # as OME says it, in colours or names
+
+def channels_of(description):
+    """What OME says of its first image. out: how many channels it has, 0 if unsaid; whether they are red, green and
+    blue, in this order, or of unsaid kinds: dyes are not."""
+    pixels = "".join(re.findall(r"<(?:\w+:)?Pixels\b.*?(?:</(?:\w+:)?Pixels>|$)", description, re.S)[:1])
+    n, channels = re.search(r"\bSizeC=[\"'](\d+)", pixels), "".join(re.findall(r"<(?:\w+:)?Channel\b[^>]*", pixels))
+    told = [[x.lower() for x in re.findall(rf"\b{key}=[\"'](.*?)[\"']", channels)]
+            for key in ("Color", "Name", "Fluor", "EmissionWavelength")]
+    places = [re.findall(rf"\b{key}=[\"'](\d+)", pixels) for key in ("FirstC", "IFD")]
+    in_order = all(x in ([], ["0"], ["0", "1", "2"]) for x in places)
+    return int(n[1]) if n else 0, in_order and all(x in ([], *RED_GREEN_BLUE) for x in told)
 
 def with_channels(path, found, main):
     """Put the colours together where each is a page of its own, as of an OME-TIFF that does not say RGB.
     out: the directories. raises: UserError if they are other channels, as of fluorescence, or planes or times."""
-    said = unescape(text(main, "description"))
-    pixels = "".join(re.findall(r"<(?:\w+:)?Pixels\b.*?(?:</(?:\w+:)?Pixels>|$)", said, re.S)[:1])
-    apart = [tags for tags in found if tags["sub"] is None and size_of(tags) == size_of(main)
-             and layout(tags)[0] == 1 < layout(tags)[2] and layout(tags)[3] in GREY and not number(tags, "subfile")]
-    n = max([len(apart), *(int(k) for k in re.findall(r"\bSizeC=[\"'](\d+)", pixels)[:1])])
-    n = max([n, *(int(k) for k in re.findall(r"^images=(\d+)", said, re.M) if said.startswith("ImageJ="))])
-    if number(main, "bands", 1) > 1 or n < 2 or re.search(r"\bSizeC=[\"']1[\"']", pixels):
+    said, (bands, _, bits, colours) = unescape(text(main, "description")), layout(main)
+    (n, rgb), key = channels_of(said), (size_of(main), bands, colours)
+    if n == 1 or bands > 1 or bits == 1 or colours not in GREY:
         return found
-    channels = re.findall(r"<(?:\w+:)?Channel\b([^>]*)", pixels)
-    told = [[x.lower() for each in channels for x in re.findall(rf"\b{key}=[\"'](.*?)[\"']", each)]
-            for key in ("Color", "Name", "Fluor", "EmissionWavelength")]
-    in_order = re.findall(r"FirstC=[\"'](\d+)", pixels) in ([], ["0", "1", "2"])
-    if n != len(apart) or n != 3 or not pixels or not in_order or not all(x in ([], *RED_GREEN_BLUE) for x in told):
-        raise UserError(f"{path} holds {n} grey pictures, channels, planes or times, and does not say that they are "
+    apart = [tags for tags in found if tags["sub"] is None and not number(tags, "subfile")
+             and (size_of(tags), layout(tags)[0], layout(tags)[3]) == key]
+    stacked = re.search(r"^images=(\d+)", said, re.M) if said.startswith("ImageJ=") else None  # behind one directory
+    many = max(n, len(apart), int(stacked[1]) if stacked else 1)
+    if many > 1 and not (many == n == len(apart) == 3 and rgb):
+        raise UserError(f"{path} holds {many} grey pictures, channels, planes or times, and does not say that they are "
                         f"red, green and blue: export it as RGB (raw2ometiff --rgb), or one of them alone")
     together = []
-    for first in [tags for tags in found if tags["page"] == apart[0]["page"]]:
+    for first in [tags for tags in found if many > 1 and tags["page"] == apart[0]["page"]]:
         parts = [tags for each in apart for tags in found
-                 if tags["page"] == each["page"] and tags["sub"] == first["sub"]]
-        if len(parts) == 3 and all(size_of(tags) == size_of(first) for tags in parts):
-            more = dict(channels=parts, bands=[3], bits=3 * [layout(first)[2]], colours=[2], planar=[2])
+                 if (tags["page"], tags["sub"], size_of(tags)) == (each["page"], first["sub"], size_of(first))]
+        if len(parts) == 3:
+            more = dict(channels=parts, bands=[3], bits=3 * [bits], colours=[2], planar=[2])
             together.append(first | more)
-    return together
+    return together or found
 
 def square(x, y, least=1e-3, most=1e3):
     """The size of pixels that measure x and y; None if that is unknown, absurd, or they are no squares."""
@@ -453,3 +462,18 @@ def halved_chroma(f, level):
     start = f.read(51)                                                         # to the third component
     steps_of = {*start[43:45], *start[46:48], *start[49:]}                     # of three components, in x and y
     return start[:4] == b"\xff\x4f\xff\x51" and start[41:42] == b"\3" and steps_of != {1}
+
+def table():
+    """The lines of docs/own_images.md that tell which TIFFs are read."""
+    lines = ["| compression | colours | bands in a tile | bits | read |", "|---|---|---|---|---|"]
+    for codecs, colours, bands, bits, how in ROWS:
+        names = [", ".join(dict.fromkeys(map(of.get, x))) for of, x in ((PACKED, codecs), (COLOURS, colours))]
+        numbers = ["any" if x == ANY else ", ".join(map(str, x)) for x in (bands, bits)]
+        lines.append(f"| {' | '.join(names + numbers)} | {'tile by tile' if how == 'tiles' else 'as a whole'} |")
+    return "\n".join(lines)
+
+def main(argv):
+    print(table())
+
+if __name__ == "__main__":
+    cli(main, __doc__)

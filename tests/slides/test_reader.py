@@ -226,12 +226,12 @@ def test_turned_pages_are_upright(tmp_path, bands, strips):
             assert (slide.read(0, 0, *slide.size) == want).all(), (orientation, rows)
 
 NOT_READ = [({"compression": 34887}, "LERC"), ({"compression": 50002}, "JPEG XL"), ({"compression": 52546}, "JPEG XL"),
-            ({"compression": 999}, "unknown compression .TIFF's 999"), ({"sample_format": 2}, "8-bit signed RGB"),
+            ({"compression": 999}, "compression: unknown .999"), ({"sample_format": 2}, "8-bit signed RGB"),
             ({"sample_format": 3, "bits": 32}, "32-bit float RGB"), ({"bits": 12}, "12-bit RGB"),
-            ({"compression": 7, "bands": 2, "colours": 1}, "8-bit grey pixels of 2 bands, with JPEG"),
-            ({"compression": 7, "planar": 2, "colours": 6}, "YCbCr pixels of 3 bands, apart, with JPEG"),
-            ({"compression": 50001, "planar": 2}, "apart, with WebP"), ({"colours": 8}, "CIELab"),
-            ({"compression": 1, "colours": 6}, "YCbCr pixels of 3 bands, with no compression"),
+            ({"compression": 7, "bands": 2, "colours": 1}, "8-bit grey pixels of 2 bands, compression: JPEG"),
+            ({"compression": 7, "planar": 2, "colours": 6}, "YCbCr pixels of 3 bands, apart, compression: JPEG"),
+            ({"compression": 50001, "planar": 2}, "apart, compression: WebP"), ({"colours": 8}, "CIELab"),
+            ({"compression": 1, "colours": 6}, "YCbCr pixels of 3 bands, compression: none"),
             ({"orientation": 6, "planar": 2}, "apart, turned"),
             ({"bands": 4, "colours": None, "bits": 8}, "8-bit unknown pixels of 4 bands"),
             ({"predictor": 3}, "8-bit RGB")]
@@ -247,6 +247,9 @@ def test_what_is_not_read_is_called_by_its_name(tmp_path, change, says, strips):
         slide_of(tmp_path, (tags, tiles))
     assert "damaged" not in str(err.value)
 
+def test_the_table_of_the_docs():
+    assert tiff.table() in (ROOT / "docs" / "own_images.md").read_text(), "python -m slides.tiff prints it"
+
 def channels(size, *said, more=""):
     """What OME says of an image that keeps its channels apart."""
     said = "".join("<Channel " + " ".join(f'{k}="{v}"' for k, v in each.items()) + "/>" for each in said)
@@ -254,12 +257,15 @@ def channels(size, *said, more=""):
 
 REDS = [{"Color": -16776961}, {"Color": 16711935}, {"Color": 65535}]           # signed RGBA, as raw2ometiff writes it
 DYES = [{"Name": "DAPI"}, {"Name": "FITC"}, {"Name": "TRITC"}]
-PLACES = "".join(f'<TiffData FirstC="{c}" IFD="{k}"/>' for k, c in enumerate((2, 1, 0)))
+PLACES = ["".join(f'<TiffData FirstC="{c}" IFD="{k}"/>' for k, c in each) for each in
+          (((0, 0), (1, 1), (2, 2)), ((0, 2), (1, 1), (2, 0)), ((2, 0), (1, 1), (0, 2)))]
 
 @pytest.mark.parametrize("said, n, colours", [
     (channels(3), 3, True), (channels(3, *REDS), 3, True), (channels(3, *REDS[::-1]), 3, False),
     (channels(3, *({"Name": n} for n in ("Red", "Green", "Blue"))), 3, True), (channels(3, *DYES), 3, False),
-    (channels(3, more=PLACES), 3, False), (channels(2), 2, False), (channels(7), 7, False), (channels(7), 1, False),
+    (channels(3, more=PLACES[0]), 3, True), (channels(3, more=PLACES[1]), 3, False),
+    (channels(3, more=PLACES[2]), 3, False), (channels(3, more='<TiffData IFD="0" PlaneCount="3"/>'), 3, True),
+    (channels(2), 2, False), (channels(7), 7, False), (channels(7), 1, False),
     (channels(3), 1, False), (channels(1), 3, None), ("ImageJ=1.53t\nimages=3\nchannels=3", 3, False),
     ("ImageJ=1.53t\nimages=7\nchannels=7", 1, False),
     (channels(3, *3 * [{"Color": -1}]), 3, False), ('{"shape": [3, 90, 120]}', 3, False), ("", 2, False)])
