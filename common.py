@@ -170,8 +170,11 @@ def open_tensors(path, framework="np"):
 
 def load_meta(path):
     """What `save_tensors` wrote beside the tensors, {} for a foreign file. raises: as open_tensors."""
-    with open_tensors(path) as f:
-        return json.loads((f.metadata() or {}).get("json", "{}"))
+    with open_tensors(path) as f, suppress(ValueError, RecursionError):  # what is no JSON is refused below
+        meta = json.loads((f.metadata() or {}).get("json", "{}"))
+        if isinstance(meta, dict):
+            return meta
+    raise UserError(f"{path} is damaged: what its header says is no JSON object; copy or make it again")
 
 def load_tensors(path):
     """in: a safetensors file. out: ({name: tensor}, meta). raises: as open_tensors."""

@@ -1,24 +1,30 @@
-"""Damaged slides by the thousand: every one must end as an image or a UserError, soon, in little memory (make torture).
+"""Damaged files by the thousand: every one must end as data or a UserError, soon, in little memory (make torture).
 
 Also makes the small TIFFs of all kinds that test_reader.py reads: no library at hand writes tiled ones.
 """
 import io
+import json
 import resource
 import struct
 import sys
 import tempfile
 import time
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import UserError  # noqa: E402
+from common import UserError, save_tensors  # noqa: E402
+from data import PatchDataset, Pyramids, fixed_batch  # noqa: E402
+from slides.bags import read_bag  # noqa: E402
 from slides.reader import open_slide  # noqa: E402
 from slides.tiff import pack_directory  # noqa: E402
+from slides.weights import load_state_dict  # noqa: E402
 
 SECONDS, MEGABYTES = 2.0, 500
 
@@ -154,35 +160,116 @@ def mutate(data, rng):
     return bytes(data)
 
 def examine(path):
-    """Open a file and read what anybody would: corners, the coarsest level, another resolution. out: what came of it"""
-    try:
-        slide = open_slide(path)
-        w, h = slide.size
-        for level in slide.levels:
-            n, m = min(64, level.size[0]), min(64, level.size[1])
-            for x, y in ((0, 0), (level.size[0] - n, level.size[1] - m), ((level.size[0] - n) // 2, 0)):
-                assert level.region(x, y, n, m).shape == (m, n, 3)
-        assert slide.read(w - 20, h - 20, 40, 40).shape == (40, 40, 3)
-        if slide.mpp and w * h < 2**22:
-            mpp = slide.mpp * min(3, w, h)
-            assert slide.read(0, 0, 8, 8, mpp).dtype == np.uint8
-    except UserError as err:
-        assert path.name in str(err), f"{err} does not name {path.name}"
-        return "refused"
-    return "image"
+    """Open a file and read what anybody would: corners, the coarsest level, another resolution."""
+    slide = open_slide(path)
+    w, h = slide.size
+    for level in slide.levels:
+        n, m = min(64, level.size[0]), min(64, level.size[1])
+        for x, y in ((0, 0), (level.size[0] - n, level.size[1] - m), ((level.size[0] - n) // 2, 0)):
+            assert level.region(x, y, n, m).shape == (m, n, 3)
+    assert slide.read(w - 20, h - 20, 40, 40).shape == (40, 40, 3)
+    if slide.mpp and w * h < 2**22:
+        mpp = slide.mpp * min(3, w, h)
+        assert slide.read(0, 0, 8, 8, mpp).dtype == np.uint8
 
-def torture(count, folder, seed=0):
+# ----- 3. The same for features, checkpoints and the index of data -----
+
+def h5_files(folder):
+    """Features as CLAM, TRIDENT and STAMP write them. out: their paths."""
+    import h5py
+    made, x, at = [], np.random.default_rng(0).random((20, 8), np.float32), 256 * np.arange(40).reshape(20, 2)
+    for name, key, values, how in (("clam", "features", x, {}), ("stamp", "feats", x.astype("f2"), {"chunks": (5, 8)}),
+                                   ("trident", "features", x[None], {"compression": "gzip"})):
+        made.append(folder / f"{name}.h5")
+        with h5py.File(made[-1], "w") as f:
+            f.create_dataset(key, data=values, **how)
+            f.create_dataset("coords", data=at).attrs["patch_size_level0"] = 256
+    return made
+
+def tensor_files(folder):
+    x = torch.rand(20, 8)
+    save_tensors(folder / "bag.safetensors", {"features": x, "coords": torch.zeros(20, 2, dtype=torch.int64)},
+                 {"scales": [0], "widths": [8], "patch": 16})
+    save_tensors(folder / "weights.safetensors", {f"blocks.{i}.weight": x + i for i in range(4)})
+    data_files(folder)
+    return [folder / name for name in ("bag.safetensors", "weights.safetensors", "data/a.safetensors")]
+
+def data_files(folder):
+    """A folder of data with one image, at two scales. out: its index.json."""
+    slide = {"name": "a", "file": "a.safetensors", "split": "train", "size": [64, 64], "counts": [16, 4]}
+    tensors = {"e": torch.rand(4, 4, 3).half()}
+    for s, n in enumerate(slide["counts"]):
+        tensors[f"x{s}"] = torch.zeros(n, 16, 16, 3, dtype=torch.uint8)
+        tensors[f"ij{s}"] = torch.cartesian_prod(*[torch.arange(4 >> s)] * 2).int()
+    folder = folder / "data"
+    save_tensors(folder / "a.safetensors", tensors, {"source": {}})
+    index = dict(format=1, patch=16, scales=2, embed_dim=3, encoder="stats", std=[1.0] * 3, source={}, slides=[slide])
+    (folder / "index.json").write_text(json.dumps(index))
+    return [folder / "index.json"]
+
+ODD = (None, True, -1, 0, 2**31, 10**30, 1e308, float("nan"), "", "x", "../../x", "/x", "a\0", [], [1], {}, {"a": 1})
+
+def mutate_json(data, rng):
+    """Now and then as bytes; else with a value in it that is another, or gone."""
+    if rng.random() < 0.2:
+        return mutate(data, rng)
+    tree = json.loads(data)
+    for _ in range(rng.integers(1, 3)):
+        at = tree
+        while True:
+            key = list(at)[rng.integers(len(at))] if isinstance(at, dict) else int(rng.integers(len(at)))
+            if not isinstance(at[key], dict | list) or not at[key] or rng.random() < 0.3:
+                break
+            at = at[key]
+        kind, other = rng.random(), list(at)[rng.integers(len(at))] if isinstance(at, dict) else 0
+        if kind < 0.1:
+            del at[key]
+        elif kind < 0.5:
+            at[key], at[other] = at[other], at[key]            # a header stays whole when two tensors change names
+        else:
+            at[key] = ODD[rng.integers(len(ODD))]
+        if not tree:
+            break
+    return json.dumps(tree).encode()
+
+def mutate_header(data, rng):
+    end = 8 + int.from_bytes(data[:8], "little")
+    if rng.random() < 0.2:
+        return mutate(data[:end], rng) + data[end:]
+    head = mutate_json(data[8:end], rng)
+    return len(head).to_bytes(8, "little") + head + data[end:]
+
+def examine_data(path):
+    """Read what trainings and pictures would."""
+    pyramids = Pyramids(path.parent)
+    for s in range(min(pyramids.scales, 4)):
+        batch = fixed_batch(pyramids, "train", s, 2, ("x", "e"))
+        assert batch["tokens"].shape[1] == 64 and batch["x"].shape[1] == 3
+    PatchDataset(pyramids, want=("x",))[3]
+
+def examine_tensors(path):
+    return {"bag": read_bag, "weights": load_state_dict}.get(path.stem, examine_data)(path)
+
+KINDS = {  # what is damaged: the files that are, how they are read, how they are damaged, and how many of them
+    "TIFF and photographs": (specimens, examine, mutate, 2000), "h5": (h5_files, read_bag, mutate, 500),
+    "index.json": (data_files, examine_data, mutate_json, 500),
+    "safetensors headers": (tensor_files, examine_tensors, mutate_header, 500)}
+
+def torture(count, folder, seed=0, kind="TIFF and photographs"):
     """out: {outcome: count} and a list of faults, over `count` mutants: seconds of this process (others may keep the
     machine busy), and how far its peak of memory rose."""
-    made = [(p.name, p.read_bytes()) for p in specimens(folder)]
+    make, look, damage, _ = KINDS[kind]
+    made = [(path, path.read_bytes()) for path in make(folder)]
     outcomes, faults = {"image": 0, "refused": 0}, []
     for k in range(count):
-        name, data = made[k % len(made)]
-        target = folder / f"mutant_{name}"
-        target.write_bytes(mutate(data, np.random.default_rng([seed, k])))
+        path, data = made[k % len(made)]
+        path.write_bytes(damage(data, np.random.default_rng([seed, k])))
         peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         try:
-            outcome = examine(target)
+            outcome = "image"
+            look(path)
+        except UserError as err:
+            outcome = "refused" if path.name in str(err) or str(path.parent) in str(err) else f"unnamed: {err}"
         except Exception as err:
             outcome = f"{type(err).__name__}: {err}"
         seconds = time.process_time() - start
@@ -190,11 +277,18 @@ def torture(count, folder, seed=0):
         if outcome in outcomes and seconds <= SECONDS and grown <= MEGABYTES:
             outcomes[outcome] += 1
         else:
-            faults.append(f"{name}, seed {seed}, {k}: {outcome}, {seconds:.1f} s, {grown:.0f} MB")
+            faults.append(f"{path.name}, seed {seed}, {k}: {outcome}, {seconds:.1f} s, {grown:.0f} MB")
+        path.write_bytes(data)
     return outcomes, faults
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        outcomes, faults = torture(2000, Path(folder))
-    print(f"2000 damaged files: {outcomes}, {len(faults)} faults", *faults, sep="\n  ")
-    sys.exit(bool(faults))
+    bad = 0
+    for kind, (*_, count) in KINDS.items():
+        if kind == "h5" and not find_spec("h5py"):
+            print("h5: left out, it needs the extra: pip install -e '.[h5]'")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            outcomes, faults = torture(count, Path(folder), kind=kind)
+        print(f"{kind}: {count} damaged, {outcomes}, {len(faults)} faults", *faults, sep="\n  ", flush=True)
+        bad += len(faults)
+    sys.exit(bool(bad))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import UserError, open_tensors, write_text
+from common import UserError, load_meta, open_tensors, write_text
 from data import read_index
 from slides.index import INDEX
 
@@ -39,9 +39,9 @@ def finished(path, scales, meta=None):
     if not path.exists():
         return None
     with open_tensors(path) as f:
-        there = json.loads((f.metadata() or {}).get("json", "{}"))
         names = set(f.keys())
         counts = [f.get_slice(f"ij{s}").get_shape()[0] if f"ij{s}" in names else 0 for s in range(scales)]
+    there = load_meta(path)
     if there | (meta or {}) != there:
         raise UserError(f"{path} was made from another image or with other settings: remove it")
     return counts, there

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torture_slide import page
+from torture_slide import KINDS, page, torture
 
 from common import UserError
 from data import read_index
@@ -71,3 +71,11 @@ def test_an_index_from_elsewhere(tmp_path, change, says):
     Path(tmp_path, "index.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="index.json is damaged"):
         read_index(tmp_path)
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "TIFF and photographs"])
+def test_damaged_files_end_in_a_sentence(tmp_path, kind):
+    """`make torture` tries 500 of each; each has two seconds and 500 MB."""
+    if kind == "h5":
+        pytest.importorskip("h5py", reason="pip install -e '.[h5]'")
+    outcomes, faults = torture(60, tmp_path, 3, kind)
+    assert not faults and min(outcomes.values()) > 0, (outcomes, faults)
