@@ -159,9 +159,9 @@ def how_read(tags):
     alike = {*tags.get("bits", [1])} == {bits} and FORMATS.get(number(tags, "sample_format", 1)) == ""
     if not rows or not alike or bands < {2: 3, 5: 4}.get(colours, 1) or number(tags, "predictor", 1) > 2:
         return ""
-    turned = number(tags, "orientation", 1) != 1 or number(tags, "fill_order", 1) == 2
     in_strips, large = "strip_offsets" in tags, tw * th * held * bits // 8 > MAX_TILE
-    if rows[0][-1] == "tiles" and "tile_width" in tags and not turned and not (in_strips and large):
+    reversed_bits = number(tags, "fill_order", 1) == 2
+    if rows[0][-1] == "tiles" and "tile_width" in tags and not reversed_bits and not (in_strips and large):
         return "tiles"
     by_pillow = rows[0][-1] == "page" or codec in (*LOSSLESS, JPEG) and (bands == 1 or colours not in GREY)
     return "page" if by_pillow and bits <= 8 and held == bands <= 4 else ""
@@ -173,9 +173,8 @@ def unread(tags):
     """What the pixels of a directory are, in words."""
     (bands, held, bits, colours), codec = layout(tags), number(tags, "compression", 1)
     kind = f"{bits}-bit {FORMATS.get(number(tags, 'sample_format', 1), 'unknown ')}{COLOURS.get(colours, 'unknown')}"
-    other = ", apart" * (held < bands) + ", turned" * (number(tags, "orientation", 1) != 1)
-    return (f"holds {kind} pixels of {bands} bands{other}, compression: {PACKED.get(codec, 'unknown')} "
-            f"({codec})")
+    apart, packed = ", apart" * (held < bands), PACKED.get(codec, "unknown")
+    return f"holds {kind} pixels of {bands} bands{apart}, compression: {packed} ({codec})"
 
 def shown(path, found):
     """The picture to show: the largest. out: the directories, the main one, how it is read.
@@ -183,7 +182,7 @@ def shown(path, found):
     found = with_channels(path, found, largest(found))
     main = largest(found)
     how = how_read(main) if main else "page"
-    if not how or layout(main)[2] > 8:
+    if not how:
         raise UserError(f"{path} {unread(main)}, which is not read here: convert it to 8-bit RGB (gdal_translate -ot "
                         f"Byte -co TILED=YES, or vips)")
     return found, main, how

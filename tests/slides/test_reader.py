@@ -212,6 +212,17 @@ def test_palettes_inks_and_a_band_that_is_empty(tmp_path, planar):
     assert (found[:, :32] == 255).all() and np.array_equal(found[:, 32:], IMAGE[:48, 32:64] * np.uint8([1, 0, 1]))
 
 @pytest.mark.parametrize("strips", [False, True])
+@pytest.mark.parametrize("planar", [1, 2])
+def test_deep_pixels_in_tiles_and_strips(tmp_path, planar, strips):
+    """16 bits of either byte order, shown in 8: rounded, not cut."""
+    deep = (IMAGE.astype(int) * 257 + noise(90, 120) % 200 - 100).clip(0, 65535)
+    for how, order, options in ((1, "<", {}), (1, ">", {}), (8, "<", {"predictor": 2}), (8, ">", {})):
+        write(tmp_path / "a.tif", [page(deep.astype(order + "u2"), TILE, how, planar=planar, strips=strips, **options)],
+              order)
+        found = open_slide(tmp_path / "a.tif", white=65535).read(0, 0, 120, 90)
+        assert np.array_equal(found, np.rint(deep / 257)), (how, order)
+
+@pytest.mark.parametrize("strips", [False, True])
 @pytest.mark.parametrize("bands", [1, 3])
 def test_turned_pages_are_upright(tmp_path, bands, strips):
     """As photographs are, whatever they are packed in: tag 274 says where the first row and column belong."""
@@ -232,7 +243,6 @@ NOT_READ = [({"compression": 34887}, "LERC"), ({"compression": 50002}, "JPEG XL"
             ({"compression": 7, "planar": 2, "colours": 6}, "YCbCr pixels of 3 bands, apart, compression: JPEG"),
             ({"compression": 50001, "planar": 2}, "apart, compression: WebP"), ({"colours": 8}, "CIELab"),
             ({"compression": 1, "colours": 6}, "YCbCr pixels of 3 bands, compression: none"),
-            ({"orientation": 6, "planar": 2}, "apart, turned"),
             ({"bands": 4, "colours": None, "bits": 8}, "8-bit unknown pixels of 4 bands"),
             ({"predictor": 3}, "8-bit RGB")]
 
