@@ -191,7 +191,7 @@ def jobs_of(cfg):
     """Every cross-validation that cfg asks for, checked before anything is trained. out: list of Job."""
     wanted, jobs = cfg.views.split(","), []
     names = slides_of(cfg, folders_of(cfg))
-    pairs = [(folder, view) for folder in names for view in views(folder, names[folder][0])]
+    pairs = [(folder, view) for folder in names for view in views(folder)]
     chosen = [(f, v) for f, v in pairs if cfg.views == "all" or v in wanted or not v]
     if not chosen:
         raise UserError(f"--views={cfg.views}: the features have {', '.join(v for _, v in pairs)}")

@@ -88,7 +88,7 @@ def draw_map(cfg):
         raise UserError(f"--heads={cfg.heads}: heads are {', '.join(HEADS)}")
     cfg = replace(cfg, heads=head, fraction=cfg.fraction[:1])
     names = slides_of(cfg, [folder])[folder]
-    job = Job(cfg, folder, views(folder, names[0])[-1], head, cfg.fraction[0], names=names)
+    job = Job(cfg, folder, views(folder)[-1], head, cfg.fraction[0], names=names)
     names = job.labels().names
     slide = match([cfg.slide], names, folder).get(cfg.slide)
     if slide is None:

@@ -4,6 +4,7 @@ in:  a folder of .safetensors, .pt, .npy or .h5 files   out: features (N,K) floa
 """
 import re
 from _codecs import encode
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,30 +30,30 @@ def read_bag(path):
     found = {key: plain(path, value) for key, value in found.items()}
     key = named(path, found)
     x, coords = found[key], next((found[c] for c in COORDS if c in found), None)
-    if x.ndim == 1 and coords is not None and len(coords) == 1:
+    if x.ndim == 1 and coords is not None and coords.shape == (1, 2):
         x = x[None]                                                # of one tile, squeezed
     if x.ndim != 2 or not x.is_floating_point():
         raise UserError(f"{path} holds {tuple(x.shape)}, expected features (N,K) of a float type, not {x.dtype}")
     if not len(x):
         raise UserError(f"{path} is an empty bag: take the slide out, or extract it again")
+    x = x.float()
     bad = int((~x.isfinite()).any(1).sum())
     if bad:
         raise UserError(f"{path} holds NaN or infinity in {bad} of {len(x)} rows: extract it again")
-    x = x[:, 3:] if path.suffix == ".npy" and has_places(x) else x
-    return x.float(), pixels(coords, len(x), key, meta), {"side": side_said(meta)} | meta
+    if path.suffix == ".npy" and has_places(x):
+        x = x[:, 3:]
+    return x, pixels(coords, len(x), key, meta), meta | {"side": side_said(meta)}
 
 def plain(path, value):
     """A tensor of what lies in a file, without leading axes of 1 or gradients; None for anything else."""
-    value = torch.from_numpy(native(value)) if isinstance(value, np.ndarray) and value.dtype.kind in "fiu" else value
-    if not torch.is_tensor(value):
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+        kind = f"f{min(value.itemsize, 8)}" if value.dtype.kind == "f" else "i8"  # this machine's order of bytes
+        value = torch.from_numpy(value.astype(kind, copy=False))
+    if not torch.is_tensor(value) or value.layout != torch.strided:
         return None
     bounded(path, value.numel() * value.element_size())            # a tensor may be one number, strided
     value = value.detach()
     return value[0] if value.ndim == 3 and len(value) == 1 else value  # some tools write (1,N,K)
-
-def native(x):
-    """An array in this machine's order of bytes."""
-    return x.astype(x.dtype.newbyteorder("="), copy=False)
 
 def bounded(path, size):
     if size > ROOM + RATIO * path.stat().st_size:
@@ -69,9 +70,10 @@ def named(path, found):
 
 def has_places(x):
     """Whether the first three columns are a level and the column and row of a tile, as Owkin's are."""
-    level, places = x[:, :1], x[:, 1:3]
-    whole = (x[:, :3] == x[:, :3].round()).all() and (x[:, :3] >= 0).all() and (level == level[0]).all()
-    return x.shape[1] > 3 and bool(whole) and len(places.unique(dim=0)) == len(x) and bool((x[:, 3:] % 1).any())
+    start, rest = x[:, :3], x[:, 3:]
+    if (start % 1).any() or not (rest % 1).any() or (start < 0).any() or (start[:, 0] != start[0, 0]).any():
+        return False
+    return len(start.unique(dim=0)) == len(x)
 
 def pixels(coords, n, key, meta):
     """Coordinates (n,2) int64 if they are pixels of level 0. STAMP's are micrometres, or pixels of another level."""
@@ -81,8 +83,8 @@ def pixels(coords, n, key, meta):
 
 def side_said(meta):
     """The side of a tile in pixels of level 0 that a file tells: ours, TRIDENT's, or CLAM's of a level; or 0."""
-    if "patch" in meta:
-        return meta["patch"] << meta["scales"][0] if "scales" in meta else meta["patch"]
+    if isinstance(meta.get("scales"), list):
+        return meta["patch"] << meta["scales"][0]
     step = figure(meta.get("downsample")) or float(meta.get("patch_level") == 0)
     clam = figure(meta.get("patch_size")) * round(step) * (meta.get("custom_downsample", 1) == 1)
     return int(figure(meta.get("patch_size_level0")) or clam)
@@ -126,14 +128,17 @@ def read_h5(path):
     """out: {name: array}; meta: the attributes of the file and of its coordinates."""
     import h5py
     with h5py.File(path, "r") as f:
-        sets = {key: f[key] for key in f if isinstance(f[key], h5py.Dataset) and f[key].dtype.kind in "fiu"}
-        wanted = [key for key in NAMES if key in sets] or [key for key in sets if sets[key].dtype.kind == "f"]
-        wanted = dict.fromkeys(wanted + [key for key in COORDS if key in sets])  # not the pixels that HEST has beside
-        meta = dict(f.attrs)
-        for key in wanted:
-            bounded(path, sets[key].nbytes)                        # before they are read
-            meta |= sets[key].attrs
-        return {key: np.asarray(sets[key]) for key in wanted}, meta
+        own = [key for key in f if isinstance(f.get(key, getlink=True), h5py.HardLink)]  # not in another file
+        sets = {key: f[key] for key in own if isinstance(f[key], h5py.Dataset)}
+        floats = [key for key, x in sets.items() if x.dtype.kind == "f"]  # not the pixels that HEST has beside
+        features = [key for key in NAMES if key in sets] or floats
+        found, meta = {}, dict(f.attrs)
+        for key in {*features, *COORDS} & {*sets}:
+            x = sets[key]
+            bounded(path, x.nbytes)                                # before it is read
+            if not (x.is_virtual or x.external):                   # as are these
+                found[key], meta = np.asarray(x), meta | dict(x.attrs)
+    return found, meta
 
 # ----- 2. How large its tiles are -----
 
@@ -156,7 +161,7 @@ def placed(path):
     sides, above, name = [meta["side"]], path.parent.parent, name_of(path)
     for beside in (above / f"h5_files/{name}.h5", above / f"patches/{name}.h5", above / f"patches/{name}_patches.h5"):
         if beside.is_file() and beside != path:
-            found, told = read_h5(beside)
+            found, told = contents(beside)
             there = plain(beside, found.get("coords"))
             there = None if there is None else pixels(there, len(x), "", told)
             coords = there if coords is None else coords
@@ -175,10 +180,14 @@ def placed(path):
 
 # ----- 3. A folder -----
 
-def views(folder, name=None):
+def views(folder):
     """How the files of a folder can be looked at: "" as they are; "0", "2", "0+2": the scales joined in ours."""
-    _, _, meta = read_bag(next(f for f in files_of(folder) if name in (None, name_of(f))))
-    scales = [str(s) for s in meta.get("scales", ())]
+    scales = None
+    for file in files_of(folder):
+        with suppress(UserError):                                  # it will be named with all others
+            scales = read_bag(file)[2].get("scales")
+            break
+    scales = [str(s) for s in scales] if isinstance(scales, list) else []
     return [*scales, "+".join(scales)] if len(scales) > 1 else [""]
 
 def unusable(files):
@@ -206,11 +215,9 @@ class Bags:
             try:
                 x = self[name]
             except UserError as err:
-                bad = unusable(self.files)
-                if len(bad) == 1:
-                    raise
-                why = few(bad.values(), "; ")
-                raise UserError(f"{len(bad)} of {len(self.names)} files of {folder} are of no use: {why}") from err
+                why = unusable(self.files).values() or [err]
+                raise UserError(f"{len(why)} of {len(self.names)} files of {folder} are of no use: {few(why, '; ')}; "
+                                f"or leave them out: --partial=True") from err
             self.K = x.shape[1] if name == self.names[0] else self.K
             if x.shape[1] != self.K:
                 raise UserError(f"{self.files[name]} is {x.shape[1]} wide, others {self.K}: use one extractor for all")

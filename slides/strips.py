@@ -193,8 +193,9 @@ def embedded(job):
         job = replace(job, mpp=slide.mpp * side / P, exact=True, note=f"{slide.mpp * side / P:.4g} micrometres each")
         fine, (width, height) = side / P, opened(job).grid(job.mpp)[2]
     elif drift > 0.5:
-        remedy = f"--mpp={slide.mpp * side / P:.4g}" if slide.said and side >= P else "its own mpp in a CSV of images"
-        remedy += f" or --patch={round(side / fine)}" if round(side / fine) % 16 == 0 else ""
+        mpp = f"--mpp={slide.mpp * side / P:.4g}" if slide.said else "its own mpp in a CSV of images"
+        other = [f"--patch={round(side / fine)}"] if round(side / fine) % 16 == 0 else []
+        remedy = " or ".join([mpp] * (side >= P) + other) or "features of larger tiles"
         raise UserError(f"{job.features}: tiles of {side} pixels of {job.path.name}'s level 0, at "
                         f"{fine:.4g} of them a pixel, which does not fit --patch={P}: give {remedy}")
     x, y = round(origin[0] / fine), round(origin[1] / fine)

@@ -11,7 +11,7 @@ from slides.bags import Bags, read_bag, views
 def test_readers(tmp_path, monkeypatch):
     """What tools write, to the bit. Catches: coordinates of another length, (1,N,K) not squeezed."""
     x, ij = torch.randn(5, 3).half().float(), torch.arange(10).reshape(5, 2)
-    save_tensors(tmp_path / "a.safetensors", {"features": x, "coords": ij.int()}, {"patch": 64})
+    save_tensors(tmp_path / "a.safetensors", {"features": x, "coords": ij.int()}, {"patch": 64, "scales": [0]})
     torch.save(x, tmp_path / "b.pt")
     np.save(tmp_path / "c.npy", x.half().numpy())
     torch.save({"features": x[None], "coords": ij}, tmp_path / "d.pt")
