@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from common import UserError, at_least, configure, fingerprint, one_of, save_tensors, setup
-from data import Pyramids
+from data import Pyramids, read_index
 from diffusion import ZoomLDM, ddim_sample
 from mil import Activations
 from sample_joint import known_data
@@ -129,6 +129,11 @@ def source_of(cfg, model, pyramids, ranks):
         model.unet = UNet(model.unet.cfg).to(ranks.device).eval().requires_grad_(False)
     return Activations(model, pyramids, ranks, cfg.t, cfg.block, cfg.seed)
 
+def of_a_part(folder):
+    """Whether the images of a data folder are but parts of the files they were made from."""
+    source = read_index(folder)["source"]
+    return bool(source.get("features") or source.get("cut"))
+
 def described(cfg, source, model):
     """The settings that the numbers depend on, as plain types."""
     settings = {key: value for key, value in asdict(cfg).items() if key not in FREE}
@@ -153,7 +158,7 @@ def extract(cfg):
     if ranks.rank == 0:
         how = "" if source.block is None else f", block {source.block}, t = {cfg.t}"
         print(f"{cfg.kind} features of {len(pyramids.slides)} slides at scales {cfg.scales}{how} -> {out}")
-    lost = 0
+    lost, part = 0, of_a_part(pyramids.folder)
     for k in tqdm(range(ranks.rank, len(pyramids.slides), ranks.world), disable=ranks.rank > 0):
         slide = pyramids.slides[k]
         path, file = out / slide["file"], (pyramids.folder / slide["file"]).stat()
@@ -167,7 +172,7 @@ def extract(cfg):
             print(f"{slide['name']} has no patch and gets no file")
             continue
         features, coords, widths = found
-        save_tensors(path, {"features": features, "coords": coords}, meta | {"widths": widths})
+        save_tensors(path, {"features": features, "coords": coords}, meta | {"widths": widths, "part": part})
     if lost:
         print(f"{lost} patches of scale {cfg.scales[0]} lie in no patch of {cfg.scales[1:]} and are left out")
     ranks.barrier()

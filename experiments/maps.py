@@ -13,14 +13,19 @@ import torch
 from common import UserError, cli, configure, load_tensors, save_png
 from data import Pyramids
 from experiments.crossval import HEADS, Config, Job, out_of, run_job, slides_of
+from experiments.features import of_a_part
 from slides.bags import placed, views
 from slides.names import few, files_of, match, name_of
 
 LARGEST = 1024  # pixels of a picture's longer side, about
 
-def from_pyramids(folder, name):
-    """A picture of a slide put together from its patches. out: (h,w,3) uint8, pixels of the slide per pixel."""
+def from_pyramids(folder, name, told):
+    """A picture of a slide put together from its patches. out: (h,w,3) uint8, pixels of the slide per pixel.
+    raises: UserError if coordinates of other tools are in pixels that these are not."""
     pyramids = Pyramids(folder)
+    if "size" not in told and (pyramids.mpp or of_a_part(folder)):
+        raise UserError(f"the features tell places in the slide's own pixels, which {folder} does not have: "
+                        f"draw on the slide, --image=FILE")
     names = [slide["name"] for slide in pyramids.slides]
     found = match([name], names, folder)
     if not found:
@@ -35,9 +40,9 @@ def from_pyramids(folder, name):
         picture[i:i + P, j:j + P] = tile
     return picture, 2 ** s
 
-def from_slide(path, size):
-    """The same from the slide's own file. size: (h,w) of the image that our coordinates are in; None: of the slide.
-    raises: UserError if that is but a part of it."""
+def from_slide(path, told):
+    """The same from the slide's own file. told: meta of the features, whose coordinates are in an image of that size,
+    or in pixels of the slide. raises: UserError if that is but a part of it."""
     from slides.reader import open_slide
     slide = open_slide(path, mpp=1.0)  # so that a resolution is a factor
     factor = 1
@@ -45,8 +50,8 @@ def from_slide(path, size):
         factor *= 2
     _, _, (w, h) = slide.grid(factor)
     picture = slide.read(0, 0, w, h, factor)
-    height, width = size or slide.size[::-1]
-    if abs(slide.size[0] / width * height / slide.size[1] - 1) > 2 / min(height, width) + 0.01:
+    height, width = told.get("size", slide.size[::-1])
+    if told.get("part") or abs(slide.size[0] / width * height / slide.size[1] - 1) > 2 / min(height, width) + 0.01:
         raise UserError(f"{path} is {slide.size[0]} x {slide.size[1]}, the features are of a part, {width} x {height}: "
                         f"draw on the pyramids, --data=DIR")
     return picture, width / w
@@ -98,7 +103,7 @@ def draw_map(cfg):
     x, coords, side, told = placed(next(f for f in files_of(folder) if name_of(f) == slide))
     if not side:
         raise UserError(f"{slide} has a single tile whose size is not told: there is nothing to map")
-    picture, factor = from_slide(cfg.image, told.get("size")) if cfg.image else from_pyramids(cfg.data, slide)
+    picture, factor = from_slide(cfg.image, told) if cfg.image else from_pyramids(cfg.data, slide, told)
     t, meta = load_tensors(run_job(job))
     at, classes = meta["slides"].index(slide), meta["classes"]
     if t["fold"][at] < 0:

@@ -40,6 +40,8 @@ def read_bag(path):
     bad = int((~x.isfinite()).any(1).sum())
     if bad:
         raise UserError(f"{path} holds NaN or infinity in {bad} of {len(x)} rows: extract it again")
+    if isinstance(meta.get("scales"), list):
+        check_scales(path, meta, x.shape[1])
     if path.suffix == ".npy" and has_places(x):
         x = x[:, 3:]
     return x, pixels(coords, len(x), key, meta), meta | {"side": side_said(meta)}
@@ -67,6 +69,13 @@ def named(path, found):
         raise UserError(f"{path} holds no tensor of features, or several, among {few(found) or 'nothing'}: call them "
                         f"one of {', '.join(NAMES)}")
     return known[0]
+
+def check_scales(path, meta, K):
+    """raises: UserError if what a file of ours tells of its scales is not so."""
+    scales, widths = meta["scales"], meta.get("widths")
+    numbers = [*scales, *widths, meta.get("patch")] if isinstance(widths, list) else [None]
+    if not all(type(n) is int and 0 <= n < 2**20 for n in numbers) or sum(widths) != K or len(widths) != len(scales):
+        raise UserError(f"{path} tells of scales {scales} that it does not hold: extract it again")
 
 def has_places(x):
     """Whether the first three columns are a level and the column and row of a tile, as Owkin's are."""

@@ -261,7 +261,10 @@ def test_folders_as_the_gdc_client_lays_them(tmp_path, capsys):
         pixels = np.random.default_rng(k).integers(30 + 40 * (k % 2), 256, (64, 64, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "in" / f"u{k}" / f"s.{k}.png")
     labels = write_csv(tmp_path / "l.csv", "Slide ID;Label", *(f"s.{k};{k % 2}" for k in range(8)))
-    data.main(["build", f"--images={tmp_path / 'in'}", f"--out={tmp_path / 'd'}", "--patch=16", "--scales=1"])
+    (tmp_path / "foreign").mkdir()
+    rows = [f"in/u{k}/s.{k}.png,0.5" for k in range(8)]
+    images = write_csv(tmp_path / "i.csv", "path,mpp", *rows)              # --mpp=1: halved
+    data.main(["build", f"--images={images}", f"--out={tmp_path / 'd'}", "--mpp=1", "--patch=16", "--scales=1"])
     mil.main(["extract", "--kind=descriptor", f"--data={tmp_path / 'd'}", f"--out={tmp_path / 'f'}"])
     more = [f"--features={tmp_path / 'f'}", f"--labels={labels}", "--folds=2", "--epochs=1", "--workers=1",
             "--heads=abmil", "--bootstrap=9"]
@@ -269,9 +272,20 @@ def test_folders_as_the_gdc_client_lays_them(tmp_path, capsys):
     assert "8 slides of 8 patients, classes 0 (4), 1 (4)" in capsys.readouterr().out
     for image in (f"--data={tmp_path / 'd'}", f"--image={tmp_path / 'in' / 'u3' / 's.3.png'}"):
         mil.main(["map", *more, "--slide=s.3", image])
-        assert (tmp_path / "f_cv" / "map_u3__s.3.png_f_abmil.png").exists()
+        picture = np.asarray(Image.open(tmp_path / "f_cv" / "map_u3__s.3.png_f_abmil.png")).astype(int)
+        gap = np.abs(picture - np.roll(picture, picture.shape[0], 1))[:, picture.shape[0]:]
+        assert len(picture) == (64 if "image" in image else 32) and (gap[-9:, -9:] > 2).any()  # the heat is everywhere
     Image.new("RGB", (64, 40)).save(tmp_path / "in" / "part.png")
-    for name, says in (("none.png", "none.png"), ("part.png", "are of a part, 64 x 64")):
+    x = torch.arange(64.0).reshape(16, 4) % 7
+    for k in range(8):                                                     # CLAM's, in pixels of the slide itself
+        torch.save({"features": x + k, "coords": torch.cartesian_prod(*[torch.arange(4) * 16] * 2)},
+                   tmp_path / "foreign" / f"s.{k}.pt")
+    more[0] = f"--features={tmp_path / 'foreign'}"
+    mil.main(["map", *more, "--slide=u3/s.3.png", f"--image={tmp_path / 'in' / 'u3' / 's.3.png'}"])
+    with pytest.raises(UserError, match="in the slide's own pixels, which .*d does not have: draw on the slide"):
+        mil.main(["map", *more, "--slide=s.3", f"--data={tmp_path / 'd'}"])
+    more[0] = f"--features={tmp_path / 'f'}"
+    for name, says in (("none.png", "none.png"), ("part.png", "are of a part, 32 x 32")):
         with pytest.raises(UserError, match=says):
             mil.main(["map", *more, "--slide=s.3", f"--image={tmp_path / 'in' / name}"])
 

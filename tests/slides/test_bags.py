@@ -11,7 +11,8 @@ from slides.bags import Bags, read_bag, views
 def test_readers(tmp_path, monkeypatch):
     """What tools write, to the bit. Catches: coordinates of another length, (1,N,K) not squeezed."""
     x, ij = torch.randn(5, 3).half().float(), torch.arange(10).reshape(5, 2)
-    save_tensors(tmp_path / "a.safetensors", {"features": x, "coords": ij.int()}, {"patch": 64, "scales": [0]})
+    meta = {"patch": 64, "scales": [0], "widths": [3]}
+    save_tensors(tmp_path / "a.safetensors", {"features": x, "coords": ij.int()}, meta)
     torch.save(x, tmp_path / "b.pt")
     np.save(tmp_path / "c.npy", x.half().numpy())
     torch.save({"features": x[None], "coords": ij}, tmp_path / "d.pt")
@@ -130,3 +131,7 @@ def test_views_of_several_scales(tmp_path):
     assert views(tmp_path) == ["0", "1", "0+1"]
     assert torch.equal(Bags(tmp_path, "0")["a"], x[:, :3]) and torch.equal(Bags(tmp_path, "0+1")["a"], x)
     assert torch.equal(Bags(tmp_path, "1")["a"], x[[0, 2], 3:])
+    for wrong in ({"patch": 0.5}, {"widths": [3, 3]}, {"widths": 5}, {"scales": [0, "1"]}):
+        save_tensors(tmp_path / "a.safetensors", {"features": x, "coords": coords}, meta | wrong)
+        with pytest.raises(UserError, match="tells of scales .* that it does not hold"):
+            read_bag(tmp_path / "a.safetensors")
