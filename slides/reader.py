@@ -18,9 +18,9 @@ from PIL import Image
 
 from common import UserError, cli, configure, save_png
 from data import halve
-from slides.pictures import DARK, MAX_PIXELS, nodata_of, to_rgb, upright, white_of, whole
-from slides.tiff import (JPEG, MAP, Level, amount, decode, directories, halved_chroma, levels_of, number, pieces_of,
-                         readable, resolution, shown, square, steps, text)
+from slides.pictures import DARK, MAX_PIXELS, nodata_of, to_rgb, white_of, whole
+from slides.tiff import (JPEG, MAP, Level, amount, decode, decode_mask, directories, halved_chroma, levels_of, number,
+                         pieces_of, readable, resolution, shown, square, steps, text, with_masks)
 
 CACHE = 2**25             # bytes of decoded tiles kept, of each level; openslide keeps as many
 NEAR = 1.05               # resolutions this close count as the same: scanners differ by more, and resampling would blur
@@ -122,7 +122,7 @@ class Slide:
 
     def _shown(self, level, column, row):
         x, near = self._tile(level, column, row), DARK if number(level.tags, "compression") == JPEG else 0
-        bands = 4 if number(level.tags, "extra_bands") in ALPHA else 3
+        bands = 4 if level.mask or number(level.tags, "extra_bands") in ALPHA else 3
         return to_rgb(x[..., :bands], self.white, self.nodata, near)
 
     def find_white(self):
@@ -135,13 +135,21 @@ class Slide:
             found += [x[(x != self.nodata).any(-1)][::61]] if x.dtype == np.uint16 else []
         self.white = white_of(np.concatenate(found))
 
+    def _masked(self, level, tile, x, y):
+        """A tile with what its mask says of it as a fourth band; beyond the image there is nothing."""
+        w, h = (min(n, whole - at) for n, whole, at in zip(tile.shape[1::-1], level.size, (x, y)))
+        there = np.zeros_like(tile[..., :1])
+        there[:h, :w] = self._region(level.mask, partial(decode_mask, self.file, level.mask), x, y, w, h)[..., :1]
+        return np.concatenate([tile[..., :3], there], 2)
+
     def _tile(self, level, column, row):
         """Decode a tile, (th,tw,3) uint8, or uint16 if deep. Scanners leave out what they did not scan: that is white,
         but of a map nothing."""
         (tw, th), (sx, sy) = level.tile, level.step
         try:
             data, cut = pieces_of(self.file, level, column, row)
-            return decode(data, cut) if any(data) else np.full((th, tw, 3), self.empty, np.uint8)
+            x = decode(data, cut) if any(data) else np.full((th, tw, 3), self.empty, np.uint8)
+            return self._masked(level, x, column * tw, row * th) if level.mask else x
         except Exception as err:  # Pillow's decoders raise nearly anything on damaged bytes
             n = self.levels.index(level)
             why = f"tile {column}, {row} of level {n} cannot be decoded ({type(err).__name__}: {err})"
@@ -197,20 +205,19 @@ def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None, white=None):
         levels = levels_of(f, found, main) if how == "tiles" else []
         if levels and halved_chroma(f, levels[0]):
             return by_openslide(path, mpp, damaged)
+        with_masks(f, found, levels)
         mpp = mpp or resolution(main)
         scanned = path.suffix.lower() == ".svs" or text(main, "description").startswith("Aperio")
-        empty, turn = 0 if any(tags.keys() & MAP for tags in found) else 255, number(main, "orientation", 1)
+        empty = 0 if any(tags.keys() & MAP for tags in found) else 255
     if not levels:
         f.close()
         level, white = whole(path, main.get("page"), max_pixels, white)
         return Slide(path, [level], mpp, scanned, None, damaged, white)
-    turned = turn in range(2, 9)                                               # damage is not found there again
     deep = max(main.get("bits", [8])) > 8
-    slide = Slide(path, levels, mpp, scanned, f, None if turned else damaged, white if deep else None, empty,
-                  nodata_of(main))
+    slide = Slide(path, levels, mpp, scanned, f, damaged, white if deep else None, empty, nodata_of(main))
     if deep and not white:
         slide.find_white()
-    return Slide(path, [upright(v, turn) for v in levels], mpp, scanned, white=slide.white) if turned else slide
+    return slide
 
 def by_openslide(path, mpp, damaged):
     """A slide of a kind that only openslide knows. raises: UserError if that is missing or does not know it either."""

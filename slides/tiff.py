@@ -200,6 +200,7 @@ class Level:
     offsets: np.ndarray | None = None  # (n,) uint64, row by row; band after band, if each has its own tiles
     lengths: np.ndarray | None = None
     tile_of: object = None             # (column, row) -> (th,tw,3) uint8, where openslide reads them
+    mask: object = None                # a Level that tells where it shows something
 
 def steps(whole, size, tile=None, ratio=False):
     """How many pixels of `whole` (w,h) one pixel of `size` (w,h) spans, in x and y: the ratio of the sizes for GDAL.
@@ -452,6 +453,27 @@ def decode(pieces, level):
     shown, alpha = x[..., :n], x[..., n:]
     shown = shown if colours else np.iinfo(x.dtype).max - shown                # 0: white is zero
     return np.concatenate([shown] * (3 // n) + [alpha], 2)
+
+def with_masks(f, found, levels):
+    """Give the levels what GDAL says beside them: a page of one bit, where there is something. raises: ValueError."""
+    masks = {size_of(tags): tags for tags in found if number(tags, "subfile") & 4 and layout(tags)[2] in (1, 8)}
+    for level in levels:
+        if level.size in masks:
+            tags = masks[level.size]
+            if number(tags, "compression", 1) not in LOSSLESS or not 0 < np.prod(tile_of(tags)) <= MAX_TILE:
+                raise ValueError(f"a mask in tiles of {tile_of(tags)}, of compression {number(tags, 'compression', 1)}")
+            level.mask = Level(level.size, level.step, None, tags, tile_of(tags), *tables(f, tags, "a mask"))
+
+def decode_mask(f, mask, column, row):
+    """A tile of a mask, (th,tw,3) uint8, 0 where there is nothing. raises: as `stored`."""
+    (data,), cut = pieces_of(f, mask, column, row)
+    tw, th = cut.tile
+    if not data:
+        return np.zeros((th, tw, 3), np.uint8)
+    bits = layout(mask.tags)[2]
+    there = unpacked(data, number(mask.tags, "compression", 1), th, ceil(tw * bits / 8))
+    there = np.unpackbits(there, axis=1)[:, :tw] if bits == 1 else there
+    return 255 * (there > 0)[..., None].repeat(3, 2).astype(np.uint8)
 
 def halved_chroma(f, level):
     """Whether the first JPEG-2000 tile has components of several sizes, which Pillow refuses."""
