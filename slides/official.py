@@ -4,17 +4,17 @@
 root/1x/17_vae.npy beside 17_dino_grid.npy), `read_features` tile embeddings with coordinates.
 in:  a folder; or SLIDE.h5, SLIDE.pt   out: items with tokens (64,E), mask (64,), s, z (3,h,w); or a grid (Gh,Gw,E)
 read next: slides/build.py"""
-import io
 from math import isqrt
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from common import UserError
 from data import GRID, Pyramids
 from slides.bags import placed
+from slides.pictures import picture
+from slides.tiff import readable
 from summarizer import pack_grid, standardize
 
 # ----- 1. The official folders -----
@@ -106,11 +106,10 @@ class Samples:
             path = path.with_name(f"{number}.jpg")
         if not path.exists():
             return None
-        try:
+        with readable(path):
             data = path.read_bytes() if path.suffix == ".jpg" else np.load(path, allow_pickle=False).tobytes()
-            image = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
-        except Exception as err:  # Pillow's decoders raise nearly anything on damaged files
-            raise UserError(f"{path} cannot be read ({type(err).__name__}: {err}): copy it again") from err
+            with picture(path, data=data) as opened:
+                image = np.array(opened.convert("RGB"))
         return torch.from_numpy(image).movedim(-1, 0).float() / 127.5 - 1
 
     def item(self, k, s, n, want):

@@ -3,6 +3,7 @@ kinds alone, within a bound on pixels. And what all images share: which way is u
 
 in:  a path   out: a Level, decoded when it is first read     read next: slides/reader.py
 """
+import io
 import re
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -20,10 +21,11 @@ ORIENTATION = 274  # of EXIF, from 1 to 8: see `upright`
 DARK = 3           # of 255: what is black, or any value, but for what lossy compression leaves
 
 @contextmanager
-def picture(path, page=None, max_pixels=MAX_PIXELS):
-    """Open a picture, which decodes nothing yet. raises: UserError if it is too large; or for all that goes wrong."""
+def picture(path, page=None, max_pixels=MAX_PIXELS, data=None):
+    """Open a picture, of a file or of its bytes, which decodes nothing yet.
+    raises: UserError if it is too large, or for whatever goes wrong until it is closed."""
     path = Path(path)
-    with readable(path), open(path, "rb") as f:                                # given a path, Pillow 13 scrambles some
+    with readable(path), io.BytesIO(data) if data else open(path, "rb") as f:  # given a path, Pillow 13 scrambles some
         image = Image.open(f, formats=FORMATS)
         if page:
             image.seek(page)

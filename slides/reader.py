@@ -18,7 +18,7 @@ from PIL import Image
 
 from common import UserError, cli, configure, save_png
 from data import halve
-from slides.pictures import DARK, MAX_PIXELS, nodata_of, to_rgb, white_of, whole
+from slides.pictures import DARK, MAX_PIXELS, nodata_of, to_rgb, upright, white_of, whole
 from slides.tiff import (JPEG, MAP, Level, amount, decode, decode_mask, directories, halved_chroma, levels_of, number,
                          pieces_of, readable, resolution, shown, square, steps, text, with_masks)
 
@@ -208,16 +208,17 @@ def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None, white=None):
         with_masks(f, found, levels)
         mpp = mpp or resolution(main)
         scanned = path.suffix.lower() == ".svs" or text(main, "description").startswith("Aperio")
-        empty = 0 if any(tags.keys() & MAP for tags in found) else 255
+        empty, turn = 0 if any(tags.keys() & MAP for tags in found) else 255, number(main, "orientation", 1)
     if not levels:
         f.close()
         level, white = whole(path, main.get("page"), max_pixels, white)
         return Slide(path, [level], mpp, scanned, None, damaged, white)
-    deep = max(main.get("bits", [8])) > 8
-    slide = Slide(path, levels, mpp, scanned, f, damaged, white if deep else None, empty, nodata_of(main))
+    turned, deep = turn in range(2, 9), max(main.get("bits", [8])) > 8
+    slide = Slide(path, levels, mpp, scanned, f, None if turned else damaged, white if deep else None, empty,
+                  nodata_of(main))                                             # damage would not lie where it is found
     if deep and not white:
         slide.find_white()
-    return slide
+    return Slide(path, [upright(v, turn) for v in levels], mpp, scanned, white=slide.white) if turned else slide
 
 def by_openslide(path, mpp, damaged):
     """A slide of a kind that only openslide knows. raises: UserError if that is missing or does not know it either."""

@@ -1,16 +1,20 @@
 """strips.py, build.py: which images, which patches, every resolution; shards, restarts, damage, workers."""
+import struct
+import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torture_slide import page, picture, write
+from torture_slide import page, picture, text, write
 
 import data
-from common import UserError, load_tensors
+from common import UserError, load_meta, load_tensors
 from data import Pyramids
 from slides import strips
+from large.enlarge import read_image
+from slides.reader import open_slide
 from slides.strips import Job, image_jobs, otsu, plan, tissue_of
 from slides.writers import halve, write_tiff
 
@@ -65,8 +69,8 @@ def test_folders_with_loops_patterns_and_lists(slides, tmp_path, capsys):
     jobs = image_jobs(str(slides / "list.csv"), "none", 0.5)
     assert [(j.name, j.own, j.split) for j in jobs] == [("a.png", 1e6, "train"), ("b.png", None, "train"),
                                                         ("sub/a.png", 0.5, "test")]
-    for text, line in (("path,mpp\na.png,x\n", 2), ("path,split\na.png,\nb.png,held\n", 3)):
-        (slides / "list.csv").write_text(text)
+    for table, line in (("path,mpp\na.png,x\n", 2), ("path,split\na.png,\nb.png,held\n", 3)):
+        (slides / "list.csv").write_text(table)
         with pytest.raises(UserError, match=f"list.csv, line {line}: give path"):
             names(slides / "list.csv")
     (slides / "sub__a.png").write_bytes((slides / "a.png").read_bytes())
@@ -228,7 +232,100 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
         assert len(asked) <= n + 3
     assert sum(task.args[-1] for task in asked) == 80
 
-# ----- 4. Plain pictures -----
+# ----- 4. What is nothing, what is white -----
+
+IMAGE, MAP, CELL = noise(64, 96), {"geo_scale": (12, [0.5, 0.5, 0])}, (32, 32)
+GONE = np.arange(96)[None, :].repeat(64, 0) < 48                               # the left half: 3 of 6 columns of tiles
+
+def with_band(band, kind):
+    tags, tiles = page(np.dstack([IMAGE, band]), CELL, 8)
+    return [(tags | {"extra_bands": (3, [kind])}, tiles)]
+
+def half(colour):
+    return np.where(GONE[..., None], np.array(colour, np.uint8), IMAGE)
+
+def masked(tile):
+    """GDAL's: a page of one bit, in tiles of its own, marked 4."""
+    cut = [~GONE[y:y + tile[1], x:x + tile[0]] for y in range(0, 64, tile[1]) for x in range(0, 96, tile[0])]
+    tags, _ = page(IMAGE[..., :1], tile, 1, kind=4)
+    tags |= {"bits": (3, [1]), "colours": (3, [4])}
+    return [page(IMAGE, CELL, 8), (tags, [np.packbits(x, 1).tobytes() for x in cut])]
+
+def with_tags(more, image):
+    tags, tiles = page(image, CELL, 8)
+    return [(tags | more, tiles)]
+
+def some_left_out(more):
+    tags, tiles = page(IMAGE, (48, 64), 8)
+    return [(tags | more, [b"", tiles[1]])]
+
+KINDS = {
+    "nodata": lambda: with_tags(MAP | {"nodata": text("255")}, half(255)),
+    "alpha": lambda: with_band(np.where(GONE, 0, 255).astype(np.uint8), 2),
+    "mask": lambda: masked(CELL), "mask in other tiles": lambda: masked((96, 16)),
+    "sparse map": lambda: some_left_out(MAP),
+    "clear.png": lambda: Image.fromarray(np.dstack([IMAGE, np.where(GONE, 0, 255).astype(np.uint8)])),
+    "black": lambda: [page(half(0), CELL, 8)]}
+ALL = {"infrared called alpha": lambda: with_band(noise(64, 96, 1)[..., 0], 2),
+       "another band of two values": lambda: with_band(np.where(GONE, 0, 255).astype(np.uint8), 0),
+       "sparse slide": lambda: some_left_out({}), "white": lambda: [page(half(255), CELL, 8)]}
+
+@pytest.mark.parametrize("kind", [*KINDS, *ALL])
+def test_what_shows_nothing_is_left_out(tmp_path, capsys, kind):
+    """Each way to say it makes half the image nothing; what only looks so, as infrared that GDAL calls alpha, does not.
+    The empty tile of a map is nothing, that of a slide is white."""
+    made, path = (KINDS | ALL)[kind](), tmp_path / ("a.png" if kind.endswith("png") else "a.tif")
+    made.save(path) if kind.endswith("png") else write(path, made)
+    counts, said = build(tmp_path / "out", path).slides[0]["counts"], capsys.readouterr().out
+    assert counts == ([12, 2, 0] if kind in KINDS else [24, 6, 1]) and ("17 without data" in said) == (kind in KINDS)
+    found = open_slide(path).read(0, 0, 96, 64)
+    assert np.array_equal(found[:, 48:], IMAGE[:, 48:])
+    if kind in KINDS or kind == "sparse slide":
+        assert (found[:, :48] == (0 if kind in KINDS else 255)).all()
+
+def png16(path, x):
+    """A PNG of 16-bit RGB, which Pillow does not write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in x)
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", x.shape[1], x.shape[0], 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)),
+             (b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(
+        ">I", zlib.crc32(name + data)) for name, data in parts))
+
+@pytest.mark.parametrize("factor, white", [(257, 65535), (16, 4095), (8, 2047)])
+def test_deep_images_are_shown_by_the_bits_they_use(tmp_path, capsys, factor, white):
+    """16-bit files of cameras with 16, 12 and 11 bits, alike as PNG, TIFF in tiles and grey; alike in the build and for
+    one image. Catches: the higher byte alone (at most 15 of 255)."""
+    image = noise(64, 96).astype(np.uint16)
+    image[0, 0] = 255
+    png16(tmp_path / "a.png", image * factor)
+    write(tmp_path / "b.tif", [page(image * factor, CELL, 8)])
+    Image.fromarray(image[..., 0] * factor).save(tmp_path / "c.png")
+    for name, want in (("a.png", image), ("b.tif", image), ("c.png", image[..., :1].repeat(3, 2))):
+        build(tmp_path / name[0], tmp_path / name)
+        x = tensors(tmp_path / name[0], name)["x0"][7].numpy().astype(int)
+        assert np.abs(x - want[16:32, 16:32]).max() <= 1 and f"{white} shown as white" in capsys.readouterr().out
+        assert load_meta(tmp_path / name[0] / f"{name}.safetensors")["white"] == white
+        one = ((read_image(tmp_path / name).movedim(0, -1) + 1) * 127.5).round()
+        assert np.array_equal(one[16:32, 16:32], x)
+    build(tmp_path / "given", tmp_path / "a.png", f"--white={white // 2}")
+    assert tensors(tmp_path / "given", "a.png")["x0"].max() == 255 and "shown as white" in capsys.readouterr().out
+
+def test_a_build_that_keeps_nothing_says_why(tmp_path, capsys):
+    tags, tiles = page(picture(64, 96), CELL, 8)
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "bad.tif", [(tags, [b"nonsense"] * len(tiles))])
+    Image.new("RGB", (96, 64)).save(tmp_path / "in" / "black.png")
+    Image.fromarray(noise(64, 96)).save(tmp_path / "in" / "good.png")
+    with pytest.raises(SystemExit, match="1"):
+        build(tmp_path / "out", tmp_path / "in")
+    said = capsys.readouterr().out
+    assert "2 images built, 0 there before, 1 failed" in said and "bad.tif keeps no patch: 31 unreadable (copy" in said
+    assert "black.png keeps no patch: 31 without data (raise --nodata" in said
+    assert not (tmp_path / "out" / "bad.tif.safetensors").exists()
+    with pytest.raises(UserError, match="no patch is left in .*31 without data .raise --nodata"):
+        build(tmp_path / "none", tmp_path / "in" / "black.png")
+
+# ----- 5. Plain pictures -----
 
 def test_pictures_of_every_kind(tmp_path, capsys):
     """The fourth band of a picture leaves no trace; what is there is not made again, and not mixed with another."""

@@ -328,10 +328,17 @@ def dots(n, per, unit):
     (ome("2.5e-7", "m"), 0.25), (ome("2500", "\xc5"), 0.25), (ome("1.0", "pixel"), None),
     (ome("0.25.1", "nm"), None), ("Aperio|AppMag = 20|MPP = 5.015e-1|Left = 3", 0.5015), ("Aperio|MPP = 1.2.3", None),
     (dots(40000, 1, 3), 0.25), (dots(50800, 1, 2), 0.5), (dots(72, 1, 2), None), (dots(10, 1, 3), None),
-    (dots(1, 1, 1), None), (dots(0, 0, 3), None),
+    (dots(1, 1, 1), None), (dots(0, 0, 3), None), (dots(1, 1, 3), None), (dots(2835, 1000, 2), None),
+    (dots(40000, 1, 3) | {"y_dots": (5, [20000, 1])}, None), ("Aperio|AppMag = 40|MPP = 1.2.3", None),
+    ("Aperio|MPP = 1,234.5", None), ("Aperio|MPP = 250 nm", 0.25), ("Aperio|MPP = 0.25 px", None),
+    ("Aperio|AppMag = 40x|MPP = 0.000000", 0.25), (ome("0.25 nm", "um"), None), (ome("0.25", "PhysicalSizeY"), None),
+    ('<OME><Pixels SizeX="9" PhysicalSizeX="5"/><Pixels SizeX="120" PhysicalSizeX="0.3" PhysicalSizeY="0.3"/>', 0.3),
+    ('<OME><Pixels PhysicalSizeX="0.3" PhysicalSizeY="0.6"/>', None),
     (dots(40000, 1, 3) | {"description": text("MPP = 0|AppMag = .")}, 0.25),
     ({"geo_scale": (12, [0.6, 0.6, 0]), "geo_keys": KEYS}, 6e5),
-    ({"geo_scale": (12, [0.6, 0.6, 0]), "geo_keys": (3, [*KEYS[1][:-1], 9003])}, None), ({}, None)])  # 9003: feet
+    ({"geo_scale": (12, [0.6, 0.6, 0]), "geo_keys": (3, [*KEYS[1][:-1], 9003])}, None), ({}, None),  # 9003: feet
+    ({"geo_scale": (12, [0.6, 0.9, 0]), "geo_keys": KEYS}, None),
+    ({"geo_scale": (12, [0.6, 0.6, 0]), "geo_keys": (3, [3857 if k == 26914 else k for k in KEYS[1]])}, None)])
 def test_resolution(tmp_path, tags, mpp):
     said = tags if isinstance(tags, str) else ""
     for coding in ("utf-8", "latin-1") if "\xb5" in said else ("utf-8",):
