@@ -4,6 +4,7 @@ in:  CSV files with columns case_id, slide_id, label, and, for splits, train, va
 out: labels; folds (train, val, test) of slide numbers     read next: experiments/crossval.py
 """
 import re
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,10 @@ def make_splits(labels, folds, fraction, val, seed):
         if len(set(mine)) < folds:
             raise UserError(f"class {c} has {len(mine)} slides, {len(set(mine))} patients, fewer than --folds={folds}")
     slides, out = range(len(labels.names)), []
-    for k, test in enumerate(deal(labels, slides, [1 / folds] * folds, seed)):
+    tests = deal(labels, slides, [1 / folds] * folds, seed)
+    for one, other in permutations(tests, 2):
+        spread(labels, one, other)
+    for k, test in enumerate(tests):
         rest = sorted(set(slides) - set(test))
         if fraction < 1:
             rest, unused = deal(labels, rest, (fraction, 1 - fraction), seed + 1)

@@ -127,7 +127,8 @@ def contents(path):
         raise UserError(f"{path} needs the extra: pip install -e '.[h5]', or give .pt files") from err
     except Exception as err:  # damaged files raise nearly anything
         why = re.search(r"GLOBAL [\w.]+", str(err))                 # the class that torch would not load
-        why = f"it holds {why[0][7:]}" if why else f"{type(err).__name__}: {(str(err).splitlines() or [''])[0]}"
+        said = re.sub(r"\x1b\[[\d;]*m", "", str(err)).partition("\n")[0]  # without colours
+        why = f"it holds {why[0][7:]}" if why else f"{type(err).__name__}: {said}"
         raise UserError(f"{path} cannot be read ({why}): make it again, of tensors") from err
     if not isinstance(found, dict):
         return {"features": found}, {}

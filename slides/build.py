@@ -25,6 +25,7 @@ from common import UserError, at_least, configure, save_png, write_text
 from data import write_slide
 from slides.encoders import Stats, embed, load_encoder
 from slides.pictures import DARK, MAX_PIXELS
+from slides.names import file_of
 from slides.strips import ahead, embedded, image_jobs, opened, plan, with_features, workers
 from toy.folder import begin, finish, finished
 
@@ -62,7 +63,7 @@ class Config:
 
 def output(cfg, job, ending=".safetensors"):
     """The file of an image. What ends in .failed.txt says why there is none: other shards need not wait for it."""
-    return Path(cfg.out) / (job.name.replace("/", "__") + ending)
+    return Path(cfg.out) / (file_of(job.name) + ending)
 
 def reasons(left):
     """Patches left out by reason, {why: count}, and what to do, for people."""

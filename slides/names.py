@@ -24,6 +24,10 @@ def parts(name):
     ending = last[len(proper):].lower()
     return [f for f in folders if f], re.sub(r"^(\d+)\.0+$", r"\1", proper), ending
 
+def file_of(name):
+    """What the files of an image are called, without ending: data, latents, features, masks."""
+    return name.replace("/", "__")
+
 def same(one, other):
     """Whether two names, as `parts`, can be of one image: folders and endings that only one has do not matter."""
     (folders, a, ending), (others, b, end) = one, other

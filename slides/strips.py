@@ -27,7 +27,7 @@ from PIL import Image, ImageFilter
 
 from common import UserError
 from slides.encoders import embed, load_encoder
-from slides.names import few, files_of, match, name_of, read_table
+from slides.names import few, file_of, files_of, match, name_of, read_table
 from slides.official import read_features
 from slides.reader import CACHE, MAX_PIXELS, VENDORS, open_slide
 
@@ -111,7 +111,7 @@ def image_jobs(images, out, holdout, cut=(1, 1)):
         name = Path(os.path.relpath(path, base)).as_posix()
         for j, i in product(range(cut[0]), range(cut[1])):
             jobs.append(Job(name if cut == (1, 1) else f"{name}@{i}-{j}", path, mpp, split, (j, i, *cut)))
-    if len({job.name.replace("/", "__") for job in jobs}) < len(jobs):
+    if len({file_of(job.name) for job in jobs}) < len(jobs):
         raise UserError(f"--images={images} gives two images the same name: rename one")
     held = {job.name for job in jobs if job.split == "test"}
     if not any(job.split for job in jobs):

@@ -90,8 +90,9 @@ def test_unusable_files_are_named(tmp_path):
                         ("places.pt", "no tensor of features.* among coords"),
                         ("both.pt", "or several"), ("bomb.pt", "would unpack to 4e.12 bytes"),
                         ("cut.pt", "cannot be read"), ("x.txt", "no file of features")):
-        with pytest.raises(UserError, match=f"{name} .*{words}" if words[0] != "h" else words):
+        with pytest.raises(UserError, match=f"{name} .*{words}" if words[0] != "h" else words) as said:
             read_bag(tmp_path / name)
+        assert "\x1b" not in str(said.value) and "\n" not in str(said.value)
 
 def test_bags(tmp_path):
     """Deviations over all patches of the named slides alone; memory is given back beyond the budget."""
