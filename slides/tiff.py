@@ -63,6 +63,7 @@ MICROMETRES |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "in": 25400, "\xc5":
 MAX_TILE, MAX_TAG, MAX_DIRECTORIES, MAX_ENTRIES = 2**26, 2**22, 500, 2000  # bytes of a tile, of a value
 MAX_VALUES = 2**25  # bytes of all values of a file, its tables of tiles apart: directories may point to the same ones
 NONE = None, 0, 0  # a table of tiles that is missing
+CUT = 64           # rows of a piece of a single strip
 MAP = {"geo_scale", "geo_keys", "gdal", "nodata"}  # GDAL writes some of these
 WEB = 3857         # a projection whose metres are longer than the ground's, twice so at 60 degrees
 
@@ -122,12 +123,15 @@ def directories(f):
     return found
 
 def strips_as_tiles(tags):
-    """Strips are tiles as wide as the image; the last one is cut short."""
+    """Strips are tiles as wide as the image; the last one is cut short. A single one of plain pixels is cut into many,
+    as programs that do not compress write all rows at once."""
     if "tile_width" in tags or "strip_offsets" not in tags:
         return tags
     rows = min(number(tags, "strip_rows", 2**32), number(tags, "height"))
     tables = {name: tags[f"strip_{name}"] for name in ("offsets", "lengths") if f"strip_{name}" in tags}
-    return tags | tables | {"tile_width": tags.get("width", ()), "tile_height": [rows]}
+    single = tables.get("offsets", NONE)[1] == 1 and number(tags, "compression", 1) == 1
+    rows = min(rows, CUT) if single else rows
+    return tags | tables | {"tile_width": tags.get("width", ()), "tile_height": [rows], "single": single}
 
 def number(tags, name, default=0):
     return int(tags[name][0]) if len(tags.get(name, ())) else default
@@ -150,13 +154,13 @@ def layout(tags):
     """out: bands of an image; bands in each of its tiles; bits of a number; its colours (if unsaid, by the bands)."""
     bands = number(tags, "bands", 1)
     colours = number(tags, "colours", {1: 1, 3: 2}.get(bands, -1))
-    return bands, 1 if number(tags, "planar", 1) == 2 else bands, int(max(tags.get("bits", [1]))), colours
+    return bands, 1 if number(tags, "planar", 1) == 2 else bands, int(max(tags.get("bits", [1])[:bands])), colours
 
 def how_read(tags):
     """How the pixels of a directory are read: "tiles", "page", or "" if they are not."""
     codec, (bands, held, bits, colours), (tw, th) = number(tags, "compression", 1), layout(tags), tile_of(tags)
     rows = [row for row in ROWS if codec in row[0] and colours in row[1] and held in row[2] and bits in row[3]]
-    alike = {*tags.get("bits", [1])} == {bits} and FORMATS.get(number(tags, "sample_format", 1)) == ""
+    alike = {*tags.get("bits", [1])[:bands]} == {bits} and FORMATS.get(number(tags, "sample_format", 1)) == ""
     if not rows or not alike or bands < {2: 3, 5: 4}.get(colours, 1) or number(tags, "predictor", 1) > 2:
         return ""
     in_strips, large = "strip_offsets" in tags, tw * th * held * bits // 8 > MAX_TILE
@@ -173,8 +177,9 @@ def unread(tags):
     """What the pixels of a directory are, in words."""
     (bands, held, bits, colours), codec = layout(tags), number(tags, "compression", 1)
     kind = f"{bits}-bit {FORMATS.get(number(tags, 'sample_format', 1), 'unknown ')}{COLOURS.get(colours, 'unknown')}"
-    apart, packed = ", apart" * (held < bands), PACKED.get(codec, "unknown")
-    return f"holds {kind} pixels of {bands} bands{apart}, compression: {packed} ({codec})"
+    (tw, th), packed = tile_of(tags), PACKED.get(codec, "unknown")
+    piece = ", apart" * (held < bands) + f", in strips of {th} rows" * (tw * th * held * bits // 8 > MAX_TILE)
+    return f"holds {kind} pixels of {bands} bands{piece}, compression: {packed} ({codec})"
 
 def shown(path, found):
     """The picture to show: the largest. out: the directories, the main one, how it is read.
@@ -228,8 +233,8 @@ def tables(f, tags, what):
     """out: offsets and lengths (n,) of all tiles of a directory, band after band where each has its own."""
     if "channels" in tags:                                                     # each in a directory of its own
         return [np.concatenate(x) for x in zip(*(tables(f, each, what) for each in tags["channels"]))]
-    (w, h), (tw, th), (bands, held, *_), end = size_of(tags), tile_of(tags), layout(tags), np.uint64(f.seek(0, 2))
-    n, found = ceil(w / tw) * ceil(h / th) * (bands // held), []
+    (w, h), (tw, th), (bands, held, bits, _), end = size_of(tags), tile_of(tags), layout(tags), np.uint64(f.seek(0, 2))
+    n, found = 1 if tags.get("single") else ceil(w / tw) * ceil(h / th) * (bands // held), []
     for kind, count, at in (tags.get("offsets", NONE), tags.get("lengths", NONE)):
         if count != n:
             raise ValueError(f"{what} has {n} tiles, its table {count}")
@@ -238,6 +243,12 @@ def tables(f, tags, what):
     beyond = ((lengths > 0) & ((offsets > end) | (lengths > end - np.minimum(offsets, end)))).sum()
     if beyond:
         raise ValueError(f"{beyond} of {n} tiles of {what} lie beyond its {end} bytes")
+    if tags.get("single"):
+        row = w * held * bits // 8
+        if lengths[0] < row * h:
+            raise ValueError(f"a strip of {lengths[0]} bytes for {w} x {h} pixels")
+        starts = np.arange(0, h, th, np.uint64) * np.uint64(row)
+        return [offsets + starts, np.diff(starts, append=np.uint64(row * h))]
     return found
 
 def levels_of(f, found, main):

@@ -216,9 +216,10 @@ def test_palettes_inks_and_a_band_that_is_empty(tmp_path, planar):
 def test_deep_pixels_in_tiles_and_strips(tmp_path, planar, strips):
     """16 bits of either byte order, shown in 8: rounded, not cut."""
     deep = (IMAGE.astype(int) * 257 + noise(90, 120) % 200 - 100).clip(0, 65535)
-    for how, order, options in ((1, "<", {}), (1, ">", {}), (8, "<", {"predictor": 2}), (8, ">", {})):
-        write(tmp_path / "a.tif", [page(deep.astype(order + "u2"), TILE, how, planar=planar, strips=strips, **options)],
-              order)
+    for how, order, h, options in ((1, "<", 48, {}), (1, ">", 48, {}), (8, "<", 48, {"predictor": 2}), (8, ">", 48, {}),
+                                   (1, "<", 90, {})):                          # a single strip, which is read in pieces
+        pages = [page(deep.astype(order + "u2"), (32, h + h % 16), how, planar=planar, strips=strips, **options)]
+        write(tmp_path / "a.tif", pages, order)
         found = open_slide(tmp_path / "a.tif", white=65535).read(0, 0, 120, 90)
         assert np.array_equal(found, np.rint(deep / 257)), (how, order)
 
@@ -371,11 +372,17 @@ def large(tiles, side):
     at = tiles[0].index(b"\xff\xc0") + 5
     tiles[0] = tiles[0][:at] + struct.pack(">HH", side, side) + tiles[0][at + 4:]
 
+def large_strip(tags):
+    """A single strip of plain pixels claims to be high."""
+    tags.update(height=(4, [2**31]), strip_rows=(4, [2**31]), compression=(3, [1]), colours=(3, [2]))
+    del tags["tile_width"], tags["tile_height"]
+
 @pytest.mark.parametrize("change, says", [
     (lambda t, d: t.update(width=(4, [2**31])), r"level 0 has \d+ tiles, its table 8"),
     (lambda t, d: t.update(tile_width=(4, [2**31])), "tiles of 2147483648 x 48"),
     (lambda t, d: t.update(tile_width=(4, [0])), "tiles of 0 x 48"),
     (lambda t, d: d.pop(), "has 8 tiles, its table 7"),
+    (lambda t, d: (large_strip(t), d.__delitem__(slice(1, None))), "a strip of .* bytes for 120 x 2147483648 pixels"),
     (lambda t, d: large(d, 4096), "holds 4096 x 4096 pixels"),
     (lambda t, d: large(d, 30000), "holds 30000 x 30000 pixels")])
 def test_absurd_tags(tmp_path, change, says):
