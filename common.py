@@ -166,7 +166,9 @@ def open_tensors(path, framework="np"):
     try:
         return safe_open(path, framework)
     except (SafetensorError, OSError) as err:
-        raise UserError(f"{path} is not a complete safetensors file ({err}); copy or make it again") from err
+        from slides.weights import sign_of                  # what it is instead
+        why = sign_of(path) or err
+        raise UserError(f"{path} is not a complete safetensors file ({why}); copy or make it again") from err
 
 def load_meta(path):
     """What `save_tensors` wrote beside the tensors, {} for a foreign file. raises: as open_tensors."""

@@ -13,6 +13,7 @@ import torch
 
 from common import UserError, load_tensors
 from slides.names import SUFFIXES, few, files_of, name_of
+from slides.weights import sign_of
 
 # ----- 1. One file -----
 
@@ -109,6 +110,8 @@ def contents(path):
     """out: {name: tensor or array}, meta. raises: UserError if it cannot be read."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path} is no file of features: known are {', '.join(SUFFIXES)}")
+    if what := sign_of(path):
+        raise UserError(f"{path} holds no features, it {what}")
     try:
         if path.suffix == ".safetensors":
             return load_tensors(path)

@@ -173,6 +173,10 @@ def load_whole(source):
         load_official(unet, kept, *(("model_ema.", partial(averaged_name, unet)) if averaged else
                                     (UNET, partial(unet_name, unet))))
         model = ZoomLDM(load_vae(kept, VAE), load_summarizer(kept, SUMMARIZER), unet, scale.item())
+        said, ours = state.get("alphas_cumprod"), model.schedule.alpha_bar
+        told = said is not None and not said.is_meta and said.any()
+        if told and (said.shape != ours.shape or (said.cpu() - ours).abs().max() > 1e-4):
+            raise UserError("it was trained with another schedule (alphas_cumprod) than the published models")
     model.ignored = sorted(BOOKKEEPING & state.keys())
     return model.eval().requires_grad_(False)
 

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, Jpeg2KImagePlugin, JpegImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from common import UserError, cli
+from slides.weights import sign_of
 
 TIFF = {b"II*\0": "<", b"II+\0": "<", b"MM\0*": ">", b"MM\0+": ">"}  # how a file begins -> byte order; + is BigTIFF
 # TIFF's types of values, for numpy; a RATIONAL is two numbers
@@ -363,6 +364,8 @@ def readable(path):
     except UserError:
         raise
     except Exception as err:
+        if what := sign_of(path):
+            raise UserError(f"{path} cannot be read, it {what}") from err
         raise UserError(f"{path} cannot be read ({type(err).__name__}: {err}): it is damaged, cut short or of an "
                         f"unknown kind; convert it to PNG, JPEG or TIFF, or take it out") from err
     finally:

@@ -15,14 +15,16 @@ from common import UserError, load_tensors
 
 # ----- 1. Files -----
 
-# how files begin that are none of weights: what they are, and what to do
+# how files begin that are no data at all: what they are, and what to do
 SIGNS = ((rb"version https://git-lfs", "is a Git LFS pointer, a note of where the file lies: run `git lfs pull`"),
-         (rb"(\xef\xbb\xbf)?\s*<", "is a web page: log in where the file lies, accept its licence, and download it"),
-         (rb"\s*[{\[]\s*[]}{\[\"]", "is JSON, settings or an index: give the file of weights beside it"),
-         (rb"\x89HDF", "is HDF5, as of Keras: save the weights by PyTorch"),
-         (rb"\x93NUMPY", "is a NumPy array: save the weights by PyTorch"),
+         (rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype html|html|head|!--)",
+          "is a web page: log in where the file lies, accept its licence, and download it"),
+         (rb"(\xef\xbb\xbf)?\s*<", "is XML: give the file that it describes"),
+         (rb"\s*[{\[]\s*[]}{\[\"]", "is JSON, settings or an index: give the file that it belongs to"),
          (rb"\x1f\x8b|BZh|\xfd7zXZ|Rar!|7z\xbc\xaf", "is a packed archive: unpack it first"),
          (rb"[\t\n\r -~\x80-\xff]{8,}\Z", "is text: download the file itself"))
+ARRAYS = (rb"\x89HDF", "is HDF5, as of Keras: save them by PyTorch"), \
+         (rb"\x93NUMPY", "is a NumPy array: save them by PyTorch")
 
 # objects of these classes stand beside the tensors of training checkpoints: read as empty ones that do nothing
 SCALARS = "scalar _reconstruct"
@@ -49,11 +51,13 @@ class Inert:
 
 INERT = [type(name, (Inert,), {"__module__": module}) for module, names in BESIDE.items() for name in names.split()]
 
-def sign_of(path):
-    """What a file is that was taken for data and is none, by its first bytes, and the remedy; "" if they do not say."""
+def sign_of(path, signs=SIGNS):
+    """What a file is that was taken for data, by its first bytes, and the remedy; "" if they do not say."""
+    if not Path(path).is_file():
+        return ""
     with open(path, "rb") as f:
         begins = f.read(256)
-    return next((what for sign, what in SIGNS if re.match(sign, begins, re.DOTALL)), "")
+    return next((what for sign, what in signs if re.match(sign, begins, re.DOTALL)), "")
 
 def load_state_dict(path):
     """Read a foreign checkpoint (.safetensors, or .ckpt/.pt/.pth/.bin of tensors alone) as a flat state dict, what
@@ -61,7 +65,7 @@ def load_state_dict(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: check the path")
-    if what := sign_of(path):
+    if what := sign_of(path, SIGNS + ARRAYS):
         raise UserError(f"{path} holds no weights, it {what}")
     state = load_tensors(path)[0] if path.suffix == ".safetensors" else unpickled(path)
     with named(path):

@@ -10,6 +10,7 @@ from torture_slide import KINDS, page, torture
 
 from common import UserError
 from data import read_index
+from slides.bags import read_bag
 from slides.index import inside
 from slides.reader import open_slide
 from slides.tiff import pack_directory
@@ -49,6 +50,15 @@ def test_directories_that_share_bytes(tmp_path, shared, says):
     ("", False), (".", False), ("a\0b", False), (3, False), (None, False), ("a" * 300, False), ("..", False)])
 def test_names_stay_inside_their_folder(name, good):
     assert inside(name) == good
+
+@pytest.mark.parametrize("name", ["a.h5", "a.pt", "a.npy", "a.safetensors", "a.svs", "a.tif", "a.jpg", "a.png"])
+@pytest.mark.parametrize("begins, says", [(b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+                                          (b"<!DOCTYPE html><html></html>", "is a web page")])
+def test_what_was_put_in_place_of_a_file(tmp_path, name, begins, says):
+    (tmp_path / name).write_bytes(begins)
+    read = read_bag if Path(name).suffix in (".h5", ".pt", ".npy", ".safetensors") else open_slide
+    with pytest.raises(UserError, match=f"{name} .*{says}"):
+        read(tmp_path / name)
 
 SLIDE = {"name": "a", "file": "a.safetensors", "split": "train", "size": [32, 32], "counts": [4, 1]}
 INDEX = {"format": 1, "patch": 16, "scales": 2, "embed_dim": 3, "encoder": "stats", "std": [1.0, 2, 0.5], "source": {},

@@ -90,6 +90,10 @@ def test_without_an_average_and_with_a_scale_factor():
         assert torch.equal(model.unet.state_dict()[k], v * 0.5)
     image = golden("vae_small")[0]["in/image"]
     assert torch.equal(model.encode(image), whole.encode(image) * 0.25) and model.latent_scale == 0.25
+    table = model.schedule.alpha_bar.float()
+    ZoomLDM.from_official(checkpoint() | {"alphas_cumprod": table})
+    with pytest.raises(ValueError, match="another schedule"):
+        ZoomLDM.from_official(checkpoint() | {"alphas_cumprod": table * 0.99})
     for wrong in (torch.tensor(0.0), torch.tensor(float("nan")), torch.ones(2)):
         with pytest.raises(ValueError, match="scale_factor"):
             ZoomLDM.from_official(checkpoint() | {"scale_factor": wrong})
