@@ -87,7 +87,8 @@ def has_places(x):
 
 def pixels(coords, n, key, meta):
     """Coordinates (n,2) int64 if they are pixels of level 0. STAMP's are micrometres, or pixels of another level."""
-    if coords is None or coords.shape != (n, 2) or key == "feats" or "um" in str(meta.get("unit", "")):
+    unit = str(meta.get("unit", "px")).strip("b'").lower()
+    if coords is None or coords.shape != (n, 2) or key == "feats" or unit not in ("px", "pixel", "pixels"):
         return None
     return coords.long() if not (coords % 1).any() else None
 
@@ -100,11 +101,11 @@ def side_said(meta):
     return int(figure(meta.get("patch_size_level0")) or clam)
 
 def figure(value):
-    """The number that an attribute is, the first of several; 0 if it is none."""
-    try:
-        return float(np.nan_to_num(float(np.ravel(value)[0]), posinf=0, neginf=0))
-    except (TypeError, ValueError, IndexError):
-        return 0.0
+    """The number that an attribute is, the first of several; 0 if it is none, or beyond all slides."""
+    with suppress(TypeError, ValueError, IndexError):
+        number = float(np.ravel(value)[0])
+        return number if 0 < number < 2**31 else 0.0
+    return 0.0
 
 def contents(path):
     """out: {name: tensor or array}, meta. raises: UserError if it cannot be read."""
@@ -146,7 +147,7 @@ def read_h5(path):
         floats = [key for key, x in sets.items() if x.dtype.kind == "f"]  # not the pixels that HEST has beside
         features = [key for key in NAMES if key in sets] or floats
         found, meta = {}, dict(f.attrs)
-        for key in {*features, *COORDS} & {*sets}:
+        for key in [key for key in (*features, *COORDS) if key in sets]:
             x = sets[key]
             bounded(path, x.nbytes)                                # before it is read
             if not (x.is_virtual or x.external):                   # as are these
@@ -184,7 +185,8 @@ def placed(path):
                         f"../h5_files and ../patches there are none")
     apart = neighbours(coords.numpy())
     sides = [side for side in sides if side > 0] or [apart]
-    far = sides[0] and apart % sides[0] == 0 and apart > sides[0] and len(x) > 8
+    foreign = "scales" not in meta and len(x) > 8                  # of ours, few may be left
+    far = foreign and sides[0] and apart % sides[0] == 0 and apart > sides[0]
     if max(sides) - min(sides) > 1 or far and not (coords - coords[0]).remainder(apart).any():
         said = " or ".join(map(str, sides))
         raise UserError(f"{path}: tiles said to be of side {said} lie {apart} pixels apart: embed them again")

@@ -95,7 +95,7 @@ def read_table(path, needed):
     """The rows of a table as dicts of text; commas, semicolons or tabs between its columns; `Slide ID` is slide_id.
     raises: UserError if it cannot be read, lacks a column, has one twice, or a row is longer than the first."""
     try:
-        text = decoded(path)
+        text = re.sub(r"^sep=.\r?\n", "", decoded(path))             # a line for Excel
         first = text.partition("\n")[0]
         comma = max(",;\t", key=first.count)
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=comma, skipinitialspace=comma != "\t"))

@@ -42,7 +42,9 @@ X, AT = torch.randn(12, 5), torch.stack([torch.arange(12) % 4, torch.arange(12) 
     ({"features": X, "coords": AT, "patch_size": 256, "patch_level": 1, "downsample": 4.0001}, AT, 1024),  # CLAM
     ({"features": X, "coords": AT, "patch_size": 256, "patch_level": 0}, AT, 256),
     ({"features": X, "coords": AT, "patch_size": 256, "patch_level": 1}, AT, 0),  # how coarse that is, is unsaid
-    ({"features": X, "coords": AT, "patch_size_level0": "None"}, AT, 0)])
+    ({"features": X, "coords": AT, "patch_size_level0": "None"}, AT, 0),
+    ({"features": X, "coords": AT, "patch_size_level0": 1e30}, AT, 0),
+    ({"features": X, "coords": AT, "unit": "µm"}, None, 0)])
 @pytest.mark.parametrize("kind", ["pt", "h5"])
 def test_what_other_tools_write(tmp_path, kind, found, coords, side):
     """catches: coordinates taken for features, micrometres for pixels; a gradient kept; the side of another level."""
