@@ -121,9 +121,14 @@ class Slide:
         return out
 
     def _shown(self, level, column, row):
-        x, near = self._tile(level, column, row), DARK if number(level.tags, "compression") == JPEG else 0
-        bands = 4 if level.mask or number(level.tags, "extra_bands") in ALPHA else 3
-        return to_rgb(x[..., :bands], self.white, self.nodata, near)
+        lossy = number(level.tags, "compression") == JPEG
+        return to_rgb(self._told(level, column, row), self.white, self.nodata, DARK if lossy else 0)
+
+    def _told(self, level, column, row):
+        """A tile as it is stored, with a fourth band only if that tells where there is something."""
+        x = self._tile(level, column, row)
+        alpha = level.mask or number(level.tags, "extra_bands") in ALPHA
+        return x if alpha else x[..., :3]
 
     def find_white(self):
         """Measure which value of deep pixels to show as white, on up to 64 tiles of the coarsest level."""
@@ -131,8 +136,10 @@ class Slide:
         columns = ceil(level.size[0] / level.tile[0])
         many = columns * ceil(level.size[1] / level.tile[1])
         for k in range(0, many, 1 + many // 64):
-            x = self._tile(level, k % columns, k // columns)[..., :3]
-            found += [x[(x != self.nodata).any(-1)][::61]] if x.dtype == np.uint16 else []
+            x = self._told(level, k % columns, k // columns)
+            there = (x[..., :3] != self.nodata).any(-1) & (x[..., 3:] > 0).all(-1)
+            if x.dtype == np.uint16:                                           # not damaged, nor empty
+                found.append(x[there][::61, :3])
         self.white = white_of(np.concatenate(found))
 
     def _masked(self, level, tile, x, y):

@@ -300,6 +300,10 @@ def test_deep_images_are_shown_by_the_bits_they_use(tmp_path, capsys, factor, wh
     png16(tmp_path / "a.png", image * factor)
     write(tmp_path / "b.tif", [page(image * factor, CELL, 8)])
     Image.fromarray(image[..., 0] * factor).save(tmp_path / "c.png")
+    pages = masked(CELL)
+    pages[0] = page(np.where(GONE[..., None], 65535, image * factor).astype(np.uint16), CELL, 8)
+    write(tmp_path / "d.tif", pages)
+    assert open_slide(tmp_path / "d.tif").white == white                       # and nothing counts for nothing
     for name, want in (("a.png", image), ("b.tif", image), ("c.png", image[..., :1].repeat(3, 2))):
         build(tmp_path / name[0], tmp_path / name)
         x = tensors(tmp_path / name[0], name)["x0"][7].numpy().astype(int)
