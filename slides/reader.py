@@ -216,16 +216,19 @@ def open_slide(path, mpp=None, max_pixels=MAX_PIXELS, damaged=None, white=None):
         mpp = mpp or resolution(main)
         scanned = path.suffix.lower() == ".svs" or text(main, "description").startswith("Aperio")
         empty, turn = 0 if any(tags.keys() & MAP for tags in found) else 255, number(main, "orientation", 1)
+        nodata = nodata_of(main)
     if not levels:
         f.close()
         level, white = whole(path, main.get("page"), max_pixels, white)
         return Slide(path, [level], mpp, scanned, None, damaged, white)
     turned, deep = turn in range(2, 9), max(main.get("bits", [8])) > 8
     slide = Slide(path, levels, mpp, scanned, f, None if turned else damaged, white if deep else None, empty,
-                  nodata_of(main))                                             # damage would not lie where it is found
+                  nodata)                                                      # damage would not lie where it is found
     if deep and not white:
         slide.find_white()
-    return Slide(path, [upright(v, turn) for v in levels], mpp, scanned, white=slide.white) if turned else slide
+    if turned:
+        return Slide(path, [upright(v, turn) for v in levels], mpp, scanned, None, damaged, slide.white)
+    return slide
 
 def by_openslide(path, mpp, damaged):
     """A slide of a kind that only openslide knows. raises: UserError if that is missing or does not know it either."""

@@ -314,6 +314,12 @@ def test_deep_images_are_shown_by_the_bits_they_use(tmp_path, capsys, factor, wh
     build(tmp_path / "given", tmp_path / "a.png", f"--white={white // 2}")
     assert tensors(tmp_path / "given", "a.png")["x0"].max() == 255 and "shown as white" in capsys.readouterr().out
 
+def test_turned_tiles_stand_upright(tmp_path):
+    """As a TIFF's orientation says, which viewers of photographs follow."""
+    write(tmp_path / "a.tif", with_tags({"orientation": (3, [6])}, IMAGE))
+    build(tmp_path / "out", tmp_path / "a.tif")
+    assert np.array_equal(tensors(tmp_path / "out", "a.tif")["x0"][0], np.rot90(IMAGE, -1)[:16, :16])
+
 def test_a_build_that_keeps_nothing_says_why(tmp_path, capsys):
     tags, tiles = page(picture(64, 96), CELL, 8)
     (tmp_path / "in").mkdir()
