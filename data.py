@@ -100,7 +100,7 @@ def read_index(folder):
     if not path.is_file():
         raise UserError(f"{folder} holds no index.json: make it with `python data.py toy --out={folder}` or "
                         f"`data.py build` (official samples can be learnt from and nothing else)")
-    from slides.index import read  # it comes from other people, too
+    from toy.index import read  # it comes from other people, too
     return read(path)
 
 def open_data(folder, latents=None, std=None, latent_scale=1.0):

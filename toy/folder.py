@@ -13,7 +13,7 @@ import torch
 
 from common import UserError, load_meta, open_tensors, write_text
 from data import read_index
-from slides.index import INDEX
+from toy.index import INDEX
 
 def begin(out, patch, encoder, source, defaults, fit_std):
     """Open or start a set: returns its index, whose "source" all its files are written with.

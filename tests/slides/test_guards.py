@@ -11,7 +11,7 @@ from torture_slide import KINDS, page, torture
 from common import UserError
 from data import read_index
 from slides.bags import read_bag
-from slides.index import inside
+from toy.index import inside
 from slides.reader import open_slide
 from slides.tiff import pack_directory
 
