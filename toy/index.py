@@ -7,7 +7,8 @@ from pathlib import Path
 
 from common import UserError
 
-INDEX = ("format", "patch", "scales", "embed_dim", "encoder", "std", "source", "slides")
+KINDS = dict(patch=int, scales=int, embed_dim=int, encoder=str, std=list, source=dict, slides=list)
+INDEX = ("format", *KINDS)
 
 def read(path):
     """raises: UserError if it is damaged, of another program, or names what lies outside its folder."""
@@ -17,20 +18,27 @@ def read(path):
         index = None
     if not isinstance(index, dict) or {*INDEX} - index.keys() or index["format"] != 1:
         raise UserError(f"{path} is damaged, or no index of this program (format 1): make the data again")
-    patch, scales, width, encoder, std, source, slides = (index[key] for key in INDEX[1:])
-    checks = {"patch": whole(patch, 1), "scales": whole(scales) and scales <= 32, "embed_dim": whole(width, 1),
-              "encoder": isinstance(encoder, str), "source": isinstance(source, dict),
-              "std": isinstance(std, list) and len(std) == width and all(map(positive, std)),
-              "slides": isinstance(slides, list) and all(isinstance(slide, dict) for slide in slides)}
-    if all(checks.values()):
-        checks["source"] = isinstance(source.get("weights", ""), str | None) and positive(source.get("mpp") or 1)
-        checks |= {f"slide {k}": fits(slide, scales) for k, slide in enumerate(slides)}
-    if wrong := [name for name, good in checks.items() if not good]:
+    wrong = [key for key, kind in KINDS.items() if type(index[key]) is not kind] or list(misfits(index))
+    if wrong:
         raise UserError(f"{path} is damaged at {', '.join(wrong[:8])}: make the data again, or fetch them anew")
     return index
 
-def whole(x, least=0):
-    return type(x) is int and least <= x < 2**40
+def misfits(index):
+    """What holds values that cannot be, of an index whose fields are of the right types: yields their names."""
+    for key, least, most in ("patch", 1, 2**20), ("scales", 0, 32), ("embed_dim", 1, 2**20):
+        if not least <= index[key] <= most:
+            yield key
+    if len(index["std"]) != index["embed_dim"] or not all(map(positive, index["std"])):
+        yield "std"
+    source = index["source"]
+    if not positive(source.get("mpp") or 1) or not isinstance(source.get("weights"), str | None):
+        yield "source"
+    for k, slide in enumerate(index["slides"]):
+        if not isinstance(slide, dict) or not fits(slide, index["scales"]):
+            yield f"slide {k}"
+
+def whole(x):
+    return type(x) is int and 0 <= x < 2**40
 
 def positive(x):
     return type(x) in (int, float) and 0 < x < inf
@@ -44,6 +52,7 @@ def inside(name):
 def fits(slide, scales):
     """Whether a slide's entry has all that is read of it."""
     size, counts = slide.get("size"), slide.get("counts")
-    lists = isinstance(size, list) and len(size) == 2 and isinstance(counts, list) and len(counts) >= scales
-    named = inside(slide.get("name")) and inside(slide.get("file")) and isinstance(slide.get("split"), str)
-    return lists and named and all(map(whole, [*size, *counts]))
+    if type(size) is not list or type(counts) is not list or not isinstance(slide.get("split"), str):
+        return False
+    numbers = len(size) == 2 and len(counts) >= scales and all(map(whole, size + counts))
+    return numbers and inside(slide.get("name")) and inside(slide.get("file"))

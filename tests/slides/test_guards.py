@@ -67,7 +67,8 @@ INDEX = {"format": 1, "patch": 16, "scales": 2, "embed_dim": 3, "encoder": "stat
 @pytest.mark.parametrize("change, says", [
     ({}, None), ({"slides": []}, None), ({"slides": [SLIDE, SLIDE | {"file": "../../a"}]}, "at slide 1: make"),
     ({"slides": [SLIDE | {"name": "/etc/a"}]}, "slide 0"), ({"slides": [SLIDE | {"counts": [1]}]}, "slide 0"),
-    ({"slides": [{}]}, "slide 0"), ({"slides": [3]}, "at slides"), ({"patch": 0, "std": [1.0, 2]}, "patch, std"),
+    ({"slides": [{}]}, "slide 0"), ({"slides": [3]}, "slide 0"), ({"slides": {}}, "slides"),
+    ({"patch": 0, "std": [1.0, 2]}, "at patch, std:"),
     ({"std": [1.0, 0.0, 1.0]}, "std"), ({"scales": True}, "scales"), ({"source": {"mpp": "x"}}, "source"),
     ({"embed_dim": 10**30}, "embed_dim"), ({"encoder": None}, "encoder"), ({"format": 2}, "no index of this program")])
 def test_an_index_from_elsewhere(tmp_path, change, says):
