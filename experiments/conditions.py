@@ -22,7 +22,7 @@ from diffusion import ZoomLDM, null_condition
 from experiments.metrics import kernel_distance, nearest, principal, psnr, standard
 from experiments.quality import feature_spaces, open_run
 from large import proxy as proxies
-from large.command import Settings, decoded, draw_large
+from large.command import EVEN, Settings, decoded, draw_large
 from large.windows import Grid
 from sample_joint import Resize
 from summarizer import standardize
@@ -170,8 +170,8 @@ def coherence(cfg, model, pyramids, ranks, grids, seed=0):
     A, images, db = Resize(2 ** cfg.context), [], []
     proxy = proxies.load(cfg.run, model, pyramids, ranks) if "proxy" in cfg.guide else None
     for k, grid in enumerate(grids):
-        settings = Settings(run=cfg.run, size=(cfg.size,), context=(cfg.context,), steps=cfg.steps, guide=cfg.guide,
-                            overlap=cfg.overlap, seed=seed + k)
+        how = EVEN | dict(steps=cfg.steps, guide=cfg.guide, overlap=cfg.overlap, seed=seed + k)
+        settings = Settings(run=cfg.run, size=(cfg.size,), context=(cfg.context,), **how)
         levels, _ = draw_large(model, grid, settings, ranks, proxy)
         context, image = (decoded(model, levels[at].z, ranks) for at in (0, -1))
         images.append(image)

@@ -23,7 +23,7 @@ from experiments.cost import Profile, full_size
 from experiments.metrics import kernel_distance, principal, psnr, random_features, seam_ratio, similarity, ssim
 from experiments.metrics import standard
 from large import proxy as proxies
-from large.command import Settings, decoded, draw_large, usual_overlap
+from large.command import EVEN, Settings, decoded, draw_large, usual_overlap
 from large.windows import Grid, sides
 from sample_joint import Resize
 from slides.encoders import load_encoder
@@ -37,6 +37,7 @@ class Config:
     size: int = 512         # pixels a side
     context: int = 0        # scale of the context; 0 = the one whose patch is the whole image
     n: int = 4              # held-out slides
+    sampler: str = "ddim"   # of all methods, so that they share a context: ddim, or lean (large/command.py)
     steps: int = 50
     seed: int = 0
     methods: str = ""       # of METHODS, with ";" between; empty = all
@@ -126,8 +127,8 @@ class Painter:
 
     def settings(self, name):
         cfg = self.cfg
-        return Settings(run=cfg.run, size=(cfg.size,), context=(cfg.context,), steps=cfg.steps, seed=cfg.seed,
-                        **METHODS[name])
+        how = EVEN | dict(sampler=cfg.sampler, steps=cfg.steps, seed=cfg.seed) | METHODS[name]
+        return Settings(run=cfg.run, size=(cfg.size,), context=(cfg.context,), **how)
 
     def draw(self, name, grid):
         """out: (1,3,H,W) in [-1,1]; of bicubic the context alone, which all methods share."""
@@ -139,7 +140,7 @@ class Painter:
         out: (1,3,size,size) as of 8 bits, seconds (wall clock), TFLOP at full size."""
         cfg = self.cfg
         file = Path(cfg.run) / "bench" / f"quality_{cfg.size}" / f"{k}_{slug(name)}.safetensors"
-        mark = asdict(self.settings(name)) | {"data": cfg.data, "model": proxies.fingerprint(self.model)}
+        mark = asdict(self.settings(name)) | {"data": cfg.data, "model": proxies.mark(self.model)}
         mark = json.loads(json.dumps(mark))                                             # plain types, as files hold
         tensors, meta = load_tensors(file) if file.exists() else ({}, {})
         if meta.get("mark") != mark:
@@ -250,8 +251,8 @@ def quality(cfg):
 def show(cfg, table):
     keys = ["psnr", "ssim", "crops_desc", "crops_rand", "views_desc", "views_rand", "ref_desc", "ref_rand", "seams",
             "by_cell", "edges", "seconds", "TFLOP"]
-    print(f"{cfg.n} images of {cfg.size} x {cfg.size} pixels, context at scale {cfg.context}, {cfg.steps} steps\n"
-          f"{'':>16}", *(f"{key.replace('_', ' '):>11}" for key in keys), sep="")
+    print(f"{cfg.n} images of {cfg.size} x {cfg.size} pixels, context at scale {cfg.context}, "
+          f"{cfg.steps} {cfg.sampler} steps\n{'':>16}", *(f"{key.replace('_', ' '):>11}" for key in keys), sep="")
     for row in table:
         print(f"{row['method']:>16}", end="")
         for key in keys:

@@ -18,7 +18,7 @@ from diffusion import ddim_step, ddim_timesteps, noise_levels, to_x0
 from experiments import metrics as M
 from experiments.cost import Profile
 from experiments.quality import crops, held_out, open_run, tflop, uncrop
-from large.command import Settings, draw_large, pixels
+from large.command import EVEN, Settings, draw_large, pixels
 from large.windows import decode_strips, prepare
 from sample_joint import Resize, full_precision, sample_levels
 
@@ -178,7 +178,7 @@ def flat(cfg):
     """Draw three canvases, each twice as wide as the one before, on embeddings of a held-out slide repeated."""
     bench = Bench(cfg)
     model, grid, ranks, size = bench.model, bench.grid, bench.ranks, cfg.size
-    settle = Settings(run=cfg.run, size=(size,), context=(bench.context,), steps=1)
+    settle = Settings(run=cfg.run, size=(size,), context=(bench.context,), **EVEN | {"steps": 1})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     draw_large(model, grid, settle, ranks, bench.proxy)  # the first call of a kernel is slow
     print(f"{settle.guide}, {cfg.steps} steps, context at scale {bench.context}\n{'side':>6}{'seconds':>10}"

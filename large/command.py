@@ -31,22 +31,26 @@ class Settings(Conditions, S.Config):
     preset: str = ""           # paper, the published constants; empty = ours
     context: tuple = (4,)      # coarser scales drawn with it; each guides the next finer one
     guide: str = "x0+proxy"    # s1, s2 (Z Algorithms S1, S2), x0, x0+proxy: see sample_joint.py
+    sampler: str = ""          # lean: DDIM at times that crowd at the clean end; ddim: evenly spaced, as published. The
+    #                            default is lean for x0 and x0+proxy, ddim for s1 and s2
+    steps: int = 0             # default: 12 of lean, 50 of ddim
     inner: int = 1             # corrections per step (K)
     lam: tuple = ()            # size of a correction, or first,last. x0, x0+proxy: share of the error, default 0.3,
-    #                            with fewer than 50 steps up to 0.5; s1, s2: largest change of a latent, default 0.1
-    #                            (published: 0.5)
+    #                            with fewer than 50 steps up to 0.5 and 0.4; s1, s2: largest change of a latent,
+    #                            default 0.1 (published: 0.5)
     delta: float = 0.005       # width of the denoiser's finite difference (s1, s2)
     zeta: float = 0.005        # width of the encoder's (s2)
     overlap: int = -1          # latents that windows share; -1 = nearly a quarter of a side (multidiffusion: three)
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
     A: str = "bicubic"         # down-sampling of the constraint: bicubic, or box, as pyramids are made
-    guided: tuple = (0, 1000)  # the null branch is asked, and guidance used, only while t lies here
+    guided: tuple = (100, 800)  # the null branch is asked, and guidance used, only while t lies here
     method: str = "joint"      # joint; or, to compare, multidiffusion, independent, bicubic (baselines)
     repair: bool = False       # end with the published repair: back to t = 300, windows at a quarter of their side
     mpp: float = 0.0           # micrometres per pixel, for .tif; 0 = unknown
     viewer: str = ""           # openseadragon.min.js, for .dzi
 
-PRESETS = {"": {}, "paper": dict(guide="s2", steps=50, inner=1, lam=0.5, guidance=2.0, overlap=0)}     # Z S8.2
+EVEN = dict(sampler="ddim", steps=50, guided=(0, 1000))  # as published, and the default of before
+PRESETS = {"": {}, "paper": EVEN | dict(guide="s2", inner=1, lam=0.5, guidance=2.0, overlap=0)}  # Z S8.2
 METHODS = ("joint", "multidiffusion", "independent", "bicubic")
 HOW = ("out", "batch", "threads", "device", "compile", "mpp", "viewer")  # settings that change no latent
 
@@ -57,9 +61,25 @@ def usual_overlap(window):
     faint lattice of every 2, 4, ... latents; windows an even number apart would lay all theirs on one another."""
     return max(window // 4 - 1, 0) | 1
 
+def times(cfg, T):
+    """The indices that are drawn at, ascending. Details are drawn at the clean end: lean times crowd there, so twelve
+    of them do what fifty evenly spaced ones do (docs/large.md). raises: UserError for a number that means nothing."""
+    lean = cfg.sampler == "lean" or not cfg.sampler and "x0" in cfg.guide
+    steps = cfg.steps or (12 if lean else 50)
+    if not lean:
+        return ddim_timesteps(T, steps)
+    if not 1 <= steps <= T // 4:
+        raise UserError(f"--steps={steps}: give 1 to {T // 4} of lean")
+    tau, last = [], round(0.99 * T)
+    for i in range(steps - 1):
+        t = 1 + round((last - 1) * (i / (steps - 1)) ** 1.5)
+        tau.append(max(t, tau[-1] + 1) if tau else t)                   # 1, ...
+    return [*tau, last]                                                 # ..., 990
+
 def lams(cfg):
     """The first and the last lam, or the default of the guide."""
-    usual = min(15 / cfg.steps, 0.5) if "x0" in cfg.guide else 0.1
+    steps = len(times(cfg, 1000))
+    usual = {"x0": min(15 / steps, 0.5), "x0+proxy": min(15 / steps, 0.4)}.get(cfg.guide, 0.1)
     return (cfg.lam[0], cfg.lam[-1]) if cfg.lam else (usual, usual)
 
 class Progress:
@@ -114,7 +134,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
     if cfg.method != "joint":
         size, scales, overlap, options["fade"] = baselines.layout(cfg, scales, window, overlap)
     levels = prepare(model, condition, size, scales, overlap, proxy=proxy, **options)
-    timesteps = ddim_timesteps(model.schedule.T, cfg.steps)
+    timesteps = times(cfg, model.schedule.T)
     progress = Progress(levels, cfg, model, condition, proxy, resume, ranks, len(timesteps))
     first, last = lams(cfg)
     first += (last - first) * progress.done / max(len(timesteps) - 1, 1)
@@ -160,10 +180,10 @@ def check(cfg, schedule):
     at_least(cfg, seed=0, batch=1, overlap=-1)
     if len(cfg.guided) != 2 or len(cfg.lam) > 2 or [type(v) for v in cfg.at] != [int, int] or not cfg.size:
         raise UserError("give two numbers for --guided, two whole ones for --at, one or two for --lam and --size")
-    if cfg.eval or cfg.sampler != "ddim":
-        raise UserError(f"--eval={cfg.eval} --sampler={cfg.sampler}: large images take ddim and no --eval")
+    if cfg.eval or cfg.sampler not in ("", "lean", "ddim"):
+        raise UserError(f"--eval={cfg.eval} --sampler={cfg.sampler}: large images take lean or ddim, and no --eval")
     S.guide_of(cfg.guide, cfg.inner, lams(cfg), cfg.delta, cfg.zeta)
-    ddim_timesteps(schedule.T, cfg.steps)
+    times(cfg, schedule.T)
     check_place(out)
     if out.suffix == ".dzi":
         check_deepzoom(out.with_suffix(""), cfg.viewer or None)

@@ -22,9 +22,9 @@ from sample_joint import Resize, full_precision
 class Proxy(nn.Module):
     """Three convolutions over the latents; 7 x 7 of them are seen, and the mean and deviation of the whole window, for
     the decoder's GroupNorm and attention look at all of it too. No gradient goes through these two.
-    Attributes: factor, by how much its image is smaller than the decoder's; inverse (3,3): (M^T M)^-1, damped, with M
-    what an even change of the latent does to the image; it makes of a gradient M^T r the change M^-1 r that is wanted.
-    """
+    Attributes: factor, by how much its image is smaller than the decoder's; inverse (3,3): the mean of J^T J, damped
+    and inverted, with J (3,3) what an even change of the latents does to a pixel; it makes of a gradient J^T r the
+    change that takes the error r away (Gauss-Newton)."""
 
     def __init__(self, factor=4, width=32):
         super().__init__()
@@ -95,14 +95,17 @@ def fit(model, pyramids, ranks, n=1024, steps=1200, batch=64, lr=3e-3):
         F.mse_loss(proxy(z[pick]), x[pick]).backward()
         optimizer.step()
     proxy.eval().requires_grad_(False)
-    eye = torch.eye(3).to(z)
-    few, M = z[:256], eye.clone()
-    for k, channel in enumerate(eye):                                                   # one latent channel at a time
-        moved = proxy(few + 0.05 * channel[:, None, None]) - proxy(few)
-        M[:, k] = moved.mean((0, 2, 3)) / 0.05
-    # tissue has hardly more than two colours, so M is nearly singular: what it cannot do is not asked of it
-    damping = (0.2 * torch.linalg.matrix_norm(M, 2)) ** 2
-    proxy.inverse.copy_(torch.linalg.inv(M.T @ M + damping * eye))
+    few, columns = z[:256], []
+    for channel in torch.eye(3).to(z):                                                  # one latent channel at a time
+        moved = proxy(few + 0.05 * channel[:, None, None]) - proxy(few)                 # (n,3,h,w)
+        columns.append(moved / 0.05)
+    J = torch.stack(columns, 1)                                                         # (n,3 latent,3 colours,h,w)
+    # the mean of J^T J, not of J: a channel that darkens here and brightens there would seem to do nothing, and be
+    # driven far to do it
+    G = torch.einsum("nichw,njchw->ij", J, J) / J[:, 0, 0].numel()                      # (3,3)
+    # tissue has hardly more than two colours, so G is nearly singular: what it cannot do is not asked of it
+    damping = 0.04 * torch.linalg.matrix_norm(G, 2)
+    proxy.inverse.copy_(torch.linalg.inv(G + damping * torch.eye(3).to(G)))
     return proxy
 
 def fingerprint(model):
@@ -110,11 +113,15 @@ def fingerprint(model):
     parts = (model.unet.conv_out.weight, model.vae.decoder.conv_out.weight)
     return sha256(b"".join(w.detach().float().cpu().numpy().tobytes() for w in parts)).hexdigest()[:16]
 
+def mark(model):
+    """What the file of a proxy of this model says; others are fitted anew."""
+    return {"model": fingerprint(model), "inverse": "of the mean of J^T J"}
+
 def load(folder, model, pyramids, ranks):
     """The proxy of a run, saved beside the model; fitted to `pyramids`, if there are any, where none fits the model."""
-    path, mine = Path(folder) / "proxy.safetensors", fingerprint(model)
-    state, meta = load_tensors(path) if path.exists() else ({}, {"model": None})
-    if meta.get("model", mine) == mine:
+    path = Path(folder) / "proxy.safetensors"
+    state, meta = load_tensors(path) if path.exists() else ({}, {})
+    if meta == mark(model):
         proxy = Proxy(model.vae.factor)
         try:
             proxy.load_state_dict(state)
@@ -125,7 +132,7 @@ def load(folder, model, pyramids, ranks):
         raise UserError(f"no {path} of this model, and no data to fit one to: give --data=, or another --guide")
     proxy = fit(model, pyramids, ranks)
     if ranks.rank == 0:
-        save_tensors(path, proxy.state_dict(), {"model": mine})
+        save_tensors(path, proxy.state_dict(), mark(model))
         print(f"wrote {path}")
     ranks.barrier()
     return proxy

@@ -47,7 +47,7 @@ def test_commands(model, ready, toy, capsys):
     """The table and planted conditions at the smallest size."""
     fast = [str(ready), f"--data={toy}", "--n=1", "--steps=1", "--invert_steps=1", "--device=cpu", "--threads=0"]
     proxy = proxies.Proxy(4)
-    save_tensors(ready / "proxy.safetensors", proxy.state_dict(), {"model": proxies.fingerprint(model)})
+    save_tensors(ready / "proxy.safetensors", proxy.state_dict(), proxies.mark(model))
     sr.main(["table", *fast, "--scale=1", "--seeds=1", "--train_steps=1"])
     rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
     assert {"bicubic", "trained", "null", "gt", "inferred", "inferred, exact", "real"} < set(rows)

@@ -16,13 +16,14 @@ from diffusion import ZoomLDM, ddim_sample
 from experiments import baselines
 from large import command
 from large import proxy as proxies
-from large.command import METHODS, PRESETS, Settings, draw_large, enough_memory
+from large.command import METHODS, PRESETS, Settings, draw_large, enough_memory, times
 from large.reference import load_grid
 from large.windows import Grid, prepare
 
 RANKS = Ranks(0, 1, torch.device("cpu"), None)
 # 9 + 1 windows; one thread: pictures are compared bit by bit, whatever a fixture before them left
-SMALL = ["--size=128", "--context=1", "--guide=x0", "--steps=2", "--device=cpu", "--amp=False", "--threads=1"]
+SMALL = ["--size=128", "--context=1", "--guide=x0", "--steps=2", "--guided=0,1000", "--device=cpu", "--amp=False",
+         "--threads=1"]
 
 def settings(*args):
     return configure(Settings, list(args), PRESETS, ("run", "preset"))
@@ -76,10 +77,10 @@ def test_settings_of_differences_count(model, grid):
         assert (latents(model, grid, "--guide=s2", "--overlap=0", arg) - s2).abs().max() > 1e-5, arg
     assert torch.equal(latents(model, grid, "--guide=exact", "--overlap=0"), s2), "its old name"
 
-@pytest.mark.parametrize("guide, usual", [("s1", 0.1), ("s2", 0.1), ("x0", 0.5), ("x0+proxy", 0.5)])
+@pytest.mark.parametrize("guide, usual", [("s1", 0.1), ("s2", 0.1), ("x0", 0.5), ("x0+proxy", 0.4)])
 def test_what_lam_is(model, grid, monkeypatch, guide, usual):
-    """One for all steps, or the first and the last; without it the usual one of the guide: 0.5 for a few steps of x0
-    guides, 0.1 for those of z_t."""
+    """One for all steps, or the first and the last; without it the usual one of the guide: 0.5 or 0.4 for a few steps of
+    x0 guides, 0.1 for those of z_t."""
     seen = []
     monkeypatch.setattr(sample_joint, "sample_levels", lambda *args, **options: seen.append(options["lam"]))
     for args in (("--lam=0.6,0.2",), ("--lam=0.6",), ()):
@@ -87,6 +88,16 @@ def test_what_lam_is(model, grid, monkeypatch, guide, usual):
     assert seen == [(0.6, 0.2), (0.6, 0.6), (usual, usual)]
     cfg = settings("run", "paper", "--steps=4")  # the preset, and a single setting over it
     assert (cfg.guide, cfg.lam, cfg.inner, cfg.overlap, cfg.steps) == ("s2", (0.5,), 1, 0, 4)
+
+def test_when_it_is_drawn():
+    """Lean times crowd at the clean end, for as many steps as are asked for; the published ones do not. Catches: two
+    steps at one t, which the sampler refuses; a run of before that is drawn at other times."""
+    assert times(settings("run"), 1000) == [1, 28, 78, 142, 218, 304, 399, 503, 614, 733, 858, 990]
+    for n in (1, 2, 3, 50, 250):
+        tau = times(settings("run", f"--steps={n}"), 1000)
+        assert len({*tau}) == n and tau == sorted(tau) and tau[-1] == 990
+    for args in (["paper"], ["--guide=s2"], ["--sampler=ddim"], ["--sampler=ddim", "--steps=50"]):
+        assert times(settings("run", *args), 1000) == list(range(1, 1000, 20))
 
 def test_the_batch_does_not_count(model, grid, drawn):
     """But for how kernels round. Catches: conditions of another window."""
@@ -113,7 +124,7 @@ def test_a_method_without_context_draws_one_scale(ready, tmp_path, monkeypatch):
 
 def test_independent_windows_are_patches(model, pyramids, grid):
     """--method=independent is plain DDIM on every window, with the condition training gave such a patch."""
-    got = latents(model, grid, "--method=independent", "--steps=2", "--seed=3")
+    got = latents(model, grid, "--method=independent", "--sampler=ddim", "--steps=2", "--seed=3")
     k = [x["split"] for x in pyramids.slides].index("test")
     z = torch.randn(1, 3, 32, 32, generator=generator(3, 0))
     for i, j in ((0, 0), (1, 1), (0, 1)):
@@ -269,7 +280,8 @@ REFUSED = {
     "s1, s2, x0, x0": ["--guide=magic", "--guide=proxy"], "smaller overlap": ["--overlap=16"],
     "--A=lanczos: known are .*bicubic, box": ["--A=lanczos --method=independent"], "lam=": ["--lam=-1"],
     "overlap=-2: it must be at least -1": ["--overlap=-2"], "at least 1": ["--batch=0"], "zeta=0": ["--zeta=0"],
-    "no --eval": ["--eval"], "take ddim": ["--sampler=plms"], "take a divisor of 1000": ["--steps=3"],
+    "no --eval": ["--eval"], "take lean or ddim": ["--sampler=plms"],
+    "take a divisor of 1000": ["--sampler=ddim --steps=3"], "give 1 to 250": ["--steps=-1", "--steps=251"],
     "no finite numbers any more": ["--guide=s2 --delta=1e30"], "delta=-1": ["--delta=-1"],
     "known are clean, published": ["--end=never"], "known are reference, grid": ["--condition=cdm"],
     "ends in .png, .tif": ["--out=x.jpg"], "nowhere.js.*openseadragon": ["--out=x.dzi --viewer=/nowhere.js"],

@@ -49,14 +49,16 @@ def test_fitting_lowers_the_error_on_held_out_estimates(trained, fitted):
     assert not fitted[0].training and not any(p.requires_grad for p in fitted[0].parameters())
 
 def test_inverse(fitted):
-    """(M^T M + damping)^-1, with M what an even change of a latent's channel does to the picture. Catches: M
-    transposed, a step that is not divided out."""
+    """(mean of J^T J + damping)^-1, with J what an even change of a latent's channel does to a pixel. Catches: J
+    transposed, a step that is not divided out, and the mean of J, in which changes up and down cancel: its inverse is
+    too large, and corrections overshoot until colours burn."""
     proxy, z = fitted
-    M = [(proxy(z + 0.05 * d[:, None, None]) - proxy(z)).mean((0, 2, 3)) / 0.05 for d in torch.eye(3)]
-    M = torch.stack(M, 1)
-    damped = M.T @ M + (0.2 * torch.linalg.matrix_norm(M, 2)) ** 2 * torch.eye(3)
+    J = torch.stack([(proxy(z + 0.05 * d[:, None, None]) - proxy(z)) / 0.05 for d in torch.eye(3)])     # (3,n,3,h,w)
+    G = torch.tensor([[(a * b).sum(1).mean() for b in J] for a in J])
+    damped = G + 0.04 * torch.linalg.matrix_norm(G, 2) * torch.eye(3)
     assert torch.allclose(proxy.inverse @ damped, torch.eye(3), atol=1e-3)
-    assert not torch.equal(M, M.T)
+    M = J.mean((1, 3, 4))                                                                               # (3,3)
+    assert torch.trace(M @ M.T) < 0.95 * torch.trace(G)
 
 def test_fitting_is_deterministic(trained):
     """Whatever random numbers were drawn before."""
@@ -87,7 +89,7 @@ def test_saved_and_loaded(trained, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("tensors", [{}, {"w": torch.zeros(3)}, proxies.Proxy(width=16).state_dict()])
 def test_a_foreign_file(trained, tmp_path, tensors):
-    save_tensors(tmp_path / "proxy.safetensors", tensors)
+    save_tensors(tmp_path / "proxy.safetensors", tensors, proxies.mark(trained[0]))
     with pytest.raises(UserError, match="proxy.safetensors does not fit.*remove it"):
         proxies.load(tmp_path, *trained, RANKS)
 
