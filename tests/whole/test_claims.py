@@ -25,7 +25,7 @@ def test_claims(task, tmp_path, capsys):
     assert rows.keys() >= {("descriptor", "1"), ("unet", "2"), ("t50_default", "2")} and all(
         0 <= float(v) <= 1 for r in rows.values() for v in r[1:])
     assert float(rows["descriptor", "2"][1]) > 0.9  # ducts are seen from afar
-    for more, words in (("--part=slides", "take more slides"),             # 10 % of eight slides
+    for more, words in (("--part=slides", "by more slides, a larger --fraction"),    # 10 % of eight slides
                         ("--part=x", "known are table, sweep"), ("--labels=nowhere", "no labels at nowhere")):
         with pytest.raises(UserError, match=words):
             claims.main([*small, more])
