@@ -167,15 +167,12 @@ def open_tensors(path, framework="np"):
         return safe_open(path, framework)
     except (SafetensorError, OSError) as err:
         from slides.weights import sign_of                  # what it is instead
-        why = sign_of(path) or err
-        raise UserError(f"{path} is not a complete safetensors file ({why}); copy or make it again") from err
+        raise UserError(f"{path} is not a complete safetensors file ({sign_of(path) or err}); make it again") from err
 
 def load_meta(path):
     """What `save_tensors` wrote beside the tensors, {} for a foreign file. raises: as open_tensors."""
-    with open_tensors(path) as f, suppress(ValueError, RecursionError):  # what is no JSON is refused below
-        meta = json.loads((f.metadata() or {}).get("json", "{}"))
-        if isinstance(meta, dict):
-            return meta
+    with open_tensors(path) as f, suppress(ValueError, TypeError, RecursionError):  # refused below
+        return dict(json.loads((f.metadata() or {}).get("json", "{}")))
     raise UserError(f"{path} is damaged: what its header says is no JSON object; copy or make it again")
 
 def load_tensors(path):

@@ -98,8 +98,7 @@ def read_index(folder):
     """Read index.json. raises: UserError if it is missing, not ours, or names files outside of its folder."""
     path = Path(folder) / "index.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no index.json: make it with `python data.py toy --out={folder}` or "
-                        f"`data.py build` (official samples can be learnt from and nothing else)")
+        raise UserError(f"{folder} holds no index.json: make it by data.py (official samples are for training alone)")
     from toy.index import read  # it comes from other people, too
     return read(path)
 

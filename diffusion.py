@@ -112,12 +112,17 @@ def guided(fn, c, guidance=1.0, prepare=None):
 def ddim_timesteps(T, steps):
     """Ascending indices as published: every (T // steps)-th, plus one (50 -> 1, 21, ..., 981); more than steps, if
     it does not divide T. raises: ValueError where the published sampler would leave the table."""
+    tau = list(range(1, T + 1, T // steps)) if 1 <= steps <= T else [T]
+    if tau[-1] >= T:
+        raise UserError(f"steps={steps}: this sampler takes a divisor of {T} up to {T // 2}")
+    return tau
+
+def even_timesteps(T, steps):
+    """Ascending indices for our own commands, for any number of steps; ddim_timesteps' where that divides T."""
     if not 1 <= steps <= T:
         raise UserError(f"steps={steps}: give 1 to {T}")
-    tau = list(range(1, T + 1, T // steps))
-    if tau[-1] >= T:
-        raise UserError(f"steps={steps} needs t = {tau[-1]} of {T}: take a divisor of {T} up to {T // 2}")
-    return tau
+    first = 1 if steps <= T // 2 else 0                     # the published table begins at 1
+    return [first + i * T // steps for i in range(steps)]
 
 def noise_levels(schedule, timesteps, end):
     """alpha_bar at the timesteps, and at the step after each (towards clean), as lists of floats."""
@@ -154,10 +159,10 @@ def ddim_sample(fn, z_T, schedule, steps=50, eta=0.0, *, pred="eps", timesteps=N
             callback(n, timesteps[i], z, z0_hat)
     return z
 
-def plms_sample(eps_fn, z_T, schedule, steps=50, callback=None):
+def plms_sample(eps_fn, z_T, schedule, steps=50, timesteps=None, callback=None):
     """The sampler of the published patch notebooks: DDIM along an eps extrapolated from the last four.
     source: pseudo linear multi-step, Liu et al. 2022."""
-    timesteps = ddim_timesteps(schedule.T, steps)
+    timesteps = ddim_timesteps(schedule.T, steps) if timesteps is None else timesteps
     ab, ab_prev = noise_levels(schedule, timesteps, "published")
     # Adams-Bashforth, by the number of earlier steps, whose eps are in `old`, newest first
     weights, old = {1: (3, -1), 2: (23, -16, 5), 3: (55, -59, 37, -9)}, []
@@ -173,7 +178,7 @@ def plms_sample(eps_fn, z_T, schedule, steps=50, callback=None):
             mean = (eps + eps_fn(z_next, t_next)) / 2
         old[:] = [eps, *old][:3]
         return mean
-    return ddim_sample(extrapolated, z_T, schedule, steps, callback=callback)
+    return ddim_sample(extrapolated, z_T, schedule, timesteps=timesteps, callback=callback)
 
 # ----- 4. The whole model -----
 
@@ -216,10 +221,10 @@ class ZoomLDM(nn.Module):
         shape = (self.unet.cfg.channels, *size)
         noise = [torch.randn(shape, generator=generator(seed, first + i)) for i in range(len(c))]
         z_T = torch.stack(noise).to(c.device)                               # (B,3,*size)
-        fn = self.guided(c, guidance)
+        fn, timesteps = self.guided(c, guidance), even_timesteps(self.schedule.T, steps)
         if sampler == "plms":
-            return plms_sample(fn, z_T, self.schedule, steps)
-        return ddim_sample(fn, z_T, self.schedule, steps, end=end)
+            return plms_sample(fn, z_T, self.schedule, timesteps=timesteps)
+        return ddim_sample(fn, z_T, self.schedule, timesteps=timesteps, end=end)
 
     @torch.no_grad()
     def draw(self, c, side, guidance=2.0, steps=50, seed=0, batch=64, sampler="ddim", end="clean"):

@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 
 from common import UserError, at_least, cli, configure, one_of, save_grid, save_png, setup, to_uint8
 from data import Pyramids, fixed_batch
-from diffusion import ZoomLDM, ddim_step, ddim_timesteps, noise_levels, null_condition, to_eps, to_x0
+from diffusion import ZoomLDM, ddim_step, even_timesteps, noise_levels, null_condition, to_eps, to_x0
 
 # ----- 1. The down-sampling operator A (Z Eq. 1) -----
 
@@ -268,7 +268,7 @@ def sample_levels(levels, schedule, *, steps=50, timesteps=None, end="published"
     last), going linearly; delta, zeta: widths of finite differences, in float32 even under autocast.
     out: levels. raises: ValueError if two levels do not match. source: Z Algorithms S1, S2."""
     correct, lams = guide_of(guide, inner, lam, delta, zeta)
-    timesteps = ddim_timesteps(schedule.T, steps) if timesteps is None else timesteps
+    timesteps = even_timesteps(schedule.T, steps) if timesteps is None else timesteps
     ab, ab_prev = noise_levels(schedule, timesteps, end)
     last = len(timesteps) - 1
     for i in range(last, -1, -1):                                       # for t in {T_0, ..., T_M}

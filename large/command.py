@@ -21,7 +21,7 @@ from tqdm import tqdm
 import sample_joint as S
 from common import UserError, at_least, cli, configure, fingerprint, load_tensors, one_of, save_png, save_tensors, setup
 from common import to_uint8
-from diffusion import ZoomLDM, ddim_timesteps
+from diffusion import ZoomLDM, even_timesteps
 from large import proxy as proxies
 from large.reference import Conditions, load_grid
 from large.windows import Grid, decode_strips, prepare, sides
@@ -67,7 +67,7 @@ def times(cfg, T):
     lean = cfg.sampler == "lean" or not cfg.sampler and "x0" in cfg.guide
     steps = cfg.steps or (12 if lean else 50)
     if not lean:
-        return ddim_timesteps(T, steps)
+        return even_timesteps(T, steps)
     if not 1 <= steps <= T // 4:
         raise UserError(f"--steps={steps}: give 1 to {T // 4} of lean")
     tau, last = [], round(0.99 * T)

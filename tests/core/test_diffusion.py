@@ -7,7 +7,8 @@ import pytest
 import torch
 from rule import assert_close, assert_golden, golden, small
 
-from diffusion import Schedule, ZoomLDM, ddim_sample, ddim_timesteps, diffusion_loss, guided, plms_sample, to_eps, to_x0
+from diffusion import Schedule, ZoomLDM, ddim_sample, ddim_timesteps, diffusion_loss, even_timesteps
+from diffusion import guided, plms_sample, to_eps, to_x0
 from summarizer import Summarizer, SummarizerConfig
 from zoom_vae import VQVAE, VAEConfig
 
@@ -104,6 +105,17 @@ def test_ddim_timesteps():
         else:
             tau = list(ddim_timesteps(1000, steps))
             assert len(tau) >= steps and tau[0] == 1 and tau[-1] < 1000 and all(a < b for a, b in zip(tau, tau[1:]))
+
+def test_own_commands_draw_in_as_many_steps_as_are_asked_for():
+    """Catches: 56 steps for 53; other times than the published ones where those exist."""
+    for steps in range(1, 1001):
+        tau = even_timesteps(1000, steps)
+        assert len({*tau}) == steps and tau == sorted(tau) and 0 <= tau[0] and tau[-1] <= 999
+        if 1000 % steps == 0 and steps <= 500:
+            assert tau == ddim_timesteps(1000, steps)
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match="give 1 to 1000"):
+            even_timesteps(1000, steps)
 
 # ----- 5. The published samplers -----
 

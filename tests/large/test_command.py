@@ -281,7 +281,7 @@ REFUSED = {
     "--A=lanczos: known are .*bicubic, box": ["--A=lanczos --method=independent"], "lam=": ["--lam=-1"],
     "overlap=-2: it must be at least -1": ["--overlap=-2"], "at least 1": ["--batch=0"], "zeta=0": ["--zeta=0"],
     "no --eval": ["--eval"], "take lean or ddim": ["--sampler=plms"],
-    "take a divisor of 1000": ["--sampler=ddim --steps=3"], "give 1 to 250": ["--steps=-1", "--steps=251"],
+    "give 1 to 1000": ["--sampler=ddim --steps=1001"], "give 1 to 250": ["--steps=-1", "--steps=251"],
     "no finite numbers any more": ["--guide=s2 --delta=1e30"], "delta=-1": ["--delta=-1"],
     "known are clean, published": ["--end=never"], "known are reference, grid": ["--condition=cdm"],
     "ends in .png, .tif": ["--out=x.jpg"], "nowhere.js.*openseadragon": ["--out=x.dzi --viewer=/nowhere.js"],
