@@ -44,9 +44,9 @@ class Slide:
     """An open slide or image; open_slide makes it.
     Attributes: path; size (w,h) of level 0; mpp, micrometres per pixel of level 0, None if unknown; said, whether the
     file or the user told it; levels, of tiff.Level; scanned, whether a slide scanner made it; damaged, None or a list
-    to which tiles that cannot be decoded are added as (box (x0,y0,x1,y1) in level-0 pixels, why), while white stands
-    for them; white, the value that is shown as white, of pixels of more than 8 bits, else None; empty, the grey of
-    tiles that are left out; nodata, the value of pixels that show nothing."""
+    to which tiles that cannot be decoded are added as (box (x0,y0,x1,y1) in level-0 pixels, why, their level), while
+    white stands for them; white, the value that is shown as white, of pixels of more than 8 bits, else None; empty, the
+    grey of tiles that are left out; nodata, the value of pixels that show nothing."""
 
     def __init__(self, path, levels, mpp=None, scanned=False, file=None, damaged=None, white=None, empty=255,
                  nodata=None):
@@ -163,7 +163,7 @@ class Slide:
             if self.damaged is None:
                 raise UserError(f"{self.path}: {why}: the file is damaged, copy it again") from err
             box = column * tw * sx, row * th * sy, (column + 1) * tw * sx, (row + 1) * th * sy
-            self.damaged.append((tuple(int(n) for n in box), why))
+            self.damaged.append((tuple(int(n) for n in box), why, level))
             return np.full((th, tw, 3), 255, np.uint8)
 
 def paste(out, block, x, y):

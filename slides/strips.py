@@ -78,6 +78,8 @@ def from_csv(path):
         name, mpp, split = (row.get(key, "") for key in ("path", "mpp", "split"))
         if not name or split not in ("", "train", "test") or not re.fullmatch(NUMBER, mpp):
             raise UserError(f"{path}, line {n}: give path, and if need be mpp, a number, and split, train or test")
+        if path.parent / name in found:
+            raise UserError(f"{path}, line {n}: {name} is there twice: give it once")
         found[path.parent / name] = float(mpp) if mpp else None, split
     return found
 
@@ -106,7 +108,7 @@ def image_jobs(images, out, holdout, cut=(1, 1)):
     """A job for each image, or for each of its cut[0] columns x cut[1] rows of parts, sorted by name.
     Those held out are the same ones whatever else is there. raises: UserError as `listed`, or for equal names."""
     rows, jobs = listed(images, out), []
-    base = images if Path(images).is_dir() else os.path.commonpath([p.absolute().parent for p in rows])
+    base = images if Path(images).is_dir() else os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in rows])
     for path, (mpp, split) in rows.items():
         name = Path(os.path.relpath(path, base)).as_posix()
         for j, i in product(range(cut[0]), range(cut[1])):
@@ -162,7 +164,7 @@ def read_strips(job, encoder, first, rows):
     if encoder:
         tiles = pixels[:, :w // P * P].reshape(rows, P, w // P, P, 3).swapaxes(1, 2)  # (rows,Gw,P,P,3)
         e = torch.cat([embed(cpu_encoder(*encoder), row) for row in tiles]).numpy()
-    return pixels, e, bad_tiles(job, slide, first, first + rows)
+    return pixels, e, bad_tiles(job, slide, first, first + rows, job.mpp)
 
 def with_features(jobs, features):
     """The jobs with their files of embeddings; a single file goes with a single image, whatever it is called.
@@ -204,10 +206,10 @@ def embedded(job):
         raise UserError(f"{job.features}: its tiles, from {origin} on, lie outside of {job.path.name}: give its own")
     return replace(job, origin=(x, y), size=(gw * P, gh * P)), e[:gh, :gw].float(), there[:gh, :gw].numpy()
 
-def bad_tiles(job, slide, first, last):
-    """{(i,j): why} of the base tiles of rows first to last over damaged tiles of the file."""
-    bad, whole = {}, slide.grid(job.mpp)[2]
-    for box, why in slide.damaged:
+def bad_tiles(job, slide, first, last, mpp):
+    """{(i,j): why} of the base tiles of rows first to last over damaged tiles of the level that is read for `mpp`."""
+    bad, whole, level = {}, slide.grid(job.mpp)[2], slide.grid(mpp)[0]
+    for box, why in [(box, why) for box, why, its in slide.damaged if its is level]:
         x, y = ([(at * n / m - o) / job.patch for at in ends]                  # from, to; in base tiles
                 for ends, n, m, o in zip((box[::2], box[1::2]), whole, slide.size, job.origin))
         for i in range(max(first, int(y[0])), min(last, ceil(y[1]))):
@@ -245,7 +247,10 @@ def tissue_of(job):
     x = (np.arange(w // P + 1) * P * mask.shape[1] / w).round().astype(int)
     total = np.pad(mask.cumsum(0).cumsum(1), ((1, 0), (1, 0)))                 # of all above and to the left
     sums = np.diff(np.diff(total[np.ix_(y, x)], axis=0), axis=1)
-    return (sums / np.maximum(1, np.outer(np.diff(y), np.diff(x)))).astype(np.float32), mask
+    share = (sums / np.maximum(1, np.outer(np.diff(y), np.diff(x)))).astype(np.float32)
+    for at in bad_tiles(job, slide, 0, h // P, mpp):                           # damage hides tissue, and finer levels
+        share[at] = 1                                                          # may be whole
+    return share, mask
 
 # ----- 4. A few tasks ahead -----
 
@@ -271,7 +276,7 @@ def ahead(jobs, dropped, encoder, tissue, submit, window):
             if job.name in dropped:
                 break
             waiting.append((job, submit(task)))
-            if len(waiting) > min(window, AHEAD // (3 * job.size[0] * job.patch * job.rows)):
+            while len(waiting) > min(window, AHEAD // (3 * job.size[0] * job.patch * job.rows)):
                 yield waiting.popleft()
     yield from waiting
 

@@ -69,10 +69,13 @@ def test_folders_with_loops_patterns_and_lists(slides, tmp_path, capsys):
     jobs = image_jobs(str(slides / "list.csv"), "none", 0.5)
     assert [(j.name, j.own, j.split) for j in jobs] == [("a.png", 1e6, "train"), ("b.png", None, "train"),
                                                         ("sub/a.png", 0.5, "test")]
-    for table, line in (("path,mpp\na.png,x\n", 2), ("path,split\na.png,\nb.png,held\n", 3)):
+    for table, says in (("path,mpp\na.png,x\n", "2: give path"), ("path,split\na.png,\nb.png,held\n", "3: give path"),
+                        ("path,split\na.png,train\na.png,test\n", "3: a.png is there twice")):
         (slides / "list.csv").write_text(table)
-        with pytest.raises(UserError, match=f"list.csv, line {line}: give path"):
+        with pytest.raises(UserError, match=f"list.csv, line {says}"):
             names(slides / "list.csv")
+    (slides / "sub" / "list.csv").write_text("path\na.png\n../b.png\n")      # names lead out of no folder
+    assert names(slides / "sub" / "list.csv") == ["b.png", "sub/a.png"]
     (slides / "sub__a.png").write_bytes((slides / "a.png").read_bytes())
     with pytest.raises(UserError, match="two images the same name"):
         names(slides)
@@ -190,6 +193,16 @@ def test_a_damaged_tile_costs_the_patches_over_it(tmp_path, capsys):
         assert np.array_equal(x, picture(128, 192)[i * P:i * P + P, j * P:j * P + P])
     p = build(tmp_path / "cut", tmp_path / "a.tif", "--cut=3x2")               # damage keeps its place in each part
     assert [v["counts"][0] for v in p.slides] == [16, 16 - 4, 16 - 2, 16, 16, 16]
+
+def test_damage_that_hides_tissue(tmp_path):
+    """A broken tile of the level that tissue is looked for in costs no patch: the pixels of the finer one are whole."""
+    x = picture(2048, 2048)
+    write(tmp_path / "a.tif", [page(x, (256, 256), 8), (page(halve(x), (256, 256), 8, kind=1)[0], [b"nonsense"] * 16)])
+    slide = open_slide(tmp_path / "a.tif", damaged=[])
+    assert len(slide.levels) == 2
+    data.main(["build", f"--images={tmp_path / 'a.tif'}", f"--out={tmp_path / 'out'}", "--patch=32", "--scales=1",
+               "--tissue=0.5", "--workers=0"])
+    assert Pyramids(tmp_path / "out").slides[0]["counts"] == [64 * 64]
 
 def test_failed_images_do_not_stop_the_others(slides, tmp_path, capsys):
     (slides / "b.png").write_bytes((slides / "b.png").read_bytes()[:3000])
