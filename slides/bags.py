@@ -33,7 +33,7 @@ def read_bag(path):
     x, coords = found[key], next((found[c] for c in COORDS if c in found), None)
     if x.ndim == 1 and coords is not None and coords.shape == (1, 2):
         x = x[None]                                                # of one tile, squeezed
-    if x.ndim != 2 or not x.is_floating_point():
+    if x.ndim != 2 or not x.shape[1] or not x.is_floating_point():
         raise UserError(f"{path} holds {tuple(x.shape)}, expected features (N,K) of a float type, not {x.dtype}")
     if not len(x):
         raise UserError(f"{path} is an empty bag: take the slide out, or extract it again")
@@ -245,7 +245,7 @@ class Bags:
             return self.kept[name]
         x, coords, meta = read_bag(self.files[name])
         if self.view and "+" not in self.view:
-            x = one_scale(x, coords, meta, int(self.view))
+            x = one_scale(self.files[name], x, coords, meta, int(self.view))
         if x.nbytes <= self.left:
             self.left -= x.nbytes
             self.kept[name] = x
@@ -260,8 +260,11 @@ class Bags:
         floor = 1e-6 * float(deviation.max()) + 1e-12
         return mean.float(), deviation.clamp(min=floor).float()
 
-def one_scale(x, coords, meta, s):
-    """The columns of scale s, and one row for each patch of it: our rows are patches of the finest."""
+def one_scale(path, x, coords, meta, s):
+    """The columns of scale s, and one row for each patch of it: our rows are patches of the finest.
+    raises: UserError if the file is not ours, or lacks that scale or its coordinates."""
+    if coords is None or not isinstance(meta.get("scales"), list) or s not in meta["scales"]:
+        raise UserError(f"{path} has no scale {s} with coordinates, as others beside it: extract all alike")
     parents = np.asarray(coords // (meta["patch"] << s))                   # (N,2)
     first = np.unique(parents, axis=0, return_index=True)[1]
     at = meta["scales"].index(s)

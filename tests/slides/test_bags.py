@@ -78,6 +78,7 @@ def test_unusable_files_are_named(tmp_path):
     np.save(tmp_path / "nan.npy", nan.numpy())
     np.save(tmp_path / "flat.npy", np.zeros(7, np.float32))
     np.save(tmp_path / "none.npy", np.zeros((0, 3), np.float32))
+    np.save(tmp_path / "thin.npy", np.zeros((3, 0), np.float32))
     np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
     torch.save({"a": nan, "b": nan}, tmp_path / "two.pt")
     torch.save(UserError, tmp_path / "code.pt")
@@ -87,6 +88,7 @@ def test_unusable_files_are_named(tmp_path):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "two.pt").read_bytes()[:200])
     (tmp_path / "x.txt").write_text("")
     for name, words in (("nan.npy", "NaN or infinity in 1 of 4 rows"), ("none.npy", "empty bag"),
+                        ("thin.npy", r"holds \(3, 0\), expected features"),
                         ("flat.npy", r"holds \(7,\), expected features"), ("object.npy", "cannot be read"),
                         ("two.pt", "no tensor.*among a, b"), ("code.pt", "cannot be read .it holds common.UserError"),
                         ("places.pt", "no tensor of features.* among coords"),
@@ -134,6 +136,10 @@ def test_views_of_several_scales(tmp_path):
     assert views(tmp_path) == ["0", "1", "0+1"]
     assert torch.equal(Bags(tmp_path, "0")["a"], x[:, :3]) and torch.equal(Bags(tmp_path, "0+1")["a"], x)
     assert torch.equal(Bags(tmp_path, "1")["a"], x[[0, 2], 3:])
+    for kind, other in (("pt", x), ("pt", {"features": x, "coords": coords})):                 # beside ours
+        torch.save(other, tmp_path / f"b.{kind}")
+        with pytest.raises(UserError, match="b.pt has no scale 1 with coordinates"):
+            Bags(tmp_path, "1")
     for wrong in ({"patch": 0.5}, {"widths": [3, 3]}, {"widths": 5}, {"scales": [0, "1"]}):
         save_tensors(tmp_path / "a.safetensors", {"features": x, "coords": coords}, meta | wrong)
         with pytest.raises(UserError, match="tells of scales .* that it does not hold"):
