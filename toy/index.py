@@ -2,7 +2,6 @@
 
 in:  the path   out: the index, whose names lead to places inside the folder that they are joined to"""
 import json
-from math import inf
 from pathlib import Path
 
 from common import UserError
@@ -31,7 +30,8 @@ def misfits(index):
     if len(index["std"]) != index["embed_dim"] or not all(map(positive, index["std"])):
         yield "std"
     source = index["source"]
-    if not positive(source.get("mpp") or 1) or not isinstance(source.get("weights"), str | None):
+    mpp, weights, white = (source.get(key) for key in ("mpp", "weights", "white"))
+    if not positive(mpp or 1) or not isinstance(weights, str | None) or not whole(white or 0):
         yield "source"
     for k, slide in enumerate(index["slides"]):
         if not isinstance(slide, dict) or not fits(slide, index["scales"]):
@@ -41,7 +41,7 @@ def whole(x):
     return type(x) is int and 0 <= x < 2**40
 
 def positive(x):
-    return type(x) in (int, float) and 0 < x < inf
+    return type(x) in (int, float) and 1e-30 < x < 1e30  # as float32 holds it
 
 def inside(name):
     """Whether a name, with folders or without, leads to a place in the folder that it is joined to."""

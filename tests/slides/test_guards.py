@@ -70,6 +70,7 @@ INDEX = {"format": 1, "patch": 16, "scales": 2, "embed_dim": 3, "encoder": "stat
     ({"slides": [{}]}, "slide 0"), ({"slides": [3]}, "slide 0"), ({"slides": {}}, "slides"),
     ({"patch": 0, "std": [1.0, 2]}, "at patch, std:"),
     ({"std": [1.0, 0.0, 1.0]}, "std"), ({"scales": True}, "scales"), ({"source": {"mpp": "x"}}, "source"),
+    ({"source": {"white": "x"}}, "source"), ({"std": [1.0, 10**400, 1.0]}, "std"), ({"std": [1.0, 1e-300, 1.0]}, "std"),
     ({"embed_dim": 10**30}, "embed_dim"), ({"encoder": None}, "encoder"), ({"format": 2}, "no index of this program")])
 def test_an_index_from_elsewhere(tmp_path, change, says):
     """It says where it is wrong, before anything is read or written by what it names."""
