@@ -99,7 +99,7 @@ def read_table(path, needed):
         first = text.partition("\n")[0]
         comma = max(",;\t", key=first.count)
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=comma, skipinitialspace=comma != "\t"))
-    except (OSError, UnicodeDecodeError, csv.Error) as err:
+    except (OSError, csv.Error) as err:
         raise UserError(f"{path} cannot be read as CSV ({err}): give a file with columns {', '.join(needed)}") from err
     rows = [[cell.strip() for cell in row] for row in rows if any(map(str.strip, row))]
     head = [re.sub(r"\W+", "_", cell.lower()).strip("_") for cell in rows[0]] if rows else []

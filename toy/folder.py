@@ -62,14 +62,16 @@ def finish(out, index, slides):
 def map_tensor(path, name):
     """Tensor `name` of a safetensors file that may be larger than memory, None if there is none. Not to be written to.
     safetensors (0.8) maps the whole file for PyTorch so that it could be: Linux grants that only up to memory and swap.
-    raises: as open_tensors."""
+    raises: as open_tensors, and UserError if it is of a type that none of our files hold."""
     with open_tensors(path) as f:
         if name not in f.keys():
             return None
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         place = json.loads(f.read(length))[name]
-    kind = np.dtype(f"<{place['dtype'][0].lower()}{int(place['dtype'][1:]) // 8}")      # F32, I32, F16 or U8
+    if place["dtype"] not in ("F16", "F32", "F64", "I32", "I64", "U8"):
+        raise UserError(f"{path}: tensor {name} is of type {place['dtype']}: make this file again")
+    kind = np.dtype(f"<{place['dtype'][0].lower()}{int(place['dtype'][1:]) // 8}")
     x = np.memmap(path, kind, "r", 8 + length + place["data_offsets"][0], tuple(place["shape"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # PyTorch knows no read-only tensors

@@ -231,11 +231,14 @@ def test_reading_messages(copy):
             PatchDataset(p, **kw)
     file = copy / p.slides[0]["file"]
     t, meta = load_tensors(file)
-    save_tensors(file, {k: v for k, v in t.items() if k != "x2"} | {"p4": t["p4"][:, :4]}, meta)
+    other = {"p4": t["p4"][:, :4], "x3": t["x3"].bfloat16()}
+    save_tensors(file, {k: v for k, v in t.items() if k != "x2"} | other, meta)
     with pytest.raises(UserError, match="train_0000.safetensors: tensor x2 is missing"):
         p.read(0, 2, 0)
     with pytest.raises(UserError, match=r"tensor p4 is \(1, 4, 8, 96\), expected \(1, 8, 8, 96\)"):
         p.read(0, 4, 0, ("e",))
+    with pytest.raises(UserError, match="tensor x3 is of type BF16"):
+        p.read(0, 3, 0)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="not a complete safetensors file"):
         p.read(0, 0, 0)
