@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from common import UserError
-from slides.tiff import MODES, Level, number, readable, text
+from slides.tiff import MODES, Level, number, palette, readable, text
 
 MAX_PIXELS = 178_956_970  # of an image that must be decoded as a whole: 0.7 GB in Pillow
 FORMATS = ("PNG", "JPEG", "TIFF", "JPEG2000", "WEBP", "BMP", "PPM", "GIF")  # not EPS, which would start a program
@@ -71,7 +71,7 @@ def nodata_of(tags):
     """The value or colour of pixels that show nothing, as GDAL says it in a TIFF; None if there is none."""
     said = re.fullmatch(r"(\d{1,5})(\.0*)?", text(tags, "nodata"))
     if said and number(tags, "colours") == 3:                                  # a place in the palette
-        return tags["palette"].reshape(3, -1).T[int(said[1])] >> 8
+        return palette(tags)[int(said[1])]
     return int(said[1]) if said else None
 
 def to_rgb(x, white=None, nodata=None, near=0):

@@ -453,14 +453,18 @@ def stored(data, tags, width, rows):
     x = np.asarray(image).reshape(h, w, -1)[:rows]
     return 255 - x if image.mode == "CMYK" else x                              # four bands: Pillow takes them for inks
 
+def palette(tags):
+    """The colours of a palette (256,3) uint8. They are of 16 bits; some write 8."""
+    table = tags["palette"].reshape(3, -1).T
+    return (table >> 8 if table.max() > 255 else table).astype(np.uint8)
+
 def decode(pieces, level):
     """The bytes of a tile, or of each of its bands -> (th,tw,3) uint8 or uint16, or (th,tw,4) if there is a fourth band
     or alpha. raises: as `stored`."""
     tags, colours = level.tags, layout(level.tags)[3]
     x = np.concatenate([stored(data, tags, *level.tile) for data in pieces], 2)[..., :4]
     if colours == 3:
-        table = tags["palette"].reshape(3, -1).T                               # (256,3), of 16 bits; some write 8
-        return (table >> 8 if table.max() > 255 else table).astype(np.uint8)[x[..., 0]]
+        return palette(tags)[x[..., 0]]
     if colours == 5:
         return np.asarray(Image.frombytes("CMYK", level.tile, x.tobytes()).convert("RGB"))
     n = 3 if x.shape[2] >= 3 else 1

@@ -200,8 +200,9 @@ def test_palettes_inks_and_a_band_that_is_empty(tmp_path, planar):
     table, five = np.random.default_rng(0).integers(0, 256, (3, 256)), np.concatenate([IMAGE, noise(90, 120)], 2)
     for values, bands in ((table * 257, 1), (table, 1), (table, 2)):
         tags, tiles = page(five[..., :bands], TILE, 8, 3, planar=planar)
-        found = slide_of(tmp_path, (tags | {"palette": (3, values.ravel().tolist())}, tiles)).read(0, 0, 120, 90)
-        assert np.array_equal(found, table.T[IMAGE[..., 0]])
+        more = {"palette": (3, values.ravel().tolist()), "nodata": text("7")}
+        found = slide_of(tmp_path, (tags | more, tiles)).read(0, 0, 120, 90)
+        assert np.array_equal(found, np.where(IMAGE[..., :1] == 7, 0, table.T[IMAGE[..., 0]]))
     want = np.asarray(Image.fromarray(five[..., :4], "CMYK").convert("RGB"))
     for bands in (4, 5):
         slide = slide_of(tmp_path, page(five[..., :bands], TILE, 8, 5, planar=planar))
