@@ -11,8 +11,8 @@ from pathlib import Path
 from common import UserError
 
 SUFFIXES = (".safetensors", ".pt", ".npy", ".h5")  # of features
-ENDING = re.compile(r"(\.ome)?\.(svs|tiff?|ndpi|mrxs|scn|bif|vms|vmu|svslide|czi|dcm|qptiff|isyntax|png|jpe?g|jp2|j2k|"
-                    r"webp|bmp|gif|p[gp]m)$", re.IGNORECASE)
+ENDING = re.compile(r"((\.ome)?\.(svs|tiff?|ndpi|mrxs|scn|bif|vms|vmu|svslide|czi|dcm|qptiff|isyntax|png|jpe?g|jp2|j2k|"
+                    r"webp|bmp|gif|p[gp]m)|\.ome)$", re.IGNORECASE)
 NOTHING = {"", "nan", "na", "n/a", "null", "<na>"}  # how tables say that a cell is empty
 
 # ----- 1. Names -----
@@ -21,7 +21,7 @@ def parts(name):
     """in: "UUID/a.svs" or "UUID__a". out: its folders, the name proper, the ending or "". 7.0 is 7, as tables say."""
     *folders, last = str(name).replace("\\", "/").replace("__", "/").strip("/").split("/")
     proper = ENDING.sub("", last)
-    ending = last[len(proper):].lower()
+    ending = last[len(proper):].lower().removesuffix(".ome")                # of a.ome.tiff, tools leave a.ome
     return [f for f in folders if f], re.sub(r"^(\d+)\.0+$", r"\1", proper), ending
 
 def file_of(name):

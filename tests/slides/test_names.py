@@ -13,6 +13,7 @@ GDC = "00a1-bb/TCGA-AA-3664-01Z-00-DX1.e8b7.svs", "11c2-dd/TCGA-AA-3664-01Z-00-D
     (["00a1-bb__TCGA-AA-3664-01Z-00-DX1.e8b7.svs"], GDC, {0: 0}),       # as our files are called
     (["other/TCGA-AA-3664-01Z-00-DX1.e8b7.svs", "TCGA-AA-3664-01Z-00-DX1"], GDC, {}),
     (["a", "a.svs"], ["a.svs", "a"], {0: 1, 1: 0}), (["a.png"], ["a.svs"], {}), (["a.ome.tif"], ["a"], {0: 0}),
+    (["a.ome.tif", "b.ome"], ["a.ome", "b"], {0: 0, 1: 1}), (["a.ome.tif"], ["a.svs", "a.tif"], {}),
     (["100.0", "7"], ["100", "7.0"], {0: 0, 1: 1}), (["1"], ["10", "01"], {}), (["tumor/1"], ["normal/1"], {}),
     (["x/1", "y/1"], ["y/1.svs", "x/1.svs"], {0: 1, 1: 0})])
 def test_names_of_one_image(names, known, means):
