@@ -35,9 +35,9 @@ class Settings(Conditions, S.Config):
     #                            default is lean for x0 and x0+proxy, ddim for s1 and s2
     steps: int = 0             # default: 12 of lean, 50 of ddim
     inner: int = 1             # corrections per step (K)
-    lam: tuple = ()            # size of a correction, or first,last. x0, x0+proxy: share of the error, default 0.3,
-    #                            with fewer than 50 steps up to 0.5 and 0.4; s1, s2: largest change of a latent,
-    #                            default 0.1 (published: 0.5)
+    lam: tuple = ()            # size of a correction, or first,last. x0, x0+proxy: share of the error, default
+    #                            15 / steps, at most 0.5 and 0.4; s1, s2: largest change of a latent, default 0.1
+    #                            (published: 0.5)
     delta: float = 0.005       # width of the denoiser's finite difference (s1, s2)
     zeta: float = 0.005        # width of the encoder's (s2)
     overlap: int = -1          # latents that windows share; -1 = nearly a quarter of a side (multidiffusion: three)
@@ -101,7 +101,8 @@ class Progress:
                 self.done = meta["step"]
                 for k, level in enumerate(levels):
                     level.z = state[str(k)].to(level.z.device)
-                print(f"going on from step {self.done}, found in {path}")
+                if ranks.rank == 0:
+                    print(f"going on from step {self.done}, found in {path}")
         self.bar = tqdm(total=steps, initial=self.done, desc=cfg.method, disable=ranks.rank > 0)
 
     def __call__(self, n, t, levels):

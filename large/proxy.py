@@ -121,6 +121,7 @@ def load(folder, model, pyramids, ranks):
     """The proxy of a run, saved beside the model; fitted to `pyramids`, if there are any, where none fits the model."""
     path = Path(folder) / "proxy.safetensors"
     state, meta = load_tensors(path) if path.exists() else ({}, {})
+    ranks.barrier()                                         # all have looked before one writes
     if meta == mark(model):
         proxy = Proxy(model.vae.factor)
         try:
@@ -134,5 +135,4 @@ def load(folder, model, pyramids, ranks):
     if ranks.rank == 0:
         save_tensors(path, proxy.state_dict(), mark(model))
         print(f"wrote {path}")
-    ranks.barrier()
     return proxy
