@@ -6,7 +6,7 @@
 #   default is red, green, blue and alpha (ExtraSamples 2), though the source said "of no stated kind" (ExtraSamples 0).
 #   GDAL's page of the format tells the default; that a copied profile falls into it is not to be seen. From then on
 #   near-infrared is a mask: where it is 0, as on water, an averaged read, an averaged overview or a warp gives 0 in all
-#   bands, and on shores it leaves the water out. Pillow opens the copy as RGBA and weighs the colours by near-infrared.
+#   bands, and on shores the water does not count. Pillow opens the copy as RGBA and weighs the colours by near-infrared.
 #   With photometric="RGB" given to the copy as well, or its colorinterp set, nothing of this happens.
 # Versions: rasterio 1.4.4 (GDAL 3.10.3), tifffile 2026.3.3, pillow 13.0.0, numpy 2.4.6.
 # Seen (water 10 30 90 and 0 in near-infrared, land 60 80 100 and 200; "shore" has lines of both by turns, halved):

@@ -1,5 +1,5 @@
 #!/bin/sh
-# libvips reads a TIFF of separate planes in strips from the wrong rows, unless its photometric is RGB.
+# libvips reads a TIFF of separate planes in strips from the wrong rows, if its photometric is MINISBLACK.
 #
 # Guess: libvips puts planes together or refuses them: it says "tiled separate planes not supported" for tiles.
 # What is: for strips with photometric MINISBLACK it joins the planes, then steps on by the length of one plane's row
@@ -65,8 +65,9 @@ try:
 except pyvips.Error as error:
     print("tiled:", str(error).split("\n")[1].strip())
     assert "tiled separate planes not supported" in str(error)
-with rasterio.open("by_gdal.tif", "w", driver="GTiff", width=64, height=64, count=5, dtype="uint8", interleave="band") as f:
-    f.write(np.stack([20 * k + y for k in range(5)]).astype(np.uint8))
+with rasterio.open("by_gdal.tif", "w", driver="GTiff", width=64, height=64, count=5, dtype="uint8",
+                   interleave="band") as file:
+    file.write(np.stack([20 * k + y for k in range(5)]).astype(np.uint8))
 seen = pyvips.Image.new_from_file("by_gdal.tif").numpy()
 print("5 bands by rasterio, interleave='band':", *seen[[0, 20, 40, 60], 0, 0])
 assert seen[[0, 20, 40, 60], 0, 0].tolist() == [0, 4, 8, 12]

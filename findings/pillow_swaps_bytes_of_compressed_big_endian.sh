@@ -14,8 +14,8 @@
 #   int32    1 2 70000 -1000      16777216 33554432 1880162560 419233791
 #   uint16   1 2 300 60000        1 2 300 60000
 # Why it matters: Java software often writes big-endian order (ImageJ does), and heights, probabilities and normalised
-#   stains are float32. A loader by Pillow trains on numbers near zero (a mask of probabilities above 0.5 is empty), or on
-#   noise for int16, while the same folder saved without compression is right.
+#   stains are float32. A loader by Pillow trains on numbers near zero (a mask of probabilities above 0.5 is empty), or
+#   on noise for int16, while the same folder saved without compression is right.
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
