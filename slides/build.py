@@ -257,6 +257,8 @@ def check(cfg):
     if cfg.patch % 16 or not (0 <= cfg.holdout < 1 and 0 <= cfg.tissue <= 1 and 0 <= cfg.nodata <= 1):
         raise UserError(f"got --patch={cfg.patch} --holdout={cfg.holdout} --tissue={cfg.tissue} --nodata={cfg.nodata}: "
                         f"patch is a multiple of 16, holdout in [0, 1), tissue, nodata in [0, 1]")
+    if cfg.mpp is not None and not 1e-3 <= cfg.mpp <= 1e9:
+        raise UserError(f"--mpp={cfg.mpp}: give micrometres per pixel, 0.5 for a 20x scan")
     if not cfg.images or not cfg.out:
         raise UserError("say what to read and where to write: python data.py build --images=DIR_OR_FILE --out=DIR")
     if cfg.features and (cfg.encoder == Stats.name or cfg.weights or cfg.tissue or cfg.cut):

@@ -390,6 +390,7 @@ def test_pictures_that_cannot_be_used(tmp_path):
         assert not list(tmp_path.glob("out/*.safetensors"))
 
 @pytest.mark.parametrize("option, words", [
+    ("--mpp=-1", "give micrometres per pixel"),
     ("--tissue=2", "tissue, nodata in"), ("--nodata=-1", "nodata in"), ("--workers=-1", "must be at least 0"),
     ("--patch=20", "multiple of 16"), ("--encoder=uni3", "unknown encoder"), ("--weights=w.bin", "no weights"),
     ("--pach=16", "did you mean 'patch'"), ("--images=", "say what to read"), ("--holdout=1.5", "holdout in"),
