@@ -41,6 +41,8 @@ X, AT = torch.randn(12, 5), torch.stack([torch.arange(12) % 4, torch.arange(12) 
     ({"features": X, "coords": AT + 0.5}, None, 0), ({"whatever": X, "coords": AT.float()}, AT, 0),
     ({"features": X, "coords": AT, "patch_size": 256, "patch_level": 1, "downsample": 4.0001}, AT, 1024),  # CLAM
     ({"features": X, "coords": AT, "patch_size": 256, "patch_level": 0}, AT, 256),
+    ({"features": X, "coords": AT, "patch_size": 256, "patch_level": 0, "custom_downsample": [1, 1]}, AT, 256),
+    ({"features": X, "coords": AT * 1e300}, None, 0),
     ({"features": X, "coords": AT, "patch_size": 256, "patch_level": 1}, AT, 0),  # how coarse that is, is unsaid
     ({"features": X, "coords": AT, "patch_size_level0": "None"}, AT, 0),
     ({"features": X, "coords": AT, "patch_size_level0": 1e30}, AT, 0),
