@@ -21,7 +21,7 @@ from common import UserError, at_least, configure, load_meta, load_tensors, save
 from experiments.folds import Labels, make_splits, read_splits
 from mil import HEADS, cross_validate
 from slides.bags import open_bags, unusable, views
-from slides.names import few, files_of, match, name_of
+from slides.names import few, file_of, files_of, match, name_of
 
 @dataclass
 class Config:
@@ -67,7 +67,10 @@ class Job:
     names: tuple = ()          # of the slides in the folder that are used
 
     def name(self):
-        return f"{Path(self.folder).name} {self.view}".strip()
+        """The end of the folder's path, as much as tells it from the others, and the view."""
+        paths = {Path(f.strip()).parts for f in self.cfg.features.split(",")}
+        n = next(n for n in range(1, 100) if len({path[-n:] for path in paths}) == len(paths))
+        return f"{'/'.join(Path(self.folder).parts[-n:])} {self.view}".strip()
 
     def labels(self):
         return Labels(self.cfg.labels, self.names, self.cfg.partial)
@@ -96,7 +99,7 @@ def run_job(job):
     """Write scores (n,C) of every slide by the head that did not see it, fold (n,), y (n,), and, for the first
     repetition, the heads. out: the file; one that is there and was made by the same job is kept."""
     name = f"{job.name()}_{job.head}_{job.fraction}_{job.repeat}.safetensors"
-    path, labels = out_of(job.cfg) / name.replace(" ", "_"), job.labels()
+    path, labels = out_of(job.cfg) / file_of(name).replace(" ", "_"), job.labels()
     splits = job.splits(labels)
     meta = job.meta(labels, splits)
     if path.exists() and load_meta(path) == json.loads(json.dumps(meta)):
@@ -154,9 +157,10 @@ def folders_of(cfg):
         raise UserError("say what to learn from: python mil.py cv --features=DIR --labels=FILE")
     if set(heads_of(cfg)) - set(HEADS):
         raise UserError(f"--heads={cfg.heads}: heads are {', '.join(HEADS)}")
-    at_least(cfg, folds=2, seeds=1, epochs=1, patience=1, width=2, workers=1, bootstrap=1)
-    if not 0 < cfg.val < 1 or not all(0 < f <= 1 for f in cfg.fraction):
-        raise UserError(f"--val={cfg.val} --fraction={cfg.fraction}: these are shares, from 0 to 1")
+    at_least(cfg, folds=2, seeds=1, epochs=1, patience=1, width=2, workers=1, bootstrap=1, lr=0)
+    if not (0 < cfg.val < 1 and 0 <= cfg.dropout < 1 and all(0 < f <= 1 for f in cfg.fraction)):
+        raise UserError(f"--val={cfg.val} --fraction={cfg.fraction} --dropout={cfg.dropout}: these are shares, from 0 "
+                        f"to 1")
     if cfg.splits and cfg.fraction != (1.0,):
         raise UserError("--fraction goes with folds made here, not with --splits: cut the train column of the CSV")
     return folders

@@ -15,7 +15,7 @@ from data import Pyramids
 from experiments.crossval import HEADS, Config, Job, out_of, run_job, slides_of
 from experiments.features import of_a_part
 from slides.bags import placed, views
-from slides.names import few, files_of, match, name_of
+from slides.names import few, file_of, files_of, match, name_of
 
 LARGEST = 1024  # pixels of a picture's longer side, about
 
@@ -110,7 +110,7 @@ def draw_map(cfg):
         raise UserError(f"{slide} is in no test fold: take one that is")
     probabilities, a = judge(job, t, at, x)
     heat = heat_of(a, coords, side, picture.shape[:2], factor)
-    out = out_of(cfg) / f"map_{slide}_{job.name()}_{head}.png".replace(" ", "_")
+    out = out_of(cfg) / f"map_{slide}_{file_of(job.name())}_{head}.png".replace(" ", "_")
     save_png(out, overlay(picture, heat))
     guesses = ", ".join(f"P({c}) = {p:.2f}" for c, p in zip(classes, probabilities))
     print(f"{out}: label {classes[t['y'][at]]}, {guesses}; the most attended patch weighs "

@@ -154,6 +154,16 @@ def test_cv_command(folder, tmp_path, capsys):
     cv(folder, tmp_path, *more, "--epochs=1")                              # other settings: trained again
     assert [f.stat().st_mtime_ns for f in files] != stamps
 
+def test_folders_that_are_called_alike(folder, tmp_path, capsys):
+    """As RUN/features of two runs. catches: one row for both, from the scores of the last."""
+    (tmp_path / "pt").mkdir()
+    for k, file in enumerate(sorted((folder / "pt").iterdir())):
+        torch.save(torch.randn(4, 3, generator=generator(k)), tmp_path / "pt" / file.name)
+    both = f"--features={folder / 'pt'},{tmp_path / 'pt'}"
+    rows = cv(folder, tmp_path / "out", both, "--heads=abmil")
+    assert [row["features"] for row in rows] == [f"{folder.name}/pt", f"{tmp_path.name}/pt"]
+    assert rows[0]["auc"] != rows[1]["auc"] and len(list((tmp_path / "out").glob("*__pt_abmil_*"))) == 2
+
 def test_shuffled_labels_are_not_learned(tmp_path):
     """Leakage: mean AUC over two shuffles within 0.5 ± 0.12, every head; it is over 0.7 where test slides train."""
     (tmp_path / "pt").mkdir()
@@ -170,6 +180,7 @@ def test_shuffled_labels_are_not_learned(tmp_path):
 def test_cv_messages(folder, tmp_path):
     for more, words in ((["--heads=abmill"], "heads are abmil"), (["--folds=1"], "--folds=1: it must be at least 2"),
                         (["--fraction=1.5"], "are shares"), (["--folds=30"], "fewer than --folds=30"),
+                        (["--dropout=1"], "are shares"), (["--lr=-1"], "must be at least 0"),
                         (["--labels="], "say what to learn from"),
                         (["--splits=x.csv", "--fraction=0.5"], "not with --splits"),
                         (["--lr=1e30"], "no longer finite")):
