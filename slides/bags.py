@@ -90,15 +90,21 @@ def pixels(coords, n, key, meta):
     unit = str(meta.get("unit", "px")).strip("b'").lower()
     if coords is None or coords.shape != (n, 2) or key == "feats" or unit not in ("px", "pixel", "pixels"):
         return None
-    return coords.long() if not (coords % 1).any() and (coords.double().abs() < 2**40).all() else None
+    fractions, far = coords % 1, coords.double().abs()
+    if fractions.any() or not (far < 2**40).all():
+        return None
+    return coords.long()
 
 def side_said(meta):
     """The side of a tile in pixels of level 0 that a file tells: ours, TRIDENT's, or CLAM's of a level; or 0."""
     if isinstance(meta.get("scales"), list):
         return meta["patch"] << meta["scales"][0]
     step = figure(meta.get("downsample")) or float(np.all(meta.get("patch_level") == 0))  # HDF5 may hold arrays
-    clam = figure(meta.get("patch_size")) * round(step) * np.all(meta.get("custom_downsample", 1) == 1)
-    return int(figure(meta.get("patch_size_level0")) or clam)
+    clam = figure(meta.get("patch_size")) * round(step)
+    if not np.all(meta.get("custom_downsample", 1) == 1):
+        clam = 0
+    trident = figure(meta.get("patch_size_level0"))
+    return int(trident or clam)
 
 def figure(value):
     """The number that an attribute is, the first of several; 0 if it is none, or beyond all slides."""
