@@ -124,7 +124,7 @@ def test_train_takes_the_official_folder(tmp_path, run, layout, capsys):
         return
     cdm.main(["train", str(out), "smoke", "--steps=1", "--sheet=1", "--device=cpu"])
     assert (out / "cdm.safetensors").exists()
-    for command, says in ((lambda: sample_joint.main([str(out), "--device=cpu"]), "learnt from and nothing else"),
+    for command, says in ((lambda: sample_joint.main([str(out), "--device=cpu"]), "are for training alone"),
                           (lambda: cdm.main(["train", str(out), "smoke", "--model=grid", "--device=cpu"]), "whole")):
         with pytest.raises(UserError, match=says):
             command()
