@@ -118,7 +118,7 @@ def ddim_timesteps(T, steps):
     return tau
 
 def even_timesteps(T, steps):
-    """Ascending indices for our own commands, for any number of steps; ddim_timesteps' where that divides T."""
+    """`steps` ascending indices for our own commands; those of ddim_timesteps where steps divides T, up to T / 2."""
     if not 1 <= steps <= T:
         raise UserError(f"steps={steps}: give 1 to {T}")
     first = 1 if steps <= T // 2 else 0                     # the published table begins at 1
