@@ -4,10 +4,10 @@
     python train.py toy_long --lr=5e-4                 # any setting below; the same command resumes
     torchrun --standalone --nproc_per_node=6 train.py brca --data=DIR --vae_weights=FILE
 
-A run folder holds ema.safetensors (what everything loads), state.safetensors and state.1.safetensors (to go
-on from), config.json, log.jsonl (`python -m experiments.plot RUN` draws it) and samples/*.png. The result
-depends on settings and seed. Interruptions change nothing (on more than two ranks, the rounding), the number
-of ranks only the rounding.
+A run folder holds ema.safetensors (averaged U-Net and Summarizer, and the VAE: what all commands load),
+vae.safetensors, latents/, *state*.safetensors (to go on from), config.json, log.jsonl (`python -m
+experiments.plot RUN` draws it) and samples/*.png. The result depends on settings and seed. Interruptions
+change nothing (on more than two ranks, the rounding), the number of ranks only the rounding.
 
 read next: cdm.py
 """
