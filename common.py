@@ -4,6 +4,7 @@ import difflib
 import inspect
 import json
 import os
+import random
 import sys
 import time
 import typing
@@ -210,7 +211,7 @@ def save_state(path, cfg, step, net, ema, opt):
     tensors |= {f"ema.{k}": v for k, v in (ema or {}).items()}
     for i, moments in opt.state_dict()["state"].items():
         tensors |= {f"opt.{i}.{k}": v for k, v in moments.items()}
-    meta = {"step": step, "settings": asdict(cfg)}
+    meta = {"step": step, "settings": asdict(cfg), "streams": "of whole keys"}
     save_tensors(path, tensors, meta | {"crc": checksum(tensors, meta)}, earlier=previous(path))
 
 def newest_state(path, ranks=None):
@@ -232,6 +233,8 @@ def resume(path, cfg, net, ema, opt, ranks):
         return 0
     file, tensors, meta = found
     check_settings(file, cfg)
+    if "streams" not in meta and ranks.rank == 0:           # before generators had them
+        print(f"{file} is of an earlier version: it goes on, with other random numbers than it began with")
     net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
     moments = {}                                            # {number of a parameter: {name: tensor}}
     for key, value in tensors.items():
@@ -307,11 +310,13 @@ def setup(device="auto", amp=True, threads=0):
     return Ranks(rank, world, device, torch.bfloat16 if amp and fast else None)
 
 def generator(*key):
-    """A CPU torch.Generator seeded by integers such as (seed, rank, step): the same key, the same numbers."""
-    if min(key) < 0:
-        raise UserError(f"seed {key}: each number of a seed is at least 0")
-    seed = np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed) & (2**63 - 1))  # as far as seeds go
+    """A CPU torch.Generator for numbers and names such as (seed, stage, step): the same key, the same stream, another
+    key, another. Python seeds MT19937 with SHA-512 of the key; torch's own seeding reads only 32 bits of a seed."""
+    words = random.Random(" ".join(map(str, key))).getstate()[1][:624]  # the whole state
+    twister = torch.Generator()
+    state = twister.get_state()                             # at byte 24 the words, of 8 bytes each
+    state[24:24 + 8 * 624] = torch.tensor(words).view(torch.uint8)
+    return twister.set_state(state)
 
 # ----- 5. Seeing: shape tables and contact sheets -----
 

@@ -12,7 +12,6 @@ in:  a bag (N,K), one slide   out: logits (C,), attention (N,) or (N,C) that sum
 """
 import copy
 import math
-from zlib import crc32
 
 import torch
 import torch.nn as nn
@@ -220,14 +219,11 @@ class Activations:
     def noise(self, slide, batch):
         """A tensor per patch (b,3,P/4,P/4), made of seed, slide, scale and place alone: batches, ranks and
         interruptions change nothing."""
-        channels = self.model.unet.cfg.channels
         side = self.pyramids.patch // self.model.vae.factor
-        mark = crc32(slide.encode())
-        rows = []
-        for s, ij in zip(batch["s"].tolist(), batch["ij"].tolist()):
-            rng = generator(self.seed, mark, s, *ij)
-            rows.append(torch.randn(channels, side, side, generator=rng))
-        return torch.stack(rows).to(self.ranks.device)
+        shape = (self.model.unet.cfg.channels, side, side)
+        places = zip(batch["s"].tolist(), batch["ij"].tolist())
+        noise = [torch.randn(shape, generator=generator(self.seed, slide, s, *ij)) for s, ij in places]
+        return torch.stack(noise).to(self.ranks.device)
 
     def of(self, slide, batch):
         """Encode, noise to t, one pass of the U-Net, the mean of a block over space.
@@ -238,8 +234,7 @@ class Activations:
         with self.ranks.autocast():
             z = model.encode(batch["x"]).float()               # (b,3,P/4,P/4)
             z_t = model.schedule.q_sample(z, t, eps)
-            c = model.summarizer(batch["tokens"], batch["mask"], batch["s"])
-            c = c.float()                                      # (b,65,D)
+            c = model.summarizer(batch["tokens"], batch["mask"], batch["s"]).float()  # (b,65,D)
             maps = model.unet.features(z_t, t, c, self.block)  # (b,K,h,w)
         return maps.float().mean((2, 3))
 

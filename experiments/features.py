@@ -139,8 +139,8 @@ def described(cfg, source, model):
     settings = {key: value for key, value in asdict(cfg).items() if key not in FREE}
     settings["block"] = source.block
     settings["model"] = None if cfg.kind == "descriptor" else fingerprint(model)
-    if cfg.kind == "drawn":
-        settings["noise"] = "of each patch"  # once it was that of a batch, and features hung on --batch
+    if cfg.kind != "descriptor":
+        settings["noise"] = "of whole keys"  # other versions drew others: once of a batch, then of 32 bits
     return settings
 
 def extract(cfg):

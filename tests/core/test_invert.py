@@ -74,7 +74,7 @@ def test_the_seed_decides_alone(model, x):
 def test_it_explains_the_image_better(model, x):
     """On noise and time steps not used in the fit. catches: a step uphill, a gradient that does not reach u."""
     z, losses = model.encode(x), []
-    for steps in (1, 20):
+    for steps in (1, 40):
         e = I.invert(model, x, 1, steps=steps, start="noise")
         with torch.no_grad():
             losses.append(sum(float(I.eps_error(model, e, 1, z, t, torch.randn(

@@ -26,7 +26,7 @@ def whole(tmp_path_factory):
 def test_nothing_happens(whole):
     """It learns, sees every sample once, in order, and its log says how fast."""
     rows = log(whole)
-    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"] and [r["step"] for r in rows] == list(range(5, STEPS + 1, 5))
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"] and [r["step"] for r in rows] == list(range(5, STEPS + 1, 5))
     assert seen(whole) == {s: list(range(s * BATCH, (s + 1) * BATCH)) for s in range(STEPS)}
     assert all(row["img_s"] > 0 for row in rows)
     assert sorted(p.name for p in whole.glob("state*")) == ["state.1.safetensors", "state.safetensors"]
