@@ -14,23 +14,23 @@ read next: train.py
 import random
 import signal
 import sys
-import tempfile
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from common import UserError, atomic, cli, fingerprint, load_meta, save_tensors
+from common import UserError, cli, fingerprint, load_meta, save_tensors
 from summarizer import pack_grid, standardize
 
 GRID = 8    # Z S8.1: larger grids are pooled to 8x8
 POOLED = 4  # the first scale with a larger grid (16x16): from here on files hold pooled grids
 
-# ----- 1. Strips of base tiles -> one file per image -----
+# ----- 1. Strips of base tiles -> tiles and grids of every scale; toy/folder.py writes the files -----
 
 def halve(x):
     """Halve the resolution. in: (h,w,3) uint8. out: (h//2,w//2,3) uint8, (a+b+c+d+2)//4 of each 2x2 block."""
@@ -61,36 +61,6 @@ def grid_under(e, s, i, j):
         return grid
     k = 2 ** s // GRID  # side of a block; summed in float32
     return grid.float().unflatten(1, (GRID, k)).unflatten(0, (GRID, k)).mean((1, 3)).half()
-
-def write_slide(path, strips, embed_row, patch, scales, meta, keep=None, extra=None):
-    """Write the file of one image, whole or not at all. out: the number of patches per scale.
-    in:  strips (P,W,3) uint8; embed_row: tiles (n,P,P,3) -> (n,E); keep(s,i,j,tile) says which patches stay,
-         while all embeddings do; meta, plain types; extra, more arrays by name. raises: UserError."""
-    from toy.folder import write_safetensors  # a stream, for more pixels than memory holds
-    e, ij = [], [[] for _ in range(scales)]
-    with atomic(path) as tmp:
-        # pixels may exceed the memory: they wait in unnamed files beside the output
-        pixels = [tempfile.TemporaryFile(dir=path.parent) for _ in range(scales)]
-        for s, i, tiles in tile_rows(strips, patch, scales):
-            if s == 0:
-                e.append(embed_row(tiles).half())                    # (Gw,E)
-            for j, tile in enumerate(tiles):
-                if keep is None or keep(s, i, j, tile):
-                    pixels[s].write(tile.tobytes())
-                    ij[s].append((i, j))
-        e = torch.stack(e)                                           # (Gh,Gw,E)
-        there = [s for s in range(scales) if ij[s]]
-        tensors = {f"ij{s}": np.array(ij[s], np.int32) for s in there}
-        tensors |= (extra or {}) | {"e": e.numpy()}
-        for s in there:
-            if s >= POOLED:
-                grids = [grid_under(e, s, i, j) for i, j in ij[s]]
-                tensors[f"p{s}"] = torch.stack(grids).numpy()        # (n,8,8,E)
-        streams = {f"x{s}": ((len(ij[s]), patch, patch, 3), pixels[s]) for s in there}
-        write_safetensors(tmp, tensors, streams, meta)
-        for file in pixels:
-            file.close()
-    return [len(places) for places in ij]
 
 # ----- 2. Reading -----
 
@@ -193,7 +163,6 @@ class PatchDataset(Dataset):
     Item k is a pure function of (seed, k), k >= 0, whatever process reads it. So resuming is exact, and ranks
     that take other k draw independently. in: want, any of "x", "z", "e" ("e" only with only_scale, for its
     shape varies); length, what len() says, by default the number of patches. raises: UserError if nothing fits."""
-
     def __init__(self, pyramids, split="train", seed=0, want=("z",), only_scale=None, length=None):
         self.pyramids, self.seed, self.want = pyramids, seed, want
         self.slides = [k for k, slide in enumerate(pyramids.slides) if slide["split"] == split]
@@ -210,13 +179,17 @@ class PatchDataset(Dataset):
     def __len__(self):
         return self.length
 
-    def __getitem__(self, k):
+    def place(self, k):
+        """Where item k lies: slide, scale, number of the patch."""
         rng = random.Random(f"{self.seed} {k}")
         s = rng.choices(self.scales)[0]
         before = self.before[:, s]                                   # (slides+1,)
         n = rng.randrange(before[-1].item())
         at = np.searchsorted(before, n, "right").item() - 1          # the slide that holds the n-th patch
-        return self.pyramids.item(self.slides[at], s, n - before[at].item(), self.want)
+        return self.slides[at], s, n - before[at].item()
+
+    def __getitem__(self, k):
+        return self.pyramids.item(*self.place(k), self.want)
 
 def fixed_batch(pyramids, split, s, n, want=("x",), seed=0):
     """The same n distinct patches of scale s every time, over as many slides as possible; all if n is larger.
@@ -267,24 +240,28 @@ def deafen(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 @torch.no_grad()
-def encode_latents(folder, vae, pyramids, ranks):
-    """Write folder/NAME.safetensors, unscaled f16 latents of the training slides, which ranks share out."""
-    vae_mark = fingerprint(vae)
-    mine = [i for i, x in enumerate(pyramids.slides) if x["split"] == "train"][ranks.rank::ranks.world]
+def encode_latents(folder, vae, dataset, items, ranks):
+    """Write folder/NAME.safetensors, unscaled f16 latents of the slides of `dataset`, which ranks share out: those of
+    the patches that its first `items` items read. The others are NaN."""
+    pyramids, vae_mark = dataset.pyramids, fingerprint(vae)
+    every = items > 8 * len(dataset)                                    # so long a training reads nearly all
+    read = set() if every else {dataset.place(k) for k in range(items)}  # (slide, scale, number)
+    mine = dataset.slides[ranks.rank::ranks.world]
     for i in tqdm(mine, desc=f"latents -> {folder}", disable=ranks.rank > 0):
-        slide = pyramids.slides[i]
+        slide, tensors = pyramids.slides[i], {}
         path, source = folder / slide["file"], (pyramids.folder / slide["file"]).stat()
-        mark = f"{vae_mark} {source.st_size} {source.st_mtime_ns}"      # this VAE, these images
+        rows = [[n for n in range(count) if every or (i, s, n) in read] for s, count in enumerate(slide["counts"])]
+        # this VAE, these images, these patches
+        mark = f"{vae_mark} {source.st_size} {source.st_mtime_ns} {crc32(str(rows).encode())}"
         if path.exists() and load_meta(path).get("vae") == mark:
             continue
-        tensors = {}
         for s, count in enumerate(slide["counts"]):
-            z = []
-            for k in range(0, count, 128):
-                x = torch.stack([pyramids.read(i, s, n, ("x",))["x"] for n in range(k, min(k + 128, count))])
-                z.append(vae.encode(x.to(ranks.device)).half())
-            if z:
-                tensors[f"z{s}"] = torch.cat(z)                         # (count,3,P/4,P/4)
+            z = torch.full((count, 3, *[pyramids.patch // 4] * 2), torch.nan).half()
+            for k in range(0, len(rows[s]), 128):
+                part = rows[s][k:k + 128]
+                x = torch.stack([pyramids.read(i, s, n)["x"] for n in part])
+                z[part] = vae.encode(x.to(ranks.device)).half().cpu()
+            tensors[f"z{s}"] = z                                        # (count,3,P/4,P/4)
         save_tensors(path, tensors, {"vae": mark})
     ranks.barrier()
 

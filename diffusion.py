@@ -124,6 +124,13 @@ def even_timesteps(T, steps):
     first = 1 if steps <= T // 2 else 0                     # the published table begins at 1
     return [first + i * T // steps for i in range(steps)]
 
+def lean_timesteps(T, steps):
+    """`steps` ascending indices that crowd at the clean end, where details are drawn: 10 -> 1, 14, 52, ..., 999."""
+    if not 1 <= steps <= T // 4:
+        raise UserError(f"--steps={steps}: give 1 to {T // 4} of dpm")
+    shares = [(1 - i / max(steps - 1, 1)) ** 2 for i in reversed(range(steps))]
+    return [1 + i + round((T - 1 - steps) * share) for i, share in enumerate(shares)]
+
 def noise_levels(schedule, timesteps, end):
     """alpha_bar at the timesteps, and at the step after each (towards clean), as lists of floats."""
     assert sorted(set(timesteps)) == list(timesteps), "timesteps must ascend"
@@ -166,7 +173,6 @@ def plms_sample(eps_fn, z_T, schedule, steps=50, timesteps=None, callback=None):
     ab, ab_prev = noise_levels(schedule, timesteps, "published")
     # Adams-Bashforth, by the number of earlier steps, whose eps are in `old`, newest first
     weights, old = {1: (3, -1), 2: (23, -16, 5), 3: (55, -59, 37, -9)}, []
-
     def extrapolated(z, t):
         eps = eps_fn(z, t)
         if old:
@@ -179,6 +185,19 @@ def plms_sample(eps_fn, z_T, schedule, steps=50, timesteps=None, callback=None):
         old[:] = [eps, *old][:3]
         return mean
     return ddim_sample(extrapolated, z_T, schedule, timesteps=timesteps, callback=callback)
+
+def dpm_sample(fn, z_T, schedule, timesteps, pred="eps", callback=None):
+    """DPM-Solver++ 2M: DDIM along a z0_hat extrapolated from the last two. source: Lu et al. 2022."""
+    ab = schedule.alpha_bar[timesteps]
+    lam, past = (ab / (1 - ab)).log().tolist(), []          # of signal to noise; the latest z0_hat
+    def ahead(z, t):
+        i = timesteps.index(int(t[0]))
+        past[:] = [to_x0(fn(z, t), z, schedule.at(t, z), pred), *past][:2]
+        if i in (0, len(lam) - 1):                          # clean is infinitely far; at first there is but one
+            return past[0]
+        ratio = (lam[i - 1] - lam[i]) / (lam[i] - lam[i + 1])
+        return past[0] + ratio / 2 * (past[0] - past[1])
+    return ddim_sample(ahead, z_T, schedule, pred="x0", timesteps=timesteps, end="clean", callback=callback)
 
 # ----- 4. The whole model -----
 
@@ -208,20 +227,24 @@ class ZoomLDM(nn.Module):
         out = self.unet(z_t, t, c).to(z_t.dtype)                            # autocast may have made it bf16
         return to_eps(out, z_t, self.schedule.at(t, z_t), self.pred)
 
-    def guided(self, c, guidance=1.0):
-        """in: c (B,L,D). out: f(z_t, t) -> guided eps; the keys and values of c are computed once."""
-        return guided(self.eps, c, guidance, prepare=self.unet.cache_context)
+    def guided(self, c, guidance=1.0, span=(0, math.inf)):
+        """in: c (B,L,D); span, where t must lie for guidance. out: f(z_t, t) -> eps; keys are kept."""
+        fn, plain = (guided(self.eps, c, g, prepare=self.unet.cache_context) for g in (guidance, 1.0))
+        return lambda z, t: (fn if span[0] <= t[0] < span[1] else plain)(z, t)
 
     @torch.no_grad()
     def sample(self, c, size, guidance=2.0, steps=50, seed=0, sampler="ddim", end="clean", first=0):
         """Scaled latents (B,3,*size) for conditions c (B,L,D). The noise of image i of a batch depends on
-        (seed, first + i) alone. end: for ddim; plms ends as published."""
-        if sampler not in ("ddim", "plms"):
-            raise UserError(f"unknown sampler {sampler!r}: known are ddim, plms")
-        shape = (self.unet.cfg.channels, *size)
+        (seed, first + i) alone. end: for ddim; plms ends as published, dpm clean."""
+        if sampler not in ("dpm", "ddim", "plms"):
+            raise UserError(f"unknown sampler {sampler!r}: known are dpm, ddim, plms")
+        shape, T = (self.unet.cfg.channels, *size), self.schedule.T
         noise = [torch.randn(shape, generator=generator(seed, first + i)) for i in range(len(c))]
         z_T = torch.stack(noise).to(c.device)                               # (B,3,*size)
-        fn, timesteps = self.guided(c, guidance), even_timesteps(self.schedule.T, steps)
+        if sampler == "dpm":                # outside of this span guidance changes next to nothing
+            fn = self.guided(c, guidance, (100, 800))
+            return dpm_sample(fn, z_T, self.schedule, lean_timesteps(T, steps))
+        fn, timesteps = self.guided(c, guidance), even_timesteps(T, steps)
         if sampler == "plms":
             return plms_sample(fn, z_T, self.schedule, timesteps=timesteps)
         return ddim_sample(fn, z_T, self.schedule, timesteps=timesteps, end=end)

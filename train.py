@@ -246,7 +246,7 @@ def agree(log, step, batch, grad, asked):
 
 # ----- 4. Samples on the way -----
 
-SHEET = {"n": 16, "steps": 20}  # patches drawn per scale, of which 8 are shown, and steps of DDIM
+SHEET = {"n": 16, "steps": 10}  # patches drawn per scale, of which 8 are shown, and steps of dpm
 
 @torch.no_grad()
 def export(model, pyramids, cfg, ranks, step, ema):
@@ -262,7 +262,7 @@ def export(model, pyramids, cfg, ranks, step, ema):
             batch = {k: v.to(ranks.device) for k, v in batch.items()}
             with ranks.autocast():
                 c = model.summarizer(batch["tokens"], batch["mask"], batch["s"]).float()    # (n,65,D)
-                drawn = model.draw(c, pyramids.patch // 4, steps=SHEET["steps"], seed=cfg.seed)
+                drawn = model.draw(c, pyramids.patch // 4, steps=SHEET["steps"], seed=cfg.seed, sampler="dpm")
                 real = (batch["x"] if pyramids.images else model.decode(batch["z"])).float().cpu()
             rows += [real[:8], drawn[:8]]                               # (8,3,P,P)
             labels += [f"scale {s} {split}", f"scale {s} drawn"]
@@ -286,7 +286,6 @@ def make_vae(cfg, ranks, pyramids, base):
             return base.vae, base.latent_scale
         raise UserError("this preset does not train a VAE: give the published one with --vae_weights=FILE, or "
                         "train your own with --vae_steps=N")
-
     def fixed(n):
         there = [s for s in range(pyramids.scales) if pyramids.count("train", s)]
         return [fixed_batch(pyramids, "train", s, n)["x"].to(ranks.device) for s in there]  # (n,3,P,P) each
@@ -318,7 +317,7 @@ def train_ldm(cfg, ranks, vae, scale, dataset, start):
     pyramids = dataset.pyramids
     if not pyramids.official:
         pyramids.latents = Path(cfg.out, "latents")
-        encode_latents(pyramids.latents, vae, pyramids, ranks)
+        encode_latents(pyramids.latents, vae, dataset, cfg.steps * cfg.batch, ranks)
     pyramids.latent_scale = scale
     torch.manual_seed(cfg.seed + 1)
     net = LDMStage(cfg, pyramids.patch // 4)

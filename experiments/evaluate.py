@@ -62,8 +62,8 @@ def coded(model, real, batch, ranks):
         used = used + torch.bincount(indices, minlength=len(model.vae.codebook.weight))
     return torch.cat(images), perplexity(used)
 
-def in_space(name, feature, sets, train):
-    """Similarities and distances in one feature space. in: sets {kind: images}. out: {column: value}."""
+def in_space(name, feature, sets, train, null):
+    """Similarities and distances in one feature space. in: sets {kind: images}; null: features. out: a row."""
     base, features = feature(train), {kind: feature(x) for kind, x in sets.items()}
     real = features.pop("real")
     # about the mean training patch, or any two patches would look alike
@@ -72,7 +72,7 @@ def in_space(name, feature, sets, train):
     row = {f"sim_{name}": right, f"shuffled_{name}": wrong,
            f"sim_{name}_vae": M.similarity(centre(features["vae"]), centre(real))}
     project = M.principal(base, min(16, len(base) - 1))
-    for kind, x in {"floor": base[:len(real)], **features}.items():
+    for kind, x in {"floor": base[:len(real)], "null": null[:len(real)], **features}.items():
         # a Fréchet distance of few samples is mostly bias: below 256, the unbiased kernel distance and its error
         a, b = project(x), project(real)
         row[f"dist_{name}_{kind}"] = (M.frechet(a, b), None) if len(real) >= 256 else M.kernel_distance(a, b)
@@ -89,42 +89,52 @@ def by_colour(sets, batch, pyramids, palette, s):
         row[f"nuclei_{kind}"] = float((M.nuclei_fraction(sets[kind]) - area).abs().mean())
     return row
 
-def measure(model, pyramids, cfg, ranks, s, spaces, palette):
-    """All columns of scale s. out: the row; the real and the drawn patches."""
+def measure(model, pyramids, cfg, ranks, s, spaces, palette, null):
+    """All columns of scale s. null: patches drawn without a condition, the same at every scale, and their features
+    {space: (N,D)}. out: the row; the real and the drawn patches."""
     n = min(cfg.n, pyramids.count("train", s))              # as many on both sides of a distance
     batch = fixed_batch(pyramids, cfg.split, s, n)
     train = fixed_batch(pyramids, "train", s, max(n, 256))["x"]
     real, grid = batch["x"], min(2 ** s, 8)
     fake = draw_patches(model, batch, cfg, ranks)
-    null = draw_patches(model, batch, cfg, ranks, null=True)
     vae, codes = coded(model, real, cfg.batch, ranks)
-    sets = {"fake": fake, "null": null, "vae": vae, "real": real}
+    sets, (unguided, features) = {"fake": fake, "vae": vae, "real": real}, null
     row = {"scale": s, "n": len(real), "layout": M.layout_fidelity(fake, real, grid),
            "layout_vae": M.layout_fidelity(vae, real, grid), "psnr_vae": M.psnr(vae, real), "codes_used": codes}
     for name, feature in spaces.items():
-        row |= in_space(name, feature, sets, train)
+        row |= in_space(name, feature, sets, train, features[name])
     if palette is not None:
-        row |= by_colour(sets, batch, pyramids, palette, s)
+        row |= by_colour(sets | {"null": unguided[:len(real)]}, batch, pyramids, palette, s)
     return row, real, fake
+
+def draw_null(model, pyramids, cfg, ranks, scales, spaces):
+    """Patches without a condition, as many as any scale takes, and their features {space: (N,D)}."""
+    most = {s: min(cfg.n, pyramids.count(cfg.split, s), pyramids.count("train", s)) for s in scales}
+    s = max(most, key=most.get)
+    x = draw_patches(model, fixed_batch(pyramids, cfg.split, s, most[s]), cfg, ranks, null=True)
+    return x, {name: feature(x) for name, feature in spaces.items()}
 
 # ----- 3. All scales -----
 
 def evaluate(model, pyramids, cfg, ranks):
     """Measure drawn patches against the real ones their conditions came from; print a table, write eval.json."""
     spaces, palette = feature_spaces(pyramids), palette_of(pyramids)
-    table, rows, labels = [], [], []
-    for s in tqdm(scales_of(cfg, pyramids), desc="scales"):
+    table, rows, labels, scales = [], [], [], []
+    for s in scales_of(cfg, pyramids):
         held_out, train = pyramids.count(cfg.split, s), pyramids.count("train", s)
-        if min(held_out, train) < 3:
+        if min(held_out, train) >= 3:
+            scales.append(s)
+        else:
             print(f"scale {s} left out: {held_out} {cfg.split} and {train} training patches are too few")
-            continue
-        row, real, fake = measure(model, pyramids, cfg, ranks, s, spaces, palette)
+    if not scales:
+        raise UserError(f"{pyramids.folder} has too few patches to measure anything: look at the pictures instead, "
+                        f"without --eval")
+    null = draw_null(model, pyramids, cfg, ranks, scales, spaces)
+    for s in tqdm(scales, desc="scales"):
+        row, real, fake = measure(model, pyramids, cfg, ranks, s, spaces, palette, null)
         table.append(row)
         rows += [real[:12], fake[:12]]
         labels += [f"scale {s} real", f"scale {s} drawn"]
-    if not table:
-        raise UserError(f"{pyramids.folder} has too few patches to measure anything: look at the pictures instead, "
-                        f"without --eval")
     out = Path(cfg.out)
     save_grid(out / "sheet.png", rows, labels)
     write_text(out / "eval.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))

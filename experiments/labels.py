@@ -192,7 +192,7 @@ def patches(cfg):
     pyramids = Pyramids(model.info["data"], std=model.info["std"])
     train, test = (fixed_batch(pyramids, split, cfg.scale, cfg.n) for split in ("train", "test"))
     y, want = (truth(pyramids, b, pyramids.patch)[0].argmax(1) for b in (train, test))
-    drawing = Drawing(guidance=cfg.extract.guidance, steps=cfg.extract.steps)
+    drawing = Drawing(guidance=cfg.extract.guidance, sampler="ddim", steps=cfg.extract.steps)
     x, fake = train["x"], draw_patches(model, train, drawing, ranks)
     counts = torch.bincount(want).tolist()
     print(f"{len(x)} training and {len(want)} test patches of scale {cfg.scale}, by tissue {counts}")

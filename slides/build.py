@@ -22,12 +22,11 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, at_least, configure, save_png, write_text
-from data import write_slide
 from slides.encoders import Stats, embed, load_encoder
 from slides.pictures import DARK, MAX_PIXELS
 from slides.names import file_of
 from slides.strips import ahead, embedded, image_jobs, opened, plan, with_features, workers
-from toy.folder import begin, finish, finished
+from toy.folder import begin, finish, finished, write_slide
 
 PARALLEL = 2**23  # pixels from which worker processes are worth the seconds they take to start
 FREE = "out", "max_pixels", "device", "holdout", "workers", "shard"  # settings that change nothing in a file

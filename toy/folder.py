@@ -5,14 +5,15 @@ with the list of files. A command that was stopped goes on with the files that l
 in:  settings   out: index.json     read next: toy/make.py"""
 import json
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import UserError, load_meta, open_tensors, write_text
-from data import read_index
+from common import UserError, atomic, load_meta, open_tensors, write_text
+from data import POOLED, grid_under, read_index, tile_rows
 from toy.index import INDEX
 
 def begin(out, patch, encoder, source, defaults, fit_std):
@@ -32,6 +33,35 @@ def begin(out, patch, encoder, source, defaults, fit_std):
         if a != b:
             raise UserError(f"{out} was made with other settings ({key}={a} there, {b} now): give another --out")
     return index
+
+def write_slide(path, strips, embed_row, patch, scales, meta, keep=None, extra=None):
+    """Write the file of one image, whole or not at all. out: the number of patches per scale.
+    in:  strips (P,W,3) uint8; embed_row: tiles (n,P,P,3) -> (n,E); keep(s,i,j,tile) says which patches stay,
+         while all embeddings do; meta, plain types; extra, more arrays by name. raises: UserError."""
+    e, ij = [], [[] for _ in range(scales)]
+    with atomic(path) as tmp:
+        # pixels may exceed the memory: they wait in unnamed files beside the output
+        pixels = [tempfile.TemporaryFile(dir=path.parent) for _ in range(scales)]
+        for s, i, tiles in tile_rows(strips, patch, scales):
+            if s == 0:
+                e.append(embed_row(tiles).half())                    # (Gw,E)
+            for j, tile in enumerate(tiles):
+                if keep is None or keep(s, i, j, tile):
+                    pixels[s].write(tile.tobytes())
+                    ij[s].append((i, j))
+        e = torch.stack(e)                                           # (Gh,Gw,E)
+        there = [s for s in range(scales) if ij[s]]
+        tensors = {f"ij{s}": np.array(ij[s], np.int32) for s in there}
+        tensors |= (extra or {}) | {"e": e.numpy()}
+        for s in there:
+            if s >= POOLED:
+                grids = [grid_under(e, s, i, j) for i, j in ij[s]]
+                tensors[f"p{s}"] = torch.stack(grids).numpy()        # (n,8,8,E)
+        streams = {f"x{s}": ((len(ij[s]), patch, patch, 3), pixels[s]) for s in there}
+        write_safetensors(tmp, tensors, streams, meta)
+        for file in pixels:
+            file.close()
+    return [len(places) for places in ij]
 
 def finished(path, scales, meta=None):
     """Read what a file of an earlier run holds. out: patches per scale, its meta data; None if there is no file.

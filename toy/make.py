@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import UserError, at_least, cli, configure
-from data import tile_rows, write_slide
+from common import UserError, at_least, cli, configure, save_png
+from data import tile_rows
 from toy.descriptor import Stats, embed
-from toy.folder import begin, finish, finished
+from toy.folder import begin, finish, finished, write_slide
 from toy.task import task_slide, write_labels
 from toy.tissue import toy_slide
 
@@ -102,12 +102,14 @@ def make(argv):
     task = "--task" in argv or "--task=True" in argv
     cfg = configure(ToyConfig, TASK + argv if task else argv, doc=__doc__)
     check(cfg)
-    print(f"drawing {cfg.slides} + {cfg.test} slides of {cfg.size} x {cfg.size} into {cfg.out}")
+    print(f"drawing {cfg.slides} + {cfg.test} slides of {cfg.size} x {cfg.size} into {cfg.out}; the first is "
+          f"shown in first.png there")
     settings = {key: value for key, value in asdict(cfg).items() if key not in FREE}
     source = {"command": "task" if task else "toy"} | settings
     if cfg.encoder == Stats.name:
         del source["encoder"]  # as in folders from before there was a choice
     index = begin(cfg.out, cfg.patch, cfg.encoder, source, asdict(ToyConfig()), partial(deviations, cfg))
+    save_png(Path(cfg.out) / "first.png", draw(cfg, 0)[0])  # something to look at meanwhile
     if task:
         write_labels(Path(cfg.out) / "labels.csv", cfg.seed * 100_000, cfg.slides, cfg.size)
     numbers = range(cfg.slides + cfg.test)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from diffusion import Schedule, ddim_sample, plms_sample
+from diffusion import Schedule, ddim_sample, dpm_sample, lean_timesteps, plms_sample
 
 def kept(sample, steps, **options):
     """The share of the deviation that is left. z_t is N(0,1) at every t, so the expected eps is sqrt(1 - ab) z_t:
@@ -19,3 +19,18 @@ def test_few_steps_of_ddim_take_contrast_away(steps, ddim, plms):
     found = kept(ddim_sample, steps, end="clean"), kept(plms_sample, steps)
     print(f"{steps} steps: DDIM keeps {found[0]:.3f} of the deviation, PLMS {found[1]:.3f}")
     assert found == pytest.approx((ddim, plms), abs=1e-4)
+
+# frozen: written down in numpy as the paper prints it, x = s_n / s_t x - a_n (exp(-h) - 1) D
+@pytest.mark.parametrize("steps, want", [(5, (0.9830, 0.9530, 0.7077)), (10, (1.0096, 1.0243, 0.8434)),
+                                         (20, (1.0005, 1.0006, 0.8745))])
+def test_ten_steps_of_dpm_keep_it(steps, want):
+    """The same for data N(0,v), v = 1, .1 and .01. catches: the extrapolation in eps, in t or from the wrong side."""
+    schedule, found = Schedule(), []
+    for v in (1, 0.1, 0.01):
+        def exact(z, t, v=v):
+            ab = schedule.at(t, z)
+            return ab ** 0.5 * v / (ab * v + 1 - ab) * z                        # E[z0 | z_t]
+        one = torch.ones(1, 1, dtype=torch.float64)
+        found.append(float(dpm_sample(exact, one, schedule, lean_timesteps(1000, steps), "x0")) / v ** 0.5)
+    print(f"{steps} steps: DPM-Solver++ 2M keeps {found[0]:.3f}, {found[1]:.3f} and {found[2]:.3f} of the deviation")
+    assert found == pytest.approx(want, abs=1e-4)

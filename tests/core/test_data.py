@@ -7,11 +7,14 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from rule import assert_close
+from torch.nn import Module
+from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader
 
 import data
-from common import UserError, load_tensors, save_tensors
-from data import PatchDataset, Pyramids, fixed_batch, halve, open_data, tile_rows
+from common import Ranks, UserError, load_tensors, save_tensors
+from data import PatchDataset, Pyramids, encode_latents, fixed_batch, halve, open_data, tile_rows
 from summarizer import pack_grid, standardize
 from toy.descriptor import Stats
 from toy.folder import finished
@@ -143,6 +146,28 @@ def test_latents_from_a_folder_of_their_own(folder, tmp_path):
     assert torch.equal(scaled["z"], item["z"] * 0.3) and scaled["z"].dtype == torch.float32
     with pytest.raises(UserError, match=r"train_000\d.safetensors: tensor z\d is missing.*train.py"):
         PatchDataset(p)[0]
+
+def test_latents_of_what_training_reads(folder, tmp_path):
+    """Of the first items of a data set; the others are NaN, so that a training which did read one would stop. Files are
+    written again for other items, and only then. catches: a patch of another slide or scale; ranks that leave one out;
+    a training that goes on with the latents of a shorter one."""
+    d, vae, files = PatchDataset(Pyramids(folder, tmp_path), want=("x", "z")), Module(), {}
+    before = None
+    vae.encode = lambda x: avg_pool2d(x, 4)                                      # (B,3,P/4,P/4)
+    places = [(i, s, n) for i in d.slides for s in range(5) for n in range(d.pyramids.slides[i]["counts"][s])]
+    for items in (3, 20, 20, 9 * len(d)):
+        for rank in range(2):
+            ranks = Ranks(rank, 2, torch.device("cpu"), None)
+            ranks.barrier = lambda: None
+            encode_latents(tmp_path, vae, d, items, ranks)
+        written = {p.name: p.stat().st_ino for p in tmp_path.iterdir()}
+        assert (written == files) == (items == before)
+        files, before = written, items
+        d.pyramids.tensor.cache_clear()
+        known = {at for at in places if d.pyramids.read(*at, ("z",))["z"].isfinite().all()}
+        assert known == ({d.place(k) for k in range(items)} if items <= 20 else {*places})
+        item = d[2]
+        assert_close(item["z"], avg_pool2d(item["x"], 4), 1e-3)
 
 def test_item_k_is_a_pure_function_of_seed_and_k(folder):
     """In any order, in forked workers with maps that the parent opened, and in a copy that is sent to spawned ones."""

@@ -7,8 +7,9 @@ import pytest
 import torch
 from rule import assert_close, assert_golden, golden, small
 
-from diffusion import Schedule, ZoomLDM, ddim_sample, ddim_timesteps, diffusion_loss, even_timesteps
-from diffusion import guided, plms_sample, to_eps, to_x0
+from common import generator
+from diffusion import Schedule, ZoomLDM, ddim_sample, ddim_timesteps, diffusion_loss, dpm_sample, even_timesteps
+from diffusion import guided, lean_timesteps, plms_sample, to_eps, to_x0
 from summarizer import Summarizer, SummarizerConfig
 from zoom_vae import VQVAE, VAEConfig
 
@@ -113,9 +114,13 @@ def test_own_commands_draw_in_as_many_steps_as_are_asked_for():
         assert len({*tau}) == steps and tau == sorted(tau) and 0 <= tau[0] and tau[-1] <= 999
         if 1000 % steps == 0 and steps <= 500:
             assert tau == ddim_timesteps(1000, steps)
-    for steps in (0, 1001):
-        with pytest.raises(ValueError, match="give 1 to 1000"):
-            even_timesteps(1000, steps)
+        if steps <= 250:
+            lean = lean_timesteps(1000, steps)
+            assert len({*lean}) == steps and lean == sorted(lean) and lean[0] in (1, 999) and lean[-1] == 999
+    for table, most in ((even_timesteps, 1000), (lean_timesteps, 250)):
+        for steps in (0, most + 1):
+            with pytest.raises(ValueError, match=f"give 1 to {most}"):
+                table(1000, steps)
 
 # ----- 5. The published samplers -----
 
@@ -157,6 +162,8 @@ def test_point_mass(kind, pred):
             z = ddim_sample(net, z_T, schedule, eta=eta, pred=pred, timesteps=steps, end="clean",
                             callback=lambda i, t, z, z0_hat, seen=seen: seen.append(z0_hat - mu))
             assert len(seen) == len(steps) and torch.stack([z - mu, *seen]).abs().max() < 1e-5
+    z = dpm_sample(net, z_T, schedule, steps, pred, callback=lambda i, t, z, z0_hat: seen.append(z0_hat - mu))
+    assert torch.stack([z - mu, *seen]).abs().max() < 1e-5
     ab, last = schedule.alpha_bar[ddim_timesteps(1000, 50)[-1]], schedule.alpha_bar[0]
     want = last.sqrt() * mu + (1 - last).sqrt() * (z_T - ab.sqrt() * mu) / (1 - ab).sqrt()
     assert_close(ddim_sample(net, z_T, schedule, 50, pred=pred), want, 1e-5)
@@ -203,12 +210,24 @@ def test_model_sample(model):
     assert_close(model.sample(c[:1], (16, 8), guidance=2.0, steps=2, seed=3), a[:1], 1e-5)
     x = model.draw(c, 8, steps=2, seed=3, batch=1)                                # patches, in batches
     assert_close(x, model.decode(model.sample(c, (8, 8), steps=2, seed=3)).clamp(-1, 1), 1e-4)
-    p = model.sample(c, (16, 8), steps=2, sampler="plms")
-    assert p.shape == a.shape and p.isfinite().all()
+    for sampler in ("plms", "dpm"):
+        p = model.sample(c, (16, 8), steps=2, sampler=sampler)
+        assert p.shape == a.shape and p.isfinite().all()
     with pytest.raises(ValueError, match="ddim, plms"):
         model.sample(c, (16, 8), sampler="euler")
     with pytest.raises(ValueError, match="64"):
         ZoomLDM(None, Summarizer(SummarizerConfig(16, 32, 1, 64, 5)), net)
+
+def test_dpm_asks_the_null_branch_where_it_counts(model, monkeypatch):
+    """Inside of the span two rows an image, outside one; as `dpm_sample` by hand. catches: a span without its ends."""
+    c, rows, real = golden("unet_small")[0]["in/context"], [], model.unet.forward
+    monkeypatch.setattr(model.unet, "forward", lambda z, t, c: rows.append((int(t[0]), len(z))) or real(z, t, c))
+    z = model.sample(c, (8, 8), 2.0, 10, sampler="dpm")
+    tau = [1, 14, 52, 114, 200, 311, 447, 606, 790, 999]
+    assert rows == [(t, len(c) * (2 if 100 <= t < 800 else 1)) for t in tau[::-1]]
+    z_T = torch.stack([torch.randn(3, 8, 8, generator=generator(0, i)) for i in range(len(c))])
+    fn = model.guided(c, 2.0, (100, 800))
+    assert torch.equal(z, dpm_sample(fn, z_T, model.schedule, tau))
 
 def test_from_run_keeps_everything(model, tmp_path):
     """catches: a latent scale, prediction or note that is not written; a scale that only one direction knows."""

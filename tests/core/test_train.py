@@ -122,6 +122,7 @@ def test_drawing_that_cannot_work(run, tmp_path):
     with pytest.raises(UserError, match="no trained model"):
         sample_joint.main(["/nowhere"])
     for option, says in (("--scale=7", "--scale=7"), ("--sampler=euler", "unknown sampler"), ("--steps=0", "--steps=0"),
+                         ("--steps=251", "give 1 to 250 of dpm"), ("--steps=1.5", "expected int"),
                          ("--end=middle", "--end=middle"), ("--data=/nowhere", "no index.json"),
                          ("--split=valid", "--split=valid: there are scales")):
         with pytest.raises(UserError, match=says):

@@ -13,6 +13,7 @@ import sample_joint
 import train
 from common import load_tensors
 from diffusion import ZoomLDM
+from experiments import evaluate
 from experiments.workshop import CNNSummarizer
 from unet import UNet, UNetConfig
 
@@ -94,11 +95,15 @@ def test_patches_depend_on_the_seed_alone(run, tmp_path):
         a, b, c = (np.asarray(Image.open(tmp_path / n / name), int) for n in "abc")
         assert abs(a - b).max() <= 1 < abs(a - c).max(), name
 
-def test_evaluation_table(run, tmp_path, capsys):
+def test_evaluation_table(run, tmp_path, capsys, monkeypatch):
+    """No patch is drawn twice: those without a condition are the same at all scales. catches: drawn for each."""
+    drawn, real = [], evaluate.draw_patches
+    monkeypatch.setattr(evaluate, "draw_patches", lambda *a, null=False: drawn.append(null) or real(*a, null=null))
     sample_joint.main([str(run), "--eval", "--n=8", "--steps=1", f"--out={tmp_path}", "--device=cpu"])
     text = capsys.readouterr().out
     assert "layout" in text and "tissue" in text and "dist desc floor" in text
     rows = json.loads((tmp_path / "eval.json").read_text())["rows"]
+    assert drawn == [True] + [False] * len(rows)
     assert "scale 2 left out: 2 test" in text
     assert [r["scale"] for r in rows] == [0, 1] and all(-1 <= r["layout"] <= 1 for r in rows)
 
