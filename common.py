@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 class UserError(ValueError):
     """Something the user gave is unusable. The text names it and the remedy; `cli` prints it, exit code 2."""
 
-def cli(main, doc=""):
-    """Run main(argv). doc: what --help prints for a file without settings; with settings, `configure` does."""
+def cli(main, doc="", stopped="the same command goes on from the last checkpoint"):
+    """Run main(argv). doc: what --help prints for a file without settings; stopped: what is true after Ctrl-C."""
     try:
         if doc and {"--help", "-h"} & {*sys.argv}:
             sys.exit(print(doc.strip(), flush=True))
@@ -39,7 +39,7 @@ def cli(main, doc=""):
     except BrokenPipeError:
         os._exit(0)                           # `python x.py | head`
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"\ninterrupted; {stopped}", file=sys.stderr)
         sys.exit(130)
 
 # ----- 1. Command lines: a dataclass of settings, presets, strict --key=value -----

@@ -2,7 +2,7 @@
 
     python -m experiments.bench                           # reduced width, some minutes on two cores
     python -m experiments.bench --full                    # as published, 20 minutes; --compile: more
-    python -m experiments.bench --full --compile --device=cuda --batch=32
+    python -m experiments.bench --toy --compile --batch=32 --groups=sampling,training     # the networks of `make demo`
 
 Every line of a group is called in turn, round after round, together with what the machine can do at best, so that other
 work on it slows all alike: trust the ratios. Random weights: no run is needed. The U-Net of `diffusers` runs beside
@@ -13,7 +13,7 @@ in:  nothing   out: tables     read next: ../docs/speed.md
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from statistics import median
@@ -29,16 +29,15 @@ from large.proxy import Proxy
 from large.windows import prepare
 from sample_joint import sample_levels
 from summarizer import SLOTS, Summarizer, SummarizerConfig
+from train import PRESETS, LDMStage
 from train import Config as TrainConfig
-from train import LDMStage
 from unet import UNet, UNetConfig
 from zoom_vae import VQVAE, VAEConfig
-
-SIDE = 64  # latents of a patch of 256 pixels
 
 @dataclass
 class Config:
     full: bool = False      # the published widths; False: a third or a quarter of them
+    toy: bool = False       # the networks of train.py toy instead
     device: str = "cpu"
     threads: int = 0        # 0 = PyTorch's choice
     rounds: int = 3         # medians over so many
@@ -47,10 +46,15 @@ class Config:
     compile: bool = False   # torch.compile as well
     groups: str = ""        # of GROUPS, with "," between; empty = all
 
-def sizes(full):
-    """Configs of U-Net, VAE and Summarizer: as published, or so that a call takes a fraction of a second."""
-    reduced = UNetConfig(64), VAEConfig(32), SummarizerConfig(depth=2)
-    return (UNetConfig(), VAEConfig(), SummarizerConfig()) if full else reduced
+def sizes(cfg):
+    """Configs of U-Net, VAE and Summarizer, and the side of a patch's latents: as published, or so that a call takes a
+    fraction of a second, or of the toy."""
+    if cfg.toy:
+        toy = configure(TrainConfig, ["toy"], PRESETS, ("preset",))
+        return replace(toy.unet, context_dim=toy.summarizer.width), toy.vae, toy.summarizer, 16
+    if cfg.full:
+        return UNetConfig(), VAEConfig(), SummarizerConfig(), 64
+    return UNetConfig(64), VAEConfig(32), SummarizerConfig(depth=2), 64
 
 # ----- 1. The U-Net of diffusers -----
 
@@ -63,6 +67,7 @@ class Diffusers(nn.Module):
             from diffusers import UNet2DConditionModel
         except ImportError as err:
             raise UserError(f"diffusers cannot be imported ({err}): pip install -e '.[bench]'") from err
+        self.cfg = cfg
         attends = [2 ** i in cfg.attention for i in range(len(cfg.mult))]
         self.net = UNet2DConditionModel(
             in_channels=cfg.channels, out_channels=cfg.channels, cross_attention_dim=cfg.context_dim,
@@ -70,6 +75,9 @@ class Diffusers(nn.Module):
             down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
             up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]],
             norm_num_groups=cfg.groups, attention_head_dim=cfg.heads)  # by that name it takes the number of heads
+
+    def cache_context(self, c):
+        return c
 
     def forward(self, z, t, c):
         return self.net(z, t, c, return_dict=False)[0]
@@ -113,7 +121,7 @@ def peaks(cfg, ranks):
     """The best this machine does."""
     for kind, dtype in kinds(ranks).items():
         yield matmul(ranks, cfg.full, kind, dtype)
-        for shape in ((2, 192, SIDE), (1, 512, SIDE), (1, 128, 4 * SIDE)):
+        for shape in ((2, 192, 64), (1, 512, 64), (1, 128, 256)):
             yield conv(ranks, *shape, kind, dtype)
     memory = torch.zeros(1 << 28, dtype=torch.int8, device=ranks.device)
     yield "copy, bytes read and written", 2 << 28, memory.clone
@@ -138,13 +146,13 @@ def compiled_unet(cfg):
 
 def unets(cfg, ranks, backward=False):
     """Our U-Net and diffusers', in every arithmetic."""
-    shape = sizes(cfg.full)[0]
-    one = row_flops(UNet(shape).to("meta"), (shape.channels, SIDE, SIDE), shape.context_dim)
-    work = cfg.batch * (training_flops(shape, SIDE) if backward else one)
+    shape, *_, side = sizes(cfg)
+    one = row_flops(UNet(shape).to("meta"), (shape.channels, side, side), shape.context_dim)
+    work = cfg.batch * (training_flops(shape, side) if backward else one)
     nets = {"ours": UNet} | ({"ours, compiled": compiled_unet} if cfg.compile else {})
-    if compared(shape, SIDE)[1]:
+    if compared(shape, side)[1]:
         nets["diffusers"] = Diffusers
-    z, c = torch.randn(cfg.batch, shape.channels, SIDE, SIDE), torch.randn(cfg.batch, 65, shape.context_dim)
+    z, c = torch.randn(cfg.batch, shape.channels, side, side), torch.randn(cfg.batch, 65, shape.context_dim)
     t = torch.full((cfg.batch,), 500, device=ranks.device)
     yield from matmuls(cfg, ranks)
     for name, build in nets.items():
@@ -157,12 +165,12 @@ def unets(cfg, ranks, backward=False):
 
 def vaes(cfg, ranks):
     """Encoding and decoding one patch."""
-    unet, shape, _ = sizes(cfg.full)
-    pixels = SIDE * 2 ** (len(shape.mult) - 1)
-    image, z = torch.randn(1, 3, pixels, pixels), torch.randn(1, shape.channels, SIDE, SIDE)
-    work = network_flops(unet, shape, SIDE)
+    unet, shape, _, side = sizes(cfg)
+    pixels = side * 2 ** (len(shape.mult) - 1)
+    image, z = torch.randn(1, 3, pixels, pixels), torch.randn(1, shape.channels, side, side)
+    work = network_flops(unet, shape, side)
     for kind, dtype in kinds(ranks).items():
-        yield conv(ranks, 1, shape.width * shape.mult[-1], SIDE, kind, dtype)
+        yield conv(ranks, 1, shape.width * shape.mult[-1], side, kind, dtype)
     for name, x in ("encode", image), ("decode", z):
         for way, (dtype, amp) in ways(ranks).items():
             vae = VQVAE(shape).to(ranks.device, dtype).requires_grad_(False)
@@ -171,36 +179,43 @@ def vaes(cfg, ranks):
 
 def samplers(cfg, ranks):
     """Steps of 50: guided patches, and four windows drawn together with one context of the same size."""
-    unet, vae, told = sizes(cfg.full)
-    patch, one = SIDE * 2 ** (len(vae.mult) - 1), network_flops(unet, vae, SIDE)
+    unet, vae, told, side = sizes(cfg)
+    patch, one = side * 2 ** (len(vae.mult) - 1), network_flops(unet, vae, side)
     model = ZoomLDM(VQVAE(vae), Summarizer(told), UNet(unet), info={"patch": patch})
     model.to(ranks.device).eval().requires_grad_(False)
     proxy = Proxy(model.vae.factor).to(ranks.device).requires_grad_(False)
     c = torch.randn(cfg.batch, 65, told.width, device=ranks.device)
 
-    def patches(amp):
+    def patches(amp, net):
+        model.unet = net
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
-            model.sample(c, (SIDE, SIDE), steps=cfg.steps)
+            model.sample(c, (side, side), steps=cfg.steps)
 
     def joint(guide):
         with ranks.autocast():
             levels = prepare(model, None, (2 * patch,), [1, 0], 0, proxy=proxy)
             sample_levels(levels, model.schedule, steps=cfg.steps, guide=guide, lam=0.1, end="clean")
     yield from matmuls(cfg, ranks)
-    for kind, dtype in kinds(ranks).items():
-        yield f"patches, {kind}", cfg.steps * 2 * cfg.batch * one["U-Net"], partial(patches, dtype == torch.bfloat16)
+    nets = {"patches": model.unet} | ({"patches, compiled": compiled_unet(unet)} if cfg.compile else {})
+    for name, net in nets.items():
+        net = net.to(ranks.device).eval().requires_grad_(False)
+        for kind, dtype in kinds(ranks).items():
+            call = partial(patches, dtype == torch.bfloat16, net)
+            yield f"{name}, {kind}", cfg.steps * 2 * cfg.batch * one["U-Net"], call
     for guide in ("s2", "x0", "x0+proxy"):
         rows = rows_of_step(4, 1, guide)
         yield f"joint, {guide}", cfg.steps * sum(n * one[name] for name, n in rows.items()), partial(joint, guide)
 
-def training_step(unet, summarizer, batch, ranks, compiled):
+def training_step(unet, summarizer, side, batch, ranks, compiled, build=UNet):
     """A function that takes one whole training step on random samples: forward, backward, AdamW, EMA."""
-    net = LDMStage(TrainConfig(unet=unet, summarizer=summarizer, batch=batch, compile=compiled), SIDE)
+    net = LDMStage(TrainConfig(unet=unet, summarizer=summarizer, batch=batch, compile=compiled), side)
+    if build is not UNet:
+        net.unet = build(unet)
     net = net.to(ranks.device).train()
     weights = list(net.parameters())
     averages = [w.detach().clone() for w in weights]
     optimizer = torch.optim.AdamW(weights, fused=True)
-    item = net.noise(0) | {"z": torch.randn(batch, unet.channels, SIDE, SIDE), "s": torch.ones(batch).long(),
+    item = net.noise(0) | {"z": torch.randn(batch, unet.channels, side, side), "s": torch.ones(batch).long(),
                            "tokens": torch.randn(batch, SLOTS, summarizer.embed_dim),
                            "mask": torch.ones(batch, SLOTS, dtype=torch.bool)}
     item = {name: v.to(ranks.device) for name, v in item.items()}
@@ -217,12 +232,11 @@ def training_step(unet, summarizer, batch, ranks, compiled):
 
 def training(cfg, ranks):
     """A whole step of train.py: U-Net and Summarizer forward and backward, AdamW, EMA."""
-    unet, _, told = sizes(cfg.full)
-    work = cfg.batch * training_flops(unet, SIDE, told)
+    unet, _, told, side = sizes(cfg)
+    work = cfg.batch * training_flops(unet, side, told)
     yield from matmuls(cfg, ranks)
-    yield "step", work, training_step(unet, told, cfg.batch, ranks, False)
-    if cfg.compile:
-        yield "step, compiled", work, training_step(unet, told, cfg.batch, ranks, True)
+    for name in ("step", "step, compiled")[:1 + cfg.compile]:
+        yield name, work, training_step(unet, told, side, cfg.batch, ranks, name != "step")
 
 GROUPS = {"peaks": peaks, "U-Net forward": unets, "U-Net forward and backward": partial(unets, backward=True),
           "VAE": vaes, "sampling": samplers, "training": training}
@@ -239,25 +253,33 @@ def seconds_of(call, device):
     return time.perf_counter() - began
 
 def race(lines, rounds, device):
-    """Median seconds of each line, {name: seconds}: all are called in turn, a round that does not count first."""
+    """Seconds of each line, {name: (median, of the first call)}: all are called in turn, a round that does not count
+    first. In that one a compiled network is compiled."""
     spent = {name: [] for name, _, _ in lines}
     for _ in range(rounds + 1):
         for name, _, call in lines:
             spent[name].append(seconds_of(call, device))
-    return {name: median(times[1:]) for name, times in spent.items()}
+    return {name: (median(times[1:]), times[0]) for name, times in spent.items()}
 
-def rate_table(title, lines, seconds):
-    """Text of a group: seconds, rate, its share of the rates of matmul or conv, which lead the lines, and how much
-    faster it is than the first line that does the same work."""
+def rate_table(title, lines, spent):
+    """Text of a group: seconds, of the first call too, rate, its share of the rates of matmul or conv, which lead the
+    lines, and how much faster it is than the first line that does the same work."""
+    seconds = {name: times[0] for name, times in spent.items()}
     rate = {name: work / seconds[name] for name, work, _ in lines}
     yardsticks = [name for name in rate if name.startswith(("matmul", "conv"))] if title != "peaks" else []
     heads = "".join(f"{'of ' + name:>28}" for name in yardsticks)
-    text, first = [f"{title:<42}{'seconds':>10}{'G a second':>12}{heads}{'times':>8}"], {}
+    text, first = [f"{title:<42}{'seconds':>10}{'first call':>12}{'G a second':>12}{heads}{'times':>8}"], {}
     for name, work, _ in lines:
         shares = "".join(f"{rate[name] / rate[mark]:>28.1%}" for mark in yardsticks)
         same_work = work, name.partition("@")[2][:3]  # two convolutions do as much by chance
         base = first.setdefault(same_work, seconds[name])
-        text.append(f"{name:<42}{seconds[name]:>10.4f}{rate[name] / 1e9:>12.1f}{shares}{base / seconds[name]:>8.2f}")
+        text.append(f"{name:<42}{seconds[name]:>10.4f}{spent[name][1]:>12.3f}{rate[name] / 1e9:>12.1f}{shares}"
+                    f"{base / seconds[name]:>8.2f}")
+    for name in seconds:
+        plain = name.replace(", compiled", "")
+        if plain != name and seconds[plain] > seconds[name]:
+            calls = (spent[name][1] - spent[plain][1]) / (seconds[plain] - seconds[name])
+            text.append(f"{name}: what compiling took is won back after {calls:,.0f} calls")
     return "\n".join(text)
 
 def machine(ranks):
@@ -276,12 +298,15 @@ def main(argv):
     ddim_timesteps(1000, cfg.steps)          # are there so many?
     ranks = setup(cfg.device, threads=cfg.threads)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    size = "published sizes" if cfg.full else "reduced width (--full: published sizes)"
-    print(f"{machine(ranks)}\n{size}, batch {cfg.batch}, latents of {SIDE} x {SIDE}, medians of {cfg.rounds} rounds\n"
-          f"{compared(sizes(cfg.full)[0], SIDE)[0]}", flush=True)
+    size = "published sizes" if cfg.full else "the toy" if cfg.toy else "reduced width (--full: published sizes)"
+    unet, *_, side = sizes(cfg)
+    print(f"{machine(ranks)}\n{size}, batch {cfg.batch}, latents of {side} x {side}, medians of {cfg.rounds} rounds\n"
+          f"{compared(unet, side)[0]}", flush=True)
     for title in titles:
         lines = list(GROUPS[title](cfg, ranks))
         print("\n" + rate_table(title, lines, race(lines, cfg.rounds, ranks.device)), flush=True)
 
+NOT_KEPT = "whole tables above are good; nothing else is kept, and the same command begins anew"
+
 if __name__ == "__main__":
-    cli(main)
+    cli(main, stopped=NOT_KEPT)

@@ -1,8 +1,9 @@
 """Speed and memory of large images, side by side in one run.
 
     python -m experiments.speed speed out/toy_long     # ratios to a plain transcription of Algorithm S2
-    python -m experiments.speed flat out/toy_long      # seconds per megapixel and peak memory, of three sizes
+    python -m experiments.speed flat out/toy_long      # seconds per megapixel and peak memory, of several sizes
     python -m experiments.speed cosine out/toy_long    # how far S2's direction is from S1's at every t (Z Eq. 6)
+    python -m experiments.speed against ../old --part=large     # this checkout beside an older one: against.py
 
 in:  a run folder   out: tables     read next: bench.py
 """
@@ -16,6 +17,7 @@ import torch
 from common import UserError, at_least, cli, configure
 from diffusion import ddim_step, ddim_timesteps, noise_levels, to_x0
 from experiments import metrics as M
+from experiments.bench import NOT_KEPT
 from experiments.cost import Profile
 from experiments.quality import crops, held_out, open_run, tflop, uncrop
 from large.command import EVEN, Settings, draw_large, pixels
@@ -27,7 +29,8 @@ class Config:
     command: str = ""       # speed, flat, cosine
     run: str = ""           # run folder
     data: str = ""          # data folder; default: the one the run was trained on
-    size: int = 512         # pixels a side; flat: of the smallest
+    size: int = 512         # pixels a side
+    sizes: tuple = (512, 1024, 2048)  # of flat, each a multiple of the first
     steps: int = 2          # of each timed run
     rounds: int = 3         # speed: medians over so many
     device: str = "auto"
@@ -175,24 +178,28 @@ def speed(cfg):
 # ----- 3. Does cost grow with the canvas? -----
 
 def flat(cfg):
-    """Draw three canvases, each twice as wide as the one before, on embeddings of a held-out slide repeated."""
+    """Draw canvases of several sizes, on embeddings of a held-out slide repeated, with one scale for context."""
+    cfg.size = cfg.sizes[0]
+    if cfg.size < 1 or any(side % cfg.size for side in cfg.sizes):
+        raise UserError(f"--sizes={cfg.sizes}: give sides in pixels, each a multiple of the first")
     bench = Bench(cfg)
-    model, grid, ranks, size = bench.model, bench.grid, bench.ranks, cfg.size
-    settle = Settings(run=cfg.run, size=(size,), context=(bench.context,), **EVEN | {"steps": 1})
+    model, grid, ranks = bench.model, bench.grid, bench.ranks
+    settle = Settings(run=cfg.run, size=(cfg.size,), context=(bench.context,), **EVEN | {"steps": 1})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     draw_large(model, grid, settle, ranks, bench.proxy)  # the first call of a kernel is slow
-    print(f"{settle.guide}, {cfg.steps} steps, context at scale {bench.context}\n{'side':>6}{'seconds':>10}"
-          f"{'s per megapixel':>17}{'memory above the model, MB':>28}{'canvas (float32 pixels), MB':>30}")
-    for times in (1, 2, 4):
-        side, wide = size * times, replace(grid, e=grid.e.tile(1, times, times))
-        began = time.perf_counter()
+    print(f"{settle.guide}, {cfg.steps} steps, context at scale {bench.context}\n{'side':>6}{'windows':>9}"
+          f"{'seconds':>10}{'of CPU':>9}{'CPU s per megapixel':>21}{'memory above the model, MB':>28}"
+          f"{'canvas (float32), MB':>22}")
+    for side in cfg.sizes:
+        wide = replace(grid, e=grid.e.tile(1, side // cfg.size, side // cfg.size))
+        began, busy = time.perf_counter(), time.process_time()
         levels, _ = draw_large(model, wide, replace(settle, size=(side,), steps=cfg.steps), ranks, bench.proxy)
         for _ in pixels(model, levels[-1].z, ranks):
             pass
-        seconds = time.perf_counter() - began
+        seconds, busy = time.perf_counter() - began, time.process_time() - busy
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        print(f"{side:>6}{seconds:>10.1f}{seconds / side ** 2 * 1e6:>17.1f}{grown:>28.0f}{side ** 2 * 12e-6:>30.0f}",
-              flush=True)
+        print(f"{side:>6}{len(levels[-1].canvas.ij):>9}{seconds:>10.1f}{busy:>9.1f}{busy / side ** 2 * 1e6:>21.1f}"
+              f"{grown:>28.0f}{side ** 2 * 12e-6:>22.0f}", flush=True)
 
 # ----- 4. Eq. 6's claim -----
 
@@ -237,11 +244,14 @@ def cosine(cfg):
 COMMANDS = {"speed": speed, "flat": flat, "cosine": cosine}
 
 def main(argv):
+    if argv[:1] == ["against"]:
+        from experiments.against import main as compare_checkouts
+        return compare_checkouts(argv[1:])
     cfg = configure(Config, argv, words=("command", "run"), doc=__doc__)
     if cfg.command not in COMMANDS or not cfg.run:
-        raise UserError("write python -m experiments.speed speed RUN, or flat RUN, or cosine RUN")
+        raise UserError("write python -m experiments.speed speed RUN, or flat RUN, cosine RUN, against OLDER_CHECKOUT")
     at_least(cfg, rounds=1, steps=1, size=256 if cfg.command == "cosine" else 1)
     COMMANDS[cfg.command](cfg)
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, stopped=NOT_KEPT)

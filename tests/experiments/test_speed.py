@@ -44,8 +44,8 @@ def test_published_decoding():
 
 def test_flat(printed):
     """catches: a canvas that was not drawn at the size told."""
-    rows = [line.split() for line in printed("flat", "--size=128", "--steps=1")[-3:]]
-    assert [row[0] for row in rows] == ["128", "256", "512"] and all(float(row[1]) > 0 for row in rows)
+    rows = [line.split() for line in printed("flat", "--sizes=128,256", "--steps=1")[-2:]]
+    assert [row[:2] for row in rows] == [["128", "9"], ["256", "25"]] and all(float(row[2]) > 0 for row in rows)
 
 def test_cosine(printed, monkeypatch):
     """catches: a direction that is no vector; columns mixed up."""
@@ -61,6 +61,7 @@ def test_cosine(printed, monkeypatch):
 @pytest.mark.parametrize("args, words", [
     (["fast", "RUN"], "experiments.speed speed RUN"), (["speed"], "experiments.speed speed RUN"),
     (["speed", "RUN", "--rounds=0"], "--rounds=0: it must be"), (["flat", "RUN", "--steps=0"], "--steps=0: it must be"),
+    (["flat", "RUN", "--sizes=512,700"], "each a multiple of the first"),
     (["cosine", "RUN", "--size=128"], "--size=128: it must be at least 256")])
 def test_bad_input(args, words):
     with pytest.raises(UserError, match=words):

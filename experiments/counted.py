@@ -1,0 +1,38 @@
+"""Run a command of any checkout, and count what it computes.
+
+    python -m experiments.counted train.py smoke        # or, in an older checkout: python PATH/counted.py FILE.py ...
+
+in:  a file and its arguments, in the checkout they belong to
+out: what the command does; at last a line of JSON, FLOPs and the rows that the three networks saw   see: against.py
+"""
+import json
+import os
+import runpy
+import sys
+from functools import partial
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+def main(argv):
+    """Run argv[0] with the rest as its arguments. Only torch and ZoomLDM.from_run are asked for, in any checkout."""
+    sys.path[0], sys.argv, rows = os.getcwd(), argv, {}
+    from diffusion import ZoomLDM
+    load = ZoomLDM.from_run
+
+    def see(name, module, inputs):
+        rows[name] = rows.get(name, 0) + len(inputs[0])
+
+    def seen(folder):
+        model = load(folder)
+        parts = {"U-Net": model.unet, "encoder": model.vae.encoder, "decoder": model.vae.decoder}
+        for name, part in parts.items():
+            part.register_forward_pre_hook(partial(see, name))
+        return model
+    ZoomLDM.from_run = seen
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as meter:     # the fused kernel counts as 0
+        runpy.run_path(argv[0], run_name="__main__")
+    print("\n" + json.dumps({"flops": meter.get_total_flops(), "rows": rows}))
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
