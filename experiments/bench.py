@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError, at_least, cli, configure, setup
-from diffusion import ZoomLDM, ddim_timesteps
+from diffusion import ZoomLDM, even_timesteps
 from experiments.cost import network_flops, row_flops, rows_of_step, training_flops
 from large.proxy import Proxy
 from large.windows import prepare
@@ -295,7 +295,7 @@ def main(argv):
     if set(titles) - set(GROUPS):
         raise UserError(f"--groups={cfg.groups}: known are {', '.join(GROUPS)}")
     at_least(cfg, rounds=1, batch=1)
-    ddim_timesteps(1000, cfg.steps)          # are there so many?
+    even_timesteps(1000, cfg.steps)          # are there so many?
     ranks = setup(cfg.device, threads=cfg.threads)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     size = "published sizes" if cfg.full else "the toy" if cfg.toy else "reduced width (--full: published sizes)"

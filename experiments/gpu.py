@@ -34,6 +34,7 @@ class Config:
     tiny: bool = False          # small networks for patches of 32 pixels; sizes, too, are an eighth
     batch: int = 70             # of the training step; published: 70 on each of six cards
     patches: int = 64
+    steps: int = 10             # of these, by sample_joint.py's sampler
     size: tuple = (1024, 4096)  # pixels of large images, powers of two
     rounds: int = 5             # medians over so many, of the training step
     minutes: float = 8.0        # what begins later is left out
@@ -60,7 +61,7 @@ def their_unet(unet):
     theirs = Diffusers(unet.cfg)
     state = {UNET + unet_name(unet, name): value for name, value in unet.state_dict().items()}
     theirs.net.load_state_dict(convert_ldm_unet_checkpoint(state, config=theirs.net.config))
-    return theirs.eval()
+    return theirs.eval().requires_grad_(False)
 
 def their_vae(vae):
     """diffusers' VQModel with our weights."""
@@ -74,7 +75,7 @@ def their_vae(vae):
     state = {VAE + vae_name(name): value for name, value in vae.state_dict().items()}
     state = convert_ldm_vae_checkpoint(state, config=theirs.config)
     theirs.load_state_dict(state | {"quantize.embedding.weight": vae.codebook.weight})
-    return theirs.eval()
+    return theirs.eval().requires_grad_(False)
 
 def parity(cfg, ranks, model):
     """Relative differences from float32 on the CPU: here in float32 and bf16, and of diffusers in float32."""
@@ -136,7 +137,7 @@ def patches(cfg, ranks, model):
     """Guided patches with the settings of sample_joint.py; then with diffusers' U-Net in the place of ours."""
     usual, side = PatchConfig(), model.info["patch"] // 4
     c = torch.randn(cfg.patches, 65, model.summarizer.cfg.width, device=ranks.device)
-    how = dict(guidance=usual.guidance, steps=usual.steps, sampler=usual.sampler, batch=usual.batch)
+    how = dict(guidance=usual.guidance, steps=cfg.steps, sampler=usual.sampler, batch=usual.batch)
 
     def draw():
         with ranks.autocast():
@@ -167,7 +168,7 @@ PARTS = {"parity": parity, "training": training, "patches": patches, "large": la
 
 def main(argv):
     cfg = configure(Config, argv, doc=__doc__)
-    at_least(cfg, batch=1, patches=1, rounds=1, minutes=0)
+    at_least(cfg, batch=1, patches=1, steps=1, rounds=1, minutes=0)
     if [n for n in cfg.size if type(n) is not int or n < 512 or n & n - 1]:
         raise UserError(f"--size={cfg.size}: give powers of two, at least 512")
     ranks, began = setup(cfg.device, threads=cfg.threads), time.monotonic()

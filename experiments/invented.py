@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from cdm import load_conditioner
 from common import UserError, at_least, cli, configure, one_of, save_grid, save_png, setup, to_uint8
-from diffusion import ZoomLDM
+from diffusion import ZoomLDM, even_timesteps, lean_timesteps
 
 @dataclass
 class Config:
@@ -39,7 +39,8 @@ def draw_sheet(made, model, ranks, path, scales, n, guidance=2.0, steps=50, seed
 
 def sample(cfg):
     """Write patches at one scale, or all."""
-    one_of(cfg, model=("cdm", "edm"))
+    one_of(cfg, model=("cdm", "edm"), sampler=("dpm", "ddim", "plms"))
+    (lean_timesteps if cfg.sampler == "dpm" else even_timesteps)(1000, cfg.steps)   # are there so many?
     at_least(cfg, n=1, scale=-1)
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)

@@ -15,7 +15,7 @@ import torch
 from torch import cat, stack
 from torch.nn.functional import fold, unfold
 
-from common import UserError, at_least, cli, configure, load_tensors, save_grid, save_png, save_tensors
+from common import UserError, at_least, cli, configure, load_tensors, one_of, save_grid, save_png, save_tensors
 from common import setup, to_uint8, write_text
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM
@@ -23,7 +23,7 @@ from experiments.cost import Profile, full_size
 from experiments.metrics import kernel_distance, principal, psnr, random_features, seam_ratio, similarity, ssim
 from experiments.metrics import standard
 from large import proxy as proxies
-from large.command import EVEN, Settings, decoded, draw_large, usual_overlap
+from large.command import EVEN, Settings, decoded, draw_large, times, usual_overlap
 from large.windows import Grid, sides
 from sample_joint import Resize
 from slides.encoders import load_encoder
@@ -267,6 +267,8 @@ def main(argv):
         raise UserError("say which run: python -m experiments.quality out/toy_long (train one with python train.py "
                         "toy_long)")
     at_least(cfg, n=1, steps=1, size=1, context=0)
+    one_of(cfg, sampler=("ddim", "lean"))
+    times(Settings(sampler=cfg.sampler, steps=cfg.steps), 1000)  # are there so many?
     if cfg.plot:
         from experiments.plot import draw_trade
         return draw_trade(Path(cfg.run) / "bench")

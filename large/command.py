@@ -181,6 +181,9 @@ def check(cfg, schedule):
     at_least(cfg, seed=0, batch=1, overlap=-1)
     if len(cfg.guided) != 2 or len(cfg.lam) > 2 or [type(v) for v in cfg.at] != [int, int] or not cfg.size:
         raise UserError("give two numbers for --guided, two whole ones for --at, one or two for --lam and --size")
+    if cfg.guided[0] > cfg.guided[1] or "x0" in cfg.guide and max(lams(cfg)) > 1:
+        raise UserError(f"--guided={cfg.guided} --lam={cfg.lam}: the first t of --guided is the smaller one, and --lam "
+                        f"of {cfg.guide} is a share, 0 to 1")
     if cfg.eval or cfg.sampler not in ("", "lean", "ddim"):
         raise UserError(f"--eval={cfg.eval} --sampler={cfg.sampler}: large images take lean or ddim, and no --eval")
     S.guide_of(cfg.guide, cfg.inner, lams(cfg), cfg.delta, cfg.zeta)

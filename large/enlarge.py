@@ -12,11 +12,11 @@ import torch
 
 from common import UserError, at_least, cli, configure, one_of, save_grid, save_png, save_tensors, setup, to_uint8
 from data import Pyramids
-from diffusion import ZoomLDM
+from diffusion import ZoomLDM, even_timesteps
 from invert import invert, paint, patch_of, project, super_resolve, to_tiles
 from large import proxy as proxies
 from large.windows import Grid
-from sample_joint import GUIDES, Resize
+from sample_joint import GUIDES, Resize, guide_of
 from slides.encoders import FREE, load_encoder
 from slides.reader import MAX_PIXELS, open_slide
 
@@ -86,6 +86,10 @@ def check(cfg, known):
         raise UserError(f"--sr={cfg.sr}: from --scale={cfg.scale} give a power of 2 up to {2 ** cfg.scale}")
     at_least(cfg, white=0, steps=1, invert_steps=1, batch=1, seed=0, variations=0)
     one_of(cfg, A=("bicubic", "box"), guide=GUIDES)
+    guide_of(cfg.guide, 1, cfg.lam, 1, 1)
+    even_timesteps(1000, cfg.steps)                         # are there so many?
+    if cfg.lam > 1 and "x0" in cfg.guide:
+        raise UserError(f"--lam={cfg.lam}: it is the share of the misfit that is taken away, 0 to 1")
     return cfg.scale - factor.bit_length() + 1
 
 # ----- 2. Drawing -----

@@ -46,6 +46,8 @@ def test_sample_writes_patches(command, args, conditioned, tmp_path):
 @pytest.mark.parametrize("main, args, says", [
     (cdm.main, ["sample", "HOME", "--model=grid"], "known are cdm, edm"), (cdm.main, ["sample"], "run folder"),
     (cdm.main, ["sample", "RUN", "--model=edm"], "train one with"),
+    (cdm.main, ["sample", "HOME", "--steps=251"], "give 1 to 250"),
+    (cdm.main, ["sample", "HOME", "--sampler=lean"], "--sampler=lean: known are dpm"),
     (cdm.main, ["sample", "HOME", "--scale=9"], "scales 0 to 2"), (cdm.main, ["sample", "HOME", "--n=0"], "--n=0"),
     (conditions.main, ["draw", "HOME"], "conditions"), (conditions.main, ["scales", "HOME"], "--single")])
 def test_bad_input(main, args, says, conditioned, run):

@@ -1,5 +1,4 @@
 """The lines for one GPU, in sizes that a CPU has: their logic, not their speed."""
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -7,16 +6,14 @@ import torch
 
 from common import UserError
 from experiments import gpu
-from sample_joint import Config
 from unet import UNet
 
 @pytest.mark.slow
 def test_every_part_is_told(monkeypatch, capsys):
     """catches: networks that differ from themselves; a part that cannot run; diffusers needed; one begun too late."""
     monkeypatch.setattr(UNet, "compile", lambda net: None)
-    monkeypatch.setattr(gpu, "PatchConfig", lambda: replace(Config(), steps=2))
     monkeypatch.setattr(gpu, "matmul", lambda *a: ("matmul", 2 * 8 ** 3, partial(torch.mm, *torch.randn(2, 8, 8))))
-    args = ["--device=cpu", "--tiny", "--batch=1", "--patches=1", "--rounds=1", "--size=512", "--threads=1"]
+    args = "--device=cpu --tiny --batch=1 --patches=1 --steps=2 --rounds=1 --size=512 --threads=1".split()
     gpu.main(args)
     lines = capsys.readouterr().out.splitlines()
     first = lines.index("# training")

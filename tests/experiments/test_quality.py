@@ -51,6 +51,8 @@ def test_images_with_gaps_are_no_ceiling(toy, monkeypatch):
 
 @pytest.mark.parametrize("args, words", [
     (["--methods=magic"], "--methods=magic"), (["--n=3"], "lower --n or --size"), (["--n=0"], "--n=0: it must be"),
+    (["--sampler=foo"], "--sampler=foo: known"), (["--steps=1001"], "give 1 to 1000"),
+    (["--sampler=lean", "--steps=300"], "give 1 to 250"),
     (["--size=160"], "multiple of 64"), (["--size=64", "--n=1"], "less than a patch")])
 def test_bad_input(ready, args, words):
     """Refused before anything is measured or fitted."""

@@ -279,6 +279,7 @@ REFUSED = {
     "known are joint, multidiffusion, independent, bicubic": ["--method=magic"], "inner=-1": ["--inner=-1"],
     "s1, s2, x0, x0": ["--guide=magic", "--guide=proxy"], "smaller overlap": ["--overlap=16"],
     "--A=lanczos: known are .*bicubic, box": ["--A=lanczos --method=independent"], "lam=": ["--lam=-1"],
+    "the smaller one, and --lam": ["--guided=800,100", "--lam=1.5", "--lam=0.3,2"],
     "overlap=-2: it must be at least -1": ["--overlap=-2"], "at least 1": ["--batch=0"], "zeta=0": ["--zeta=0"],
     "no --eval": ["--eval"], "take lean or ddim": ["--sampler=plms"],
     "give 1 to 1000": ["--sampler=ddim --steps=1001"], "give 1 to 250": ["--steps=-1", "--steps=251"],

@@ -79,7 +79,8 @@ def test_the_command(ready, x, tmp_path, capsys, monkeypatch):
     ("--image=cut.png --scale=1", "cannot be read"), ("--image=none.png --scale=1", "no such file"),
     ("--scale=-1", "--scale=-1"), ("--scale=3", "0 .finest. to 2"), ("--scale=0 --sr=2", "finest"),
     ("--scale=0", "finest"), ("--scale=1 --sr=4", "power of 2 up to 2"), ("--scale=2 --sr=3", "power of 2 up to 4"),
-    ("--scale=1 --A=x", "--A=x"), ("--scale=1 --start=x", "--start=x"), ("--scale=1 --steps=0", "--steps=0")])
+    ("--scale=1 --A=x", "--A=x"), ("--scale=1 --start=x", "--start=x"), ("--scale=1 --steps=0", "--steps=0"),
+    ("--scale=1 --steps=1001", "give 1 to 1000"), ("--scale=1 --lam=-1", "lam"), ("--scale=1 --lam=1.1", "0 to 1")])
 def test_what_the_command_refuses(ready, model, x, tmp_path, monkeypatch, args, says):
     monkeypatch.setattr(ZoomLDM, "from_run", lambda folder: model)
     monkeypatch.chdir(tmp_path)
