@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 .PHONY: demo test torture lint
 demo: .venv/installed
 	$(RUN) train.py toy
-	$(RUN) sample_joint.py out/toy --eval --steps=20
+	$(RUN) sample_joint.py out/toy --eval --n=64
 
 test: .venv/installed
 	$(RUN) -m pytest -q -n 2 --durations=15

@@ -90,8 +90,8 @@ TABLE = {
     "vae.res_blocks":       (1,            1,          1,          None,          None,         None),
     "vae.codes":            (64,           1024,       1024,       None,          None,         None),
     "vae.groups":           (8,            8,          8,          16,            None,         None),
-    "vae_steps":            (40,           700,        2000,       40_000,        0,            0),
-    "vae_batch":            (None,         None,       None,       32,            None,         None),
+    "vae_steps":            (40,           800,        2000,       40_000,        0,            0),
+    "vae_batch":            (None,         8,          None,       32,            None,         None),
     "vae_lr":               (1e-4,         None,       None,       2e-4,          None,         None),
     "vae_crop":             (32,           32,         32,         None,          None,         None),
     "summarizer.width":     (128,          128,        128,        384,           None,         None),
@@ -108,7 +108,7 @@ TABLE = {
     "unet.positions":       (16,           16,         16,         16,            None,         None),
     "pred":                 ("v",          "v",        "v",        "v",           None,         None),
     "steps":                (40,           800,        4000,       100_000,       500_000,      500_000),
-    "batch":                (16,           None,       None,       128,           420,          400),
+    "batch":                (16,           16,         None,       128,           420,          400),
     "micro":                (None,         None,       None,       64,            None,         None),
     "lr":                   (3e-4,         None,       1e-3,       1e-4,          2e-5,         2e-5),
     "warmup":               (None,         None,       None,       1000,          1000,         1000),
@@ -118,7 +118,7 @@ TABLE = {
     "ema":                  (None,         None,       0.999,      0.9999,        0.9999,       0.9999),
     "workers":              (None,         None,       None,       4,             4,            4),
     "log_every":            (10,           None,       None,       100,           100,          100),
-    "sample_every":         (40,           200,        1000,       5000,          10_000,       10_000),
+    "sample_every":         (40,           400,        1000,       5000,          10_000,       10_000),
     "save_every":           (10,           None,       None,       1000,          5000,         5000),
 }
 PRESETS = {name: {key: row[i] for key, row in TABLE.items() if row[i] is not None}

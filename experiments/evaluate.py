@@ -89,6 +89,10 @@ def by_colour(sets, batch, pyramids, palette, s):
         row[f"nuclei_{kind}"] = float((M.nuclei_fraction(sets[kind]) - area).abs().mean())
     return row
 
+def contrast(x):
+    """Mean deviation of colours within a patch. in: (N,3,P,P)."""
+    return float(x.std((2, 3)).mean())
+
 def measure(model, pyramids, cfg, ranks, s, spaces, palette, null):
     """All columns of scale s. null: patches drawn without a condition, the same at every scale, and their features
     {space: (N,D)}. out: the row; the real and the drawn patches."""
@@ -100,7 +104,8 @@ def measure(model, pyramids, cfg, ranks, s, spaces, palette, null):
     vae, codes = coded(model, real, cfg.batch, ranks)
     sets, (unguided, features) = {"fake": fake, "vae": vae, "real": real}, null
     row = {"scale": s, "n": len(real), "layout": M.layout_fidelity(fake, real, grid),
-           "layout_vae": M.layout_fidelity(vae, real, grid), "psnr_vae": M.psnr(vae, real), "codes_used": codes}
+           "layout_vae": M.layout_fidelity(vae, real, grid), "psnr_vae": M.psnr(vae, real), "codes_used": codes,
+           "contrast": contrast(fake) / contrast(real), "contrast_vae": contrast(vae) / contrast(real)}
     for name, feature in spaces.items():
         row |= in_space(name, feature, sets, train, features[name])
     if palette is not None:
@@ -155,7 +160,7 @@ def print_table(table):
     blocks = {
         "follows its condition (1 = the real patch; shuffled = other patches' conditions)":
             "n layout layout_vae sim_desc shuffled_desc sim_desc_vae sim_rand shuffled_rand sim_rand_vae psnr_vae "
-            "codes_used",
+            "codes_used contrast contrast_vae",
         "distance to held-out patches (Fréchet if n >= 256, else kernel ± standard error), 16 components":
             "dist_desc_fake dist_desc_floor dist_desc_vae dist_desc_null dist_rand_fake dist_rand_floor dist_rand_vae "
             "dist_rand_null"}
