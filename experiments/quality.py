@@ -54,7 +54,7 @@ METHODS = {  # settings of large/command.py
     "s2": dict(guide="s2"),
     "x0": dict(guide="x0"),
     "x0+proxy": dict(guide="x0+proxy"),
-    "part guided": dict(guide="x0+proxy", guided=(100, 800)),  # x0+proxy without a null branch at both ends
+    "part guided": dict(guide="x0+proxy", guided=(200, 700)),  # x0+proxy without a null branch at both ends
 }
 
 # ----- 1. A run and its held-out slides -----

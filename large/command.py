@@ -43,7 +43,7 @@ class Settings(Conditions, S.Config):
     overlap: int = -1          # latents that windows share; -1 = nearly a quarter of a side (multidiffusion: three)
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
     A: str = "bicubic"         # down-sampling of the constraint: bicubic, or box, as pyramids are made
-    guided: tuple = (100, 800)  # the null branch is asked, and guidance used, only while t lies here
+    guided: tuple = (200, 700)  # the null branch is asked, and guidance used, only while t lies here
     method: str = "joint"      # joint; or, to compare, multidiffusion, independent, bicubic (baselines)
     repair: bool = False       # end with the published repair: back to t = 300, windows at a quarter of their side
     mpp: float = 0.0           # micrometres per pixel, for .tif; 0 = unknown
