@@ -1,6 +1,6 @@
 """Slides, aerial tiles and photos -> pyramids on disk: `python data.py build`, from one picture to thousands of slides.
 
-Worker processes read and embed strips of base tiles; this one halves them and writes one file per image, whole or not
+Workers read and embed strips of base tiles; the main thread halves them and writes one file per image, whole or not
 at all. The same command goes on where it stopped. An image that cannot be read is passed over; exit code 1 in the end.
 in:  images, a folder, a pattern or a CSV   out: what data.py describes; masks/*.png, where tissue was found
 run: python data.py build --images=SLIDES --out=data/mine --mpp=0.5 --tissue=0.2     20x patches that show tissue
@@ -25,10 +25,14 @@ from common import UserError, at_least, configure, save_png, write_text
 from slides.encoders import Stats, embed, load_encoder
 from slides.pictures import DARK, MAX_PIXELS
 from slides.names import file_of
-from slides.strips import ahead, embedded, image_jobs, opened, plan, with_features, workers
+from slides.strips import (ahead, cached_encoder, embed_tiles, embedded, image_jobs, opened, plan, with_features,
+                           workers)
+from toy.descriptor import spread
 from toy.folder import begin, finish, finished, write_slide
 
-PARALLEL = 2**23  # pixels from which worker processes are worth the seconds they take to start
+# pixels from which workers are processes, worth the seconds they take to start: Pillow decodes JPEG 2000 in one thread
+# at a time
+LARGE = 2**26
 FREE = "out", "max_pixels", "device", "holdout", "workers", "shard"  # settings that change nothing in a file
 # why patches are left out, and what to do if all of them are
 LEFT = {"unreadable": "copy the image again", "without data": "raise --nodata, or --white if it is too dark",
@@ -54,7 +58,7 @@ class Config:
     cut: str = ""                 # 3x2: make 3 columns x 2 rows of every image: a part of one slide is held out
     holdout: float = 0.1          # fraction of the images held out, if there are at least 5, and no column split
     max_pixels: int = MAX_PIXELS  # refuse larger images of kinds that unpack as a whole
-    workers: int = 0              # processes that read; 0 = one per core up to 8, none for a few small images
+    workers: int = 0              # that read: threads, of many pixels processes; 0 = one per core up to 8
     shard: str = ""               # i/n: the i-th of n parts of the images, from 0 on
     device: str = "cpu"           # where the encoder runs
 
@@ -63,6 +67,9 @@ class Config:
 def output(cfg, job, ending=".safetensors"):
     """The file of an image. What ends in .failed.txt says why there is none: other shards need not wait for it."""
     return Path(cfg.out) / (file_of(job.name) + ending)
+
+def workers_of(cfg):
+    return cfg.workers or min(8, os.cpu_count() or 1)
 
 def reasons(left):
     """Patches left out by reason, {why: count}, and what to do, for people."""
@@ -143,9 +150,9 @@ class Run:
 
     def __init__(self, cfg, jobs, index):
         self.cfg, self.jobs, self.source = cfg, jobs, index["source"]
-        self.encoder = None if cfg.features else load_encoder(cfg.encoder, index["std"], cfg.weights, cfg.device)
-        in_workers = self.encoder and cfg.device == "cpu"
-        self.on_cpu = (cfg.encoder, tuple(index["std"]), cfg.weights) if in_workers else None
+        named = cfg.encoder, tuple(index["std"]), cfg.weights, cfg.device
+        self.encoder = None if cfg.features else cached_encoder(*named)
+        self.in_workers = named if self.encoder and cfg.device == "cpu" else None
         self.there, self.built, self.failed = 0, [], {}                        # images, jobs, {name: why}
         self.left, self.bar, self.seconds = Counter(), None, 0.0               # patches by why they are left out
 
@@ -172,13 +179,14 @@ class Run:
         return todo
 
     def build(self, todo):
-        """Build the jobs, worker processes a few strips ahead."""
-        dropped, many = set(), sum(job.size[0] * job.size[1] for job in todo) > PARALLEL
-        n = self.cfg.workers or (min(8, os.cpu_count() or 1) if many else 0)
+        """Build the jobs, workers a few strips ahead."""
+        dropped, many = set(), sum(job.size[0] * job.size[1] for job in todo) > LARGE
+        n = workers_of(self.cfg)
+        todo = todo if many else [replace(job, rows=1) for job in todo]        # threads share what they have read
         self.bar = tqdm(total=sum(job.size[1] // job.patch for job in todo), unit="strip", disable=None)
-        with self.bar, workers(n) as submit:
+        with self.bar, workers(n, many) as submit:
             begun = time.perf_counter()
-            stream = ahead(todo, dropped, self.on_cpu, self.cfg.tissue, submit, 2 * n)
+            stream = ahead(todo, dropped, self.in_workers, self.cfg.tissue, submit, 2 * n)
             for job, group in groupby(stream, lambda x: x[0]):
                 try:
                     build_one(self, job, group)
@@ -202,8 +210,8 @@ class Run:
         for name, why in self.failed.items():
             print(f"failed: {why}" if name in why else f"failed: {name}: {why}")
 
-def sample_tiles(cfg, jobs):
-    """2,048 training tiles, as (n,3,P,P), from up to 16 images that can be read: to measure deviations on."""
+def sampled(cfg, jobs, encoder, submit):
+    """Embeddings (n,E) of 2,048 training tiles, from up to 16 images that can be read: to measure deviations on."""
     rng, used, P = random.Random(0), 0, cfg.patch
     error = UserError(f"--images={cfg.images}: all are held out, none to train on")
     train = [job for job in jobs if job.split == "train"]
@@ -212,15 +220,14 @@ def sample_tiles(cfg, jobs):
             return
         try:
             job = plan(job, cfg.mpp, P, cfg.max_pixels)
-            slide, gw, gh = opened(job), job.size[0] // P, job.size[1] // P
-            slide.read(0, 0, P, P, cfg.mpp)                                    # unpacks it, if it must
+            n = (job.size[0] // P) * (job.size[1] // P)
+            opened(job).read(0, 0, P, P, cfg.mpp)                              # unpacks it, if it must
         except UserError as err:
             error = err
             continue
-        at = rng.sample(range(gw * gh), min(gw * gh, 2048 // min(16, len(train))))
-        for first in range(0, len(at), 16):
-            tiles = [slide.read(k % gw * P, k // gw * P, P, P, cfg.mpp) for k in at[first:first + 16]]
-            yield torch.from_numpy(np.stack(tiles)).movedim(-1, 1) / 255       # (n,3,P,P)
+        at = rng.sample(range(n), min(n, 2048 // min(16, len(train))))
+        yield from [task.result() for task in [submit(partial(embed_tiles, job, encoder, at[k:k + 16]))
+                                               for k in range(0, len(at), 16)]]
         used += 1
     if not used:
         raise error
@@ -236,7 +243,10 @@ def deviations(cfg, jobs):
                 error = err
         raise error
     encoder = load_encoder(cfg.encoder, None, cfg.weights, cfg.device)
-    return encoder.fit(sample_tiles(cfg, jobs)).tolist() if encoder.scaled else [1.0] * encoder.embed_dim
+    if not encoder.scaled:
+        return [1.0] * encoder.embed_dim
+    with workers(workers_of(cfg), False) as submit:
+        return spread(torch.cat(list(sampled(cfg, jobs, encoder, submit)))).tolist()
 
 def listing(cfg, jobs):
     """out: the index's lines of all images that are done, of any shard, and how many are neither done nor failed."""

@@ -6,14 +6,14 @@ in:  a path   out: a Level, decoded when it is first read     read next: slides/
 import io
 import re
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from common import UserError
-from slides.tiff import MODES, Level, number, palette, readable, text
+from slides.tiff import MODES, ONE, Level, number, palette, readable, text
 
 MAX_PIXELS = 178_956_970  # of an image that must be decoded as a whole: 0.7 GB in Pillow
 FORMATS = ("PNG", "JPEG", "TIFF", "JPEG2000", "WEBP", "BMP", "PPM", "GIF")  # not EPS, which would start a program
@@ -74,20 +74,39 @@ def nodata_of(tags):
         return palette(tags)[int(said[1])]
     return int(said[1]) if said else None
 
+@lru_cache(4)
+def scaled(white):
+    """The 8 bits of each value of 16, for 0..white: (65536,) uint8."""
+    return ((np.arange(2**16).clip(max=white) * 255 + white // 2) // white).astype(np.uint8)
+
+def nothing(x, nodata, near):
+    """Where an image (h,w,3 or 4) shows nothing, as `to_rgb` says: (h,w) bool, or None for nowhere."""
+    gone = np.False_
+    if x.shape[2] > 3:
+        alpha = x[..., 3]
+        clear, full = alpha == 0, np.count_nonzero(alpha == alpha.max())
+        if clear.any() and np.count_nonzero(clear) + full > 0.9 * alpha.size:
+            gone = clear
+    if nodata is not None:
+        same = np.True_
+        for c, value in enumerate(np.broadcast_to(nodata, 3).tolist()):
+            if same.any():                                                     # one band tells most tiles apart
+                same = same & (value - near <= x[..., c]) & (x[..., c] <= value + near)
+        gone = gone | same
+    return gone if gone.any() else None
+
 def to_rgb(x, white=None, nodata=None, near=0):
     """Pixels as they are shown, (h,w,3) uint8: black where there is nothing, by their value, to within `near`, or by a
     fourth band. One that is seldom 0 or its largest is infrared: GDAL calls any fourth band alpha.
     in:  x (h,w,3 or 4) uint8, or uint16 to be scaled from 0..white."""
-    x, alpha = x[..., :3], x[..., 3:]
-    nothing = np.zeros(x.shape[:2], bool)
-    if alpha.size and np.isin(alpha, (0, alpha.max())).mean() > 0.9:
-        nothing |= alpha[..., 0] == 0
-    if nodata is not None:
-        nothing |= (abs(x.astype(np.int32) - nodata) <= near).all(-1)
-    if x.dtype == np.uint16:
-        scaled = (np.arange(2**16).clip(max=white) * 255 + white // 2) // white
-        x = scaled.astype(np.uint8)[x]
-    return np.where(nothing[..., None], np.uint8(0), x) if nothing.any() else x
+    gone, deep = nothing(x, nodata, near), x.dtype == np.uint16
+    if gone is None and not deep and x.shape[2] == 3 and x.flags.c_contiguous:
+        return x
+    out = np.empty((*x.shape[:2], 3), np.uint8)
+    for c in range(3):                                                         # NumPy is slow at axes of three
+        band = scaled(white)[x[..., c]] if deep else x[..., c]
+        out[..., c] = band if gone is None else band * ~gone
+    return out
 
 # ----- 3. The whole of it -----
 
@@ -130,6 +149,7 @@ def whole(path, page=None, max_pixels=MAX_PIXELS, white=None):
         return to_rgb(x, used, key), used
 
     def region(x, y, w, h):
-        return pixels()[0][y:y + h, x:x + w]
+        with ONE:                                                              # decoded once, whatever thread asks
+            return pixels()[0][y:y + h, x:x + w]
     level = upright(Level(size, (1, 1), region), turn)
     return level, pixels()[1] if deep else None

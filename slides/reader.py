@@ -8,6 +8,7 @@ in:  a file   out: Slide, with .size .mpp .levels and .read(x, y, w, h, mpp) -> 
 run: python -m slides.reader FILE [--out=view.png]     what is in it, and a small view
 read next: slides/build.py
 """
+import threading
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import ceil
@@ -25,7 +26,6 @@ from slides.tiff import (JPEG, MAP, Level, amount, decode, decode_mask, director
 CACHE = 2**25             # bytes of decoded tiles kept, of each level; openslide keeps as many
 NEAR = 1.05               # resolutions this close count as the same: scanners differ by more, and resampling would blur
 BLOCK = 1024              # pixels of the finer level, in x and y, that are reduced at a time
-ALPHA = 1, 2              # kinds of a fourth band: premultiplied or not
 TILE, BACK = 512, 3072    # pixels that openslide reads at a time, and at most before them; it splits windows at 4096
 VENDORS = {".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}  # left to openslide
 
@@ -54,6 +54,7 @@ class Slide:
         self.mpp, self.said, self.scanned = mpp, mpp is not None, scanned
         self.file, self.damaged, self.near = file, damaged, NEAR
         self.white, self.empty, self.nodata = white, empty, nodata
+        self.reading = threading.Lock()                                        # a file has one position for all threads
         self.keep_tiles(CACHE)
 
     def keep_tiles(self, room):
@@ -111,10 +112,10 @@ class Slide:
                 paste(out, block, left - x, top - y)
         return out
 
-    def _region(self, level, tile_of, x, y, w, h):
+    def _region(self, level, tile_of, x, y, w, h, bands=3):
         """Put a region of a level together from its tiles."""
         tw, th = level.tile
-        out = np.empty((h, w, 3), np.uint8)
+        out = np.empty((h, w, bands), np.uint8)
         for row in range(y // th, ceil((y + h) / th)):
             for column in range(x // tw, ceil((x + w) / tw)):
                 paste(out, tile_of(column, row), column * tw - x, row * th - y)
@@ -122,13 +123,7 @@ class Slide:
 
     def _shown(self, level, column, row):
         lossy = number(level.tags, "compression") == JPEG
-        return to_rgb(self._told(level, column, row), self.white, self.nodata, DARK if lossy else 0)
-
-    def _told(self, level, column, row):
-        """A tile as it is stored, with a fourth band only if that tells where there is something."""
-        x = self._tile(level, column, row)
-        alpha = level.mask or number(level.tags, "extra_bands") in ALPHA
-        return x if alpha else x[..., :3]
+        return to_rgb(self._tile(level, column, row), self.white, self.nodata, DARK if lossy else 0)
 
     def find_white(self):
         """Measure which value of deep pixels to show as white, on up to 64 tiles of the coarsest level."""
@@ -136,25 +131,29 @@ class Slide:
         columns = ceil(level.size[0] / level.tile[0])
         many = columns * ceil(level.size[1] / level.tile[1])
         for k in range(0, many, 1 + many // 64):
-            x = self._told(level, k % columns, k // columns)
+            x = self._tile(level, k % columns, k // columns)
             there = (x[..., :3] != self.nodata).any(-1) & (x[..., 3:] > 0).all(-1)
             if x.dtype == np.uint16:                                           # not damaged, nor empty
                 found.append(x[there][::61, :3])
         self.white = white_of(np.concatenate(found))
 
     def _masked(self, level, tile, x, y):
-        """A tile with what its mask says of it as a fourth band; beyond the image there is nothing."""
+        """A tile with what its mask says of it as a fourth band, if it hides anything."""
         w, h = (min(n, whole - at) for n, whole, at in zip(tile.shape[1::-1], level.size, (x, y)))
-        there = np.zeros_like(tile[..., :1])
-        there[:h, :w] = self._region(level.mask, partial(decode_mask, self.file, level.mask), x, y, w, h)[..., :1]
-        return np.concatenate([tile[..., :3], there], 2)
+        with self.reading:
+            there = self._region(level.mask, partial(decode_mask, self.file, level.mask), x, y, w, h, 1)
+        if there.all():
+            return tile[..., :3]
+        beyond = (0, tile.shape[0] - h), (0, tile.shape[1] - w), (0, 0)
+        return np.concatenate([tile[..., :3], np.pad(there, beyond).astype(tile.dtype)], 2)
 
     def _tile(self, level, column, row):
-        """Decode a tile, (th,tw,3) uint8, or uint16 if deep. Scanners leave out what they did not scan: that is white,
-        but of a map nothing."""
+        """Decode a tile, (th,tw,3) uint8, or uint16 if deep, or (th,tw,4) if something tells where it shows anything.
+        Scanners leave out what they did not scan: that is white, but of a map nothing."""
         (tw, th), (sx, sy) = level.tile, level.step
         try:
-            data, cut = pieces_of(self.file, level, column, row)
+            with self.reading:
+                data, cut = pieces_of(self.file, level, column, row)
             x = decode(data, cut) if any(data) else np.full((th, tw, 3), self.empty, np.uint8)
             return self._masked(level, x, column * tw, row * th) if level.mask else x
         except Exception as err:  # Pillow's decoders raise nearly anything on damaged bytes

@@ -1,4 +1,4 @@
-"""Images for `data.py build`: which there are, strips of base tiles read and embedded in worker processes, tissue.
+"""Images for `data.py build`: which there are, strips of base tiles read and embedded by workers, tissue.
 
 in:  a folder, a pattern, a CSV   out: jobs; per job strips of pixels (n*P,W,3) uint8 with their embeddings (n*Gw,E)
 run: python data.py build     read next: slides/build.py
@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from itertools import product
 from math import ceil
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from types import SimpleNamespace
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -31,8 +31,9 @@ from slides.names import few, file_of, files_of, match, name_of, read_table
 from slides.official import read_features
 from slides.reader import CACHE, MAX_PIXELS, VENDORS, open_slide
 
-cpu_encoder = lru_cache(1)(load_encoder)
-TASK = 2**22        # pixels that a worker reads at a time, if that is a whole strip at least
+cached_encoder = lru_cache(1)(load_encoder)
+OPEN, MINE, LOCK = WeakValueDictionary(), threading.local(), threading.Lock()
+TASK = 2**22        # pixels that a worker process reads at a time, if that is a whole strip at least
 AHEAD = 2**28       # bytes of strips that may wait
 NUMBER = r"((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)?"  # or nothing
 ALIKE = 1.1         # pixels that differ by less are of one magnification
@@ -122,11 +123,16 @@ def image_jobs(images, out, holdout, cut=(1, 1)):
     jobs = [replace(job, split="test" if job.name in held else "train") for job in jobs]
     return sorted(jobs, key=lambda job: job.name)
 
-# ----- 2. Reading, in worker processes -----
+# ----- 2. Reading, by workers -----
 
-@lru_cache(1)
 def opened(job):
-    """The slide of a job, which collects damaged tiles; a process keeps the last one open. raises: UserError."""
+    """The slide of a job, the same one for all threads, each of which keeps its last one open. raises: UserError."""
+    with LOCK:
+        MINE.slide = OPEN.get(job) or OPEN.setdefault(job, opened_anew(job))
+        return MINE.slide
+
+def opened_anew(job):
+    """The slide of a job, which collects damaged tiles. raises: UserError."""
     slide = open_slide(job.path, job.own, job.max_pixels, [], job.white)
     if slide.mpp is None:
         if slide.scanned and job.mpp is None:
@@ -156,15 +162,21 @@ def plan(job, mpp, patch, max_pixels=MAX_PIXELS):
 
 def read_strips(job, encoder, first, rows):
     """Strips first .. first + rows of base tiles.
-    in:  encoder, (name, std, weights) to embed with here, on the CPU, or None. out: pixels (rows*P,W,3) uint8; e
+    in:  encoder, (name, std, weights, "cpu") to embed with here, or None. out: pixels (rows*P,W,3) uint8; e
     (rows*Gw,E) float32 or None; {(i,j): why} of damaged base tiles."""
     P, (w, _), (x, y) = job.patch, job.size, job.origin
     slide, e = opened(job), None
     pixels = np.concatenate([slide.read(x, y + (first + k) * P, w, P, job.mpp) for k in range(rows)])
     if encoder:
         tiles = pixels[:, :w // P * P].reshape(rows, P, w // P, P, 3).swapaxes(1, 2)  # (rows,Gw,P,P,3)
-        e = torch.cat([embed(cpu_encoder(*encoder), row) for row in tiles]).numpy()
+        e = torch.cat([embed(cached_encoder(*encoder), row) for row in tiles]).numpy()
     return pixels, e, bad_tiles(job, slide, first, first + rows, job.mpp)
+
+def embed_tiles(job, encoder, at):
+    """Embed base tiles, which are counted row by row. out: e (n,E) float32."""
+    P, columns = job.patch, job.size[0] // job.patch
+    tiles = [opened(job).read(k % columns * P, k // columns * P, P, P, job.mpp) for k in at]
+    return embed(encoder, np.stack(tiles))
 
 def with_features(jobs, features):
     """The jobs with their files of embeddings; a single file goes with a single image, whatever it is called.
@@ -281,18 +293,16 @@ def ahead(jobs, dropped, encoder, tissue, submit, window):
     yield from waiting
 
 @contextmanager
-def workers(n):
-    """Yield submit(task) -> future of n processes; of none, a task is done here, when its result is asked for."""
+def workers(n, processes):
+    """Yield submit(task) -> future of n threads, which start at once, or of n processes, which take seconds."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                                   # as processes have: the same bytes
+    pool = ProcessPoolExecutor(n, get_context("spawn"), start) if processes else ThreadPoolExecutor(n)
     try:
-        if n:
-            with ProcessPoolExecutor(n, get_context("spawn"), start) as pool:  # torch survives no fork
-                list(pool.map(time.sleep, [0.01] * n))                         # started, before the clock is
-                yield pool.submit
-        else:
-            torch.set_num_threads(1)                                           # as workers have: the same bytes
-            yield lambda task: SimpleNamespace(result=task)
+        list(pool.map(time.sleep, [0.01] * n))                                 # started, before the clock is
+        yield pool.submit
     except BrokenProcessPool as err:
         raise UserError("a worker process was killed, as when memory runs out: go on with fewer --workers") from err
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)

@@ -10,7 +10,9 @@ read next: slides/reader.py
 import io
 import re
 import struct
+import threading
 import warnings
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from html import unescape
@@ -35,7 +37,7 @@ TAGS = dict(subfile=254, width=256, height=257, bits=258, compression=259, colou
 NAMES = {tag: name for name, tag in TAGS.items()}  # what is read; other tags are passed over
 TABLES = "offsets", "lengths", "strip_offsets", "strip_lengths", "gdal"  # may be long, and are read when needed
 # What a pixel is. Compressions: libtiff gives back the bytes of these, the next three are pictures to Pillow
-LOSSLESS = 1, 5, 8, 32773, 32946, 34925, 50000
+LOSSLESS, DEFLATE = (1, 5, 8, 32773, 32946, 34925, 50000), (8, 32946)
 JPEG, JP2K_YCBCR, JP2K, WEBP = 7, 33003, (33005, 34712), 50001
 PACKED = {1: "none", 2: "CCITT", 3: "CCITT", 4: "CCITT", 5: "LZW", 6: "old JPEG", 7: "JPEG", 8: "deflate",
           22610: "JPEG XR", 32771: "CCITT", 32773: "PackBits", 32809: "ThunderScan", 32946: "deflate",
@@ -44,6 +46,7 @@ PACKED = {1: "none", 2: "CCITT", 3: "CCITT", 4: "CCITT", 5: "LZW", 6: "old JPEG"
           50000: "zstd", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL"}
 GREY, RGB, PALETTE, CMYK, YCBCR = {0, 1}, {2}, {3}, {5}, {6}                   # colours of a page; 0: white is zero
 COLOURS = dict(zip(range(9), ("grey", "grey", "RGB", "palette", "mask", "CMYK", "YCbCr", "unknown", "CIELab")))
+ALPHA = 1, 2       # kinds of a band beyond the colours: premultiplied or not
 FORMATS = {1: "", 2: "signed ", 3: "float ", 4: "", 5: "complex ", 6: "complex "}  # of numbers; 4: undefined
 ANY = range(1, 1000)
 # The first row that fits: compression, colours, bands in a tile (one, if each band has its own tiles), bits; and how it
@@ -66,6 +69,7 @@ MAX_VALUES = 2**25  # bytes of all values of a file, its tables of tiles apart: 
 NONE = None, 0, 0  # a table of tiles that is missing
 CUT = 64           # rows of a piece of a single strip
 MAP = {"geo_scale", "geo_keys", "gdal", "nodata"}  # GDAL writes some of these
+ONE = threading.RLock()
 WEB = 3857         # a projection whose metres are longer than the ground's, twice so at 60 degrees
 
 # ----- 1. Directories -----
@@ -156,6 +160,10 @@ def layout(tags):
     bands = number(tags, "bands", 1)
     colours = number(tags, "colours", {1: 1, 3: 2}.get(bands, -1))
     return bands, 1 if number(tags, "planar", 1) == 2 else bands, int(max(tags.get("bits", [1])[:bands])), colours
+
+def used(tags):
+    """How many bands of a tile tell what it shows: those of colours, and a fourth that is ink or alpha."""
+    return 4 if number(tags, "extra_bands") in ALPHA or layout(tags)[3] == 5 else 3
 
 def how_read(tags):
     """How the pixels of a directory are read: "tiles", "page", or "" if they are not."""
@@ -355,7 +363,9 @@ def resolution(tags):
 
 @contextmanager
 def readable(path):
-    """Turn whatever is raised inside, on damaged bytes nearly anything, into a UserError that names the file."""
+    """Turn whatever is raised inside, on damaged bytes nearly anything, into a UserError that names the file.
+    One thread at a time: Pillow's bound and Python's warnings are those of all."""
+    ONE.acquire()
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None               # reader.py has its own bound
     try:
         with warnings.catch_warnings():
@@ -370,6 +380,7 @@ def readable(path):
                         f"unknown kind; convert it to PNG, JPEG or TIFF, or take it out") from err
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+        ONE.release()
 
 def pack_directory(tags, at, following=0, big=False, order="<"):
     """The bytes of a directory that is to stand at byte `at`, the next at `following`; tags {name: (type, values)}."""
@@ -404,7 +415,9 @@ def whole_jpeg(data, tables, rgb):
 
 def unpacked(data, how, rows, length):
     """Undo a lossless compression. out: (rows,length) bytes; libtiff takes them for a grey image of one strip."""
-    if how == 1:
+    if how in DEFLATE:
+        data = zlib.decompressobj().decompress(data, rows * length)            # no more than that of a bomb
+    if how == 1 or how in DEFLATE:
         return np.frombuffer(data, np.uint8, rows * length).reshape(rows, length)
     tags = dict(width=(LONG, [length]), height=(LONG, [rows]), bits=(SHORT, [8]), compression=(SHORT, [how]),
                 colours=(SHORT, [1]), bands=(SHORT, [1]), strip_offsets=(LONG, [0]), strip_rows=(LONG, [rows]),
@@ -420,7 +433,7 @@ def pieces_of(f, level, column, row):
     (w, h), (tw, th) = level.size, level.tile
     columns, rows = ceil(w / tw), ceil(h / th)
     places, pieces = range(row * columns + column, len(level.offsets), columns * rows), []
-    for k in places[:4]:                                                       # colours and alpha, or inks
+    for k in places[:used(level.tags)]:
         length = int(level.lengths[k])
         if length > 8 * layout(level.tags)[0] * tw * th + 2**16:
             raise ValueError(f"{length} bytes for {tw} x {th} pixels")
@@ -429,16 +442,16 @@ def pieces_of(f, level, column, row):
     return pieces, replace(level, tile=(tw, min(th, h - row * th))) if "strip_offsets" in level.tags else level
 
 def stored(data, tags, width, rows):
-    """The bytes of a tile -> its numbers (rows,width,bands), as they are stored; JPEG's colours as RGB.
+    """The bytes of a tile -> its numbers (rows,width,bands), up to 4, as they are stored; JPEG's colours as RGB.
     raises: nearly anything, if it is damaged."""
     how, (_, held, bits, colours) = number(tags, "compression", 1), layout(tags)
     if not data:                                                               # other bands are there: GDAL means 0
         return np.zeros((rows, width, held), np.uint8)
     if how in LOSSLESS:
         x = unpacked(data, how, rows, width * held * bits // 8)
-        x = x.view(tags["order"] + f"u{bits // 8}").reshape(rows, width, held)
+        x = x.view(tags["order"] + f"u{bits // 8}").reshape(rows, width, held)[..., :used(tags)]
         differences = number(tags, "predictor", 1) == 2 and how not in (1, 32773)
-        return np.cumsum(x, 1, f"u{bits // 8}") if differences else x
+        return np.cumsum(x, 1, f"u{bits // 8}") if differences else x.astype(f"u{bits // 8}", copy=False)
     if how == JPEG:
         tables = tags["jpeg_tables"].tobytes() if "jpeg_tables" in tags else b""
         image = JpegImagePlugin.JpegImageFile(io.BytesIO(whole_jpeg(data, tables, colours != 6)))
@@ -450,7 +463,7 @@ def stored(data, tags, width, rows):
     image.load()
     if how == JP2K_YCBCR:                                                      # which its codestream does not say
         image = Image.frombytes("YCbCr", image.size, image.convert("RGB").tobytes()).convert("RGB")
-    x = np.asarray(image).reshape(h, w, -1)[:rows]
+    x = np.asarray(image).reshape(h, w, -1)[:rows, :, :used(tags)]
     return 255 - x if image.mode == "CMYK" else x                              # four bands: Pillow takes them for inks
 
 def palette(tags):
@@ -459,16 +472,19 @@ def palette(tags):
     return (table >> 8 if table.max() > 255 else table).astype(np.uint8)
 
 def decode(pieces, level):
-    """The bytes of a tile, or of each of its bands -> (th,tw,3) uint8 or uint16, or (th,tw,4) if there is a fourth band
-    or alpha. raises: as `stored`."""
+    """The bytes of a tile, or of each of its bands -> (th,tw,3) uint8 or uint16, or (th,tw,4) if there is alpha.
+    raises: as `stored`."""
     tags, colours = level.tags, layout(level.tags)[3]
-    x = np.concatenate([stored(data, tags, *level.tile) for data in pieces], 2)[..., :4]
+    parts = [stored(data, tags, *level.tile) for data in pieces]
+    x = np.concatenate(parts, 2) if len(parts) > 1 else parts[0]
     if colours == 3:
         return palette(tags)[x[..., 0]]
     if colours == 5:
         return np.asarray(Image.frombytes("CMYK", level.tile, x.tobytes()).convert("RGB"))
     n = 3 if x.shape[2] >= 3 else 1
-    shown, alpha = x[..., :n], x[..., n:]
+    if n == 3 and colours:
+        return x                                                               # to put it together anew takes time
+    shown, alpha = x[..., :n], x[..., n:used(tags) - 3 + n]
     shown = shown if colours else np.iinfo(x.dtype).max - shown                # 0: white is zero
     return np.concatenate([shown] * (3 // n) + [alpha], 2)
 
@@ -483,15 +499,15 @@ def with_masks(f, found, levels):
             level.mask = Level(level.size, level.step, None, tags, tile_of(tags), *tables(f, tags, "a mask"))
 
 def decode_mask(f, mask, column, row):
-    """A tile of a mask, (th,tw,3) uint8, 0 where there is nothing. raises: as `stored`."""
+    """A tile of a mask, (th,tw,1) uint8, 0 where there is nothing. raises: as `stored`."""
     (data,), cut = pieces_of(f, mask, column, row)
     tw, th = cut.tile
     if not data:
-        return np.zeros((th, tw, 3), np.uint8)
+        return np.zeros((th, tw, 1), np.uint8)
     bits = layout(mask.tags)[2]
     there = unpacked(data, number(mask.tags, "compression", 1), th, ceil(tw * bits / 8))
     there = np.unpackbits(there, axis=1)[:, :tw] if bits == 1 else there
-    return 255 * (there > 0)[..., None].repeat(3, 2).astype(np.uint8)
+    return (there > 0)[..., None].astype(np.uint8)
 
 def halved_chroma(f, level):
     """Whether the first JPEG-2000 tile has components of several sizes, which Pillow refuses."""

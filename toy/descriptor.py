@@ -4,7 +4,6 @@ in:  tiles (B,3,P,P) float in [0,1], P a multiple of 16   out: e (B,96)     read
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from common import UserError
 
@@ -22,10 +21,16 @@ def embed(encoder, tiles, device="cpu"):
     if str(device) == "cpu":  # what its cache holds, 4 tiles of 256 pixels: faster, and smaller
         at_once = min(max(2 ** 18 // tiles[0, :, :, 0].size, 1), 16)
     e = []
-    for some in torch.from_numpy(np.array(tiles)).split(at_once):  # copied: Pillow's pixels are read-only
-        image = some.to(device).movedim(-1, 1).float() / 255                    # (n,3,P,P) in [0,1]
+    for k in range(0, len(tiles), at_once):
+        planes = np.ascontiguousarray(np.moveaxis(tiles[k:k + at_once], -1, 1))  # colours apart: all else is faster
+        image = torch.from_numpy(planes).to(device).float().div_(255)           # (n,3,P,P) in [0,1]
         e.append(encoder(image).float().cpu())
     return torch.cat(e)
+
+def spread(e):
+    """The deviation of each number of embeddings (n,E), to divide it by: (E,). The floor keeps a number that never
+    varied in training (plain images) from exploding later."""
+    return e.std(0, correction=0).clamp_min(0.01)
 
 class Stats(nn.Module):
     """Describe tiles by colour mean and deviation, colour layout, red histogram, edge energy and orientation.
@@ -48,44 +53,61 @@ class Stats(nn.Module):
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % 16 or image.shape[3] % 16:
             raise UserError(f"got tiles {tuple(image.shape)}, stats takes (B,3,H,W), multiples of 16: see --patch")
         image = image.float()
-        cells = F.adaptive_avg_pool2d(image, LAYOUT)                            # (B,3,4,4)
-        mean = cells.mean((2, 3), keepdim=True)                                 # (B,3,1,1)
-        deviation = (image - mean).square().mean((2, 3)).clamp_min(1e-8).sqrt()
-        red = F.avg_pool2d(image[:, :1], 2)                                     # (B,1,H/2,W/2); less work, nuclei stay
+        half = halved(image)                                                    # (B,3,H/2,W/2)
+        cells = means(half, LAYOUT)                                             # (B,3,16)
+        mean = cells.mean(2)                                                    # (B,3)
+        deviation = (image - mean[..., None, None]).flatten(2).norm(dim=2) / image[0, 0].numel()**0.5
+        red = half[:, 0]                                                        # less work, nuclei stay
         fine, coarse = histogram(red, *FINE, 1), histogram(red, *COARSE, QUADS)
-        energy, orientation = edges(image.mean(1, True))
-        parts = [mean.flatten(1), deviation, cells[:, :2].flatten(1), fine, coarse, energy, orientation]
+        energy, orientation = edges(image.mean(1))
+        parts = [mean, deviation.clamp_min(1e-4), cells[:, :2].flatten(1), fine, coarse, energy, orientation]
         return torch.cat(parts, 1) / self.std                                   # (B,96)
 
     @classmethod
     @torch.no_grad()
     def fit(cls, batches):
-        """in: an iterable of tile batches (B,3,H,W). out: std (E,), the deviation of each number over all tiles.
-        The floor keeps a number that never varied in training (plain images) from exploding later."""
-        e = torch.cat([cls()(x) for x in batches])
-        return e.std(0, correction=0).clamp_min(0.01)
+        """in: an iterable of tile batches (B,3,H,W). out: std (E,), as `spread`."""
+        return spread(torch.cat([cls()(x) for x in batches]))
+
+def halved(x):
+    """Halve the resolution: (...,H,W) -> (...,H/2,W/2). Twice as fast as pooling in PyTorch 2.13."""
+    rows = x[..., ::2, :] + x[..., 1::2, :]
+    return (rows[..., ::2] + rows[..., 1::2]) / 4
+
+def means(x, grid):
+    """Means over the cells of a grid: (...,H,W) -> (...,grid*grid)."""
+    rows = x.unflatten(-2, (grid, -1)).mean(-2)                                 # (...,grid,W)
+    return rows.unflatten(-1, (grid, -1)).mean(-1).flatten(-2)
 
 def histogram(v, low, high, bins, grid):
-    """Soft histogram per cell of a grid: in v (B,1,H,W), out (B,bins*grid*grid).
-    The root compresses rare, strong values, which would otherwise own the standardised token."""
-    width = (high - low) / (bins - 1)
-    hats = []
-    for i in range(bins):
-        near = F.relu(1 - (v - low - i * width).abs() / width)                  # (B,1,H,W)
-        hats.append(F.adaptive_avg_pool2d(near, grid))
-    return torch.cat(hats, 1).flatten(1).clamp_min(1e-8).sqrt()
+    """Soft histogram per cell of a grid: in v (B,H,W), out (B,bins*grid*grid).
+    A value counts for the two centres around it, the nearer the more. The root compresses rare, strong values, which
+    would otherwise own the standardised token."""
+    place = ((v - low) * ((bins - 1) / (high - low)) + 1).clamp(0, bins + 1)    # 1 to bins: at that centre
+    cells = place.unflatten(2, (grid, -1)).unflatten(1, (grid, -1)).transpose(2, 3).flatten(3).flatten(1, 2)
+    below = cells.long().clamp(max=bins)                                        # (B,grid*grid,n)
+    nearness = cells - below
+    sums = v.new_zeros(*cells.shape[:2], bins + 2)                              # and what lies beyond the ends
+    sums = sums.scatter_add(2, below, 1 - nearness).scatter_add(2, below + 1, nearness)
+    return (sums[..., 1:-1].mT / cells.shape[2]).flatten(1).clamp_min(1e-8).sqrt()
 
 def edges(grey):
-    """Edge energy per quadrant and double-angle orientation, per octave: in (B,1,H,W), out (B,12), (B,6)."""
+    """Edge energy per quadrant and double-angle orientation, per octave: in (B,H,W), out (B,12), (B,6)."""
     energy, orientation = [], []
     for _ in range(OCTAVES):
-        corner = grey[:, :, 1:, 1:]
-        gx = corner - grey[:, :, 1:, :-1]
-        gy = corner - grey[:, :, :-1, 1:]
-        tensor = torch.cat([gx * gx + gy * gy, gx * gx - gy * gy, 2 * gx * gy], 1)  # structure tensor (B,3,.,.)
-        tensor = F.adaptive_avg_pool2d(tensor, QUADS)                           # (B,3,2,2)
-        root = tensor[:, :1].clamp_min(1e-8).sqrt()
-        energy.append(root.flatten(1))
-        orientation.append((tensor[:, 1:] / (root + 0.01)).mean((2, 3)))        # back to the unit of a gradient
-        grey = F.avg_pool2d(grey, 2)
+        corner = grey[:, 1:, 1:]
+        gx = corner - grey[:, 1:, :-1]
+        gy = corner - grey[:, :-1, 1:]                                          # (B,H-1,W-1)
+        xx, yy, xy = (quadrants(a * b) for a, b in ((gx, gx), (gy, gy), (gx, gy)))  # structure tensor (B,4) each
+        root = (xx + yy).clamp_min(1e-8).sqrt()
+        energy.append(root)
+        double = torch.stack([xx - yy, 2 * xy], 1)                              # (B,2,4)
+        orientation.append((double / (root[:, None] + 0.01)).mean(2))           # back to the unit of a gradient
+        grey = halved(grey)
     return torch.cat(energy, 1), torch.cat(orientation, 1)
+
+def quadrants(x):
+    """Means over the quadrants of an odd number of rows and columns, which share the middle ones: (B,H,W) -> (B,4)."""
+    h, w = x.shape[1] // 2 + 1, x.shape[2] // 2 + 1
+    rows = torch.stack([x[:, :h].mean(1), x[:, -h:].mean(1)], 1)                # (B,2,W)
+    return torch.cat([rows[..., :w].mean(2, True), rows[..., -w:].mean(2, True)], 2).flatten(1)
