@@ -30,9 +30,7 @@ from slides.strips import (ahead, cached_encoder, embed_tiles, embedded, image_j
 from toy.descriptor import spread
 from toy.folder import begin, finish, finished, write_slide
 
-# pixels from which workers are processes, worth the seconds they take to start: Pillow decodes JPEG 2000 in one thread
-# at a time
-LARGE = 2**26
+LARGE = 2**26  # pixels that one thread at a time decodes, from which processes are worth the seconds they take to start
 FREE = "out", "max_pixels", "device", "holdout", "workers", "shard"  # settings that change nothing in a file
 # why patches are left out, and what to do if all of them are
 LEFT = {"unreadable": "copy the image again", "without data": "raise --nodata, or --white if it is too dark",
@@ -58,7 +56,7 @@ class Config:
     cut: str = ""                 # 3x2: make 3 columns x 2 rows of every image: a part of one slide is held out
     holdout: float = 0.1          # fraction of the images held out, if there are at least 5, and no column split
     max_pixels: int = MAX_PIXELS  # refuse larger images of kinds that unpack as a whole
-    workers: int = 0              # that read: threads, of many pixels processes; 0 = one per core up to 8
+    workers: int = 0              # that read: threads, or processes (see LARGE); 0 = one per core up to 8
     shard: str = ""               # i/n: the i-th of n parts of the images, from 0 on
     device: str = "cpu"           # where the encoder runs
 
@@ -180,7 +178,7 @@ class Run:
 
     def build(self, todo):
         """Build the jobs, workers a few strips ahead."""
-        dropped, many = set(), sum(job.size[0] * job.size[1] for job in todo) > LARGE
+        dropped, many = set(), sum(job.size[0] * job.size[1] for job in todo if job.alone) > LARGE
         n = workers_of(self.cfg)
         todo = todo if many else [replace(job, rows=1) for job in todo]        # threads share what they have read
         self.bar = tqdm(total=sum(job.size[1] // job.patch for job in todo), unit="strip", disable=None)

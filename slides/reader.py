@@ -20,12 +20,13 @@ from PIL import Image
 from common import UserError, cli, configure, save_png
 from data import halve
 from slides.pictures import DARK, MAX_PIXELS, nodata_of, to_rgb, upright, white_of, whole
-from slides.tiff import (JPEG, MAP, Level, amount, decode, decode_mask, directories, halved_chroma, levels_of, number,
-                         pieces_of, readable, resolution, shown, square, steps, text, with_masks)
+from slides.tiff import (JPEG, MAP, ONE, Level, amount, decode, decode_mask, directories, halved_chroma, levels_of,
+                         number, pieces_of, readable, resolution, shown, square, steps, text, with_masks)
 
 CACHE = 2**25             # bytes of decoded tiles kept, of each level; openslide keeps as many
 NEAR = 1.05               # resolutions this close count as the same: scanners differ by more, and resampling would blur
 BLOCK = 1024              # pixels of the finer level, in x and y, that are reduced at a time
+LARGE = 2**22             # pixels of a tile that is not to be decoded by all threads at once
 TILE, BACK = 512, 3072    # pixels that openslide reads at a time, and at most before them; it splits windows at 4096
 VENDORS = {".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm"}  # left to openslide
 
@@ -62,8 +63,9 @@ class Slide:
         for level in self.levels:
             if min(level.tile):
                 most = max(1, room // (3 * level.tile[0] * level.tile[1]))
-                tile_of = level.tile_of or partial(self._shown, level)
-                level.region = partial(self._region, level, lru_cache(most)(tile_of))
+                tile_of = lru_cache(most)(level.tile_of or partial(self._shown, level))
+                large = level.tile[0] * level.tile[1] > LARGE
+                level.region = partial(self._region, level, alone(tile_of) if large else tile_of)
 
     def grid(self, mpp=None):
         """Where pixels of `mpp` micrometres come from (None: of level 0).
@@ -164,6 +166,13 @@ class Slide:
             box = column * tw * sx, row * th * sy, (column + 1) * tw * sx, (row + 1) * th * sy
             self.damaged.append((tuple(int(n) for n in box), why, level))
             return np.full((th, tw, 3), 255, np.uint8)
+
+def alone(f):
+    """f for one thread at a time: the others find what it kept."""
+    def waiting(*args):
+        with ONE:
+            return f(*args)
+    return waiting
 
 def paste(out, block, x, y):
     """Copy a block (h,w,3) into `out` with its corner at x, y, which may be negative; what sticks out is left."""

@@ -30,6 +30,7 @@ from slides.encoders import embed, load_encoder
 from slides.names import few, file_of, files_of, match, name_of, read_table
 from slides.official import read_features
 from slides.reader import CACHE, MAX_PIXELS, VENDORS, open_slide
+from slides.tiff import JP2K, JP2K_YCBCR, number
 
 cached_encoder = lru_cache(1)(load_encoder)
 OPEN, MINE, LOCK = WeakValueDictionary(), threading.local(), threading.Lock()
@@ -57,6 +58,7 @@ class Job:
     note: str = ""              # about its resolution, for people
     features: Path | None = None  # the file of its embeddings, made elsewhere
     exact: bool = False         # mpp is that of these, to the last digit
+    alone: bool = False         # its pixels are decoded by one thread at a time
 
 # ----- 1. Which images -----
 
@@ -157,8 +159,11 @@ def plan(job, mpp, patch, max_pixels=MAX_PIXELS):
     if not slide.said:
         note = f"taken to be {note}, which it does not say" if mpp else "of unknown size"
     note += f", {slide.white} shown as white" if slide.white else ""
-    task = TASK if slide.levels[0].tags else 4 * TASK                          # all workers unpack a whole image
-    return replace(job, white=slide.white, origin=(x, y), size=(w, h), rows=max(1, task // (w * patch)), note=note)
+    tags = slide.levels[0].tags
+    task = TASK if tags else 4 * TASK                                          # all processes unpack a whole image
+    alone = not tags or number(tags, "compression") in (JP2K_YCBCR, *JP2K)     # Pillow 13 lets no other thread work
+    job = replace(job, white=slide.white, origin=(x, y), size=(w, h), note=note, alone=alone)
+    return replace(job, rows=max(1, task // (w * patch)))
 
 def read_strips(job, encoder, first, rows):
     """Strips first .. first + rows of base tiles.

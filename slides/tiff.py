@@ -65,6 +65,7 @@ MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # w
 MICROMETRES = dict.fromkeys(("um", "\xb5m", "\u03bcm", "\ufffdm"), 1)
 MICROMETRES |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "in": 25400, "\xc5": 1e-4, "": 1}
 MAX_TILE, MAX_TAG, MAX_DIRECTORIES, MAX_ENTRIES = 2**26, 2**22, 500, 2000  # bytes of a tile, of a value
+MAX_STRIP, DEFLATED = 2**30, 1032  # bytes of a strip that zlib unpacks, and of each that is packed
 MAX_VALUES = 2**25  # bytes of all values of a file, its tables of tiles apart: directories may point to the same ones
 NONE = None, 0, 0  # a table of tiles that is missing
 CUT = 64           # rows of a piece of a single strip
@@ -165,19 +166,26 @@ def used(tags):
     """How many bands of a tile tell what it shows: those of colours, and a fourth that is ink or alpha."""
     return 4 if number(tags, "extra_bands") in ALPHA or layout(tags)[3] == 5 else 3
 
+def in_strips_of(tags):
+    """Bytes of a strip; 0 if there are tiles."""
+    (w, rows), (_, held, bits, _) = tile_of(tags), layout(tags)
+    return w * rows * held * bits // 8 if "strip_offsets" in tags else 0
+
 def how_read(tags):
     """How the pixels of a directory are read: "tiles", "page", or "" if they are not."""
-    codec, (bands, held, bits, colours), (tw, th) = number(tags, "compression", 1), layout(tags), tile_of(tags)
+    codec, (bands, held, bits, colours) = number(tags, "compression", 1), layout(tags)
     rows = [row for row in ROWS if codec in row[0] and colours in row[1] and held in row[2] and bits in row[3]]
     alike = {*tags.get("bits", [1])[:bands]} == {bits} and FORMATS.get(number(tags, "sample_format", 1)) == ""
     if not rows or not alike or bands < {2: 3, 5: 4}.get(colours, 1) or number(tags, "predictor", 1) > 2:
         return ""
-    in_strips, large = "strip_offsets" in tags, tw * th * held * bits // 8 > MAX_TILE
-    reversed_bits = number(tags, "fill_order", 1) == 2
-    if rows[0][-1] == "tiles" and "tile_width" in tags and not reversed_bits and not (in_strips and large):
+    in_tiles = rows[0][-1] == "tiles" and "tile_width" in tags and number(tags, "fill_order", 1) == 1
+    large, most = in_strips_of(tags), MAX_STRIP if codec in DEFLATE else MAX_TILE
+    if in_tiles and large <= MAX_TILE:
         return "tiles"
     by_pillow = rows[0][-1] == "page" or codec in (*LOSSLESS, JPEG) and (bands == 1 or colours not in GREY)
-    return "page" if by_pillow and bits <= 8 and held == bands <= 4 else ""
+    if by_pillow and bits <= 8 and held == bands <= 4:
+        return "page"
+    return "tiles" if in_tiles and large <= most else ""
 
 def largest(found):
     return max(found, key=lambda tags: number(tags, "width") * number(tags, "height"), default={})
@@ -186,8 +194,8 @@ def unread(tags):
     """What the pixels of a directory are, in words."""
     (bands, held, bits, colours), codec = layout(tags), number(tags, "compression", 1)
     kind = f"{bits}-bit {FORMATS.get(number(tags, 'sample_format', 1), 'unknown ')}{COLOURS.get(colours, 'unknown')}"
-    (tw, th), packed = tile_of(tags), PACKED.get(codec, "unknown")
-    piece = ", apart" * (held < bands) + f", in strips of {th} rows" * (tw * th * held * bits // 8 > MAX_TILE)
+    th, packed = tile_of(tags)[1], PACKED.get(codec, "unknown")
+    piece = ", apart" * (held < bands) + f", in strips of {th} rows" * (in_strips_of(tags) > MAX_TILE)
     return f"holds {kind} pixels of {bands} bands{piece}, compression: {packed} ({codec})"
 
 def shown(path, found):
@@ -197,8 +205,9 @@ def shown(path, found):
     main = largest(found)
     how = how_read(main) if main else "page"
     if not how:
-        raise UserError(f"{path} {unread(main)}, which is not read here: convert it to 8-bit RGB (gdal_translate -ot "
-                        f"Byte -co TILED=YES, or vips)")
+        in_tiles = how_read(main | {"tile_height": [1]})                       # if its strips were shorter
+        remedy = "tiles (gdal_translate -co TILED=YES" if in_tiles else "8-bit RGB (gdal_translate -ot Byte -scale"
+        raise UserError(f"{path} {unread(main)}, which is not read here: convert it to {remedy}, or vips)")
     return found, main, how
 
 # ----- 2. Levels -----
@@ -269,12 +278,15 @@ def levels_of(f, found, main):
     gdal = any(tags.keys() & MAP for tags in found)
     for tags in pages:
         size, tile, (_, held, bits, _) = size_of(tags), tile_of(tags), layout(tags)
-        if min(size + tile) < 1 or tile[0] * tile[1] * held * bits // 8 > MAX_TILE:
+        room, large = tile[0] * tile[1] * held * bits // 8, in_strips_of(tags) > MAX_TILE
+        if min(size + tile) < 1 or room > MAX_TILE and not large:
             raise ValueError(f"an image of {size[0]} x {size[1]} pixels in tiles of {tile[0]} x {tile[1]}")
         step = steps(levels[0].size, size, tile, gdal) if levels else (1, 1)
         other_aspect = abs(step[0] / step[1] - 1) > 0.01 + 2 / min(size)
         if not levels or not other_aspect and size[0] * size[1] < levels[-1].size[0] * levels[-1].size[1]:
             levels.append(Level(size, step, None, tags, tile, *tables(f, tags, f"level {len(levels)}")))
+            if large and room > DEFLATED * int(levels[-1].lengths.min()):          # or nothing is in it
+                raise ValueError(f"{levels[-1].lengths.min()} bytes for a strip of {tile[0]} x {tile[1]} pixels")
             left -= 4 * len(levels[-1].offsets)                                # of an offset and a length, at least
             if left < 0:
                 raise ValueError("its levels have more tiles than its bytes could tell of: tables are shared")

@@ -224,6 +224,24 @@ def test_deep_pixels_in_tiles_and_strips(tmp_path, planar, strips):
         found = open_slide(tmp_path / "a.tif", white=65535).read(0, 0, 120, 90)
         assert np.array_equal(found, np.rint(deep / 257)), (how, order)
 
+@pytest.mark.parametrize("rows", [48, 90])
+@pytest.mark.parametrize("planar", [1, 2])
+def test_large_strips_of_deep_pixels(tmp_path, monkeypatch, planar, rows):
+    """Strips of more bytes than a tile may have are unpacked as a whole where zlib packed them, else refused with the
+    remedy, as those that are larger than their bytes can hold. Catches: a bomb, a refusal that calls them damaged."""
+    monkeypatch.setattr(tiff, "MAX_TILE", 2**10)
+    deep = IMAGE.astype(np.uint16) * 257
+    tags, strips = page(deep, (32, rows), 8, planar=planar, strips=True, predictor=2)
+    slide_of(tmp_path, (tags, strips))
+    assert np.array_equal(open_slide(tmp_path / "a.tif", white=65535).read(0, 0, 120, 90), IMAGE)
+    with pytest.raises(UserError, match=f"16-bit RGB .*in strips of {rows} rows.* LZW .*convert it to tiles .gdal_tr"):
+        slide_of(tmp_path, (tags | {"compression": (3, [5])}, strips))
+    with pytest.raises(UserError, match="3 bytes for a strip of 120 x"):
+        slide_of(tmp_path, (tags, [b"abc"] * len(strips)))
+    monkeypatch.setattr(tiff, "MAX_STRIP", 2**11)
+    with pytest.raises(UserError, match="deflate .8., which is not read here: convert it to tiles"):
+        slide_of(tmp_path, (tags, strips))
+
 @pytest.mark.parametrize("strips", [False, True])
 @pytest.mark.parametrize("bands", [1, 3])
 def test_turned_pages_are_upright(tmp_path, bands, strips):
