@@ -224,8 +224,8 @@ def sampled(cfg, jobs, encoder, submit):
             error = err
             continue
         at = rng.sample(range(n), min(n, 2048 // min(16, len(train))))
-        yield from [task.result() for task in [submit(partial(embed_tiles, job, encoder, at[k:k + 16]))
-                                               for k in range(0, len(at), 16)]]
+        tasks = [submit(partial(embed_tiles, job, encoder, at[k:k + 16])) for k in range(0, len(at), 16)]
+        yield from [task.result() for task in tasks]
         used += 1
     if not used:
         raise error
@@ -240,7 +240,7 @@ def deviations(cfg, jobs):
             except UserError as err:
                 error = err
         raise error
-    encoder = load_encoder(cfg.encoder, None, cfg.weights, cfg.device)
+    encoder = load_encoder(cfg.encoder, None, cfg.weights)
     if not encoder.scaled:
         return [1.0] * encoder.embed_dim
     with workers(workers_of(cfg), False) as submit:
