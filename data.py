@@ -36,7 +36,7 @@ def halve(x):
     """Halve the resolution. in: (h,w,3) uint8. out: (h//2,w//2,3) uint8, (a+b+c+d+2)//4 of each 2x2 block."""
     height, width = x.shape[0] // 2 * 2, x.shape[1] // 2 * 2         # an odd last row or column is left out
     rows = np.add(x[0:height:2, :width], x[1:height:2, :width], dtype=np.uint16)  # 8 bits do not hold a sum
-    halves = [(rows[:, 0::2, ..., c] + rows[:, 1::2, ..., c] + 2) // 4 for c in range(x.shape[-1])]  # (h/2,w/2) each
+    halves = [(rows[:, 0::2, ..., c] + rows[:, 1::2, ..., c] + 2) // 4 for c in range(x.shape[-1])]
     return np.stack(halves, -1, dtype=np.uint8, casting="unsafe")    # colour by colour takes half the time
 
 def tile_rows(strips, patch, scales):
