@@ -17,20 +17,18 @@ import sys
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
-from tqdm import tqdm
 
-from common import UserError, cli, fingerprint, load_meta, save_tensors
+from common import UserError, cli
 from summarizer import pack_grid, standardize
 
 GRID = 8    # Z S8.1: larger grids are pooled to 8x8
 POOLED = 4  # the first scale with a larger grid (16x16): from here on files hold pooled grids
 
-# ----- 1. Strips of base tiles -> tiles and grids of every scale; toy/folder.py writes the files -----
+# ----- 1. What a scale is; toy/folder.py writes the files -----
 
 def halve(x):
     """Halve the resolution. in: (h,w,3) uint8. out: (h//2,w//2,3) uint8, (a+b+c+d+2)//4 of each 2x2 block."""
@@ -38,21 +36,6 @@ def halve(x):
     rows = np.add(x[0:height:2, :width], x[1:height:2, :width], dtype=np.uint16)  # 8 bits do not hold a sum
     halves = [(rows[:, 0::2, ..., c] + rows[:, 1::2, ..., c] + 2) // 4 for c in range(x.shape[-1])]
     return np.stack(halves, -1, dtype=np.uint8, casting="unsafe")    # colour by colour takes half the time
-
-def tile_rows(strips, patch, scales):
-    """Cut strips (P,W,3) into tiles of every scale, one strip of each in memory: yields s, row, (n,P,P,3)."""
-    row = [0] * scales       # the next one of each scale
-    upper = [None] * scales  # a halved strip that waits for the one below it
-    for strip in strips:
-        for s in range(scales):
-            n = strip.shape[1] // patch
-            yield s, row[s], strip[:, :n * patch].reshape(patch, n, patch, 3).swapaxes(0, 1)
-            row[s] += 1
-            half = halve(strip)                                      # (P/2,W/2,3)
-            if row[s] % 2:
-                upper[s] = half
-                break
-            strip = np.concatenate([upper[s], half])                 # (P,W/2,3)
 
 def grid_under(e, s, i, j):
     """Embeddings under patch (i,j): e (Gh,Gw,E) -> (2^s,2^s,E), from s = 4 on block means (8,8,E) f16."""
@@ -191,6 +174,12 @@ class PatchDataset(Dataset):
     def __getitem__(self, k):
         return self.pyramids.item(*self.place(k), self.want)
 
+class InTurn(list):
+    """Data sets of one patch size in turn: item k is x and s of item k of the (k % n)-th of n."""
+    def __getitem__(self, k):
+        item = super().__getitem__(k % len(self))[k]
+        return {"x": item["x"], "s": item["s"]}                      # tokens of two encoders would not stack
+
 def fixed_batch(pyramids, split, s, n, want=("x",), seed=0):
     """The same n distinct patches of scale s every time, over as many slides as possible; all if n is larger.
     out: a collated batch, fields as `Pyramids.item`. raises: UserError if there is none."""
@@ -238,32 +227,6 @@ def feed(dataset, steps, batch, micro, ranks, workers):
 
 def deafen(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-@torch.no_grad()
-def encode_latents(folder, vae, dataset, items, ranks):
-    """Write folder/NAME.safetensors, unscaled f16 latents of the slides of `dataset`, which ranks share out: those of
-    the patches that its first `items` items read. The others are NaN."""
-    pyramids, vae_mark = dataset.pyramids, fingerprint(vae)
-    every = items > 8 * len(dataset)                                    # so long a training reads nearly all
-    read = set() if every else {dataset.place(k) for k in range(items)}  # (slide, scale, number)
-    mine = dataset.slides[ranks.rank::ranks.world]
-    for i in tqdm(mine, desc=f"latents -> {folder}", disable=ranks.rank > 0):
-        slide, tensors = pyramids.slides[i], {}
-        path, source = folder / slide["file"], (pyramids.folder / slide["file"]).stat()
-        rows = [[n for n in range(count) if every or (i, s, n) in read] for s, count in enumerate(slide["counts"])]
-        # this VAE, these images, these patches
-        mark = f"{vae_mark} {source.st_size} {source.st_mtime_ns} {crc32(str(rows).encode())}"
-        if path.exists() and load_meta(path).get("vae") == mark:
-            continue
-        for s, count in enumerate(slide["counts"]):
-            z = torch.full((count, 3, *[pyramids.patch // 4] * 2), torch.nan).half()
-            for k in range(0, len(rows[s]), 128):
-                part = rows[s][k:k + 128]
-                x = torch.stack([pyramids.read(i, s, n)["x"] for n in part])
-                z[part] = vae.encode(x.to(ranks.device)).half().cpu()
-            tensors[f"z{s}"] = z                                        # (count,3,P/4,P/4)
-        save_tensors(path, tensors, {"vae": mark})
-    ranks.barrier()
 
 def main(argv):
     command = argv[0] if argv else "no command"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 from common import Log, UserError, at_least, check_settings, cli, configure, generator, newest_state, one_of
 from common import resume, save_grid, save_state, save_tensors, setup, write_line, write_text
-from data import PatchDataset, encode_latents, feed, fixed_batch, open_data, own_places, read_index
+from data import InTurn, PatchDataset, feed, fixed_batch, open_data, own_places, read_index
 from diffusion import Schedule, ZoomLDM, diffusion_loss, layout_fidelity, null_condition
 from summarizer import SummarizerConfig, build
 from unet import UNet, UNetConfig
@@ -55,7 +55,7 @@ class LoopConfig:               # nothing of this changes what is computed
 @dataclass
 class Config:
     preset: str = "toy"
-    data: str = "data/toy"      # a folder made by data.py; the toys make theirs if it is missing
+    data: str = "data/toy"      # made by data.py; toys make theirs if it is missing; more, with commas, for the VAE
     out: str = ""               # run folder; default out/PRESET
     seed: int = 0
     device: str = "auto"        # auto: cuda, mps or cpu
@@ -123,13 +123,14 @@ TABLE = {
 }
 PRESETS = {name: {key: row[i] for key, row in TABLE.items() if row[i] is not None}
            for i, name in enumerate(TABLE["preset"])}
-TOYS = {"smoke": ("--slides=8", "--test=4", "--size=256"), "toy": (), "toy_long": ()}  # settings of toy/make.py
+PRESETS["vae"] = PRESETS["toy"] | {"vae.texture": 1.0, "vae_steps": 30_000, "vae_batch": 16, "vae_lr": 1.5e-3,
+                                   "steps": 0, "log_every": 100, "save_every": 500}  # a VAE to keep: hours
+TOYS = dict.fromkeys(("toy", "toy_long", "vae"), ()) | {"smoke": ("--slides=8", "--test=4", "--size=256")}
 
 # ----- 2. What each stage minimises -----
 
 class LDMStage(torch.nn.Module):
     """U-Net and Summarizer with their denoising loss (Z §4.1.1). side: of the latents."""
-
     def __init__(self, cfg, side):
         super().__init__()
         self.cfg, self.side, self.scales = cfg, side, cfg.summarizer.scales
@@ -286,11 +287,14 @@ def make_vae(cfg, ranks, pyramids, base):
             return base.vae, base.latent_scale
         raise UserError("this preset does not train a VAE: give the published one with --vae_weights=FILE, or "
                         "train your own with --vae_steps=N")
+    sources = [pyramids, *map(open_data, cfg.data.split(",")[1:])]
+
     def fixed(n):
-        there = [s for s in range(pyramids.scales) if pyramids.count("train", s)]
-        return [fixed_batch(pyramids, "train", s, n)["x"].to(ranks.device) for s in there]  # (n,3,P,P) each
+        there = [(p, s) for p in sources for s in range(p.scales) if p.count("train", s)]
+        return [fixed_batch(p, "train", s, n)["x"].to(ranks.device) for p, s in there]      # (n,3,P,P) each
     net = VAEStage(cfg, torch.cat(fixed(16)), base and base.vae)
-    images = PatchDataset(pyramids, "train", cfg.seed, ("x",))
+    net.scales = max(p.scales for p in sources)
+    images = InTurn([PatchDataset(p, "train", cfg.seed, ("x",)) for p in sources])
     run_stage("vae_", cfg, ranks, net, images, cfg.vae_steps, cfg.vae_batch, cfg.vae_lr)
     vae = net.vae.eval().requires_grad_(False)
     rebase(vae, torch.cat([vae.encode(x) for x in fixed(64)]))          # mean 0
@@ -317,12 +321,14 @@ def train_ldm(cfg, ranks, vae, scale, dataset, start):
     pyramids = dataset.pyramids
     if not pyramids.official:
         pyramids.latents = Path(cfg.out, "latents")
+        from toy.folder import encode_latents
         encode_latents(pyramids.latents, vae, dataset, cfg.steps * cfg.batch, ranks)
     pyramids.latent_scale = scale
     torch.manual_seed(cfg.seed + 1)
     net = LDMStage(cfg, pyramids.patch // 4)
     net.load_state_dict(net.state_dict() | start)
-    info = {k: getattr(pyramids, k) for k in ("encoder", "std", "patch", "weights", "mpp")} | {"data": cfg.data}
+    info = {k: getattr(pyramids, k) for k in ("encoder", "std", "patch", "weights", "mpp")}
+    info["data"] = cfg.data.split(",")[0]
     model = ZoomLDM(vae, build(cfg.summarizer), UNet(cfg.unet), scale, cfg.pred, cfg.schedule, info)
     draw = partial(export, model.to(ranks.device), pyramids, cfg, ranks)
     done, ema = run_stage("", cfg, ranks, net, dataset, cfg.steps, cfg.batch, cfg.optim.lr, cfg.optim.ema, draw)
@@ -347,24 +353,28 @@ def check_loop(cfg):
 def check(cfg):
     """What can be refused before anything is read. raises: UserError."""
     check_loop(cfg)
+    at_least(cfg.vae, texture=0)
     at_least(cfg, vae_batch=1, vae_steps=0, vae_crop=0, drop=0)
     one_of(cfg, pred=("eps", "x0", "v"))
     one_of(cfg.summarizer, kind=("transformer", "cnn"))
     vae, unet = cfg.vae, cfg.unet
-    if len(vae.mult) != 3 or vae.channels != unet.channels or cfg.vae_crop % 4:
+    if len(vae.mult) != 3 or vae.channels != unet.channels or cfg.vae_crop % 4 or 0 < cfg.vae_crop < 12:
         raise UserError(f"--vae.mult={vae.mult} --vae.channels={vae.channels} --vae_crop={cfg.vae_crop}: give "
-                        f"three levels, as many channels as unet.channels, and a multiple of 4")
+                        f"three levels, as many channels as unet.channels, and a multiple of 4, 12 or more")
     if unet.positions != cfg.summarizer.positions:
         raise UserError(f"--unet.positions={unet.positions}: give --summarizer.positions the same number")
 
 def open_training(cfg, ranks, std):
     """The data, made if a toy preset lacks its own, and the sizes that they decide. raises: UserError."""
-    ours = cfg.preset in TOYS and cfg.data == PRESETS[cfg.preset]["data"]    # no folder that the user named
+    folder = cfg.data.split(",")[0]
+    ours = cfg.preset in TOYS and folder == PRESETS[cfg.preset]["data"]      # no folder that the user named
     if ours and ranks.rank == 0:
-        if not Path(cfg.data, "index.json").exists() or not read_index(cfg.data)["slides"]:
-            data.main(["toy", f"--out={cfg.data}", *TOYS[cfg.preset]])
+        if not Path(folder, "index.json").exists() or not read_index(folder)["slides"]:
+            data.main(["toy", f"--out={folder}", *TOYS[cfg.preset]])
     ranks.barrier()
-    pyramids = open_data(cfg.data, std=std)
+    pyramids = open_data(folder, std=std)
+    if {open_data(name).patch for name in cfg.data.split(",")} != {pyramids.patch}:
+        raise UserError(f"--data={cfg.data}: patches of several sizes; build them with one --patch")
     if pyramids.official and not cfg.vae_weights:
         raise UserError(f"{cfg.data} holds latents of the published VAE: give it with --vae_weights=FILE")
     cfg.summarizer.embed_dim, cfg.summarizer.scales = pyramids.embed_dim, pyramids.scales

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import Conv2d, Embedding, GroupNorm, Identity, Module, ModuleList, Sequential
-from torch.nn.functional import embedding, interpolate, mse_loss, pad, scaled_dot_product_attention, silu
+from torch.nn.functional import avg_pool2d, conv2d, embedding, interpolate, mse_loss, pad, pixel_unshuffle
+from torch.nn.functional import scaled_dot_product_attention, silu
 from torch.nn.init import uniform_
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ class VAEConfig:
     codes: int = 8192         # codebook vectors
     channels: int = 3         # of the latent and of a code
     groups: int = 32          # of GroupNorm; few channels a group make it instance norm, which loses colour
+    texture: float = 0.0      # weight of texture in the training loss; 0 = none
 
 # ----- 1. Layers -----
 
@@ -143,7 +145,6 @@ class Decoder(Module):
 
 class VQVAE(Module):
     """VQ-f4 autoencoder. source: Z §4.1.1; reference: the published first stage, `vq-f4` with mid attention."""
-
     def __init__(self, cfg: VAEConfig):
         super().__init__()
         if cfg.width % cfg.groups:
@@ -207,17 +208,44 @@ class VQVAE(Module):
             reason = str(err).splitlines()[0]
             raise UserError(f"{path} holds no VAE of ours ({reason}): give a run, or a published file") from err
 
-# ----- 3. Training: L1 and the codebook -----
+# ----- 3. Training: L1, the codebook, texture -----
+
+def texture_filters(n=24):
+    """Fixed random filters to which a flat colour is nothing: (n,3,3,3), each of norm 1."""
+    w = torch.randn(n, 3, 3, 3, generator=generator(2026))
+    w = w - w.mean((2, 3), keepdim=True)
+    return w / w.flatten(1).norm(dim=1)[:, None, None, None]
+
+def strengths(x, cell):
+    """How much each filter's answers to x (B,3,H,W) vary, for each place in cells of cell x cell pixels apart:
+    deviations (B,n,cell^2). What is the same in every cell, a lattice, is no texture."""
+    answers = conv2d(x[..., 1:-1, 1:-1], texture_filters().to(x))     # (B,n,H-4,W-4), in whole cells
+    power = pixel_unshuffle(answers, cell).var((2, 3), correction=0)  # (B,n*cell^2)
+    return (power + 1e-5).sqrt().unflatten(1, (-1, cell ** 2))        # at 0 a root has no gradient
+
+def texture_distance(x_rec, x):
+    """How much stronger or weaker filters answer to x_rec than to x (B,3,H,W), at full size and at half. L1
+    alone makes grain and edges too weak, for blur costs it least. Pictures know no cells, so each place in
+    those of the decoder is held against all of x: larger steps between cells than within cost, too."""
+    total = 0.0
+    for cell in (4, 2):                                               # pixels that a latent stands for
+        total = total + (strengths(x_rec, cell) - strengths(x, 1)).abs().mean()
+        x_rec, x = avg_pool2d(x_rec, 2), avg_pool2d(x, 2)
+    return total
 
 def vae_loss(vae, x, quantize=True):
     """Training loss for x (B,3,H,W) in [-1,1]. out: loss, x_rec, code indices (B,h,w), None without codes.
-    quantize False: as long as no codes are placed. deviates: vq-f4 had LPIPS and a PatchGAN, too."""
+    quantize False: as long as no codes are placed. deviates: vq-f4 had LPIPS and a PatchGAN, not texture."""
     z = vae.encode(x)
     indices, codebook = None, 0 * vae.codebook.weight.sum()           # DDP wants every weight in the graph
     if quantize:
         z, indices, codebook = vae.quantize(z)
     x_rec = vae.decode(z, quantize=False).float()
-    return (x - x_rec).abs().mean() + codebook, x_rec, indices
+    loss = (x - x_rec).abs().mean() + codebook
+    if vae.cfg.texture:
+        with torch.autocast(x.device.type, enabled=False):            # bf16 rounds faint grain away
+            loss = loss + vae.cfg.texture * texture_distance(x_rec, x)
+    return loss, x_rec, indices
 
 @torch.no_grad()
 def rebase(vae, z, whiten=False):
@@ -266,7 +294,6 @@ def perplexity(usage):
 class VAEStage(Module):
     """The autoencoder and its loss on crops of images; counts which codes are used, to move the unused ones.
     anchor (N,3,P,P): fixed patches, on whose latents codes are placed. start: a VAE to go on from."""
-
     def __init__(self, cfg, anchor, start=None):
         super().__init__()
         self.cfg, self.scales = cfg, cfg.summarizer.scales

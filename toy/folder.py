@@ -1,4 +1,4 @@
-"""How a folder of pyramids is begun, continued and finished, by `data.py toy` and by `data.py build`.
+"""How a folder of pyramids is begun, continued and finished, by `data.py toy` and `data.py build`; their latents.
 
 index.json is written first, with the settings; then a file per image, whole or not at all; in the end index.json again,
 with the list of files. A command that was stopped goes on with the files that lack.
@@ -8,12 +8,14 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from common import UserError, atomic, load_meta, open_tensors, write_text
-from data import POOLED, grid_under, read_index, tile_rows
+from common import UserError, atomic, fingerprint, load_meta, open_tensors, save_tensors, write_text
+from data import POOLED, grid_under, halve, read_index
 from toy.index import INDEX
 
 def begin(out, patch, encoder, source, defaults, fit_std):
@@ -33,6 +35,21 @@ def begin(out, patch, encoder, source, defaults, fit_std):
         if a != b:
             raise UserError(f"{out} was made with other settings ({key}={a} there, {b} now): give another --out")
     return index
+
+def tile_rows(strips, patch, scales):
+    """Cut strips (P,W,3) into tiles of every scale, one strip of each in memory: yields s, row, (n,P,P,3)."""
+    row = [0] * scales       # the next one of each scale
+    upper = [None] * scales  # a halved strip that waits for the one below it
+    for strip in strips:
+        for s in range(scales):
+            n = strip.shape[1] // patch
+            yield s, row[s], strip[:, :n * patch].reshape(patch, n, patch, 3).swapaxes(0, 1)
+            row[s] += 1
+            half = halve(strip)                                      # (P/2,W/2,3)
+            if row[s] % 2:
+                upper[s] = half
+                break
+            strip = np.concatenate([upper[s], half])                 # (P,W/2,3)
 
 def write_slide(path, strips, embed_row, patch, scales, meta, keep=None, extra=None):
     """Write the file of one image, whole or not at all. out: the number of patches per scale.
@@ -133,3 +150,29 @@ def write_safetensors(path, tensors, streams, meta):
         for _, file in streams.values():
             file.seek(0)
             shutil.copyfileobj(file, out, 2 ** 20)
+
+@torch.no_grad()
+def encode_latents(folder, vae, dataset, items, ranks):
+    """Write folder/NAME.safetensors, unscaled f16 latents of the slides of `dataset`, which ranks share out: those of
+    the patches that its first `items` items read. The others are NaN."""
+    pyramids, vae_mark = dataset.pyramids, fingerprint(vae)
+    every = items > 8 * len(dataset)                                    # so long a training reads nearly all
+    read = set() if every else {dataset.place(k) for k in range(items)}  # (slide, scale, number)
+    mine = dataset.slides[ranks.rank::ranks.world]
+    for i in tqdm(mine, desc=f"latents -> {folder}", disable=ranks.rank > 0):
+        slide, tensors = pyramids.slides[i], {}
+        path, source = folder / slide["file"], (pyramids.folder / slide["file"]).stat()
+        rows = [[n for n in range(count) if every or (i, s, n) in read] for s, count in enumerate(slide["counts"])]
+        # this VAE, these images, these patches
+        mark = f"{vae_mark} {source.st_size} {source.st_mtime_ns} {crc32(str(rows).encode())}"
+        if path.exists() and load_meta(path).get("vae") == mark:
+            continue
+        for s, count in enumerate(slide["counts"]):
+            z = torch.full((count, 3, *[pyramids.patch // 4] * 2), torch.nan).half()
+            for k in range(0, len(rows[s]), 128):
+                part = rows[s][k:k + 128]
+                x = torch.stack([pyramids.read(i, s, n)["x"] for n in part])
+                z[part] = vae.encode(x.to(ranks.device)).half().cpu()
+            tensors[f"z{s}"] = z                                        # (count,3,P/4,P/4)
+        save_tensors(path, tensors, {"vae": mark})
+    ranks.barrier()

@@ -14,9 +14,8 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure, save_png
-from data import tile_rows
 from toy.descriptor import Stats, embed
-from toy.folder import begin, finish, finished, write_slide
+from toy.folder import begin, finish, finished, tile_rows, write_slide
 from toy.task import task_slide, write_labels
 from toy.tissue import toy_slide
 

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 import data
 from common import Ranks, UserError, load_tensors, save_tensors
-from data import PatchDataset, Pyramids, encode_latents, fixed_batch, halve, open_data, tile_rows
+from data import InTurn, PatchDataset, Pyramids, fixed_batch, halve, open_data
 from summarizer import pack_grid, standardize
 from toy.descriptor import Stats
-from toy.folder import finished
+from toy.folder import encode_latents, finished, tile_rows
 from toy.tissue import toy_slide
 
 SMALL = ["--slides=3", "--test=2", "--size=256", "--patch=16", "--scales=5", "--keep0=20", "--keep1=9", "--workers=1"]
@@ -180,6 +180,13 @@ def test_item_k_is_a_pure_function_of_seed_and_k(folder):
     assert sum(same(d[k], other[k]) for k in range(20)) < 5
     loader = DataLoader(d, 4, num_workers=2, multiprocessing_context="fork")
     assert all(same(a, b) for a, b in zip(DataLoader(d, 4), loader, strict=True))
+
+def test_sets_in_turn(folder):
+    """Each gives every second item, of its own numbers, without what only one of them may have."""
+    one, two = (PatchDataset(Pyramids(folder), split, seed=3, want=("x",)) for split in ("train", "test"))
+    both = InTurn([one, two])
+    for k, part in enumerate((one, two, one, two)):
+        assert both[k].keys() == {"x", "s"} and torch.equal(both[k]["x"], part[k]["x"]) and both[k]["s"] == part[k]["s"]
 
 def test_scales_then_patches_are_uniform(folder):
     p = Pyramids(folder)

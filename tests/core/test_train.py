@@ -97,7 +97,10 @@ def test_each_stage_overfits_one_batch():
 @pytest.mark.parametrize("args, says", [
     (["toi"], "did you mean 'toy'"), (["gpu24", "--data=/nowhere"], "no index.json"),
     (["toy", "PHOTOS"], "no index.json"),  # no toys are drawn into a folder that the user named
-    (["smoke", "--batch=0"], "at least 1"), (["smoke", "--seed=-1"], "at least 0"),
+    (["smoke", "--data=/a,/b"], "/a holds no index.json"), (["smoke", "MORE"], "/nowhere holds no index.json"),
+    (["smoke", "LARGER"], "patches of several sizes"), (["smoke", "--texture=-1"], "--texture=-1.0: .* at least 0"),
+    (["smoke", "--vae_crop=8"], "12 or more"), (["smoke", "--batch=0"], "at least 1"),
+    (["smoke", "--seed=-1"], "at least 0"),
     (["smoke", "--pred=z"], "known are eps"), (["smoke", "--decay=linear"], "known are cosine"),
     (["smoke", "--betas=0.9"], "two numbers"), (["smoke", "--vae.mult=1,2"], "three levels"),
     (["smoke", "--unet.positions=8"], "the same number"),
@@ -106,8 +109,11 @@ def test_each_stage_overfits_one_batch():
     (["smoke", "--only_scale=9", "DATA"], "only_scale=9 does not fit"), (["smoke", "--device=tpu"], "--device=tpu"),
     (["smoke", "--unet.heads=3", "DATA"], "unet.heads"),
     (["smoke", "--unet.mult=1,1,1,1,1,1", "DATA"], "cannot be halved")])
-def test_settings_that_cannot_work(args, says, toy, tmp_path):
-    named = {"DATA": f"--data={toy}", "PHOTOS": f"--data={tmp_path / 'photos'}"}
+def test_settings_that_cannot_work(args, says, toy, tmp_path, tmp_path_factory):
+    larger = tmp_path_factory.mktemp("larger")
+    (larger / "index.json").write_text((toy / "index.json").read_text().replace('"patch": 64', '"patch": 32'))
+    named = {"DATA": f"--data={toy}", "PHOTOS": f"--data={tmp_path / 'photos'}", "MORE": f"--data={toy},/nowhere",
+             "LARGER": f"--data={toy},{larger}"}
     with pytest.raises(UserError, match=says):
         train.main([named.get(a, a) for a in [*args, f"--out={tmp_path}"]])
     assert not list(tmp_path.iterdir())

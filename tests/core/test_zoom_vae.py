@@ -1,8 +1,10 @@
 """What training does to the autoencoder besides gradient steps. Parity with the published one is in test_parity.py."""
+from dataclasses import replace
+
 import pytest
 import torch
 
-from zoom_vae import VQVAE, VAEConfig, perplexity, rebase, revive_codes, vae_loss
+from zoom_vae import VQVAE, VAEConfig, perplexity, rebase, revive_codes, strengths, texture_distance, vae_loss
 
 SMALL = VAEConfig(8, (1, 2, 2), 1, 32, 3, 4)
 
@@ -77,3 +79,21 @@ def test_loss(vae):
     loss.backward()
     assert indices is None and float(loss.detach()) == pytest.approx(float((x - x_rec.detach()).abs().mean()))
     assert not vae.codebook.weight.grad.any() and vae.decoder.conv_out.weight.grad.any()
+    vae.cfg = replace(SMALL, texture=0.5)
+    more, x_rec, _ = vae_loss(vae, x, quantize=False)
+    assert float((more - loss).detach()) == pytest.approx(0.5 * float(texture_distance(x_rec, x).detach()), rel=1e-4)
+
+def test_texture_is_as_strong_in_every_place_of_a_cell():
+    """Filters of norm 1 answer to white noise as strongly as it is. catches: a mean square for its root, a colour or a
+    lattice that counts as texture, places that are mixed up."""
+    noise = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    colour = torch.tensor([0.5, -0.3, 0.1])[:, None, None]
+    tile = noise[0, :, :4, :4].repeat(1, 16, 16)
+    for cell in (1, 2, 4):
+        found = strengths(0.3 * noise + colour + tile * (cell == 4), cell)      # (4,24,cell^2)
+        assert found.shape == (4, 24, cell ** 2)
+        assert float(found.mean()) == pytest.approx(0.3, rel=0.06) and 0.15 < float(found.min()), cell
+    blurred = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
+    blocks = noise[..., ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    far = [float(texture_distance(x, noise)) for x in (noise, noise.roll(8, 2), blocks, blurred, 0 * noise)]
+    assert far == sorted(far) and far[1] < 0.3 * far[2]
