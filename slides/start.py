@@ -46,7 +46,7 @@ def check_start(base, cfg, pyramids):
     wrong = []
     for name, part in parts.items():
         for key, value in asdict(getattr(base, name).cfg).items():
-            if value != getattr(part, key) and key not in ("checkpoint", "embed_dim", "scales"):
+            if value != getattr(part, key) and key not in ("checkpoint", "embed_dim", "scales", "texture"):
                 wrong.append(f"--{name}.{key}={value}")
     for key, value in ("pred", base.pred), ("schedule", base.schedule.kind):
         if value != getattr(cfg, key):
