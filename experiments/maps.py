@@ -3,7 +3,8 @@
     python mil.py map --features=DIR --labels=FILE --slide=NAME --data=DIR         on the pyramids of data.py
     python mil.py map --features=DIR --labels=FILE --slide=NAME --image=FILE       on the slide itself
 
-in:  as crossval.py, features with coordinates   out: OUT/map_SLIDE_FEATURES_HEAD.png
+in:  as crossval.py, features with coordinates: ours, of CLAM, TRIDENT, HEST; of STAMP, if the size of pixels is known;
+     of Owkin, with metadata.json beside   out: OUT/map_SLIDE_FEATURES_HEAD.png
 """
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ def from_pyramids(folder, name, told):
     """A picture of a slide put together from its patches. out: (h,w,3) uint8, pixels of the slide per pixel.
     raises: UserError if coordinates of other tools are in pixels that these are not."""
     pyramids = Pyramids(folder)
-    if "size" not in told and (pyramids.mpp or of_a_part(folder)):
+    if "size" not in told and (pyramids.mpp and not told["micrometres"] or of_a_part(folder)):
         raise UserError(f"the features tell places in the slide's own pixels, which {folder} does not have: "
                         f"draw on the slide, --image=FILE")
     names = [slide["name"] for slide in pyramids.slides]
@@ -55,6 +56,13 @@ def from_slide(path, told):
         raise UserError(f"{path} is {slide.size[0]} x {slide.size[1]}, the features are of a part, {width} x {height}: "
                         f"draw on the pyramids, --data=DIR")
     return picture, width / w
+
+def pixels_of(cfg):
+    """Micrometres per pixel of what is drawn on; None if unknown."""
+    if cfg.image:
+        from slides.reader import open_slide
+        return open_slide(cfg.image).mpp
+    return Pyramids(cfg.data).mpp
 
 def heat_of(attention, coords, side, shape, factor):
     """A picture (h,w) of attention (N,), 1 = the highest. coords (N,2), side: of the patches, in the slide's pixels."""
@@ -100,10 +108,15 @@ def draw_map(cfg):
         raise UserError(f"--slide={cfg.slide}: the features are of {few(names)}")
     if not cfg.data and not cfg.image:
         raise UserError("say what to draw on: --data=DIR, the pyramids, or --image=FILE, the slide")
-    x, coords, side, told = placed(next(f for f in files_of(folder) if name_of(f) == slide))
+    file = next(f for f in files_of(folder) if name_of(f) == slide)
+    x, coords, side, told = placed(file, pixels_of(cfg))
     if not side:
         raise UserError(f"{slide} has a single tile whose size is not told: there is nothing to map")
     picture, factor = from_slide(cfg.image, told) if cfg.image else from_pyramids(cfg.data, slide, told)
+    ends = torch.tensor(picture.shape[1::-1]) * factor + side
+    if (coords >= ends).any() or (coords <= -side).any():
+        raise UserError(f"{file}: tiles of side {side}, as far as {coords.amax(0).tolist()}, lie outside of the image, "
+                        f"which ends at {(ends - side).int().tolist()}: give the one they were cut from")
     t, meta = load_tensors(run_job(job))
     at, classes = meta["slides"].index(slide), meta["classes"]
     if t["fold"][at] < 0:

@@ -2,6 +2,7 @@
 
 in:  a folder of .safetensors, .pt, .npy or .h5 files   out: features (N,K) float32, a slide at a time
 """
+import json
 import re
 from _codecs import encode
 from contextlib import suppress
@@ -21,11 +22,12 @@ NAMES = ("features", "feats", "embeddings")  # CLAM, TRIDENT and we; STAMP; HEST
 COORDS = ("coords", "coordinates", "coord", "positions", "xy")
 ROOM, RATIO = 2**24, 64  # a file may unpack to so many bytes, and so many times its own
 
-def read_bag(path):
-    """in: a file of features: ours, .npy (Owkin's too), .pt and .h5 of CLAM, TRIDENT, STAMP, HEST.
+def read_bag(path, mpp=None):
+    """in: a file of features: ours, .npy (Owkin's too), .pt and .h5 of CLAM, TRIDENT, STAMP, HEST; mpp, micrometres per
+    pixel of level 0, for STAMP tells places in micrometres.
     out: features (N,K) float32; coords (N,2) of corners in pixels of level 0, or None; meta, plain types, with side,
-    that of a tile in these pixels, 0 if the file does not say. raises: UserError if it is damaged, empty, of another
-    shape, or holds NaN."""
+    that of a tile in these pixels, 0 if the file does not say; micrometres, the same of STAMP, else 0.
+    raises: UserError if it is damaged, empty, of another shape, or holds NaN."""
     path = Path(path)
     found, meta = contents(path)
     found = {key: plain(path, value) for key, value in found.items()}
@@ -44,8 +46,15 @@ def read_bag(path):
     if isinstance(meta.get("scales"), list):
         check_scales(path, meta, x.shape[1])
     if path.suffix == ".npy" and has_places(x):
+        meta = beside_owkin(path, int(x[0, 0]))
+        coords = x[:, 1:3] * meta["patch_size_level0"] if meta else None
         x = x[:, 3:]
-    return x, pixels(coords, len(x), key, meta), meta | {"side": side_said(meta)}
+    meta |= {"side": side_said(meta), "micrometres": in_micrometres(meta)}
+    if mpp and meta["micrometres"] and coords is not None:
+        coords, meta["side"] = (coords.double() / mpp).round(), round(meta["micrometres"] / mpp)
+    elif key == "feats" or meta["micrometres"]:
+        coords = None                                              # of a unit that cannot be told in pixels
+    return x, pixels(coords, len(x), meta), meta
 
 def plain(path, value):
     """A tensor of what lies in a file, without leading axes of 1 or gradients; None for anything else."""
@@ -85,10 +94,26 @@ def has_places(x):
         return False
     return len(start.unique(dim=0)) == len(x)
 
-def pixels(coords, n, key, meta):
-    """Coordinates (n,2) int64 if they are pixels of level 0. STAMP's are micrometres, or pixels of another level."""
-    unit = str(meta.get("unit", "px")).strip("b'").lower()
-    if coords is None or coords.shape != (n, 2) or key == "feats" or unit not in ("px", "pixel", "pixels"):
+def beside_owkin(path, level):
+    """What metadata.json tells of Owkin's tiles of that level of a DeepZoom image; {} if there is none of it."""
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        told = json.loads(path.with_name("metadata.json").read_text())
+        side = figure(told.get("absolute_tile_size"))
+        return {"patch_size_level0": side} if side and told.get("level") == level else {}
+    return {}
+
+def unit_of(meta):
+    return str(meta.get("unit", "")).strip("b'").lower()
+
+def in_micrometres(meta):
+    """The side of a tile of STAMP, whose places are in micrometres as well; 0 if the file does not say so."""
+    side = figure(meta.get("tile_size_um")) or figure(meta.get("tile_size"))
+    return side if unit_of(meta) in ("um", "\xb5m", "\u03bcm") else 0.0
+
+def pixels(coords, n, meta):
+    """Coordinates (n,2) int64 if they are pixels of level 0."""
+    known = unit_of(meta) in ("", "px", "pixel", "pixels") or meta.get("micrometres")
+    if coords is None or coords.shape != (n, 2) or not known:
         return None
     fractions, far = coords % 1, coords.double().abs()
     if fractions.any() or not (far < 2**40).all():
@@ -172,23 +197,25 @@ def neighbours(coords):
     gaps, counts = np.unique(np.concatenate(gaps), return_counts=True)
     return int(gaps[counts.argmax()]) if len(gaps) else 0
 
-def placed(path):
-    """out: features, coords, side of the tiles, meta, as `read_bag`; where the file lacks these, of the coordinates
+def placed(path, mpp=None):
+    """in, out: features, coords, side of the tiles, meta, as `read_bag`; where the file lacks these, of the coordinates
     beside it, of CLAM (../h5_files, ../patches) and TRIDENT (../patches/*_patches.h5), or of neighbouring tiles.
     raises: UserError if there are none, or if they contradict each other."""
     path = Path(path)
-    x, coords, meta = read_bag(path)
+    x, coords, meta = read_bag(path, mpp)
     sides, above, name = [meta["side"]], path.parent.parent, name_of(path)
     for beside in (above / f"h5_files/{name}.h5", above / f"patches/{name}.h5", above / f"patches/{name}_patches.h5"):
         if beside.is_file() and beside != path:
             found, told = contents(beside)
             there = plain(beside, found.get("coords"))
-            there = None if there is None else pixels(there, len(x), "", told)
+            there = None if there is None else pixels(there, len(x), told)
             coords = there if coords is None else coords
             sides.append(side_said(told) if there is not None and torch.equal(there, coords) else 0)
     if coords is None:
-        raise UserError(f"{path} holds {len(x)} features without coordinates (N,2) in pixels of level 0, and in "
-                        f"../h5_files and ../patches there are none")
+        why = "without coordinates (N,2) in pixels of level 0, and in ../h5_files and ../patches there are none"
+        if meta["micrometres"]:
+            why = "with places in micrometres: only mil.py map takes these, where the size of a pixel is known"
+        raise UserError(f"{path} holds {len(x)} features {why}")
     apart = neighbours(coords.numpy())
     sides = [side for side in sides if side > 0] or [apart]
     foreign = "scales" not in meta and len(x) > 8                  # of ours, few may be left

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common import UserError, at_least, configure, save_png, write_text
 from slides.encoders import Stats, embed, load_encoder
-from slides.pictures import DARK, MAX_PIXELS
+from slides.pictures import DARK, MAX_PIXELS, masks_beside
 from slides.names import file_of
 from slides.strips import (ahead, cached_encoder, embed_tiles, embedded, image_jobs, opened, plan, with_features,
                            workers)
@@ -114,6 +114,12 @@ class Picture:
         self.left[why] += 1
         return False
 
+def made_of(run, job):
+    """What a file is made of: other settings, another image or features made anew are told by it."""
+    size = job.path.stat().st_size if job.path.is_file() else 0
+    of = job.features.stat() if job.features and job.features.is_file() else None
+    return {"source": run.source, "bytes": size} | ({"features": [of.st_size, of.st_mtime_ns]} if of else {})
+
 def build_one(run, job, group):
     """Write the file of one image from the results of its tasks."""
     cfg, out, (w, h) = run.cfg, output(run.cfg, job), job.size
@@ -126,13 +132,14 @@ def build_one(run, job, group):
         save_png(Path(cfg.out) / "masks" / f"{out.stem}.png", mask)
     _, given, there = embedded(job) if cfg.features else (job, (), None)
     picture = Picture(run, job, group, tissue, given, there)
-    meta = {"source": run.source, "bytes": job.path.stat().st_size, "size": [h, w]}
-    meta |= {"white": job.white} if job.white else {}
+    meta = made_of(run, job) | {"size": [h, w]} | ({"white": job.white} if job.white else {})
     counts = write_slide(out, picture.strips(), picture.embed_row, cfg.patch, cfg.scales, meta, picture.keep)
     run.left.update(picture.left)
     others = "".join(f", {n} {why}" for why, n in sorted(picture.left.items()) if why != "plain")
     tqdm.write(f"{job.name}: {w} x {h}, pixels {job.note}, kept {counts} patches; dropped {w % cfg.patch} columns, "
                f"{h % cfg.patch} rows at the edge and {picture.left['plain']} plain patches{others}")
+    if unread := masks_beside(job.path):
+        tqdm.write(f"  {job.name}: {unread}")
     for why in sorted(set(picture.bad.values())):
         tqdm.write(f"  {job.name}: {why}; patches over it are left out")
     if not any(counts) and picture.bad:
@@ -165,8 +172,7 @@ class Run:
         """The jobs that are still to do, with their sizes."""
         cfg, todo = self.cfg, []
         for job in jobs:
-            size = job.path.stat().st_size if job.path.is_file() else 0
-            if finished(output(cfg, job), cfg.scales, {"source": self.source, "bytes": size}):
+            if finished(output(cfg, job), cfg.scales, made_of(self, job)):
                 self.there += 1
                 continue
             try:

@@ -11,8 +11,8 @@ from pathlib import Path
 from common import UserError
 
 SUFFIXES = (".safetensors", ".pt", ".npy", ".h5")  # of features
-ENDING = re.compile(r"((\.ome)?\.(svs|tiff?|ndpi|mrxs|scn|bif|vms|vmu|svslide|czi|dcm|qptiff|isyntax|png|jpe?g|jp2|j2k|"
-                    r"webp|bmp|gif|p[gp]m)|\.ome)$", re.IGNORECASE)
+ENDING = re.compile(r"((\.ome)?\.(svs|tiff?|ndpi|mrxs|scn|bif|vms|vmu|svslide|czi|dcm|qptiff|btf|tf[28]|isyntax|png|"
+                    r"jpe?g|jp2|j2k|webp|bmp|gif|p[gp]m)|\.ome)$", re.IGNORECASE)
 NOTHING = {"", "nan", "na", "n/a", "null", "<na>"}  # how tables say that a cell is empty
 
 # ----- 1. Names -----

@@ -95,6 +95,14 @@ def nothing(x, nodata, near):
         gone = gone | same
     return gone if gone.any() else None
 
+def masks_beside(path):
+    """What is said of an image that GDAL keeps the places of nothing in files of their own, which are not read here."""
+    mask, about = (Path(f"{path}{ending}") for ending in (".msk", ".aux.xml"))
+    names = [mask.name] if mask.is_file() else []
+    names += [about.name] if about.is_file() and b"<NoDataValue" in about.read_bytes()[:2**20] else []
+    return f"{' and '.join(names)}, where GDAL says what shows nothing, not looked at: put that into the image, by " \
+           f"gdal_translate --config GDAL_TIFF_INTERNAL_MASK YES" if names else ""
+
 def to_rgb(x, white=None, nodata=None, near=0):
     """Pixels as they are shown, (h,w,3) uint8: black where there is nothing, by their value, to within `near`, or by a
     fourth band. One that is seldom 0 or its largest is infrared: GDAL calls any fourth band alpha.

@@ -19,7 +19,7 @@ from PIL import Image
 
 from common import UserError, cli, configure, save_png
 from data import halve
-from slides.pictures import DARK, MAX_PIXELS, nodata_of, to_rgb, upright, white_of, whole
+from slides.pictures import DARK, MAX_PIXELS, masks_beside, nodata_of, to_rgb, upright, white_of, whole
 from slides.tiff import (JPEG, MAP, ONE, Level, amount, decode, decode_mask, directories, halved_chroma, levels_of,
                          number, pieces_of, readable, resolution, shown, square, steps, text, with_masks)
 
@@ -294,6 +294,8 @@ def main(argv):
     for n, level in enumerate(slide.levels):
         (w, h), (tw, th) = level.size, level.tile
         print(f"level {n}: {w} x {h}, steps of {level.step[0]:.5g}" + (f", tiles of {tw} x {th}" if tw else ""))
+    if unread := masks_beside(cfg.file):
+        print(unread)
     slide.mpp = 1.0                                                            # for the view, any unit will do
     mpp = max(1, max(slide.size) / 1024)
     w, h = slide.grid(mpp)[2]

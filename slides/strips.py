@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -29,9 +29,11 @@ from common import UserError
 from slides.encoders import embed, load_encoder
 from slides.names import few, file_of, files_of, match, name_of, read_table
 from slides.official import read_features
+from slides.pictures import FORMATS
 from slides.reader import CACHE, MAX_PIXELS, VENDORS, open_slide
 from slides.tiff import JP2K, JP2K_YCBCR, number
 
+TIFFS = {".svs", ".qptiff", ".btf", ".tf2", ".tf8"}  # which Pillow does not know for such
 cached_encoder = lru_cache(1)(load_encoder)
 OPEN, MINE, LOCK = WeakValueDictionary(), threading.local(), threading.Lock()
 TASK = 2**22        # pixels that a worker process reads at a time, if that is a whole strip at least
@@ -92,11 +94,13 @@ def listed(images, out):
     if root.suffix.lower() == ".csv" and root.is_file():
         rows = from_csv(root)
     elif root.is_dir():
-        known = {*Image.registered_extensions(), ".svs", *VENDORS}
+        pictures = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+        known = pictures | VENDORS | TIFFS
         files = below(root, out)
         rows = {p: (None, "") for p in files if p.suffix.lower() in known and p.name[0] != "."}
-        if rows and len(rows) < len(files):
-            print(f"{root}: {len(files) - len(rows)} entries are not images and are passed over")
+        others = sorted(p.name for p in files if p not in rows)
+        if rows and others:
+            print(f"{root}: {len(others)} entries are not images and are passed over: {few(others)}")
     elif root.exists():
         rows = {root: (None, "")}
     elif any(c in images for c in "*?["):
@@ -116,8 +120,9 @@ def image_jobs(images, out, holdout, cut=(1, 1)):
         name = Path(os.path.relpath(path, base)).as_posix()
         for j, i in product(range(cut[0]), range(cut[1])):
             jobs.append(Job(name if cut == (1, 1) else f"{name}@{i}-{j}", path, mpp, split, (j, i, *cut)))
-    if len({file_of(job.name) for job in jobs}) < len(jobs):
-        raise UserError(f"--images={images} gives two images the same name: rename one")
+    twice = [name for name, n in Counter(file_of(job.name) for job in jobs).items() if n > 1]
+    if twice:
+        raise UserError(f"--images={images} gives two images the same name, {few(twice)}: rename one")
     held = {job.name for job in jobs if job.split == "test"}
     if not any(job.split for job in jobs):
         n = max(1, round(holdout * len(jobs))) if holdout and len(jobs) >= 5 else 0
@@ -262,12 +267,13 @@ def tissue_of(job):
     mask = saturation > np.clip(otsu(saturation), LOW, HIGH)
     y = (np.arange(h // P + 1) * P * mask.shape[0] / h).round().astype(int)    # (Gh+1,) edges of base tiles
     x = (np.arange(w // P + 1) * P * mask.shape[1] / w).round().astype(int)
+    for i, j in bad_tiles(job, slide, 0, h // P, mpp):                         # damage hides tissue, and finer levels
+        mask[y[i]:y[i + 1], x[j]:x[j + 1]] = True                              # may be whole
     total = np.pad(mask.cumsum(0).cumsum(1), ((1, 0), (1, 0)))                 # of all above and to the left
     sums = np.diff(np.diff(total[np.ix_(y, x)], axis=0), axis=1)
-    share = (sums / np.maximum(1, np.outer(np.diff(y), np.diff(x)))).astype(np.float32)
-    for at in bad_tiles(job, slide, 0, h // P, mpp):                           # damage hides tissue, and finer levels
-        share[at] = 1                                                          # may be whole
-    return share, mask
+    pixels = np.outer(np.diff(y), np.diff(x))
+    share = sums / np.maximum(1, pixels)
+    return share.astype(np.float32), mask
 
 # ----- 4. A few tasks ahead -----
 

@@ -466,7 +466,8 @@ def stored(data, tags, width, rows):
         return np.cumsum(x, 1, f"u{bits // 8}") if differences else x.astype(f"u{bits // 8}", copy=False)
     if how == JPEG:
         tables = tags["jpeg_tables"].tobytes() if "jpeg_tables" in tags else b""
-        image = JpegImagePlugin.JpegImageFile(io.BytesIO(whole_jpeg(data, tables, colours != 6)))
+        told = colours in GREY and held == 3 and data[2:4] == b"\xff\xe0"      # by JFIF, where the directory does not
+        image = JpegImagePlugin.JpegImageFile(io.BytesIO(whole_jpeg(data, tables, not told and colours != 6)))
     else:
         image = (WebPImagePlugin.WebPImageFile if how == WEBP else Jpeg2KImagePlugin.Jpeg2KImageFile)(io.BytesIO(data))
     w, h = image.size                                                          # before it is unpacked: a bomb ends here

@@ -22,6 +22,7 @@ SIGNS = ((rb"version https://git-lfs", "is a Git LFS pointer, a note of where th
          (rb"(\xef\xbb\xbf)?\s*<", "is XML: give the file that it describes"),
          (rb"\s*[{\[]\s*[]}{\[\"]", "is JSON, settings or an index: give the file that it belongs to"),
          (rb"\x1f\x8b|BZh|\xfd7zXZ|Rar!|7z\xbc\xaf", "is a packed archive: unpack it first"),
+         (rb"%PDF|%!PS", "is PDF or PostScript: export it as an image"),
          (rb"[\t\n\r -~\x80-\xff]{8,}\Z", "is text: download the file itself"))
 ARRAYS = (rb"\x89HDF", "is HDF5, as of Keras: save them by PyTorch"), \
          (rb"\x93NUMPY", "is a NumPy array: save them by PyTorch")

@@ -90,7 +90,7 @@ def finished(path, scales, meta=None):
         counts = [f.get_slice(f"ij{s}").get_shape()[0] if f"ij{s}" in names else 0 for s in range(scales)]
     there = load_meta(path)
     if there | (meta or {}) != there:
-        raise UserError(f"{path} was made from another image or with other settings: remove it")
+        raise UserError(f"{path} was made from another image, other features or with other settings: remove it")
     return counts, there
 
 def finish(out, index, slides):

@@ -295,6 +295,17 @@ def test_folders_as_the_gdc_client_lays_them(tmp_path, capsys):
     mil.main(["map", *more, "--slide=u3/s.3.png", f"--image={tmp_path / 'in' / 'u3' / 's.3.png'}"])
     with pytest.raises(UserError, match="in the slide's own pixels, which .*d does not have: draw on the slide"):
         mil.main(["map", *more, "--slide=s.3", f"--data={tmp_path / 'd'}"])
+    for k in range(8):                                                     # STAMP's, in micrometres
+        held = {"feats": x + k, "coords": torch.cartesian_prod(*[torch.arange(4.0) * 8] * 2), "unit": "um"}
+        torch.save(held | {"tile_size_um": 8.0}, tmp_path / "foreign" / f"s.{k}.pt")
+    mil.main(["map", *more, "--slide=s.3", f"--data={tmp_path / 'd'}"])
+    picture = np.asarray(Image.open(tmp_path / "foreign_cv" / "map_s.3_foreign_abmil.png")).astype(int)
+    assert (np.abs(picture[:, 32:] - picture[:, :32])[-7:, -7:] > 2).any()
+    with pytest.raises(UserError, match="with places in micrometres: only mil.py map takes these"):
+        mil.main(["map", *more, "--slide=s.3", f"--image={tmp_path / 'in' / 'u3' / 's.3.png'}"])
+    torch.save(held | {"tile_size_um": 8.0, "coords": held["coords"] + 40}, tmp_path / "foreign" / "s.3.pt")
+    with pytest.raises(UserError, match=r"s.3.pt: tiles .* as far as \[64, 64\], lie outside .* at \[32, 32\]"):
+        mil.main(["map", *more, "--slide=s.3", f"--data={tmp_path / 'd'}"])
     more[0] = f"--features={tmp_path / 'f'}"
     for name, says in (("none.png", "none.png"), ("part.png", "are of a part, 32 x 32")):
         with pytest.raises(UserError, match=says):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import UserError, save_tensors
-from slides.bags import Bags, read_bag, views
+from slides.bags import Bags, placed, read_bag, views
 
 def test_readers(tmp_path, monkeypatch):
     """What tools write, to the bit. Catches: coordinates of another length, (1,N,K) not squeezed."""
@@ -46,7 +46,8 @@ X, AT = torch.randn(12, 5), torch.stack([torch.arange(12) % 4, torch.arange(12) 
     ({"features": X, "coords": AT, "patch_size": 256, "patch_level": 1}, AT, 0),  # how coarse that is, is unsaid
     ({"features": X, "coords": AT, "patch_size_level0": "None"}, AT, 0),
     ({"features": X, "coords": AT, "patch_size_level0": 1e30}, AT, 0),
-    ({"features": X, "coords": AT, "unit": "µm"}, None, 0)])
+    ({"features": X, "coords": AT, "unit": "µm"}, None, 0),
+    ({"feats": X, "coords": AT * 0.5, "unit": "um", "tile_size_um": 256.0}, None, 0)])
 @pytest.mark.parametrize("kind", ["pt", "h5"])
 def test_what_other_tools_write(tmp_path, kind, found, coords, side):
     """catches: coordinates taken for features, micrometres for pixels; a gradient kept; the side of another level."""
@@ -67,12 +68,30 @@ def test_what_other_tools_write(tmp_path, kind, found, coords, side):
     assert torch.equal(x, X) and x.dtype == torch.float32 and not x.requires_grad and meta["side"] == side
     assert where is None if coords is None else torch.equal(where, coords)
 
+@pytest.mark.parametrize("said", [{"tile_size_um": 256.0}, {"tile_size": 256}])
+def test_stamp_tells_micrometres(tmp_path, said):
+    """Pixels of level 0, where the size of these is known. catches: floored corners; a side of another unit."""
+    torch.save({"feats": X, "coords": AT * 0.5, "unit": "um", **said}, tmp_path / "a.pt")
+    for mpp, first, side in ((0.5, (512, 0), 512), (0.2525, (1014, 0), 1014), (1, (256, 0), 256)):
+        x, coords, got, _ = placed(tmp_path / "a.pt", mpp)
+        assert torch.equal(x, X) and coords[1].tolist() == list(first) and got == side
+    with pytest.raises(UserError, match="a.pt holds 12 features with places in micrometres: only mil.py map"):
+        placed(tmp_path / "a.pt")
+
 def test_owkin(tmp_path):
-    """A level and a place before the features, in SLIDE/features.npy. catches: these for features."""
-    for name in "ab":
+    """A level and a place before the features, in SLIDE/features.npy; metadata.json tells the side of that level.
+    catches: these for features."""
+    for name, told in (("a", '{"level": 16, "absolute_tile_size": 512}'), ("c", "[]"), ("d", None),
+                       ("b", '{"level": 15, "absolute_tile_size": 512}')):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "features.npy", torch.cat([torch.full((12, 1), 16.0), AT / 512, X], 1).numpy())
-    assert torch.equal(Bags(tmp_path)["b"], X) and Bags(tmp_path).names == ["a", "b"]
+        if told:
+            (tmp_path / name / "metadata.json").write_text(told)
+    assert torch.equal(Bags(tmp_path)["b"], X) and Bags(tmp_path).names == ["a", "b", "c", "d"]
+    assert torch.equal(placed(tmp_path / "a/features.npy")[1], AT) and placed(tmp_path / "a/features.npy")[2] == 512
+    for name in "bcd":
+        with pytest.raises(UserError, match="12 features without coordinates"):
+            placed(tmp_path / name / "features.npy")
 
 def test_unusable_files_are_named(tmp_path):
     nan = torch.randn(4, 3)

@@ -62,7 +62,7 @@ def test_folders_with_loops_patterns_and_lists(slides, tmp_path, capsys):
     (slides / "out" / "mask.png").write_text("")
     everything = ["a.png", "b.png", "coarse.tif", "fine.tif", "sub/a.png", "sub/deep/c.png", "sub/self.svs"]
     assert names(slides, slides / "out") == everything
-    assert "2 entries are not images and are passed over" in capsys.readouterr().out
+    assert "2 entries are not images and are passed over: .hidden.png, notes.txt" in capsys.readouterr().out
     assert names(f"{slides}/*.tif") == ["coarse.tif", "fine.tif"]
     assert names(f"{slides}/sub/**/*.png") == ["a.png", "deep/c.png"]
     (slides / "list.csv").write_text("path, mpp,split,note\nsub/a.png,0.5,test,x\n\nb.png,,train,\na.png,1e6,,\n")
@@ -77,7 +77,7 @@ def test_folders_with_loops_patterns_and_lists(slides, tmp_path, capsys):
     (slides / "sub" / "list.csv").write_text("path\na.png\n../b.png\n")      # names lead out of no folder
     assert names(slides / "sub" / "list.csv") == ["b.png", "sub/a.png"]
     (slides / "sub__a.png").write_bytes((slides / "a.png").read_bytes())
-    with pytest.raises(UserError, match="two images the same name"):
+    with pytest.raises(UserError, match="two images the same name, sub__a.png: rename one"):
         names(slides)
     for images, says in (("nowhere", "does not exist"), (f"{slides}/*.bmp", "holds no image")):
         with pytest.raises(UserError, match=says):
@@ -203,6 +203,7 @@ def test_damage_that_hides_tissue(tmp_path):
     data.main(["build", f"--images={tmp_path / 'a.tif'}", f"--out={tmp_path / 'out'}", "--patch=32", "--scales=1",
                "--tissue=0.5", "--workers=0"])
     assert Pyramids(tmp_path / "out").slides[0]["counts"] == [64 * 64]
+    assert np.asarray(Image.open(tmp_path / "out" / "masks" / "a.tif.png")).all()          # not shown as glass
 
 def test_failed_images_do_not_stop_the_others(slides, tmp_path, capsys):
     (slides / "b.png").write_bytes((slides / "b.png").read_bytes()[:3000])
@@ -295,6 +296,17 @@ def test_what_shows_nothing_is_left_out(tmp_path, capsys, kind):
     assert np.array_equal(found[:, 48:], IMAGE[:, 48:])
     if kind in KINDS or kind == "sparse slide":
         assert (found[:, :48] == (0 if kind in KINDS else 255)).all()
+
+def test_masks_beside_an_image_are_named(tmp_path, capsys):
+    """GDAL's files beside: one with statistics alone says nothing of where nothing is."""
+    for name, beside in (("a", {".msk": "", ".aux.xml": "<NoDataValue>7<"}), ("b", {".aux.xml": "<Metadata/>"})):
+        Image.fromarray(IMAGE).save(tmp_path / f"{name}.png")
+        for ending, held in beside.items():
+            (tmp_path / f"{name}.png{ending}").write_text(held)
+    build(tmp_path / "out", f"{tmp_path}/*.png")
+    said = capsys.readouterr().out
+    assert "a.png: a.png.msk and a.png.aux.xml, where GDAL says what shows nothing, not looked at: put" in said
+    assert "b.png.aux.xml" not in said
 
 def png16(path, x):
     """A PNG of 16-bit RGB, which Pillow does not write."""

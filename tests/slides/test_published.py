@@ -269,3 +269,7 @@ def test_build_takes_the_features(tmp_path):
                        (("--encoder=uni", "--patch=16"), "does not fit --patch=16")):
         with pytest.raises(UserError, match=says):
             data.main([*args, f"--out={tmp_path / 'other'}", *more])
+    data.main([*args, f"--out={tmp_path / 'out'}", "--encoder=uni"])                       # goes on
+    torch.save({"features": x + 1, "coords": coords, "patch_size_level0": 32}, tmp_path / "f" / "a.pt")
+    with pytest.raises(UserError, match="a.png.safetensors was made from another image, other features or"):
+        data.main([*args, f"--out={tmp_path / 'out'}", "--encoder=uni"])
