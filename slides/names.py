@@ -102,7 +102,8 @@ def read_table(path, needed):
     except (OSError, csv.Error) as err:
         raise UserError(f"{path} cannot be read as CSV ({err}): give a file with columns {', '.join(needed)}") from err
     rows = [[cell.strip() for cell in row] for row in rows if any(map(str.strip, row))]
-    head = [re.sub(r"\W+", "_", cell.lower()).strip("_") for cell in rows[0]] if rows else []
+    words = [re.sub(r"(?<=[a-z])(?=[A-Z])|\W+", "_", cell) for cell in rows[0]] if rows else []  # SlideID, Slide ID
+    head = [word.lower().strip("_") for word in words]
     lacking = [c for c in needed if c not in head]
     if lacking or len(rows) < 2:
         raise UserError(f"{path} has no column {', '.join(lacking)}, or no row, but columns {few(head)}: give a CSV "

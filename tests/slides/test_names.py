@@ -36,6 +36,7 @@ ROWS = [{"case_id": "P 1", "slide_id": "a", "label": "Größe, x"}, {"case_id": 
     ("Case ID\t Slide_ID \tLABEL\r\nP 1\ta\tGröße, x\r\n\r\n\t7\t1\r\n", "utf-16"),
     ('case-id, slide_id, label\nP 1, a, "Größe, x"\n, 7, 1\n', "utf-8-sig"),
     ("case_id;slide_id;label\rP 1;a;Größe, x\r;7;1\r", "utf-16-le"),
+    ("caseId,SlideID,Label\nP 1,a,\"Größe, x\"\n,7,1", "utf-8"),
     ("sep=;\r\nCase Id;SLIDE ID;Label;\nP 1;a;Größe, x;\n;7;1;\n", "cp1252")])
 def test_tables(tmp_path, text, encoding):
     (tmp_path / "l.csv").write_bytes(text.encode(encoding))
