@@ -163,8 +163,14 @@ def layout(tags):
     return bands, 1 if number(tags, "planar", 1) == 2 else bands, int(max(tags.get("bits", [1])[:bands])), colours
 
 def used(tags):
-    """How many bands of a tile tell what it shows: those of colours, and a fourth that is ink or alpha."""
-    return 4 if number(tags, "extra_bands") in ALPHA or layout(tags)[3] == 5 else 3
+    """Which bands of a tile tell what it shows: those of colours, and one of ink or alpha, wherever it lies."""
+    bands, _, _, colours = layout(tags)
+    kinds = tags.get("extra_bands", ())
+    first = bands - len(kinds)                                                 # they are the last ones
+    alpha = [k for k, kind in enumerate(kinds, first) if kind in ALPHA and 0 < k < bands]
+    if alpha and alpha[0] > 3:
+        return [0, 1, 2, alpha[0]]
+    return slice(4 if alpha or colours == 5 else 3)
 
 def in_strips_of(tags):
     """Bytes of a strip; 0 if there are tiles."""
@@ -445,7 +451,7 @@ def pieces_of(f, level, column, row):
     (w, h), (tw, th) = level.size, level.tile
     columns, rows = ceil(w / tw), ceil(h / th)
     places, pieces = range(row * columns + column, len(level.offsets), columns * rows), []
-    for k in places[:used(level.tags)]:
+    for k in np.array(places)[used(level.tags) if len(places) > 1 else slice(1)].tolist():
         length = int(level.lengths[k])
         if length > 8 * layout(level.tags)[0] * tw * th + 2**16:
             raise ValueError(f"{length} bytes for {tw} x {th} pixels")
@@ -457,11 +463,12 @@ def stored(data, tags, width, rows):
     """The bytes of a tile -> its numbers (rows,width,bands), up to 4, as they are stored; JPEG's colours as RGB.
     raises: nearly anything, if it is damaged."""
     how, (_, held, bits, colours) = number(tags, "compression", 1), layout(tags)
+    mine = used(tags) if held > 1 else slice(1)
     if not data:                                                               # other bands are there: GDAL means 0
         return np.zeros((rows, width, held), np.uint8)
     if how in LOSSLESS:
         x = unpacked(data, how, rows, width * held * bits // 8)
-        x = x.view(tags["order"] + f"u{bits // 8}").reshape(rows, width, held)[..., :used(tags)]
+        x = x.view(tags["order"] + f"u{bits // 8}").reshape(rows, width, held)[..., mine]
         differences = number(tags, "predictor", 1) == 2 and how not in (1, 32773)
         return np.cumsum(x, 1, f"u{bits // 8}") if differences else x.astype(f"u{bits // 8}", copy=False)
     if how == JPEG:
@@ -476,7 +483,7 @@ def stored(data, tags, width, rows):
     image.load()
     if how == JP2K_YCBCR:                                                      # which its codestream does not say
         image = Image.frombytes("YCbCr", image.size, image.convert("RGB").tobytes()).convert("RGB")
-    x = np.asarray(image).reshape(h, w, -1)[:rows, :, :used(tags)]
+    x = np.asarray(image).reshape(h, w, -1)[:rows, :, mine]
     return 255 - x if image.mode == "CMYK" else x                              # four bands: Pillow takes them for inks
 
 def palette(tags):
@@ -497,7 +504,7 @@ def decode(pieces, level):
     n = 3 if x.shape[2] >= 3 else 1
     if n == 3 and colours:
         return x                                                               # to put it together anew takes time
-    shown, alpha = x[..., :n], x[..., n:used(tags) - 3 + n]
+    shown, alpha = x[..., :n], x[..., n:n + (used(tags) != slice(3))]
     shown = shown if colours else np.iinfo(x.dtype).max - shown                # 0: white is zero
     return np.concatenate([shown] * (3 // n) + [alpha], 2)
 

@@ -251,9 +251,10 @@ def test_memory_does_not_grow_with_the_image(tmp_path):
 IMAGE, MAP, CELL = noise(64, 96), {"geo_scale": (12, [0.5, 0.5, 0])}, (32, 32)
 GONE = np.arange(96)[None, :].repeat(64, 0) < 48                               # the left half: 3 of 6 columns of tiles
 
-def with_band(band, kind):
-    tags, tiles = page(np.dstack([IMAGE, band]), CELL, 8)
-    return [(tags | {"extra_bands": (3, [kind])}, tiles)]
+def with_band(band, *kinds, planar=1):
+    """A page of the image and a band of the last of the kinds, those before it are infrared."""
+    tags, tiles = page(np.dstack([IMAGE, *[noise(64, 96, 1)[..., 0]] * (len(kinds) - 1), band]), CELL, 8, planar=planar)
+    return [(tags | {"extra_bands": (3, kinds)}, tiles)]
 
 def half(colour):
     return np.where(GONE[..., None], np.array(colour, np.uint8), IMAGE)
@@ -276,6 +277,8 @@ def some_left_out(more):
 KINDS = {
     "nodata": lambda: with_tags(MAP | {"nodata": text("255")}, half(255)),
     "alpha": lambda: with_band(np.where(GONE, 0, 255).astype(np.uint8), 2),
+    "alpha behind infrared": lambda: with_band(np.where(GONE, 0, 255).astype(np.uint8), 0, 2),
+    "alpha apart": lambda: with_band(np.where(GONE, 0, 255).astype(np.uint8), 0, 2, planar=2),
     "mask": lambda: masked(CELL), "mask in other tiles": lambda: masked((96, 16)),
     "sparse map": lambda: some_left_out(MAP),
     "clear.png": lambda: Image.fromarray(np.dstack([IMAGE, np.where(GONE, 0, 255).astype(np.uint8)])),
