@@ -72,8 +72,8 @@ class Checkout:
         done = subprocess.run([sys.executable, *command], cwd=self.home, env=env, capture_output=True, text=True)
         after, seconds = getrusage(RUSAGE_CHILDREN), time.perf_counter() - began
         if done.returncode:
-            last = (done.stderr.split("\n\n")[-1].splitlines() or ["it says nothing"])[-1]
-            raise UserError(f"{' '.join(command)} failed in the {self.home.name} checkout: {last}")
+            errors = [line for line in done.stderr.splitlines() if "rror" in line] or ["it does not say why"]
+            raise UserError(f"{' '.join(command)} failed in the {self.home.name} checkout: {errors[-1]}")
         return done.stdout, seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     def count(self, *command):
