@@ -102,8 +102,8 @@ def _convert(key, value, wanted):
     if wanted is tuple:                                     # --unet.mult=1,2,4, or =3
         value = tuple(value) if type(value) in (tuple, list) else (value,)
         good, name = {type(v) for v in value} <= {int, float}, "numbers with commas"
-    if not good:
-        raise UserError(f"--{key}={value}: expected {name}, got {type(value).__name__}")
+    if not good or str not in kinds and "inf" in repr(value):           # 1e999 is infinite
+        raise UserError(f"--{key}={value}: expected {name}, got {'infinity' if good else type(value).__name__}")
     return value
 
 def _nearest(name, known):

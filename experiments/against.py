@@ -96,9 +96,13 @@ def measure(title, sides, jobs, times):
                     columns = zip(("TFLOP", "TFLOP at full size"), side.count(*command))
                 for column, value in columns:
                     spent.setdefault((name, column), ([], []))[k].append(value)
+    rows = {key: [median(v or [0]) for v in values] for key, values in spent.items()}
+    if len({name for name, _ in rows}) > 1:
+        for column in dict.fromkeys(column for _, column in spent):
+            parts = [values for key, values in rows.items() if key[1] == column]
+            rows["all", column] = [sum(values) for values in zip(*parts)]
     print(HEAD.format(title, "ratio"))
-    for (name, column), values in spent.items():
-        old, new = (median(v or [0]) for v in values)
+    for (name, column), (old, new) in rows.items():
         if max(old, new) > 0:
             print(f"{f'{name}, {column}':>34}{old:>14.4g}{new:>14.4g}{new / old if old else math.inf:>14.3f}")
 

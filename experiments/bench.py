@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
+from resource import RUSAGE_CHILDREN, getrusage
 from statistics import median
 
 import torch
@@ -44,6 +45,7 @@ class Config:
     steps: int = 2          # that are timed where 50 would be drawn
     batch: int = 2          # patches per call, and per training step
     compile: bool = False   # torch.compile as well
+    busy: bool = False      # on a CPU where other work goes on: seconds of CPU, of one thread
     groups: str = ""        # of GROUPS, with "," between; empty = all
 
 def sizes(cfg):
@@ -243,22 +245,27 @@ GROUPS = {"peaks": peaks, "U-Net forward": unets, "U-Net forward and backward": 
 
 # ----- 3. Timing, and saying what came out -----
 
-def seconds_of(call, device):
+def cpu_seconds():
+    """Seconds of CPU of this process, and of those it has waited for, such as compilers."""
+    others = getrusage(RUSAGE_CHILDREN)
+    return time.process_time() + others.ru_utime + others.ru_stime
+
+def seconds_of(call, device, clock=time.perf_counter):
     """Seconds of one call, until the device is done."""
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     wait()
-    began = time.perf_counter()
+    began = clock()
     call()
     wait()
-    return time.perf_counter() - began
+    return clock() - began
 
-def race(lines, rounds, device):
+def race(lines, rounds, device, clock=time.perf_counter):
     """Seconds of each line, {name: (median, of the first call)}: all are called in turn, a round that does not count
     first. In that one a compiled network is compiled."""
     spent = {name: [] for name, _, _ in lines}
     for _ in range(rounds + 1):
         for name, _, call in lines:
-            spent[name].append(seconds_of(call, device))
+            spent[name].append(seconds_of(call, device, clock))
     return {name: (median(times[1:]), times[0]) for name, times in spent.items()}
 
 def rate_table(title, lines, spent):
@@ -296,15 +303,19 @@ def main(argv):
         raise UserError(f"--groups={cfg.groups}: known are {', '.join(GROUPS)}")
     at_least(cfg, rounds=1, batch=1)
     even_timesteps(1000, cfg.steps)          # are there so many?
+    if cfg.busy and (cfg.threads != 1 or cfg.device != "cpu"):
+        raise UserError(f"--busy with --device={cfg.device} --threads={cfg.threads}: it takes --device=cpu --threads=1")
     ranks = setup(cfg.device, threads=cfg.threads)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     size = "published sizes" if cfg.full else "the toy" if cfg.toy else "reduced width (--full: published sizes)"
     unet, *_, side = sizes(cfg)
-    print(f"{machine(ranks)}\n{size}, batch {cfg.batch}, latents of {side} x {side}, medians of {cfg.rounds} rounds\n"
+    how = f"medians of {cfg.rounds} rounds" + ", seconds of CPU" * cfg.busy
+    print(f"{machine(ranks)}\n{size}, batch {cfg.batch}, latents of {side} x {side}, {how}\n"
           f"{compared(unet, side)[0]}", flush=True)
     for title in titles:
         lines = list(GROUPS[title](cfg, ranks))
-        print("\n" + rate_table(title, lines, race(lines, cfg.rounds, ranks.device)), flush=True)
+        spent = race(lines, cfg.rounds, ranks.device, cpu_seconds if cfg.busy else time.perf_counter)
+        print("\n" + rate_table(title, lines, spent), flush=True)
 
 NOT_KEPT = "whole tables above are good; nothing else is kept, and the same command begins anew"
 

@@ -66,6 +66,7 @@ def test_values(arg, name, value):
     (["--side"], "--kind=True: expected str"), (["--side.knid=up"], "did you mean 'kind'"),
     (["--steps.x=3"], "unknown option --steps.x"),
     (["--steps=many"], "--steps=many: expected int, got str"), (["--steps=1e3"], "--steps=1000.0: expected int"),
+    (["--lr=1e999"], "--lr=inf: expected float, got infinity"),
     (["--steps=True"], "expected int, got bool"), (["--amp=1"], "expected bool, got int"),
     (["--lr"], "--lr=True: expected float, got bool"), (["--only=x"], r"expected int \| None, got str"),
     (["--net.mult=(1,x)"], "expected numbers with commas"), (["--net.mult"], "expected numbers with commas"),

@@ -1,5 +1,6 @@
 """Two checkouts side by side: what is refused, what is run where, and what the table says of it."""
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -50,6 +51,7 @@ def test_what_a_demo_runs(tmp_path, spoken, capsys, monkeypatch):
     """By the Makefile of each checkout. catches: a run that goes on where the last round ended; data timed."""
     monkeypatch.setattr(against, "evaluated", lambda sides, folder: None)
     speed.main(["against", str(ROOT), "--part=demo", "--rounds=1", "--kind=smoke", "--n=4"])
+    assert re.search(r"all, seconds +27 +9 +0.333", capsys.readouterr().out)
     older = [" ".join(command) for side, command in spoken if side == "older"]
     made, vae, unet, table, *counted = older
     assert "--steps=0" in made and "--out=none" in made

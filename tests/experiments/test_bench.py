@@ -37,14 +37,14 @@ def test_diffusers_is_the_published_shape():
 def test_every_line_runs_and_is_told(bf16, monkeypatch, capsys):
     """The whole command in sizes that take no time; FLOPs are counted in test_cost.py. Catches: a line that cannot be
     built, a share of the wrong yardstick, a compiled network timed as a plain one."""
-    clock, nets = iter(range(1, 10 ** 6)), []
+    ticks, nets = iter(range(1, 10 ** 6)), []
     flops = {"U-Net": 4, "decoder": 2, "encoder": 1}
     for name, value in {"sizes": (*TINY, TOLD, 8), "row_flops": 4, "training_flops": 12, "network_flops": flops,
                         "compared": ("no diffusers", False)}.items():
         monkeypatch.setattr(bench, name, lambda *args, value=value: value)
     monkeypatch.setattr(bench, "matmul", lambda ranks, full, kind, dtype: (
         f"matmul {kind}", 2 * 8 ** 3, partial(torch.mm, *torch.randn(2, 8, 8, dtype=dtype))))
-    monkeypatch.setattr(bench, "seconds_of", lambda call, device: (call(), next(clock) * 1e-3)[1])
+    monkeypatch.setattr(bench, "seconds_of", lambda call, device, clock: (call(), next(ticks) * 1e-3)[1])
     monkeypatch.setitem(bench.GROUPS, "peaks", lambda cfg, ranks: [("copy", 8, torch.zeros(8).clone)])
     monkeypatch.setattr(UNet, "compile", lambda net: nets.append(net))
     ranks = replace(setup("cpu"), amp=torch.bfloat16 if bf16 else None)     # the machine has it, or not
@@ -64,7 +64,7 @@ def test_lines_races_and_tables(monkeypatch):
     name, work, call = bench.conv(setup("cpu"), 2, 3, 5, "fp32", torch.float32)
     assert name == "conv 2x3->3 @5 fp32" and work == 2 * 2 * 9 * 3 * 3 * 25 and call().shape == (2, 3, 5, 5)
     order, times = [], iter([9.0, 9.0, 1.0, 10.0, 3.0, 30.0, 2.0, 20.0])
-    monkeypatch.setattr(bench, "seconds_of", lambda call, device: (call(), next(times))[1])
+    monkeypatch.setattr(bench, "seconds_of", lambda call, device, clock: (call(), next(times))[1])
     lines = [(name, 1, partial(order.append, name)) for name in "ab"]
     assert bench.race(lines, 3, torch.device("cpu")) == {"a": (2.0, 9.0), "b": (20.0, 9.0)}
     assert order == list("abababab")
@@ -89,7 +89,8 @@ def test_sizes_of_the_toy():
     unet, vae, told, side = bench.sizes(bench.Config(toy=True))
     assert (unet.width, unet.context_dim, vae.width, told.width, side) == (64, 128, 32, 128, 16)
 
-@pytest.mark.parametrize("args", [["nonsense"], ["--steps=0"], ["--groups=nonsense"], ["--steps=1001"]])
+@pytest.mark.parametrize("args", [["nonsense"], ["--steps=0"], ["--groups=nonsense"], ["--steps=1001"],
+                                  ["--busy"]])
 def test_what_cannot_be_is_refused(args):
     with pytest.raises(UserError):
         bench.main(args)
