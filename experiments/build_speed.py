@@ -62,7 +62,7 @@ def random_regions(path, n, seed):
     import openslide
     theirs, ours, rng, spent = openslide.OpenSlide(path), open_slide(path), random.Random(seed), []
     places = [(rng.randrange(ours.size[0] - 255), rng.randrange(ours.size[1] - 255)) for _ in range(n)]
-    for read in (lambda x, y: np.asarray(theirs.read_region((x, y), 0, (256, 256)).convert("RGB")),
+    for read in (lambda x, y: np.asarray(theirs.read_region((x, y), 0, (256, 256))),
                  lambda x, y: ours.read(x, y, 256, 256)):
         begun = time.process_time()
         for x, y in places:

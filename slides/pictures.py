@@ -91,7 +91,8 @@ def nothing(x, nodata, near):
         same = np.True_
         for c, value in enumerate(np.broadcast_to(nodata, 3).tolist()):
             if same.any():                                                     # one band tells most tiles apart
-                same = same & (value - near <= x[..., c]) & (x[..., c] <= value + near)
+                band = x[..., c].copy()                                        # side by side, NumPy compares at once
+                same = same & (value - near <= band) & (band <= value + near)
         gone = gone | same
     return gone if gone.any() else None
 
