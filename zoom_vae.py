@@ -211,17 +211,17 @@ class VQVAE(Module):
 # ----- 3. Training: L1, the codebook, texture -----
 
 def texture_filters(n=24):
-    """Fixed random filters to which a flat colour is nothing: (n,3,3,3), each of norm 1."""
-    w = torch.randn(n, 3, 3, 3, generator=generator(2026))
+    """Fixed random filters to which a flat colour is nothing: (n,3,2,2), each of norm 1."""
+    w = torch.randn(n, 3, 2, 2, generator=generator(2026))
     w = w - w.mean((2, 3), keepdim=True)
     return w / w.flatten(1).norm(dim=1)[:, None, None, None]
 
 def strengths(x, cell):
-    """How much each filter's answers to x (B,3,H,W) vary, for each place in cells of cell x cell pixels apart:
-    deviations (B,n,cell^2). What is the same in every cell, a lattice, is no texture."""
-    answers = conv2d(x[..., 1:-1, 1:-1], texture_filters().to(x))     # (B,n,H-4,W-4), in whole cells
-    power = pixel_unshuffle(answers, cell).var((2, 3), correction=0)  # (B,n*cell^2)
-    return (power + 1e-5).sqrt().unflatten(1, (-1, cell ** 2))        # at 0 a root has no gradient
+    """How strongly each filter answers to x (B,3,H,W), for each place in cells of cell x cell pixels apart: mean
+    absolute values (B,n,cell^2). Filters of 3 pixels would see two steps at once, and hardly tell places apart."""
+    answers = conv2d(x[..., 1:-2, 1:-2], texture_filters().to(x))     # (B,n,H-4,W-4), in whole cells
+    strength = pixel_unshuffle(answers.abs(), cell).mean((2, 3))      # (B,n*cell^2)
+    return strength.unflatten(1, (-1, cell ** 2))
 
 def texture_distance(x_rec, x):
     """How much stronger or weaker filters answer to x_rec than to x (B,3,H,W), at full size and at half. L1
