@@ -10,7 +10,7 @@ from conftest import ROOT
 CORE = ("common", "zoom_vae", "summarizer", "unet", "diffusion", "data", "train", "cdm", "sample_joint", "invert",
         "mil")
 MOST_LINES, MOST_IN_ALL, MOST_IN_A_FUNCTION, MOST_SETTINGS = 430, 3400, 45, 25
-ROOMS = ("slides", "toy", "large", "text", "experiments")
+ROOMS = ("slides", "toy", "large", "text", "labs", "experiments")
 RUNTIME = {"torch", "numpy", "PIL", "tqdm", "safetensors"}
 SOURCES = (*ROOT.glob("*.py"), *(p for room in ROOMS for p in (ROOT / room).rglob("*.py")))
 FILES = {p.relative_to(ROOT).as_posix(): p for p in SOURCES}

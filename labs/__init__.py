@@ -1,0 +1,1 @@
+"""A course: four labs and what checks them; the top level never imports it."""
