@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
+from torch.nn import Embedding, LayerNorm, Linear, Module, ModuleList
+from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+from torch.nn.init import normal_, xavier_uniform_, zeros_
 
 from common import UserError, at_least, cli, configure, fingerprint, generator, load_tensors, save_tensors
 from common import setup, summary
@@ -70,82 +71,80 @@ def place_table(n, width):
     angle = torch.arange(n, dtype=torch.float64)[:, None] * freq                         # (n,width/2)
     return torch.cat([angle.sin(), angle.cos()], 1).float()[None]
 
-class DiTBlock(nn.Module):
+class DiTBlock(Module):
     """Transformer block under a condition c (B,W), which shifts and scales its norms and gates its branches.
     source: DiT §3.2, adaLN-zero."""
-
     def __init__(self, width, heads, mlp):
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)             # c has their weights
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.fc1 = nn.Linear(width, mlp)
-        self.fc2 = nn.Linear(mlp, width)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.norm1 = LayerNorm(width, eps=1e-6, elementwise_affine=False)                # c has their weights
+        self.norm2 = LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
+        self.fc1 = Linear(width, mlp)
+        self.fc2 = Linear(mlp, width)
+        self.modulation = Linear(width, 6 * width)
 
     def attend(self, x):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                             # (B,N,3,heads,d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                             # (B,heads,N,d) each
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = scaled_dot_product_attention(q, k, v)
         return self.out(x.transpose(1, 2).flatten(2))                                    # (B,N,W)
 
     def mlp(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))                         # official: tanh GELU
+        return self.fc2(gelu(self.fc1(x), approximate="tanh"))                           # official: tanh GELU
 
     def forward(self, x, c):
-        six = self.modulation(F.silu(c))[:, None]                                        # (B,1,6W)
+        six = self.modulation(silu(c))[:, None]                                          # (B,1,6W)
         shift1, scale1, gate1, shift2, scale2, gate2 = six.chunk(6, 2)                   # (B,1,W) each
         x = x + gate1 * self.attend(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
-class DiT(nn.Module):
+class DiT(Module):
     """The network of the CDM.
     in:  x (B,N,D) noised tokens; t (B,) time indices; s (B,) scales. out: x0_hat (B,N,D).
     source: Z S8.1; reference: official DiT."""
-
     def __init__(self, cfg: DiTConfig):
         super().__init__()
         at_least(cfg, tokens=1, channels=1, width=1, depth=1, heads=1, mlp=1)
         if cfg.width % cfg.heads or cfg.width % 4:
             raise UserError(f"--dit.width={cfg.width}: give a multiple of 4 and of the {cfg.heads} heads")
         self.cfg = cfg
-        self.embed = nn.Linear(cfg.channels, cfg.width)
+        self.embed = Linear(cfg.channels, cfg.width)
         self.register_buffer("pos", place_table(cfg.tokens, cfg.width))
-        self.time1 = nn.Linear(256, cfg.width)
-        self.time2 = nn.Linear(cfg.width, cfg.width)
-        self.scale = nn.Embedding(cfg.scales, cfg.width)
-        self.blocks = nn.ModuleList(DiTBlock(cfg.width, cfg.heads, cfg.mlp) for _ in range(cfg.depth))
-        self.norm = nn.LayerNorm(cfg.width, eps=1e-6, elementwise_affine=False)
-        self.modulation = nn.Linear(cfg.width, 2 * cfg.width)
-        self.head = nn.Linear(cfg.width, cfg.channels * (2 if cfg.variance else 1))
+        self.time1 = Linear(256, cfg.width)
+        self.time2 = Linear(cfg.width, cfg.width)
+        self.scale = Embedding(cfg.scales, cfg.width)
+        self.blocks = ModuleList(DiTBlock(cfg.width, cfg.heads, cfg.mlp) for _ in range(cfg.depth))
+        self.norm = LayerNorm(cfg.width, eps=1e-6, elementwise_affine=False)
+        self.modulation = Linear(cfg.width, 2 * cfg.width)
+        self.head = Linear(cfg.width, cfg.channels * (2 if cfg.variance else 1))
         self.start()
 
     @torch.no_grad()
     def start(self):
         """Initial weights. source: DiT §3.2: every block starts as the identity, the network as zero."""
         for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-            elif isinstance(layer, nn.Embedding):
-                nn.init.normal_(layer.weight, std=0.02)
+            if isinstance(layer, Linear):
+                xavier_uniform_(layer.weight)
+                zeros_(layer.bias)
+            elif isinstance(layer, Embedding):
+                normal_(layer.weight, std=0.02)
         for layer in (self.time1, self.time2):
-            nn.init.normal_(layer.weight, std=0.02)
+            normal_(layer.weight, std=0.02)
         for layer in (self.head, self.modulation, *(block.modulation for block in self.blocks)):
-            nn.init.zeros_(layer.weight)
+            zeros_(layer.weight)
 
     def label(self, s):
         return self.scale(s)                                                             # (B,W)
 
     def forward(self, x, t, s):
         e = time_embedding(t, 256).to(x.dtype)
-        c = self.time2(F.silu(self.time1(e))) + self.label(s)                            # (B,W)
+        c = self.time2(silu(self.time1(e))) + self.label(s)                              # (B,W)
         h = self.embed(x) + self.pos                                                     # (B,N,W)
         for block in self.blocks:
             h = block(h, c)
-        shift, scale = self.modulation(F.silu(c))[:, None].chunk(2, 2)                   # (B,1,W) each
+        shift, scale = self.modulation(silu(c))[:, None].chunk(2, 2)                     # (B,1,W) each
         out = self.head(self.norm(h) * (1 + scale) + shift)                              # (B,N,D or 2D)
         return out[..., :self.cfg.channels]                                              # without the variance
 
@@ -170,7 +169,7 @@ def respaced(T, steps, shift=1.0):
     shares = [toward_noise(i / (steps - 1), shift) for i in range(steps)]
     return sorted({round(share * (T - 1)) for share in shares})
 
-class Conditioner(nn.Module):
+class Conditioner(Module):
     """The CDM: a DiT that predicts x0, and its schedule. As a module it computes its loss, for `run_stage`.
     info: plain types: the fingerprint of the Summarizer whose tokens it learnt; shift, see `toward_noise`.
     cfg, clean: for training, the settings, and a function: batch -> clean tokens (B,65,D), labels s (B,)."""

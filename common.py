@@ -336,7 +336,9 @@ def summary(module, *inputs, depth=2):
 
 def to_uint8(x):
     """in: (...,3,H,W) in [-1,1]. out: (...,H,W,3) uint8, rounded (the published code truncates)."""
-    return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1)
+    x = x.detach().float().cpu().clamp(-1, 1)
+    levels = (x + 1) * 127.5                                # 0 to 255
+    return levels.round().byte().movedim(-3, -1)
 
 def save_png(path, pixels):
     """Write one picture. in: pixels (H,W,3) uint8, as `to_uint8` makes them."""
@@ -369,7 +371,6 @@ def write_line(path, record, keep):
 
 class Log:
     """Averages over all ranks between two lines of log.jsonl: losses, by scale and quarter of t; speed."""
-
     def __init__(self, path, stage, start, net, ranks):
         self.path, self.stage, self.net, self.ranks = path, stage, net, ranks
         self.rows, self.last, self.since = [], start, time.time()
@@ -383,19 +384,22 @@ class Log:
 
     def write(self, step, batch, grad, lr):
         """Add a line of the averages since the last one. out: the loss."""
+        stage, net, start = self.stage, self.net, self.last
         rows = {k: torch.cat([r[k] for r in self.rows]).float() for k in self.rows[0]}      # (N,) each
         s, t = rows.pop("s").long(), rows.pop("t", None)    # there is no t in the VAE's
-        record = {"stage": self.stage, "step": step}
+        record = {"stage": stage, "step": step}
         for name, value in rows.items():
             record[name] = self.mean(value, torch.zeros_like(s), 1)[0]
         error = next(rows[k] for k in ("eps", "psnr", "x0") if k in rows)   # comparable between samples
-        record["by_scale"] = self.mean(error, s, self.net.scales)
+        record["by_scale"] = self.mean(error, s, net.scales)
         if t is not None:
-            record["by_t"] = self.mean(error, (t * 4 / self.net.schedule.T).long(), 4)      # quarters
-        speed = (step - self.last) * batch / (time.time() - self.since)     # of all ranks
+            quarter = (t * 4 / net.schedule.T).long()
+            record["by_t"] = self.mean(error, quarter, 4)
+        seconds = time.time() - self.since
+        speed = (step - start) * batch / seconds            # of all ranks
         record |= {"grad": round(float(grad), 4), "lr": lr, "img_s": round(speed, 1)}
-        record |= getattr(self.net, "report", dict)()       # what else a stage has to say
+        record |= getattr(net, "report", dict)()            # what else a stage has to say
         if self.ranks.rank == 0:
-            write_line(self.path, record, lambda r: r["stage"] != self.stage or r["step"] <= self.last)
+            write_line(self.path, record, lambda r: r["stage"] != stage or r["step"] <= start)
         self.rows, self.last, self.since = [], step, time.time()
         return record["loss"]

@@ -22,7 +22,6 @@ from zoom_vae import VQVAE, VAEConfig
 
 class Schedule:
     """The table alpha_bar (T,) float64, strictly falling: the share of signal power left at index t."""
-
     def __init__(self, kind="scaled_linear", T=1000):
         f64 = {"dtype": torch.float64, "device": "cpu"}  # a table, also when the model is on the meta device
         if kind == "scaled_linear":                      # the LDM's: root linear; official calls it "linear"
@@ -88,15 +87,13 @@ def null_condition(c):
     return torch.zeros_like(c)
 
 def with_guidance(null, cond, guidance):
-    """Classifier-free guidance: one prediction from two. 1 = conditional only."""
-    # the published large-image code calls w what is guidance - 1 here
+    """Classifier-free guidance, one prediction from two. 1 = conditional only; L's code calls w what is this - 1."""
     return null + guidance * (cond - null)
 
 def guided(fn, c, guidance=1.0, prepare=None):
     """fn(z_t, t, c) with guidance, both branches in one batch. in: c (B,L,D). out: f(z_t, t). prepare: called once
     with all tokens; fn gets what it returns."""
-    # guidance 1 needs no null branch: one pass of c alone
-    tokens = c if guidance == 1.0 else torch.cat([null_condition(c), c])    # (2B,L,D)
+    tokens = c if guidance == 1.0 else torch.cat([null_condition(c), c])    # (2B,L,D); 1 needs no null branch
     if prepare is not None:
         tokens = prepare(tokens)
 
@@ -128,8 +125,9 @@ def lean_timesteps(T, steps):
     """`steps` ascending indices that crowd at the clean end, where details are drawn: 10 -> 1, 14, 52, ..., 999."""
     if not 1 <= steps <= T // 4:
         raise UserError(f"--steps={steps}: give 1 to {T // 4} of dpm")
-    shares = [(1 - i / max(steps - 1, 1)) ** 2 for i in reversed(range(steps))]
-    return [1 + i + round((T - 1 - steps) * share) for i, share in enumerate(shares)]
+    last, room = max(steps - 1, 1), T - 1 - steps           # room: what may lie between them
+    shares = [(1 - i / last) ** 2 for i in reversed(range(steps))]
+    return [1 + i + round(room * share) for i, share in enumerate(shares)]
 
 def noise_levels(schedule, timesteps, end):
     """alpha_bar at the timesteps, and at the step after each (towards clean), as lists of floats."""
@@ -189,14 +187,16 @@ def plms_sample(eps_fn, z_T, schedule, steps=50, timesteps=None, callback=None):
 def dpm_sample(fn, z_T, schedule, timesteps, pred="eps", callback=None):
     """DPM-Solver++ 2M: DDIM along a z0_hat extrapolated from the last two. source: Lu et al. 2022."""
     ab = schedule.alpha_bar[timesteps]
-    lam, past = (ab / (1 - ab)).log().tolist(), []          # of signal to noise; the latest z0_hat
+    lam = (ab / (1 - ab)).log().tolist()                    # of signal to noise
+    past = []                                               # the latest two z0_hat, newest first
     def ahead(z, t):
         i = timesteps.index(int(t[0]))
-        past[:] = [to_x0(fn(z, t), z, schedule.at(t, z), pred), *past][:2]
+        z0_hat = to_x0(fn(z, t), z, schedule.at(t, z), pred)
+        past[:] = [z0_hat, *past][:2]
         if i in (0, len(lam) - 1):                          # clean is infinitely far; at first there is but one
-            return past[0]
+            return z0_hat
         ratio = (lam[i - 1] - lam[i]) / (lam[i] - lam[i + 1])
-        return past[0] + ratio / 2 * (past[0] - past[1])
+        return z0_hat + ratio / 2 * (z0_hat - past[1])
     return ddim_sample(ahead, z_T, schedule, pred="x0", timesteps=timesteps, end="clean", callback=callback)
 
 # ----- 4. The whole model -----
@@ -204,7 +204,6 @@ def dpm_sample(fn, z_T, schedule, timesteps, pred="eps", callback=None):
 class ZoomLDM(nn.Module):
     """VAE, Summarizer, U-Net, and what it takes to run them. The latents of `encode`, `decode` and the samplers are
     scaled to a deviation of about 1. info: what the data were, in plain types."""
-
     def __init__(self, vae, summarizer, unet, latent_scale=1.0, pred="eps", schedule="scaled_linear", info=None):
         super().__init__()
         if unet.cfg.context_dim != summarizer.cfg.width:

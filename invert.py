@@ -59,8 +59,7 @@ def alike(u):
 def beginning(model, x, cells, s, seed, start=""):
     """Embeddings to begin with, u (B,E,*cells), and Adam's rate.
     noise: N(0,1), as published. enlarged: what the run's encoder says of the enlarged image; the default, if
-    it can be had. deviates: noise stays wherever the denoiser does not listen at this scale, at the finest it may.
-    """
+    it can be had. deviates: noise stays wherever the denoiser does not listen at this scale, at the finest it may."""
     if start not in ("", "noise", "enlarged"):
         raise UserError(f"--start={start}: known are enlarged, noise")
     if start != "noise":
@@ -100,7 +99,6 @@ def cut(x, places, side):
 
 def invert(model, x, s, steps=200, seed=0, batch=8, start=""):
     """Infer the embeddings of the base tiles under an image: Adam on the Summarizer's input, all else frozen.
-
     in:  x (3,H,W) or (B,3,H,W) in [-1,1] at scale s, sides at least a patch and multiples of a tile, patch/2^s;
          larger images are seen through windows; batch: windows per network call; start: see `beginning`.
          Call it under autocast for bf16.

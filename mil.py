@@ -5,8 +5,7 @@
     python mil.py map --features=DIR --labels=FILE --slide=NAME --data=DIR     where a head looks
 
 A slide is a bag of patches with one label. A head weighs the patches by attention and classifies their mean.
-Files, joined scales, folds, tables and maps are in rooms: slides/bags.py; experiments/ features, folds, crossval,
-maps.
+Files, joined scales, folds, tables and maps are in slides/bags.py, experiments/ features, folds, crossval, maps.
 
 in:  a bag (N,K), one slide   out: logits (C,), attention (N,) or (N,C) that sums to 1     read next: docs/
 """
@@ -14,8 +13,9 @@ import copy
 import math
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
+from torch.nn import Conv1d, Dropout, Linear, Module, ModuleList, ReLU, Sequential, Tanh
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+from torch.nn.init import orthogonal_, zeros_
 
 from common import UserError, cli, generator
 
@@ -28,22 +28,22 @@ def checked(bag, K):
                         f"patch: give features of the kind it was trained on, and leave empty slides out")
     return bag.float()
 
-class ABMIL(nn.Module):
+class ABMIL(Module):
     """Gated attention over embedded patches. source: Ilse et al. 2018, Eq. 9; sizes as CLAM's."""
     adam = dict(betas=(0.9, 0.999), weight_decay=1e-5)  # as CLAM
 
     def __init__(self, K, C, width=512, dropout=0.25):
         super().__init__()
         self.K, self.C = K, C
-        self.embed = nn.Sequential(
-            nn.Linear(K, width),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout))
-        self.value = nn.Linear(width, width // 2)
-        self.gate = nn.Linear(width, width // 2)
-        self.score = nn.Linear(width // 2, 1)
-        self.drop = nn.Dropout(dropout)
-        self.out = nn.Linear(width, C)
+        self.embed = Sequential(
+            Linear(K, width),
+            ReLU(inplace=True),
+            Dropout(dropout))
+        self.value = Linear(width, width // 2)
+        self.gate = Linear(width, width // 2)
+        self.score = Linear(width // 2, 1)
+        self.drop = Dropout(dropout)
+        self.out = Linear(width, C)
 
     def attend(self, bag):
         """out: embedded patches (N,width), attention (N,)."""
@@ -60,7 +60,7 @@ class ABMIL(nn.Module):
     def loss(self, bag, y):
         """in: y () int64, the class of the bag."""
         logits, _ = self(bag)
-        return F.cross_entropy(logits, y)
+        return cross_entropy(logits, y)
 
 class CLAM_SB(ABMIL):
     """ABMIL whose most and least attended patches must be told apart. source: Lu et al. 2021."""
@@ -68,11 +68,11 @@ class CLAM_SB(ABMIL):
 
     def __init__(self, K, C, width=512, dropout=0.25):
         super().__init__(K, C, width, dropout)
-        self.instance = nn.ModuleList(nn.Linear(width, 2) for _ in range(C))
+        self.instance = ModuleList(Linear(width, 2) for _ in range(C))
 
     def loss(self, bag, y):
         h, a = self.attend(bag)
-        loss = F.cross_entropy(self.out(a @ h), y)
+        loss = cross_entropy(self.out(a @ h), y)
         n = min(self.SAMPLES, len(h) // 2)
         if n == 0:  # deviates: a bag of one has no least attended patch
             return loss
@@ -80,9 +80,9 @@ class CLAM_SB(ABMIL):
         extremes = h[torch.cat([order[-n:], order[:n]])]       # (2n,width), most attended first
         logits = self.instance[int(y)](extremes)               # (2n,2)
         target = torch.tensor([1] * n + [0] * n, device=h.device)
-        return (1 - self.SHARE) * loss + self.SHARE * F.cross_entropy(logits, target)
+        return (1 - self.SHARE) * loss + self.SHARE * cross_entropy(logits, target)
 
-class DSMIL(nn.Module):
+class DSMIL(Module):
     """Two streams: the highest patch of each class, and attention by likeness to it. source: Li et al. 2021.
     deviates: logits are the mean of both streams, as the loss is. It has no dropout, whatever is asked for."""
     adam = dict(betas=(0.5, 0.9), weight_decay=1e-3)  # published
@@ -90,16 +90,16 @@ class DSMIL(nn.Module):
     def __init__(self, K, C, width=128, dropout=0.0):
         super().__init__()
         self.K, self.C = K, C
-        self.instance = nn.Linear(K, C)
-        self.query = nn.Sequential(
-            nn.Linear(K, width),
-            nn.ReLU(inplace=True),
-            nn.Linear(width, width),
-            nn.Tanh())
-        self.out = nn.Conv1d(C, C, K)
+        self.instance = Linear(K, C)
+        self.query = Sequential(
+            Linear(K, width),
+            ReLU(inplace=True),
+            Linear(width, width),
+            Tanh())
+        self.out = Conv1d(C, C, K)
         for layer in (self.instance, self.query[0], self.query[2], self.out):
-            nn.init.orthogonal_(layer.weight)  # published; like patches get like queries from the start
-            nn.init.zeros_(layer.bias)
+            orthogonal_(layer.weight)  # published; like patches get like queries from the start
+            zeros_(layer.bias)
         with torch.no_grad():  # deviates: random scores would choose the critical patches for many epochs
             self.instance.weight.mul_(0.01)
             self.out.weight.mul_(0.01)
@@ -120,8 +120,8 @@ class DSMIL(nn.Module):
 
     def loss(self, bag, y):
         top, whole, _ = self.streams(bag)
-        target = F.one_hot(y, self.C).float()                  # (C,)
-        return sum(F.binary_cross_entropy_with_logits(v, target) for v in (top, whole)) / 2
+        target = one_hot(y, self.C).float()                    # (C,)
+        return sum(binary_cross_entropy_with_logits(v, target) for v in (top, whole)) / 2
 
 HEADS = {"abmil": ABMIL, "clam": CLAM_SB, "dsmil": DSMIL}
 
@@ -221,8 +221,10 @@ class Activations:
         interruptions change nothing."""
         side = self.pyramids.patch // self.model.vae.factor
         shape = (self.model.unet.cfg.channels, side, side)
-        places = zip(batch["s"].tolist(), batch["ij"].tolist())
-        noise = [torch.randn(shape, generator=generator(self.seed, slide, s, *ij)) for s, ij in places]
+        noise = []
+        for s, ij in zip(batch["s"].tolist(), batch["ij"].tolist()):
+            rng = generator(self.seed, slide, s, *ij)
+            noise.append(torch.randn(shape, generator=rng))    # (3,P/4,P/4)
         return torch.stack(noise).to(self.ranks.device)
 
     def of(self, slide, batch):

@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn import LayerNorm, Linear, Module
+from torch.nn import Embedding, LayerNorm, Linear, Module, ModuleList, Parameter
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention
+from torch.nn.init import eye_, zeros_
 
 from common import UserError, cli, summary
 
@@ -35,8 +35,7 @@ class SummarizerConfig:
 
 def standardize(e):
     """Pool a grid to at most 8x8, then give each embedding mean 0 and deviation 1 over its channels (Z S8.1).
-    in:  e (...,E,G,G), G up to 8, or a multiple of 8. out: (...,E,min(G,8),min(G,8)) float32. raises: ValueError.
-    """
+    in:  e (...,E,G,G), G up to 8, or a multiple of 8. out: (...,E,min(G,8),min(G,8)) float32. raises: ValueError."""
     e = e.float()
     side = e.shape[-1]
     if e.ndim < 3 or e.shape[-2] != side or side > 8 and side % 8:
@@ -52,8 +51,7 @@ def standardize(e):
 
 def pack_grid(e):
     """Place the embeddings of one patch into the 64 slots, row by row, centred in the flattened order.
-    in:  e (E,G,G), standardised. out: tokens (64,E), zero where empty; mask (64,), True = real. raises: ValueError.
-    """
+    in:  e (E,G,G), standardised. out: tokens (64,E), zero where empty; mask (64,), True = real. raises: ValueError."""
     if e.ndim != 3 or e.shape[1] != e.shape[2] or e.shape[1] not in (1, 2, 4, 8):
         raise UserError(f"got embeddings {tuple(e.shape)}, not (E,G,G) with G = 1, 2, 4 or 8: use standardize")
     n = e.shape[1] ** 2
@@ -129,10 +127,10 @@ class Summarizer(Module):
             raise UserError(f"summarizer.positions={cfg.positions}: give a multiple of 4, at most the width")
         self.cfg = cfg
         self.embed = Linear(cfg.embed_dim, width)
-        self.pad = nn.Parameter(torch.zeros(1, 1, width))            # stands in every empty slot
-        self.scale = nn.Embedding(cfg.scales, width)
-        self.pos = nn.Parameter(torch.randn(1, SLOTS + 1, width) * 0.02)
-        self.blocks = nn.ModuleList(SummarizerBlock(width, cfg.mlp) for _ in range(cfg.depth))
+        self.pad = Parameter(torch.zeros(1, 1, width))               # stands in every empty slot
+        self.scale = Embedding(cfg.scales, width)
+        self.pos = Parameter(torch.randn(1, SLOTS + 1, width) * 0.02)
+        self.blocks = ModuleList(SummarizerBlock(width, cfg.mlp) for _ in range(cfg.depth))
         self.norm = LayerNorm(width, eps=1e-6)
         self.proj = Linear(width, width)                             # official: it and the next are not in Z
         self.norm_out = LayerNorm(width, eps=1e-5)
@@ -147,8 +145,8 @@ class Summarizer(Module):
             for layer in (block.out, block.fc2):
                 layer.weight.mul_(0.1)
                 layer.bias.zero_()
-        nn.init.eye_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        eye_(self.proj.weight)
+        zeros_(self.proj.bias)
         n = self.cfg.positions
         self.embed.weight[:n].mul_(0.1)
         self.embed.bias[:n].zero_()

@@ -7,9 +7,7 @@
 A run folder holds ema.safetensors (averaged U-Net and Summarizer, and the VAE: what all commands load),
 vae.safetensors, latents/, *state*.safetensors (to go on from), config.json, log.jsonl (`python -m
 experiments.plot RUN` draws it) and samples/*.png. The result depends on settings and seed. Interruptions
-change nothing (on more than two ranks, the rounding), the number of ranks only the rounding.
-
-read next: cdm.py
+change nothing (on more than two ranks, the rounding), the number of ranks only the rounding.     read next: cdm.py
 """
 import json
 import math
@@ -232,16 +230,19 @@ def update_ema(ema, net, decay):
 def agree(log, step, batch, grad, asked):
     """Tell all ranks what happened on one. out: whether a SIGTERM came. raises: UserError, on all, that names
     the samples of this step whose loss is not finite."""
-    ranks, share = log.ranks, batch // log.ranks.world
+    ranks = log.ranks
+    share = batch // ranks.world
     losses = torch.cat([r["loss"] for r in log.rows])[-share:]
     flags = torch.zeros(batch + 1, device=losses.device)                # one a sample, and the SIGTERM
-    flags[ranks.rank * share:][:share] = (~losses.isfinite()).float()
+    own = flags[ranks.rank * share:][:share]                            # a view
+    own.copy_(~losses.isfinite())
     flags[-1] = len(asked)
     bad = ranks.sum(flags)[:-1].nonzero()[:, 0].tolist()
     if bad or not grad.isfinite():                                      # a gradient names no sample
-        what, samples = "loss" if bad else "gradient", [str(step * batch + k) for k in bad or range(batch)]
+        what = "loss" if bad else "gradient"
+        samples = ", ".join(str(step * batch + k) for k in bad or range(batch))
         raise UserError(f"the {log.stage} {what} is no longer finite at step {step + 1}, on samples "
-                        f"{', '.join(samples)} of the data set; the last checkpoint is intact. Look at these samples, "
+                        f"{samples} of the data set; the last checkpoint is intact. Look at these samples, "
                         f"or move the *state*.safetensors of this training away and take a lower learning rate")
     return bool(flags[-1])
 
@@ -257,14 +258,16 @@ def export(model, pyramids, cfg, ranks, step, ema):
         part.load_state_dict({k.removeprefix(name): v for k, v in ema.items() if k.startswith(name)})
     model.eval().save(out)
     rows, labels, layout = [], [], [None] * pyramids.scales
+    images, side = pyramids.images, pyramids.patch // 4
     for s in range(pyramids.scales):
         if pyramids.count(split, s):
-            batch = fixed_batch(pyramids, split, s, SHEET["n"], ("x",) if pyramids.images else ("z",))
+            batch = fixed_batch(pyramids, split, s, SHEET["n"], ("x",) if images else ("z",))
             batch = {k: v.to(ranks.device) for k, v in batch.items()}
             with ranks.autocast():
                 c = model.summarizer(batch["tokens"], batch["mask"], batch["s"]).float()    # (n,65,D)
-                drawn = model.draw(c, pyramids.patch // 4, steps=SHEET["steps"], seed=cfg.seed, sampler="dpm")
-                real = (batch["x"] if pyramids.images else model.decode(batch["z"])).float().cpu()
+                drawn = model.draw(c, side, steps=SHEET["steps"], seed=cfg.seed, sampler="dpm")
+                real = batch["x"] if images else model.decode(batch["z"])
+            real = real.float().cpu()
             rows += [real[:8], drawn[:8]]                               # (8,3,P,P)
             labels += [f"scale {s} {split}", f"scale {s} drawn"]
             layout[s] = round(layout_fidelity(drawn, real, min(2 ** s, 8)), 4)
@@ -366,14 +369,15 @@ def check(cfg):
 
 def open_training(cfg, ranks, std):
     """The data, made if a toy preset lacks its own, and the sizes that they decide. raises: UserError."""
-    folder = cfg.data.split(",")[0]
+    folders = cfg.data.split(",")
+    folder = folders[0]
     ours = cfg.preset in TOYS and folder == PRESETS[cfg.preset]["data"]      # no folder that the user named
     if ours and ranks.rank == 0:
         if not Path(folder, "index.json").exists() or not read_index(folder)["slides"]:
             data.main(["toy", f"--out={folder}", *TOYS[cfg.preset]])
     ranks.barrier()
     pyramids = open_data(folder, std=std)
-    if {open_data(name).patch for name in cfg.data.split(",")} != {pyramids.patch}:
+    if {open_data(name).patch for name in folders} != {pyramids.patch}:
         raise UserError(f"--data={cfg.data}: patches of several sizes; build them with one --patch")
     if pyramids.official and not cfg.vae_weights:
         raise UserError(f"{cfg.data} holds latents of the published VAE: give it with --vae_weights=FILE")

@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn import Conv2d, GroupNorm, LayerNorm, Linear, ModuleList
+from torch.nn import Conv2d, GroupNorm, Identity, LayerNorm, Linear, Module, ModuleList
 from torch.nn.functional import gelu, interpolate, pad, scaled_dot_product_attention, silu
+from torch.nn.init import orthogonal_, zeros_
 from torch.utils.checkpoint import checkpoint
 
 from common import UserError, cli, summary
@@ -44,14 +44,13 @@ def time_embedding(t, dim):
 
 def zeroed(layer):
     """The same layer with zero weights, so that the block it ends adds nothing before training."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    zeros_(layer.weight)
+    zeros_(layer.bias)
     return layer
 
-class ResBlock(nn.Module):
+class ResBlock(Module):
     """Two convolutions with the time embedding *added* between them (not FiLM).
     The embedding is constant over a channel: norm2 would take it off again if a group were one channel."""
-
     def __init__(self, cin, cout, emb, groups):
         super().__init__()
         self.norm1 = GroupNorm(groups, cin, eps=1e-5)
@@ -59,7 +58,7 @@ class ResBlock(nn.Module):
         self.emb = Linear(emb, cout)
         self.norm2 = GroupNorm(groups, cout, eps=1e-5)
         self.conv2 = zeroed(Conv2d(cout, cout, 3, padding=1))
-        self.skip = Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.skip = Conv2d(cin, cout, 1) if cin != cout else Identity()
 
     def forward(self, x, emb):
         h = self.conv1(silu(self.norm1(x)))                                 # (B,cout,h,w)
@@ -67,9 +66,8 @@ class ResBlock(nn.Module):
         h = self.conv2(silu(self.norm2(h)))
         return self.skip(x) + h                                             # (B,cout,h,w)
 
-class Attention(nn.Module):
+class Attention(Module):
     """Attention of x (B,N,C) to M tokens. `kv` computes their keys and values, which may be kept."""
-
     def __init__(self, c, source, heads):
         super().__init__()
         self.heads = heads
@@ -90,9 +88,8 @@ class Attention(nn.Module):
         h = scaled_dot_product_attention(q, *kv)                            # (B,heads,N,C/heads)
         return self.out(h.transpose(1, 2).flatten(2))                       # (B,N,C)
 
-class Transformer(nn.Module):
+class Transformer(Module):
     """Self-attention over positions, cross-attention to the tokens, gated MLP; added to the input."""
-
     def __init__(self, c, cfg):
         super().__init__()
         self.positions = cfg.positions
@@ -112,7 +109,7 @@ class Transformer(nn.Module):
     def start_aligned(self, c):
         """Give queries and keys the same view of the place code: a pixel first attends to the token over it.
         A logit is then the product of two codes: about 5 for the same place, 1 for the next but one."""
-        shared = nn.init.orthogonal_(torch.empty(c, self.positions)) * c ** 0.25
+        shared = orthogonal_(torch.empty(c, self.positions)) * c ** 0.25
         for layer in (self.cross.q, self.cross.k):
             weight = layer.weight
             weight.mul_(0.3)
@@ -133,9 +130,8 @@ class Transformer(nn.Module):
         h = h.transpose(1, 2).reshape(x.shape)                              # (B,C,h,w)
         return x + self.proj_out(h)
 
-class Stage(nn.Module):
+class Stage(Module):
     """One entry of the way down or up: any of a residual block, a transformer, a resampling convolution."""
-
     def __init__(self, res=None, attn=None, conv=None, up=False):
         super().__init__()
         self.res, self.attn = res, attn
@@ -154,9 +150,8 @@ class Stage(nn.Module):
 
 # ----- 2. The model -----
 
-class UNet(nn.Module):
+class UNet(Module):
     """The denoiser. source: Z §3.1, §4.1.1; reference: the published UNetModel (400,920,579 parameters)."""
-
     def __init__(self, cfg: UNetConfig):
         super().__init__()
         width, groups = cfg.width, cfg.groups

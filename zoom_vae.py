@@ -214,7 +214,8 @@ def texture_filters(n=24):
     """Fixed random filters to which a flat colour is nothing: (n,3,2,2), each of norm 1."""
     w = torch.randn(n, 3, 2, 2, generator=generator(2026))
     w = w - w.mean((2, 3), keepdim=True)
-    return w / w.flatten(1).norm(dim=1)[:, None, None, None]
+    norm = w.flatten(1).norm(dim=1)                                   # (n,)
+    return w / norm[:, None, None, None]
 
 def strengths(x, cell):
     """How strongly each filter answers to x (B,3,H,W), for each place in cells of cell x cell pixels apart: mean
