@@ -146,7 +146,7 @@ class DiT(Module):
             h = block(h, c)
         shift, scale = self.modulation(silu(c))[:, None].chunk(2, 2)                     # (B,1,W) each
         out = self.head(self.norm(h) * (1 + scale) + shift)                              # (B,N,D or 2D)
-        return out[..., :self.cfg.channels]                                              # without the variance
+        return out[..., :self.cfg.channels]                                              # not the variance
 
     @classmethod
     def from_official(cls, state_dict, prefix="", heads=None):

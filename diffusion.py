@@ -87,7 +87,7 @@ def null_condition(c):
     return torch.zeros_like(c)
 
 def with_guidance(null, cond, guidance):
-    """Classifier-free guidance, one prediction from two. 1 = conditional only; L's code calls w what is this - 1."""
+    """Classifier-free guidance of two predictions, 1 = conditional only. L's published code: w = guidance - 1."""
     return null + guidance * (cond - null)
 
 def guided(fn, c, guidance=1.0, prepare=None):

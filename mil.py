@@ -5,7 +5,7 @@
     python mil.py map --features=DIR --labels=FILE --slide=NAME --data=DIR     where a head looks
 
 A slide is a bag of patches with one label. A head weighs the patches by attention and classifies their mean.
-Files, joined scales, folds, tables and maps are in slides/bags.py, experiments/ features, folds, crossval, maps.
+Files, joined scales, folds, tables and maps: slides/bags.py, experiments/ features, folds, crossval, maps.
 
 in:  a bag (N,K), one slide   out: logits (C,), attention (N,) or (N,C) that sums to 1     read next: docs/
 """
