@@ -209,6 +209,7 @@ LAB2 = {
         "the root of 1 - ab is forgotten": mixed(lambda ab: ab ** 0.5, lambda ab: 1 - ab),
         "it is off by one in time: alpha_bar[t - 1] stands for alpha_bar[t]": but(t=lambda t: (t - 1).clamp(-1)),
         "it is off by one in time: alpha_bar[t + 1] stands for alpha_bar[t]": but(t=lambda t: (t + 1) % 1000),
+        "the noise is taken off: it is added": but(eps=minus),
         "t = -1 reads the last entry, the noisiest: it means clean": but(t=lambda t: t % 1000)}),
     "to_x0": Task({f"pred {pred!r}": lambda pred=pred: (*images(), 0.3, pred) for pred in KINDS}, {
         "the roots of ab and 1 - ab are forgotten": lambda f, out, z, ab, pred: {
@@ -234,6 +235,7 @@ LAB2 = {
     "with_guidance": Task({f"guidance {g}": lambda g=g: (*images(), g) for g in (3.0, 1.0, 0.0)}, {
         "the guidance is on the wrong branch: begin at null, go towards cond": lambda f, n, c, g: f(c, n, g),
         "it is one guidance too strong: 1 is cond, not 0": but(guidance=lambda g: g + 1),
+        "it is one guidance too weak: 1 is cond, 0 is null": but(guidance=lambda g: g - 1),
         "it goes away from cond: the sign is turned round": but(guidance=minus),
         "null must be taken off cond: null + guidance (cond - null)": lambda f, n, c, g: n + g * c}),
     "ddim_sample": Task({
@@ -276,7 +278,7 @@ def z0_hat(z):
     return 0.8 * z + 0.3 * torch.sin(2 * z).roll(1, -1)
 
 def Dec(z0):
-    return torch.tanh(core.up(z0, 2) / 2)
+    return torch.tanh(core.up(z0, 2) / 2).roll(1, -1)
 
 def Enc(x):
     return core.down(x + 0.3 * x ** 2, 2).roll(1, -2)

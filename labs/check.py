@@ -150,7 +150,7 @@ def judge(name, task, module, file):
     fn, own = getattr(module, name, None), getattr(core, name)
     if not callable(fn):
         return f"the file has no function {name}"
-    faults, tried = [], []
+    faults, tried, failed = [], [], []
     for label, make in task.cases.items():
         torch.set_default_dtype(torch.float32)              # whatever a student's file has set
         torch.set_grad_enabled(True)
@@ -158,25 +158,23 @@ def judge(name, task, module, file):
         try:
             got, line = call(fn, args, file)
         except Fault as fault:
+            if fault.text.startswith("it stops"):
+                fault.text = f"with {label}, {fault.text}"
             faults.append(fault)
             continue
         written = [n for n, x in enumerate(make()) if hasattr(x, "shape") and not equal(args[n], x, 0)]
         if written:
             what = [*inspect.signature(own).parameters][written[0]]
             return said(Fault(f"it writes into its argument {what}: make a new one", line), file)
+        tried.append((got, make))
         if not equal(got, want, task.tol):
+            failed.append((got, make))
             faults.append(Fault(f"with {label}, {difference(got, want, task.tol)}", line))
-            tried.insert(0, (got, make, True))
-        else:
-            tried.append((got, make, False))
-    if not faults:
-        return ""
-    if tried and tried[0][2]:                               # which known mistake explains all of it, or a part?
-        for some in (tried, tried[:1]):
-            for sentence, mistake in task.mistakes.items():
-                if all(equal(got, mistake(own, *make()), task.tol) for got, make, _ in some):
-                    return said(Fault(sentence, faults[0].line), file)
-    return said(faults[0], file)
+    for some in (tried, failed[:1]) if failed else ():      # which known mistake explains all of it, or its beginning?
+        for sentence, mistake in task.mistakes.items():
+            if all(equal(got, mistake(own, *make()), task.tol) for got, make in some):
+                return said(Fault(sentence, faults[0].line), file)
+    return said(faults[0], file) if faults else ""
 
 def said(fault, file):
     return f"{fault.text} ({Path(file).name}, line {fault.line})" if fault.line else fault.text
