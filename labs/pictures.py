@@ -1,4 +1,6 @@
 """What a student's functions, m, do together: lab1 to lab4 return rows of pictures, their names, and a sentence."""
+from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -19,6 +21,11 @@ def enlarged(x):
     """(n,C,h,w) -> (n,3,64,64), every number a square."""
     return interpolate(x.float(), (64, 64), mode="nearest").expand(-1, 3, -1, -1)
 
+def picture(x):
+    """(64,64,3) uint8 -> (1,3,64,64) in [-1,1]."""
+    x = torch.from_numpy(x.copy()).permute(2, 0, 1)
+    return x[None] / 127.5 - 1
+
 def trained(run):
     """A run, and patches of scale 1 that it has not seen."""
     model = ZoomLDM.from_run(run)
@@ -26,19 +33,25 @@ def trained(run):
     return model, fixed_batch(pyramids, "test", 1, 6)
 
 def lab1(m, run):
-    x, rows = toy_slide(0, 1024)[0], []
-    tiles = x.reshape(16, 64, 16, 64, 3).swapaxes(1, 2).reshape(256, 64, 64, 3)
-    e, net = embed(Stats(), tiles).view(16, 16, 96), Summarizer(SummarizerConfig(96, 32, 2, 32, 5))
+    x, _, _ = toy_slide(0, 1024)
+    tiles = x.reshape(16, 64, 16, 64, 3).swapaxes(1, 2)
+    e = embed(Stats(), tiles.reshape(256, 64, 64, 3))
+    e = e.view(16, 16, 96)
+    net = Summarizer(SummarizerConfig(96, 32, 2, 32, 5))
+    rows = []
     for s in range(5):
         i = 8 >> s                                          # a patch right of and below the middle; then all
-        pixels = torch.from_numpy(x[i * 64:(i + 1) * 64, i * 64:(i + 1) * 64].copy()).permute(2, 0, 1)
-        grid = m.standardize(m.grid_under(e, s, i, i).permute(2, 0, 1))    # (96,G,G)
+        part = slice(i * 64, (i + 1) * 64)
+        grid = m.grid_under(e, s, i, i)
+        grid = m.standardize(grid.permute(2, 0, 1))         # (96,G,G)
         tokens, mask = m.pack_grid(grid)
         with torch.no_grad():
             c = m.summarize(net, tokens[None], mask[None], torch.tensor([s]))[0, 1:]        # (64,32)
-        filled = torch.where(mask[:, None], tokens[:, :3].tanh(), 1.0).T.reshape(1, 3, 8, 8)
+        slots = torch.where(mask[:, None], tokens[:, :3].tanh(), 1.0)
+        slots = slots.T.reshape(1, 3, 8, 8)
         likeness = (c @ c.T / 32)[None, None]
-        rows.append(torch.cat([pixels[None] / 127.5 - 1, *map(enlarged, (grid[None, :3].tanh(), filled, likeness))]))
+        shown = [grid[None, :3].tanh(), slots, likeness]
+        rows.append(torch.cat([picture(x[part, part]), *map(enlarged, shown)]))
         x = m.halve(x)
     names = ["pyramid", "grid, 3 channels", "64 slots", "likeness of tokens"]
     return torch.stack(rows, 1), names, "your pyramid, what lies under each patch, and the tokens of it"
@@ -63,7 +76,8 @@ def lab2(m, run):
     null, cond = denoiser(torch.cat([arm, -arm])), denoiser(arm)
     z0 = torch.cat([arm, -arm] * 2)[:, :, None, None]
     noise = torch.randn(z0.shape, generator=generator("lab2"), dtype=z0.dtype)
-    rows, names = [[m.q_sample(z0, torch.full((800,), t), noise, TABLE) for t in (0, 50, 100, 300, 999)]], ["q_sample"]
+    names = ["q_sample"]
+    rows = [[m.q_sample(z0, torch.full((800,), t), noise, TABLE) for t in (0, 50, 100, 300, 999)]]
     for g in (0.0, 1.0, 3.0):
         def fn(z, t, g=g):
             return m.with_guidance(null(z, t), cond(z, t), g)
@@ -75,9 +89,11 @@ def lab2(m, run):
         c = model.summarizer(batch["tokens"], batch["mask"], batch["s"]).detach()
         def fn(z, t):
             return m.with_guidance(model.eps(z, t, 0 * c), model.eps(z, t, c), 2.0)
-        z = torch.randn(len(c), 3, *[batch["x"].shape[-1] // 4] * 2, generator=generator("lab2 run"))
+        side = batch["x"].shape[-1] // 4
+        z = torch.randn(len(c), 3, side, side, generator=generator("lab2 run"))
         z = m.ddim_sample(fn, z, model.schedule.alpha_bar, even_timesteps(1000, 20))
-        rows, names = [*rows, enlarged(batch["x"]), enlarged(model.decode(z))], [*names, "real", "yours"]
+        rows += [enlarged(batch["x"]), enlarged(model.decode(z))]
+        names += ["real", "yours"]
     return rows, names, "your noise at t = 0, 50, 100, 300, 999, and your samples by 2, 5, 10, 20, 50 steps"
 
 def clouds(window=16, width=4.0):
@@ -95,20 +111,23 @@ def lab3(m, run):
     ab = Schedule().alpha_bar[times].tolist()
     ab_next = [1.0, *ab[:-1]]
     A = SimpleNamespace(down=lambda x: m.down(x, 8), up=lambda y: m.up(y, 8))
-    coarse, start = (torch.randn(1, 3, n, n, generator=generator("lab3", n), dtype=torch.float64) for n in (4, 48))
-    y = interpolate(coarse, (12, 12), mode="bicubic") / 2
+    def drawn(n):
+        return torch.randn(1, 3, n, n, generator=generator("lab3", n), dtype=torch.float64)
+    y = interpolate(drawn(4), (12, 12), mode="bicubic") / 2
     def Dec(z0):
         return m.up(z0, 2) / 2
     def Enc(x):
         return 2 * m.down(x, 2)
 
+    def estimate(ij, ab, z):
+        cut = torch.cat([z[:, :, i:i + 16, j:j + 16] for i, j in ij])
+        return m.average(perfect(cut, ab), ij, 48, 48)
+
     def draw(overlap, guide=""):
-        places, z = m.starts(48, 16, overlap), start
-        ij = [(i, j) for i in places for j in places]
+        z = drawn(48)
+        ij = [*product(m.starts(48, 16, overlap), repeat=2)]
         for k in reversed(range(25)):
-            def z0_hat(z, ab=ab[k]):
-                cut = torch.cat([z[:, :, i:i + 16, j:j + 16] for i, j in ij])
-                return m.average(perfect(cut, ab), ij, 48, 48)
+            z0_hat = partial(estimate, ij, ab[k])
             if guide == "s2":
                 z = m.step_s2(z, z0_hat, Dec, Enc, A, y, unit, 0.5, 0.005, 0.005)
             z0 = z0_hat(z)
@@ -116,10 +135,14 @@ def lab3(m, run):
                 z0 = m.step_x0(z0, Dec, Enc, A, y, 0.5)
             z = ddim_step(z, z0, to_eps(z0, z, ab[k], "x0"), ab_next[k])
         return Dec(z).float()
-    drawn = {"no overlap": draw(0), "overlap": draw(8), "no overlap + x0": draw(0, "x0"), "overlap + s2": draw(8, "s2"),
-             "overlap + x0": draw(8, "x0")}
-    seams = ", ".join(f"{name} {seam_ratio(x, 32):.1f}" for name, x in drawn.items())
-    return [A.up(y).float(), *drawn.values()], ["target y", *drawn], f"your windows. Seams: {seams}"
+    shown = {
+        "no overlap": draw(0),
+        "overlap": draw(8),
+        "no overlap + x0": draw(0, "x0"),
+        "overlap + s2": draw(8, "s2"),
+        "overlap + x0": draw(8, "x0")}
+    seams = ", ".join(f"{name} {seam_ratio(x, 32):.1f}" for name, x in shown.items())
+    return [A.up(y).float(), *shown.values()], ["target y", *shown], f"your windows. Seams: {seams}"
 
 def lab4(m, run):
     g, net = generator("lab4"), ABMIL(5, 2, 16, 0.0)
@@ -131,25 +154,30 @@ def lab4(m, run):
         where[i:i + 2, j:j + 2] = label
         return (x + 3 * where[..., None]).flatten(0, 1), where
     for step in range(150):
+        label = step % 2
+        bag, _ = slide(label)
+        logits, _ = m.abmil(net, bag)
         optimizer.zero_grad()
-        cross_entropy(m.abmil(net, slide(step % 2)[0])[0], torch.tensor(step % 2)).backward()
+        cross_entropy(logits, torch.tensor(label)).backward()
         optimizer.step()
     bags, where = zip(*(slide(1) for _ in range(6)))
     maps = torch.stack([m.attend(net, bag)[1].detach().view(8, 8) for bag in bags])
     maps = maps / maps.amax((1, 2), True)
-    truth = torch.from_numpy(toy_slide(0, 256)[0][:64, :64].copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    x, _, _ = toy_slide(0, 256)
+    truth = picture(x[:64, :64])
     y = avg_pool2d(truth, 4)                                # (1,3,16,16)
     smooth = interpolate(y, (64, 64), mode="bicubic")
-    rows = [*(enlarged(2 * x[:, None] - 1) for x in (torch.stack(where), maps)),
-            torch.cat([enlarged(y), smooth, m.project(smooth, y, 4), truth])]
+    rows = [enlarged(2 * x[:, None] - 1) for x in (torch.stack(where), maps)]
+    rows.append(torch.cat([enlarged(y), smooth, m.project(smooth, y, 4), truth]))
     names = ["what differs", "your attention", "y, bicubic, yours, truth"]
     if run:
         model, batch = trained(run)
-        u = torch.randn(1, model.summarizer.cfg.embed_dim, 2, 2, generator=generator("u")).repeat(6, 1, 1, 1)
+        u = torch.randn(1, model.summarizer.cfg.embed_dim, 2, 2, generator=generator("u"))
         side = batch["x"].shape[-1] // 4
         noise = [torch.randn(1, 3, side, side, generator=generator("lab4 run", n)) for n in range(60)]
-        e = m.invert(model, batch["x"], 1, u, noise)
+        e = m.invert(model, batch["x"], 1, u.repeat(6, 1, 1, 1), noise)
         tokens, mask = (torch.stack(v) for v in zip(*map(pack_grid, standardize(e))))
         drawn = model.draw(model.summarizer(tokens, mask, batch["s"]), side, sampler="dpm", steps=10)
-        rows, names = [*rows, enlarged(batch["x"]), enlarged(drawn)], [*names, "given", "drawn from your e"]
+        rows += [enlarged(batch["x"]), enlarged(drawn)]
+        names += ["given", "drawn from your e"]
     return rows, names, "where your head looks, and y enlarged so that its means are y"

@@ -1,9 +1,12 @@
 """The checkers of the labs pass the core, and say what is wrong with stubs, typical mistakes, files that break."""
+import ast
 import inspect
+import re
 import subprocess
 
 import pytest
 from conftest import ROOT
+from test_style import TREES
 
 from common import UserError
 from labs import check, core
@@ -121,7 +124,7 @@ WRONG = [
      "return {'x0': out, 'v': a * z_t + b * out, 'eps': (z_t + b * out) / a}[pred]", "the sign of the network's part"),
     ("2", "to_x0", "return (z_t - (1 - ab) ** 0.5 * out) / ab ** 0.5", "pred is not heard"),
     ("2", "diffusion_loss", "e = fn(q_sample(z0, t, eps, alpha_bar), t) - eps\nreturn e.square().mean()",
-     "wanted a float32 tensor (3,)"),
+     "one mean of the whole batch"),
     ("2", "diffusion_loss", "e = fn(q_sample(z0, t, eps, alpha_bar), t) - eps\nreturn e.square().flatten(1).mean(1)",
      "the target is always eps"),
     ("2", "diffusion_loss", READ + "w = {'eps': eps, 'x0': z0, 'v': a ** 0.5 * eps - (1 - a) ** 0.5 * z0}[pred]\n"
@@ -233,3 +236,12 @@ def test_a_file_that_ends_python(tmp_path):
 def test_bad_input(args, text):
     with pytest.raises(UserError, match=text):
         check.main(args)
+
+@pytest.mark.parametrize("lab", LABS)
+def test_pages_name_what_exists(lab):
+    """Every function of the lab, and functions of the core."""
+    text = (ROOT / "labs" / f"lab{lab}.md").read_text()
+    assert not [name for name in LABS[lab] if f"`{name}`" not in text]
+    for file, name in re.findall(r"`(\w+(?:/\w+)?\.py)::(\w+)`", text):
+        assert name in [getattr(node, "name", "") for node in ast.walk(TREES[file])], (file, name)
+    assert max(map(len, text.splitlines())) <= 120
