@@ -214,6 +214,12 @@ def test_a_file_that_does_not_import(text, why, tmp_path):
         check.load(str(file))
     assert why in fault.value.text and "\n" not in fault.value.text
 
+def test_a_file_that_has_just_changed(tmp_path):
+    """catches: bytecode of the file before, which has the same length and second."""
+    for text in ("x = 1", "x = 2"):
+        (tmp_path / "mine.py").write_text(text)
+        assert f"x = {check.load(str(tmp_path / 'mine.py')).x}" == text
+
 def test_a_loop_without_end(tmp_path, capfd):
     """In a process of its own: it is ended in time, the next function is checked all the same, and the line is told."""
     file = tmp_path / "mine.py"
