@@ -48,4 +48,6 @@ def main(argv):
     print("\n" + json.dumps({"flops": counter.flops, "rows": rows}))
 
 if __name__ == "__main__":
+    if sys.argv[1:2] in ([], ["--help"], ["-h"]):
+        sys.exit(print(__doc__.strip()))
     main(sys.argv[1:])
