@@ -203,6 +203,7 @@ def note(folder, name, why, shown=True):
 def work(cfg):
     """Check from where an earlier process ended."""
     folder, tasks = Path(cfg.inside), LABS[cfg.lab]
+    torch.set_num_threads(1)                                # for small tensors more are slower
     with open(folder / "stack", "w") as stack:
         def limit(times=1):
             faulthandler.dump_traceback_later(times * cfg.seconds, exit=True, file=stack)
