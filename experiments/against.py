@@ -119,7 +119,7 @@ def compare(title, old, new):
         else:
             values = a, b, (b[0] - a[0], None if None in (a[1], b[1]) else math.hypot(a[1], b[1]))
         told = (f"{value:.3f}" + ("" if error is None else f"±{error:.2g}") for value, error in values)
-        print(f"{name:>34}", *(f"{text:>14}" for text in told), sep="", flush=True)
+        print(f"{name:>34}", *(f" {text:>13}" for text in told), sep="", flush=True)
 
 # ----- 2. The parts -----
 
