@@ -139,12 +139,12 @@ def memory(cfg, model, pyramids, ranks):
     for space, features in {**feature_spaces(pyramids), "pixels": pixels}.items():
         base = features(train)
         like = standard(base) if space != "pixels" else torch.Tensor.double
-        row, least, words = {}, {}, []
+        row, least, each, words = {}, {}, {}, []
         for name, x in sets.items():
             near = nearest(like(features(x)), like(base))                      # (n,)
-            row[name], least[name] = float(near.median()), float(near.min())
+            row[name], least[name], each[name] = float(near.median()), float(near.min()), near.tolist()
             words.append(f"{name} {row[name]:.3f} (least {least[name]:.3f})")
-        out[space] = row | {"least": least}
+        out[space] = row | {"least": least, "each": each}
         print(f"{space:>7}: median distance to the nearest of {len(train)} training images: {', '.join(words)}")
     gap, closest = torch.cdist(pixels(sets["drawn"]), pixels(train)).min(1)    # (n,) each
     pick = gap.argsort()[:12]

@@ -186,7 +186,8 @@ def balanced(net, x, y):
 
 def patches(cfg):
     """Dominant tissue of patches, learned from real ones, from ones drawn from the conditions of the same, and from
-    both; balanced accuracy on held-out patches, as they are and stained otherwise. 10 % and all of --n."""
+    both; balanced accuracy on held-out patches, as they are and stained otherwise. 10 % and all of --n.
+    out: {(share, what was learned from, stain): a value for each seed}."""
     ranks = setup(cfg.extract.device, cfg.extract.amp, cfg.extract.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
     pyramids = Pyramids(model.info["data"], std=model.info["std"])
@@ -197,7 +198,7 @@ def patches(cfg):
     counts = torch.bincount(want).tolist()
     print(f"{len(x)} training and {len(want)} test patches of scale {cfg.scale}, by tissue {counts}")
     classes = int(cat([y, want]).max()) + 1
-    stains = {"same stain": test["x"], "other stain": stain_shift(test["x"])}
+    stains, found = {"same stain": test["x"], "other stain": stain_shift(test["x"])}, {}
     for share in SHARES:
         n = int(share * len(x))
         sets = {"real": [x[:n]], "drawn": [fake[:n]], "both": [x[:n], fake[:n]]}
@@ -206,8 +207,10 @@ def patches(cfg):
             nets = [classifier(cat(images), labels, classes, seed) for seed in range(cfg.cv.seeds)]
             for stain, seen in stains.items():
                 score = stack([balanced(net, seen, want) for net in nets])
+                found[share, name, stain] = score
                 print(f"{share:>5.0%} {name:<6} {stain:<12} balanced accuracy {score.mean():.3f} ± "
                       f"{score.std(correction=0):.3f} over {len(nets)} seeds")
+    return found
 
 PARTS = {"table": table, "sweep": sweep, "probe": probe, "slides": slides, "patches": patches}
 

@@ -228,18 +228,20 @@ def directions(level, t, ab, proxy):
     return *cosines, clock[1] - clock[0], clock[2] - clock[1], sum(kept) / 2 ** 20
 
 def cosine(cfg):
-    """Print `directions` at ten t of one run."""
-    bench = Bench(cfg)
+    """Print `directions` at ten t of one run. out: rows, t and the three cosines."""
+    bench, rows = Bench(cfg), []
     timesteps, alpha_bar = ddim_timesteps(1000, 20), bench.model.schedule.alpha_bar
 
     def look(n, step, levels):
         if n % 2 == 0:
             t = timesteps[-2 - n]                                                       # where z lies after this step
             e, g, ep, first, second, kept = directions(levels[-1], t, float(alpha_bar[t]), bench.proxy)
+            rows.append((t, e, g, ep))
             print(f"{t:>6}{e:>18.3f}{g:>18.3f}{ep:>18.3f}{first:>10.1f}{second:>10.1f}{kept:>16.0f}", flush=True)
     print(f"{'t':>6}{'e, S2 with S1':>18}{'g, S2 with S1':>18}{'e, proxy with S1':>18}{'Eq. 6, s':>10}{'Eq. 3, s':>10}"
           f"{'Eq. 3 keeps, MB':>16}")
     sample_levels(bench.levels(), bench.model.schedule, steps=20, guide="x0+proxy", lam=0.3, callback=look, end="clean")
+    return rows
 
 COMMANDS = {"speed": speed, "flat": flat, "cosine": cosine}
 

@@ -212,6 +212,7 @@ def table(model, pyramids, proxy, cfg, ranks):
             scores.add(f"{name}, exact", project(A, images, x))
     scores.add("real", truth)
     show(cfg, x, scores, A.factor)
+    return scores.rows
 
 def show(cfg, x, scores, factor):
     """Write pictures and numbers, print the table."""
@@ -241,8 +242,8 @@ def found_again(a, b):
 def planted(model, pyramids, proxy, cfg, ranks):
     """Draw images from known grids, infer these, and compare: the loss on noise and times of its own; how many cells
     are nearest to their own true one (as embeddings; as the Summarizer's first layer sees them); fine patches drawn
-    from both with the same noise."""
-    n, device = cfg.n or 4, ranks.device
+    from both with the same noise. out: {scale: share of cells found again, of each image}."""
+    n, device, shares = cfg.n or 4, ranks.device, {}
     encoder = load_encoder(pyramids.encoder, pyramids.std, pyramids.weights)
     side, W = pyramids.patch // model.vae.factor, model.summarizer.embed.weight.cpu()
     like = standard(encoder((fixed_batch(pyramids, "train", 0, 512)["x"] + 1) / 2))
@@ -270,10 +271,12 @@ def planted(model, pyramids, proxy, cfg, ranks):
             for k, e in enumerate((true, found)):
                 loss[k] += float(eps_error(model, e.to(z), s, z, t, eps).mean()) / 22
         found, true = found.flatten(2), true.flatten(2)                                    # (n,E,cells)
+        shares[s] = [found_again(a[None], b[None]) for a, b in zip(found, true)]
         right, wrong = paired_gain(*fine)
         print(f"{2 ** s:>4}x{2 ** s}{loss[0]:>11.4f}{loss[1]:>10.4f}{loss[1] / loss[0]:>7.2f}"
               f"{found_again(found, true):>9.2f}{found_again(W @ found, W @ true):>9.2f}{4.0 ** -s:>8.2f}"
               f"{right:>8.2f}{wrong:>10.2f}", flush=True)
+    return shares
 
 def cost(model, pyramids, proxy, cfg, ranks):
     """Medians of three rounds, in turn."""
