@@ -1,0 +1,236 @@
+"""What is measured for each claim of the papers: an experiment of this folder, at a size that takes minutes.
+
+in:  a Lab: a run, its data, models trained for a claim   out: {quantity: (value, standard error, bound)}; a claim says
+that the value lies above the bound; None: a quantity that is only shown     read next: claims.py
+"""
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+from types import SimpleNamespace
+
+import cdm
+import data
+import train
+from common import UserError, save_tensors
+from data import Pyramids, fixed_batch
+from diffusion import ZoomLDM, layout_fidelity
+from experiments import against, conditions, crossval, features, labels, speed, sr
+from experiments.metrics import paired_gain, random_features, standard
+from experiments.quality import Ruler, held_out, open_run
+from large.command import Settings, decoded, draw_large
+from sample_joint import Config as Drawing, draw_patches
+from text import captions
+
+# ----- 1. Numbers and their errors -----
+
+def spread(values):
+    """Mean and standard error of numbers measured alike."""
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return mean(values), error
+
+def minus(a, b):
+    """The difference of two (value, error)."""
+    return a[0] - b[0], (a[1] ** 2 + b[1] ** 2) ** 0.5
+
+def mean_of(pairs):
+    """The mean of several (value, error)."""
+    values, errors = zip(*pairs)
+    return mean(values), sum(e ** 2 for e in errors) ** 0.5 / len(errors)
+
+def over(a, b):
+    """How many times as large a is as b, lists of distances: the ratio of geometric means, which bear outliers."""
+    logs = ([math.log(max(value, 1e-9)) for value in values] for values in (a, b))
+    gap, error = minus(*map(spread, logs))
+    return math.exp(gap), math.exp(gap) * error
+
+# ----- 2. A run that is measured -----
+
+class Lab:
+    """What measurements share: a run (home), its data, its networks. mark: of what the present claim comes from."""
+
+    def __init__(self, cfg, home):
+        self.cfg, self.home, self.mark = cfg, str(home), ""
+        self.options = [f"--device={cfg.device}", f"--threads={cfg.threads}"]
+        run = SimpleNamespace(run=self.home, data=cfg.data, device=cfg.device, threads=cfg.threads)
+        self.model, self.pyramids, self.proxy, self.ranks = open_run(run)
+        self.folder, self.patch = str(self.pyramids.folder), self.pyramids.patch
+
+    def place(self, name):
+        """Where something is made for a claim: elsewhere for other weights, data or code."""
+        return f"{self.home}/claims/{name}_{self.mark}"
+
+    def load(self, run):
+        return ZoomLDM.from_run(run).to(self.ranks.device)
+
+    def trained(self, name, folder, *options):
+        """A `toy` run on the autoencoder of this one. out: its folder."""
+        vae, out = self.place("vae"), self.place(name)
+        meta = {"config": asdict(self.model.vae.cfg), "latent_scale": self.model.latent_scale}
+        save_tensors(f"{vae}/vae.safetensors", self.model.vae.state_dict(), meta)
+        train.main(["toy", f"--data={folder}", f"--vae_weights={vae}", f"--out={out}", *self.options, *options])
+        return out
+
+    def settings(self, kind, **settings):
+        """Settings of an experiment for this run and its data."""
+        cfg = self.cfg
+        return kind(run=self.home, data=self.folder, device=cfg.device, threads=cfg.threads, **settings)
+
+    def conditions(self, command, **settings):
+        """A command of experiments/conditions.py on this run. out: what it found."""
+        cfg = self.settings(conditions.Config, **settings)
+        return getattr(conditions, command)(cfg, self.model, self.pyramids, self.ranks)
+
+    def patches(self, model, pyramids):
+        """For each scale up to 64 held-out patches, and those drawn under their conditions: (n,3,P,P) each."""
+        for s in range(pyramids.scales):
+            batch = fixed_batch(pyramids, "test", s, 64)
+            yield batch["x"], draw_patches(model, batch, Drawing(steps=10), self.ranks)
+
+def by_grid(pairs):
+    """Layout fidelity at each scale. in: pairs of real and drawn patches, from scale 0 on."""
+    return [layout_fidelity(drawn, real, min(2 ** s, 8)) for s, (real, drawn) in enumerate(pairs)]
+
+# ----- 3. The measurements -----
+
+def shared_or_single(lab):
+    few, coarsest = lab.place("slides"), lab.pyramids.scales - 1
+    data.main(["toy", "--slides=16", "--test=4", f"--out={few}", f"--patch={lab.patch}"])
+    shared, single = lab.trained("shared", few), lab.trained("single", few, f"--only_scale={coarsest}")
+    cfg = conditions.Config("scales", shared, single=single, scale=coarsest)
+    found = conditions.scales(cfg, lab.load(shared), lab.pyramids, lab.ranks)
+    return {"distance, single - shared": (*minus(found["alone"]["desc"], found["shared"]["desc"]), 0)}
+
+def between(lab):
+    cdm.main(["train", lab.home, *lab.options])
+    rows = lab.conditions("conditions", n=24)
+
+    def gap(a, b):
+        return *mean_of([minus(row[a]["desc"], row[b]["desc"]) for row in rows]), 0
+    return {"distance, null - CDM": gap("null", "cdm"), "CDM - true": gap("cdm", "true")}
+
+def no_copies(lab):
+    cdm.main(["train", lab.home, *lab.options])
+    found = lab.conditions("memory")
+    ratios = {space: over(row["each"]["drawn"], row["each"]["real"]) for space, row in found.items()}
+    return {f"nearest training image, drawn / held out, {space}": (*ratio, 0.5) for space, ratio in ratios.items()}
+
+def second_domain(lab):
+    folder = lab.cfg.second
+    if not (Path(folder) / "index.json").is_file():
+        raise UserError(f"{folder} holds no photographs: docs/weights.md makes some, or give --second=DIR")
+    model = lab.load(lab.trained("second", folder))
+    pyramids = Pyramids(folder, std=model.info["std"])
+    like = standard(random_features(fixed_batch(pyramids, "train", 0, 256)["x"]))
+    pairs, gains = [*lab.patches(model, pyramids)], []
+    for real, drawn in pairs:
+        right, wrong = paired_gain(like(random_features(drawn)), like(random_features(real)))
+        gains.append(right - wrong)
+    return {"layout": (*spread(by_grid(pairs)), 0.9), "similarity, right - wrong condition": (*spread(gains), 0)}
+
+def large_images(lab, n, ways):
+    """Draw n held-out slides in several ways. out: {way: {column: [of each image]}}, seconds among the columns."""
+    side, context = 8 * lab.patch, 3
+    grids, real = zip(*(held_out(lab.pyramids, k, side) for k in range(n)))
+    ruler, table = Ruler(lab.pyramids, context, real), {}
+    common = dict(run=lab.home, size=(side,), context=(context,), sampler="lean", steps=12)
+    for name, how in ways.items():
+        drawn, seconds = [], []
+        for grid in grids:
+            began = time.perf_counter()
+            levels, _ = draw_large(lab.model, grid, Settings(**common, **how), lab.ranks, lab.proxy)
+            image = decoded(lab.model, levels[-1].z, lab.ranks)
+            seconds.append(time.perf_counter() - began)
+            view, _ = draw_large(lab.model, grid, Settings(**common, method="bicubic"), lab.ranks)
+            drawn.append((image, decoded(lab.model, view[0].z, lab.ranks)))
+        table[name] = against.judge(ruler, context, real, drawn) | {"seconds": seconds}
+    return table
+
+def coherence(lab):
+    found = large_images(lab, 4, {"joint": {}, "patches": {"method": "multidiffusion"}})
+    joint, patches = found.values()
+    db = [a - b for a, b in zip(*(row["A(image) to context, dB"] for row in (joint, patches)))]
+    times = [b / a for a, b in zip(joint["seconds"], patches["seconds"])]
+    return {"agreement with the coarse view, joint - patches, dB": (*spread(db), 0),
+            "time, patches / joint": (*spread(times), 1)}
+
+def directions(lab):
+    rows = speed.cosine(lab.settings(speed.Config, size=4 * lab.patch))
+    return {"cosine of Eq. 6 with Eq. 3": (*spread([e for _, e, *_ in rows]), 0.5),
+            "of g after them": (*spread([g for _, _, g, *_ in rows]), 0.5)}
+
+def super_resolution(lab):
+    cfg = lab.settings(sr.Config, n=8, steps=25, lam=0.45, guide="x0+proxy")
+    rows = sr.table(lab.model, lab.pyramids, lab.proxy, cfg, lab.ranks)
+    null, inferred, bicubic = (rows[name] for name in ("null, exact", "inferred, exact", "bicubic"))
+    gain = [a - b for a, b in zip(inferred["psnr"], null["psnr"])]
+    found = {"psnr, inferred - none, dB": (*spread(gain), -0.1)}
+    for space in ("desc", "rand"):
+        ahead = [value - bicubic[space][0] for value in inferred[space]]
+        found[f"similarity in {space}, inferred - bicubic"] = (*spread(ahead), 0)
+    return found
+
+def inversion(lab):
+    shares = sr.planted(lab.model, lab.pyramids, lab.proxy, lab.settings(sr.Config, n=8, steps=20), lab.ranks)
+    ten, five, below = (spread(shares[s]) for s in (1, 2, 3))
+    return {"cells found again at 10x": (*ten, 0.5), "at 5x": (*five, 0.5), "5x - 2.5x": (*minus(five, below), 0)}
+
+def two_scales(lab):
+    if not (Path(lab.cfg.task) / "index.json").is_file():
+        data.main(["toy", "--task", f"--out={lab.cfg.task}", f"--patch={lab.patch}"])
+    how = features.Config(scales=(0, 2), device=lab.cfg.device, threads=lab.cfg.threads)
+    cv = crossval.Config(seeds=3, heads="abmil", workers=lab.cfg.threads)
+    cfg = labels.Config(lab.home, "table", lab.cfg.task, f"{lab.cfg.task}/labels.csv", lab.place("mil"), how, cv)
+    draws = crossval.tables(labels.cv_of(cfg, [labels.extracted(cfg, "unet", kind="unet")]), pairs=[])
+    both, found = draws["unet 0+2", "abmil", 1.0], {}
+    for view in ("0", "2"):
+        gap = both - draws[f"unet {view}", "abmil", 1.0]                   # (1+draws,), the first of all patients
+        found[f"AUC, both - scale {view}"] = float(gap[0]), float(gap[1:].std()), 0
+    return found
+
+def summarizers(lab):
+    layout = []
+    for kind in ("transformer", "cnn"):
+        run = lab.trained(kind, lab.folder, f"--summarizer={kind}")
+        layout.append(by_grid(lab.patches(lab.load(run), lab.pyramids)))
+    gaps = [a - b for a, b in zip(*layout)]
+    return {"layout, transformer - CNN": (*spread(gaps), 0)}
+
+def likeness(lab):
+    found = large_images(lab, 8, {"joint": {}})["joint"]["similarity of crops"]
+    return {"cosine of tiles with their reference, descriptor": (*spread(found), 0.9)}
+
+def samples_as_data(lab):
+    how = features.Config(device=lab.cfg.device, threads=lab.cfg.threads)
+    found = labels.patches(labels.Config(lab.home, "patches", extract=how, cv=crossval.Config(seeds=5)))
+
+    def gain(share):
+        gaps = [found[share, "both", stain] - found[share, "real", stain] for stain in ("same stain", "other stain")]
+        return *spread(sum(gaps).div(2).tolist()), 0
+    return {"accuracy, both - real, 10 % of the patches": gain(0.1), "all": gain(1.0)}
+
+def text_controls(lab):
+    home = lab.place("text")
+    captions.main(["toy", lab.folder, f"--out={home}"])
+    for name in ("heldout", "captions"):
+        captions.main(["embed", f"{home}/{name}.tsv"])
+    told = f"--captions={home}/captions.tsv", f"--vectors={home}/captions.safetensors"
+    cdm.main(["train", lab.home, "--model=grid", "--steps=2500", *told, *lab.options])
+    found = lab.conditions("text", captions=f"{home}/heldout.tsv", n=32, seeds=2, steps=10, overlap=0)
+    return {"Spearman of shares, told and drawn": (*found["means"]["all shares together"], 0.5)}
+
+def enough(lab):
+    s, cfgs = 1, {n: conditions.Config(steps=n) for n in (10, 20, 50, 100)}
+    ways = {f"{n} steps": (cfg, 2.0) for n, cfg in cfgs.items()}
+    ways |= {f"guidance {g:g}": (cfgs[50], g) for g in (1.0, 4.0)}
+    sets = {name: [] for name in ways}
+    for seed in range(3):
+        c = conditions.true_tokens(lab.model, lab.pyramids, s, 64, seed)
+        for name, (cfg, guidance) in ways.items():
+            sets[name].append(conditions.drawn(lab.model, c, cfg, lab.ranks, seed, guidance))
+    found = conditions.distances(cfgs[50], lab.pyramids, s, sets)
+    usual, bounds = found["50 steps"]["desc"], {"100 steps": -0.05, "guidance 4": -0.05}    # neither is nearer
+    names = ("100 steps", "20 steps", "10 steps", "guidance 4", "guidance 1")
+    return {f"distance, {name} - usual": (*minus(found[name]["desc"], usual), bounds.get(name)) for name in names}
+
