@@ -2,7 +2,7 @@
 
     python sample_joint.py out/toy                      # 8 patches a scale: PNGs and a contact sheet
     python sample_joint.py out/toy --eval               # how good they are, on held-out slides
-    python sample_joint.py out/toy --size=1024 --context=4 --out=large.png
+    python sample_joint.py out/toy --size=1024 --out=large.png
     torchrun --standalone --nproc_per_node=2 sample_joint.py out/toy --size=1024
 
 in:  a run folder; conditions from its held-out slides, another image, or the models of cdm.py

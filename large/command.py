@@ -1,7 +1,8 @@
 """One large image, drawn, kept while it is drawn, and written: what `python sample_joint.py RUN --size=...` opens.
 
+    python sample_joint.py out/toy --size=1024 --out=large.png
     python sample_joint.py out/toy --size=512,1024 --context=3,1 --reference=photo.png --out=large.tif
-    python sample_joint.py out/toy --size=512 --context=3 --condition=grid     # no image behind it (python cdm.py)
+    python sample_joint.py out/toy --size=512 --condition=grid                 # no image behind it (python cdm.py)
 
 in:  a run folder and Settings   out: .png, .tif (pyramid) or .dzi, and the coarse views it was drawn with beside it
 The same command goes on with an image that was interrupted.     read next: large/proxy.py"""
@@ -24,12 +25,13 @@ from common import to_uint8
 from diffusion import ZoomLDM, even_timesteps
 from large import proxy as proxies
 from large.reference import Conditions, load_grid
-from large.windows import Grid, decode_strips, prepare, sides
+from large.windows import Grid, decode_strips, prepare, sides, usual_context
 
 @dataclass
 class Settings(Conditions, S.Config):
     preset: str = ""           # paper, the published constants; empty = ours
-    context: tuple = (4,)      # coarser scales drawn with it; each guides the next finer one
+    context: tuple = ()        # coarser scales drawn with it; each guides the next finer one. Default: the coarsest
+    #                            of which a patch fits into the image
     guide: str = "x0+proxy"    # s1, s2 (Z Algorithms S1, S2), x0, x0+proxy: see sample_joint.py
     sampler: str = ""          # lean: DDIM at times that crowd at the clean end; ddim: evenly spaced, as published. The
     #                            default is lean for x0 and x0+proxy, ddim for s1 and s2
@@ -213,9 +215,11 @@ def main(argv):
     pyramids = S.known_data(model, data) if needed or (Path(data) / "index.json").is_file() else None
     fine, factor = max(cfg.scale, 0), model.vae.factor
     scales = [*sorted(cfg.context, reverse=True), fine]
-    latents = sides(cfg.size, scales, model.info["patch"], factor, model.summarizer.cfg.scales)[-1]
+    latents = sides(cfg.size, scales, patch, factor, known)[-1]
+    known, patch = model.summarizer.cfg.scales, model.info["patch"]
+    cfg.context = cfg.context or usual_context(cfg.size, fine, patch, factor, known)
     size = tuple(n * factor for n in latents)
-    need = tuple(math.ceil(n * 2 ** fine / model.info["patch"]) for n in size)
+    need = tuple(math.ceil(n * 2 ** fine / patch) for n in size)
     grid, proxy = load_grid(cfg, model, pyramids, need), None
     if cfg.method == "joint" and "proxy" in cfg.guide:
         proxy = proxies.load(run, model, pyramids, ranks)

@@ -125,6 +125,15 @@ def sides(size, scales, patch, factor, known):
         out.append((size[0] // latent, size[1] // latent))
     return out
 
+def usual_context(size, fine, patch, factor, known):
+    """The coarsest scale of which a patch fits into the image, (s,). raises: UserError if none does."""
+    for s in range(known - 1, fine, -1):
+        zoom = 2 ** (s - fine)
+        if min(size) >= patch * zoom and all(n % (factor * zoom) == 0 for n in size):
+            return (s,)
+    raise UserError(f"--size={size}: no scale coarser than {fine} fits: give sides of at least {2 * patch}, multiples "
+                    f"of {2 * factor}, and --scale below {known - 1}; single patches need no --size")
+
 def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, batch=64, fade=True,
             guided=(0, math.inf), patch=0, kind="bicubic", proxy=None):
     """Levels for `sample_levels`, coarse to fine, with noise that depends on seed and scale alone.

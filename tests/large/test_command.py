@@ -18,7 +18,7 @@ from large import command
 from large import proxy as proxies
 from large.command import METHODS, PRESETS, Settings, draw_large, enough_memory, times
 from large.reference import load_grid
-from large.windows import Grid, prepare
+from large.windows import Grid, prepare, usual_context
 
 RANKS = Ranks(0, 1, torch.device("cpu"), None)
 # 9 + 1 windows; one thread: pictures are compared bit by bit, whatever a fixture before them left
@@ -101,6 +101,21 @@ def test_when_it_is_drawn():
 
 def test_the_batch_does_not_count(model, grid, drawn):
     """But for how kernels round. Catches: conditions of another window."""
+@pytest.mark.parametrize("size, fine, want", [((512,), 0, 3), ((1024,), 0, 4), ((4096,), 0, 4), ((512, 1024), 0, 3),
+                                              ((520,), 0, 1), ((256,), 2, 4), ((128,), 0, 1)])
+def test_the_context_that_is_chosen(size, fine, want):
+    """The coarsest of which a patch fits into the image, and whose latents divide its sides."""
+    assert usual_context(size, fine, 64, 4, 5) == (want,)
+
+def test_a_size_is_enough(ready, plain, tmp_path):
+    """Without --context the picture is that of the context that fits. catches: a size that no scale fits, drawn without
+    any context; one that is told too late."""
+    assert np.array_equal(draw(ready, tmp_path / "x.png", "--context=()"), plain[0])
+    for args in (["--size=64"], ["--size=100"], ["--size=128", "--scale=2"]):
+        with pytest.raises(UserError, match="--size=.*no scale coarser than . fits: give sides of at least 128, mult"):
+            draw(ready, tmp_path / "y.png", "--context=()", *args)
+    assert not (tmp_path / "y.png").exists()
+
     assert_close(latents(model, grid, "--batch=2"), drawn, 0.02)
 
 def test_a_method_without_context_draws_one_scale(ready, tmp_path, monkeypatch):
