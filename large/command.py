@@ -24,7 +24,8 @@ from common import UserError, at_least, cli, configure, fingerprint, load_tensor
 from common import to_uint8
 from diffusion import ZoomLDM, even_timesteps
 from large import proxy as proxies
-from large.reference import Conditions, load_grid
+from large.beside import MOST, real_region, save_beside
+from large.reference import Conditions, load_grid, slide_of
 from large.windows import Grid, decode_strips, prepare, sides, usual_context
 
 @dataclass
@@ -49,7 +50,7 @@ class Settings(Conditions, S.Config):
     method: str = "joint"      # joint; or, to compare, multidiffusion, independent, bicubic (baselines)
     repair: bool = False       # end with the published repair: back to t = 300, windows at a quarter of their side
     mpp: float = 0.0           # micrometres per pixel, for .tif; 0 = unknown
-    viewer: str = ""           # openseadragon.min.js, for .dzi
+    viewer: str = ""           # openseadragon.min.js, for the page beside a .dzi
 
 EVEN = dict(sampler="ddim", steps=50, guided=(0, 1000))  # as published, and the default of before
 PRESETS = {"": {}, "paper": EVEN | dict(guide="s2", inner=1, lam=0.5, guidance=2.0, overlap=0)}  # Z S8.2
@@ -192,7 +193,7 @@ def check(cfg, schedule):
     times(cfg, schedule.T)
     check_place(out)
     if out.suffix == ".dzi":
-        check_deepzoom(out.with_suffix(""), cfg.viewer or None)
+        check_deepzoom(out, cfg.viewer or None)
     else:
         check_tiff(out, cfg.mpp or None)
 
@@ -214,23 +215,37 @@ def main(argv):
     needed = cfg.data or not cfg.reference and cfg.condition == "reference"
     pyramids = S.known_data(model, data) if needed or (Path(data) / "index.json").is_file() else None
     fine, factor = max(cfg.scale, 0), model.vae.factor
-    scales = [*sorted(cfg.context, reverse=True), fine]
-    latents = sides(cfg.size, scales, patch, factor, known)[-1]
     known, patch = model.summarizer.cfg.scales, model.info["patch"]
     cfg.context = cfg.context or usual_context(cfg.size, fine, patch, factor, known)
     size = tuple(n * factor for n in latents)
+    scales = [*sorted(cfg.context, reverse=True), fine]
+    latents = sides(cfg.size, scales, patch, factor, known)[-1]
     need = tuple(math.ceil(n * 2 ** fine / patch) for n in size)
     grid, proxy = load_grid(cfg, model, pyramids, need), None
     if cfg.method == "joint" and "proxy" in cfg.guide:
         proxy = proxies.load(run, model, pyramids, ranks)
     if ranks.rank == 0:
         print(f"drawing {size[0]} x {size[1]} pixels, scales {scales}, writing {cfg.out}")
-    draw(model, grid, cfg, ranks, proxy, size)
+    draw(model, grid, cfg, ranks, proxy, size, pyramids)
 
-def draw(model, grid, cfg, ranks, proxy, size):
-    """Draw one large image of size (H,W) and write it, and the coarse views it was drawn with, beside it."""
+def write(out, strips, size, cfg):
+    """Write the pixels of an image of size (H,W), which come in strips. out: the names of what one opens."""
     from slides.writers import write_deepzoom, write_tiff
-    out, fine = Path(cfg.out), max(cfg.scale, 0)
+    if out.suffix == ".png":
+        save_png(out, np.concatenate(list(strips)))
+    elif out.suffix == ".dzi":
+        names = write_deepzoom(out, strips, size, viewer=cfg.viewer or None)
+        if len(names) == 1:
+            print("without openseadragon there is no page to look at it (npm install openseadragon, or --viewer=FILE)")
+        return names
+    else:
+        write_tiff(out, strips, size, mpp=cfg.mpp or None)
+    return [out.name]
+
+def draw(model, grid, cfg, ranks, proxy, size, pyramids=None):
+    """Draw one large image of size (H,W) and write it, and beside it the coarse views it was drawn with. Of a slide in
+    `pyramids`, all of them beside the real region, too, in one picture."""
+    out, fine, real = Path(cfg.out), max(cfg.scale, 0), None
     resume = out.with_name(f".{out.name}.partial.safetensors")
     levels, scales = draw_large(model, grid, cfg, ranks, proxy, resume)
     if ranks.rank > 0:
@@ -239,17 +254,22 @@ def draw(model, grid, cfg, ranks, proxy, size):
     if scales[-1] != fine:   # --method=bicubic
         up = S.Resize(2 ** (scales[0] - fine)).up(decoded(model, levels[0].z, ranks)).clamp(-1, 1)
         strips = iter([to_uint8(up)[0].numpy()])
-    if out.suffix == ".png":
-        save_png(out, np.concatenate(list(strips)))
-    elif out.suffix == ".dzi":
-        write_deepzoom(out.with_suffix(""), strips, size, viewer=cfg.viewer or None, title=out.stem)
-    else:
-        write_tiff(out, strips, size, mpp=cfg.mpp or None)
-    views = [f"{out.stem}_scale{s}.png" for s in scales if s != fine]
-    for name, level in zip(views, levels):
-        save_png(out.with_name(name), picture(model, level.z, ranks))
+    if max(size) <= MOST and not cfg.reference and cfg.condition == "reference":
+        real = real_region(pyramids, slide_of(cfg, pyramids), fine, cfg.at, size)
+        strips = list(strips)                               # they are needed twice
+    written = write(out, strips, size, cfg)
+    coarse = [s for s in scales if s != fine]
+    views = [picture(model, level.z, ranks) for level, _ in zip(levels, coarse)]
+    for s, view in zip(coarse, views):
+        written.append(f"{out.stem}_scale{s}.png")
+        save_png(out.with_name(written[-1]), view)
+    if real is not None:
+        written.append(f"{out.stem}_beside.png")
+        edits = ", before it is edited" if cfg.swap or cfg.paste else ""
+        names = [f"real{edits}", "drawn", *(f"its view at scale {s}" for s in coarse)]
+        save_beside(out.with_name(written[-1]), [real, np.concatenate(strips), *views], names)
     resume.unlink(missing_ok=True)
-    print(f"wrote {', '.join([str(out.with_suffix('') / 'index.html' if out.suffix == '.dzi' else out), *views])}")
+    print(f"wrote {out.parent}: {', '.join(written)}")
     ranks.barrier()
 
 if __name__ == "__main__":

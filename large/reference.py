@@ -68,12 +68,16 @@ def from_image(cfg, model, pyramids, need):
         rows.append(embed(encoder, strip.reshape(patch, -1, patch, 3).swapaxes(0, 1)))
     return torch.stack(rows)
 
-def from_slide(cfg, pyramids):
-    """e (rows,columns,E) of the k-th image of the split, and its name."""
+def slide_of(cfg, pyramids):
+    """The number of the k-th image of the split among all. raises: UserError if there are not as many."""
     mine = [k for k, x in enumerate(pyramids.slides) if x["split"] == cfg.split]
     if not 0 <= cfg.slide < len(mine):
         raise UserError(f"--slide={cfg.slide}: {pyramids.folder} has {len(mine)} {cfg.split!r} images, from 0")
-    k = mine[cfg.slide]
+    return mine[cfg.slide]
+
+def from_slide(cfg, pyramids):
+    """e (rows,columns,E) of the k-th image of the split, and its name."""
+    k = slide_of(cfg, pyramids)
     return pyramids.tensor(k, "e").float() * pyramids.rescale, pyramids.slides[k]["name"]
 
 def load_grid(cfg, model, pyramids, need):

@@ -1,9 +1,9 @@
-"""Large images as files that a viewer opens: a pyramid TIFF (openslide, QuPath) and a DeepZoom folder (any browser).
+"""Large images as files that a viewer opens: a pyramid TIFF (openslide, QuPath) and DeepZoom tiles (any browser).
 
 Images come in strips from top to bottom: one row of tiles of each level is all that stands in memory, however large the
 image. Each level halves the one before; an odd last row or column is repeated, so that no pixel is dropped.
 
-in:  strips (h,W,3) uint8 of any heights   out: image.tif, or a folder whose index.html opens without a network
+in:  strips (h,W,3) uint8 of any heights   out: large.tif; or large.dzi, large_files/ and large.html
 run: python sample_joint.py RUN --out=large.tif, or large.dzi     read next: slides/reader.py
 """
 import io
@@ -13,17 +13,18 @@ import tempfile
 from html import escape
 from math import ceil
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
 
-from common import UserError, atomic
+from common import UserError, atomic, write_text
 from data import halve
 from slides.tiff import LONG, LONG8, RATIONAL, SHORT, pack_directory
 
 CLASSIC = 5 * 2**29  # bytes of raw tiles above which a TIFF is a BigTIFF: noise at quality 100 grows 1.6 fold, to 4 GB
 VIEWER = "node_modules/openseadragon/build/openseadragon/openseadragon.min.js"  # where npm puts it
-OURS = {"image.dzi", "image_files", "index.html", "openseadragon.min.js"}
+MARK = b"OpenSeadragon"  # stands in the viewer, and in our pages
 DZI = ('<?xml version="1.0" encoding="UTF-8"?>\n'                              # large-image insists on it
        '<Image xmlns="http://schemas.microsoft.com/deepzoom/2008" Format="jpg" Overlap="0" TileSize="%d">'
        '<Size Width="%d" Height="%d"/></Image>')
@@ -32,7 +33,7 @@ PAGE = """<!doctype html><html><head><meta charset="utf-8"><title>%s</title></he
 <body style="margin: 0"><div id="image" style="height: 100vh"></div>
 <script src="openseadragon.min.js"></script><script>
 OpenSeadragon({ id: "image", drawer: "canvas", showNavigationControl: false, showNavigator: true, tileSources: {
-  tileSize: %d, width: %d, height: %d, getTileUrl: (level, x, y) => `image_files/${level}/${x}_${y}.jpg` } });
+  tileSize: %d, width: %d, height: %d, getTileUrl: (level, x, y) => `%s/${level}/${x}_${y}.jpg` } });
 </script></body></html>
 """
 
@@ -145,44 +146,63 @@ def header(sizes, tile, places, mpp, big):
         out += pack_directory(tags, len(out), end if level + 1 < len(sizes) else 0, big)
     return out
 
-# ----- 3. DeepZoom -----
+# ----- 3. DeepZoom: NAME.dzi and NAME_files/, as other tools write them, and a page to look at it -----
 
-def check_deepzoom(folder, viewer=None):
-    """out: both paths, in full. raises: UserError if write_deepzoom will not take them; to be asked early."""
-    folder, viewer = Path(folder).resolve(), Path(viewer or VIEWER)
-    if not viewer.is_file() or b"OpenSeadragon" not in viewer.read_bytes():
+def beside(path):
+    """What lies beside NAME.dzi: the folder of tiles, the page, and the viewer that the page opens."""
+    return path.with_name(f"{path.stem}_files"), path.with_suffix(".html"), path.with_name("openseadragon.min.js")
+
+def check_deepzoom(path, viewer=None):
+    """out: the path of the .dzi, in full, and the viewer's, None if there is none. raises: UserError if write_deepzoom
+    will not take them, or would write over what is none of ours; to be asked early."""
+    path, found = Path(path).resolve(), Path(viewer or VIEWER)
+    if found.is_file() and MARK in found.read_bytes():
+        viewer = found
+    elif viewer is not None:
         raise UserError(f"viewer: {viewer} is not openseadragon: npm install openseadragon, or give --viewer=FILE")
-    there = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    ours = not there or {"image.dzi", "index.html"} <= there <= OURS
-    if not ours or folder.is_file():
-        raise UserError(f"folder: {folder} exists and holds other things than a DeepZoom image: give another name")
-    return folder, viewer
+    tiles, *more = beside(path)
+    held = [p.name for p in tiles.iterdir()] if tiles.is_dir() else []
+    ours = not path.is_dir() and not tiles.is_file()
+    if held:
+        ours = ours and path.is_file() and all(map(str.isdigit, held))         # its levels
+    for page in more if viewer is not None else ():
+        ours = ours and (not page.exists() or page.is_file() and MARK in page.read_bytes())
+    if not ours:
+        raise UserError(f"{path}: there are other things than a DeepZoom image of this name, in {tiles.name} or beside "
+                        f"it: give another name")
+    return path, viewer
 
-def write_deepzoom(folder, strips, size, tile=256, quality=90, viewer=None, title="image"):
-    """Write a DeepZoom folder: image.dzi, its tiles, and an index.html that opens from disk, without a network.
-    in:  strips, size, tile, quality: as write_tiff; viewer, the file openseadragon.min.js, to be copied into the folder
-         (None: where `npm install openseadragon` puts it); title of the page. A folder that this wrote earlier is
-         replaced in the end. Tiles do not overlap: the viewer closes the gaps, and a row needs no pixel of the next.
-    raises: UserError as write_tiff, if there is no viewer, or if the folder holds anything else."""
+def write_deepzoom(path, strips, size, tile=256, quality=90, viewer=None):
+    """Write NAME.dzi and NAME_files/LEVEL/COLUMN_ROW.jpg; and, if there is a viewer, NAME.html, which opens from disk
+    without a network. out: the names of what one opens.
+    in:  path, which ends in .dzi; strips, size, tile, quality: as write_tiff; viewer, a file openseadragon.min.js, to
+         be copied beside it (None: where `npm install openseadragon` puts it). What this wrote earlier is replaced in
+         the end. Tiles do not overlap: the viewer closes the gaps, and a row needs no pixel of the next.
+    raises: UserError as write_tiff and check_deepzoom."""
     sizes = level_sizes(size, tile, quality, 1)
-    folder, viewer = check_deepzoom(folder, viewer)
-    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    path, viewer = check_deepzoom(path, viewer)
+    tiles, page, script = beside(path)
+    tmp, old = (tiles.with_name(f".{tiles.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
+        tmp.mkdir(parents=True)
         for level, i, row in tile_rows(strips, sizes, tile):
-            place = tmp / "image_files" / str(len(sizes) - 1 - level)          # levels are counted from 1 x 1 upwards
-            place.mkdir(parents=True, exist_ok=True)
+            place = tmp / str(len(sizes) - 1 - level)                          # levels are counted from 1 x 1 upwards
+            place.mkdir(exist_ok=True)
             for j in range(ceil(row.shape[1] / tile)):
                 (place / f"{j}_{i}.jpg").write_bytes(jpeg(row[:, j * tile:j * tile + tile], quality))
-        H, W = sizes[0]
-        (tmp / "image.dzi").write_text(DZI % (tile, W, H))
-        (tmp / "index.html").write_text(PAGE % (escape(title), tile, W, H), encoding="utf-8")
-        shutil.copyfile(viewer, tmp / "openseadragon.min.js")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(tmp, folder)
+        if tiles.exists():
+            os.replace(tiles, old)
+        os.replace(tmp, tiles)
         shutil.rmtree(old, ignore_errors=True)
+        if viewer is not None and not script.exists():
+            shutil.copyfile(viewer, script)
     except OSError as err:
-        raise UserError(f"could not write {folder}: {err}; check free space and permissions") from err
+        raise UserError(f"could not write {path}: {err}; check free space and permissions") from err
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+    H, W = sizes[0]
+    write_text(path, DZI % (tile, W, H))
+    if viewer is None:
+        return [path.name]
+    write_text(page, PAGE % (escape(path.stem), tile, W, H, quote(tiles.name)))
+    return [path.name, page.name]

@@ -12,10 +12,12 @@ from rule import assert_close
 
 import sample_joint
 from common import Ranks, UserError, configure, generator, load_tensors, save_tensors
+from data import halve
 from diffusion import ZoomLDM, ddim_sample
 from experiments import baselines
 from large import command
 from large import proxy as proxies
+from large.beside import LABEL, real_region
 from large.command import METHODS, PRESETS, Settings, draw_large, enough_memory, times
 from large.reference import load_grid
 from large.windows import Grid, prepare, usual_context
@@ -46,7 +48,7 @@ def test_a_picture_is_written(ready, plain, tmp_path):
     seed alone. Catches: noise from the global generator."""
     image, folder = plain
     assert image.shape == (128, 128, 3) and image.std() > 5
-    assert sorted(p.name for p in folder.iterdir()) == ["a.png", "a_scale1.png"]
+    assert sorted(p.name for p in folder.iterdir()) == ["a.png", "a_beside.png", "a_scale1.png"]
     assert not (ready / "proxy.safetensors").exists() and Image.open(folder / "a_scale1.png").size == (64, 64)
     torch.randn(5)
     assert np.array_equal(draw(ready, tmp_path / "b.png"), image)
@@ -99,8 +101,6 @@ def test_when_it_is_drawn():
     for args in (["paper"], ["--guide=s2"], ["--sampler=ddim"], ["--sampler=ddim", "--steps=50"]):
         assert times(settings("run", *args), 1000) == list(range(1, 1000, 20))
 
-def test_the_batch_does_not_count(model, grid, drawn):
-    """But for how kernels round. Catches: conditions of another window."""
 @pytest.mark.parametrize("size, fine, want", [((512,), 0, 3), ((1024,), 0, 4), ((4096,), 0, 4), ((512, 1024), 0, 3),
                                               ((520,), 0, 1), ((256,), 2, 4), ((128,), 0, 1)])
 def test_the_context_that_is_chosen(size, fine, want):
@@ -116,6 +116,8 @@ def test_a_size_is_enough(ready, plain, tmp_path):
             draw(ready, tmp_path / "y.png", "--context=()", *args)
     assert not (tmp_path / "y.png").exists()
 
+def test_the_batch_does_not_count(model, grid, drawn):
+    """But for how kernels round. Catches: conditions of another window."""
     assert_close(latents(model, grid, "--batch=2"), drawn, 0.02)
 
 def test_a_method_without_context_draws_one_scale(ready, tmp_path, monkeypatch):
@@ -132,7 +134,8 @@ def test_a_method_without_context_draws_one_scale(ready, tmp_path, monkeypatch):
         draw(ready, tmp_path / f"{method}.png", f"--method={method}", "--inner=3", "--steps=1", "--context=1")
     assert seen == [([(1, 3, True, None), (9, 3, True, 2)], 3), ([(25, 12, False, None)], 0), ([(4, 0, True, None)], 0),
                     ([(1, 3, True, None)], 0)]
-    names = {f"{method}.png" for method in METHODS} | {"bicubic_scale1.png", "joint_scale1.png"}
+    names = {f"{method}{end}.png" for method in METHODS for end in ("", "_beside")}
+    names |= {"bicubic_scale1.png", "joint_scale1.png"}
     assert {p.name for p in tmp_path.iterdir()} == names
     up, coarse = (np.asarray(Image.open(tmp_path / n)).astype(int) for n in ("bicubic.png", "bicubic_scale1.png"))
     assert np.abs(up.reshape(64, 2, 64, 2, 3).mean((1, 3)) - coarse).mean() < 3
@@ -158,6 +161,33 @@ def test_three_scales_and_a_canvas_as_context(model, pyramids):
     assert scales == [2, 1, 0] and [tuple(x.z.shape[2:]) for x in levels] == [(16, 16), (32, 32), (64, 64)]
     assert [x.A and x.A.factor for x in levels] == [None, 2, 2] and [len(x.canvas.ij) for x in levels] == [1, 4, 16]
 
+def test_beside_what_is_real(plain, pyramids):
+    """Real, drawn, context, in a row of which each part is as large as the image, below its name. catches: the region
+    of another slide or place; a region with holes."""
+    image, folder = plain
+    sheet = np.asarray(Image.open(folder / "a_beside.png")).astype(int)
+    assert sheet.shape == (128 + LABEL, 3 * 128 + 8, 3) and sheet[:LABEL, :60].min() < 128 < sheet[:LABEL, :60].max()
+    k = [x["split"] for x in pyramids.slides].index("test")
+    whole = real_region(pyramids, k, 0, (0, 0), (256, 256))
+    assert np.array_equal(sheet[LABEL:, :128], whole[:128, :128]) and np.array_equal(sheet[LABEL:, 132:260], image)
+    assert np.array_equal(real_region(pyramids, k, 0, (1, 2), (64, 128)), whole[64:128, 128:])
+    coarse = real_region(pyramids, k, 1, (0, 2), (128, 64))
+    assert np.array_equal(coarse, halve(np.ascontiguousarray(whole[:, 128:])))
+
+def test_a_region_of_which_patches_were_not_kept(pyramids, monkeypatch):
+    """It is shown as coarse as it must be; not at all, if no scale holds it."""
+    k = [x["split"] for x in pyramids.slides].index("test")
+    half = real_region(pyramids, k, 1, (0, 0), (128, 128))
+    real = pyramids.tensor
+
+    def fewer(k, name):
+        x = real(k, name)
+        return x[1:] if name in ("x0", "ij0") else x
+    monkeypatch.setattr(pyramids, "tensor", fewer)
+    assert np.array_equal(real_region(pyramids, k, 0, (0, 0), (256, 256)), half)
+    monkeypatch.setattr(pyramids, "tensor", lambda k, name: real(k, name)[:0])
+    assert real_region(pyramids, k, 0, (0, 0), (256, 256)) is None
+
 def test_pyramid_tiff_and_deepzoom(ready, plain, tmp_path):
     """The same picture, to what JPEG loses."""
     (tmp_path / "viewer.js").write_text("OpenSeadragon")
@@ -167,7 +197,7 @@ def test_pyramid_tiff_and_deepzoom(ready, plain, tmp_path):
         assert float(tiff.tag_v2[282]) == 20000  # pixels per cm
     assert (tmp_path / "x_scale1.png").exists()
     draw(ready, tmp_path / "y.dzi", f"--viewer={tmp_path / 'viewer.js'}", "--method=independent", "--steps=1")
-    assert 'Width="128" Height="128"' in (tmp_path / "y" / "image.dzi").read_text()
+    assert 'Width="128" Height="128"' in (tmp_path / "y.dzi").read_text() and (tmp_path / "y_files").is_dir()
 
 def test_the_proxy_is_fitted_once(run, tmp_path, monkeypatch):
     """Without proxy.safetensors the run gets one, with the proxy it is then drawn. Catches: a fit for every picture, or
@@ -301,7 +331,7 @@ REFUSED = {
     "no finite numbers any more": ["--guide=s2 --delta=1e30"], "delta=-1": ["--delta=-1"],
     "known are clean, published": ["--end=never"], "known are reference, grid": ["--condition=cdm"],
     "ends in .png, .tif": ["--out=x.jpg"], "nowhere.js.*openseadragon": ["--out=x.dzi --viewer=/nowhere.js"],
-    "holds other things": ["--out=full.dzi --viewer=openseadragon.min.js"], "mpp=": ["--out=x.tif --mpp=1e-9"],
+    "other things than a Deep": ["--out=full.dzi --viewer=openseadragon.min.js"], "mpp=": ["--out=x.tif --mpp=1e-9"],
     "cannot be written": ["--out=openseadragon.min.js/x.png"],
     "--reference does not": ["--condition=grid --reference=x.png"], "--vector go with grid": ["--caption=fat"],
 }
@@ -316,8 +346,8 @@ def odd(tmp_path_factory):
     save_tensors(folder / "empty.safetensors", {"f": torch.zeros(1)})
     (folder / "text.png").write_text("no picture")
     (folder / "openseadragon.min.js").write_text("/* OpenSeadragon */")
-    (folder / "full").mkdir()
-    (folder / "full" / "notes.txt").write_text("mine")
+    (folder / "full_files").mkdir()
+    (folder / "full_files" / "notes.txt").write_text("mine")
     return folder
 
 @pytest.mark.parametrize("args, says", [(args, says) for says, several in REFUSED.items() for args in several])

@@ -149,67 +149,71 @@ def test_what_lenient_readers_do_not_notice(tmp_path, monkeypatch, big):
 
 @pytest.mark.parametrize("h, w, tile", SIZES)
 def test_deepzoom(tmp_path, viewer, h, w, tile):
-    image, folder = picture(h, w), tmp_path / "new" / "slide"
-    write_deepzoom(folder, cut(image, 20, 3), (h, w), tile, 100, viewer, title="<b> & ü, 50%")
-    assert (folder / "image.dzi").read_text().startswith('<?xml version="1.0" encoding="UTF-8"?>\n<Image ')
-    root, space = ET.parse(folder / "image.dzi").getroot(), "{http://schemas.microsoft.com/deepzoom/2008}"
+    image, folder = picture(h, w), tmp_path / "new"
+    assert write_deepzoom(folder / "big.dzi", cut(image, 20, 3), (h, w), tile, 100, viewer) == ["big.dzi", "big.html"]
+    assert (folder / "big.dzi").read_text().startswith('<?xml version="1.0" encoding="UTF-8"?>\n<Image ')
+    root, space = ET.parse(folder / "big.dzi").getroot(), "{http://schemas.microsoft.com/deepzoom/2008}"
     assert root.tag == space + "Image" and root.attrib == {"Format": "jpg", "Overlap": "0", "TileSize": str(tile)}
     assert root[0].tag == space + "Size" and root[0].attrib == {"Width": str(w), "Height": str(h)}
     levels = pyramid(image, 1)[::-1]
     assert len(levels) == int(np.ceil(np.log2(max(h, w)))) + 1                 # what every DeepZoom viewer counts with
-    names = ["image.dzi", "index.html", "openseadragon.min.js"]
+    names = ["big.dzi", "big.html", "openseadragon.min.js"]
     for k, want in enumerate(levels):
         found = np.empty_like(want)
         for i in range(0, want.shape[0], tile):
             for j in range(0, want.shape[1], tile):
-                names.append(f"image_files/{k}/{j // tile}_{i // tile}.jpg")
+                names.append(f"big_files/{k}/{j // tile}_{i // tile}.jpg")
                 x = np.asarray(Image.open(folder / names[-1]))
                 assert x.shape == found[i:i + tile, j:j + tile].shape, names[-1]
                 found[i:i + tile, j:j + tile] = x
         assert_alike(found, want, f"level {k}")
-    assert files(folder) == sorted(names)
-    assert os.listdir(folder.parent) == ["slide"]                              # and no temporary name
+    assert files(folder) == sorted(names)                                      # and no temporary name
 
 def test_page_needs_no_network_and_no_server(tmp_path, viewer, monkeypatch):
-    """Its viewer must be there before any work, beside the program or where --viewer says."""
+    """A viewer that is named must be one, before any work; where none is found there are tiles, and no page."""
     def strips():
         raise AssertionError("work began")
         yield
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.js").write_text("// something else")
-    for path in (None, tmp_path / "none.js", tmp_path / "other.js", tmp_path):
+    for path in (tmp_path / "none.js", tmp_path / "other.js", tmp_path):
         with pytest.raises(UserError, match="viewer: .*npm install openseadragon.*--viewer=FILE"):
-            write_deepzoom(tmp_path / "x", strips(), (30, 50), viewer=path)
-    assert not (tmp_path / "x").exists()
+            write_deepzoom(tmp_path / "x.dzi", strips(), (30, 50), viewer=path)
+    assert sorted(os.listdir(tmp_path)) == ["downloads", "other.js"]
+    assert write_deepzoom("x.dzi", [picture(30, 50)], (30, 50), 16) == ["x.dzi"]
+    assert sorted(os.listdir(tmp_path)) == ["downloads", "other.js", "x.dzi", "x_files"]
     (tmp_path / VIEWER).parent.mkdir(parents=True)
     viewer.rename(tmp_path / VIEWER)
-    write_deepzoom("x", [picture(30, 50)], (30, 50), 16, title="</title> & ü, 50%")
-    page = (tmp_path / "x" / "index.html").read_text(encoding="utf-8")
-    assert "//" not in page and "<title>&lt;/title&gt; &amp; ü, 50%</title>" in page and "charset=\"utf-8\"" in page
+    name = "<b> & ü, 50%"
+    write_deepzoom(f"{name}.dzi", [picture(30, 50)], (30, 50), 16)
+    page = (tmp_path / f"{name}.html").read_text(encoding="utf-8")
+    assert "//" not in page and "<title>&lt;b&gt; &amp; ü, 50%</title>" in page and "charset=\"utf-8\"" in page
     assert re.findall(r'src="(.*?)"', page) == ["openseadragon.min.js"]
-    assert (tmp_path / "x" / "openseadragon.min.js").read_bytes() == (tmp_path / VIEWER).read_bytes()
+    assert (tmp_path / "openseadragon.min.js").read_bytes() == (tmp_path / VIEWER).read_bytes()
     # the buttons are pictures that we do not have, and WebGL shows nothing from file://
-    for part in ("tileSize: 16, width: 50, height: 30,", "`image_files/${level}/${x}_${y}.jpg`",
+    for part in ("tileSize: 16, width: 50, height: 30,", "`%3Cb%3E%20%26%20%C3%BC%2C%2050%25_files/${level}/${x}_${y}",
                  "showNavigationControl: false", 'drawer: "canvas"'):
         assert part in page
 
-def test_only_our_own_folder_is_replaced(tmp_path, viewer):
+def test_only_our_own_files_are_replaced(tmp_path, viewer):
     def write(h):
-        write_deepzoom(tmp_path / "x", [picture(h, 50)], (h, 50), 16, viewer=viewer)
-    (tmp_path / "x").mkdir()                                                   # an empty one holds nothing to lose
+        write_deepzoom(tmp_path / "x.dzi", [picture(h, 50)], (h, 50), 16, viewer=viewer)
+    (tmp_path / "x_files").mkdir()                                             # an empty one holds nothing to lose
     write(90)
-    before = files(tmp_path / "x")
+    before = files(tmp_path)
     write(20)
-    assert len(files(tmp_path / "x")) < len(before) and sorted(os.listdir(tmp_path)) == ["downloads", "x"]
-    notes = tmp_path / "x" / "notes.txt"
-    for change in (notes.touch, notes.unlink):                                 # the user's; then too little of ours
+    assert len(files(tmp_path)) < len(before)
+    assert {"x.dzi", "x_files", "x.html"} < {*os.listdir(tmp_path)} and not list(tmp_path.glob(".*"))
+    notes, page, dzi = tmp_path / "x_files" / "notes.txt", tmp_path / "x.html", tmp_path / "x.dzi"
+    for change, back in ((notes.touch, notes.unlink), (lambda: page.write_text("mine"), page.unlink),
+                         (lambda: dzi.rename(tmp_path / "y"), lambda: (tmp_path / "y").rename(dzi)),
+                         (lambda: (dzi.unlink(), dzi.mkdir()), dzi.rmdir)):
         change()
-        if not notes.exists():
-            (tmp_path / "x" / "image.dzi").unlink()
-        there = files(tmp_path / "x")
-        with pytest.raises(UserError, match="folder: .*other things than a DeepZoom image.*another name"):
+        there = files(tmp_path)
+        with pytest.raises(UserError, match="x.dzi: there are other things than a DeepZoom image.*another name"):
             write(20)
-        assert files(tmp_path / "x") == there
+        assert files(tmp_path) == there
+        back()
 
 # ----- 4. What goes wrong -----
 
@@ -262,10 +266,10 @@ def test_an_interruption_leaves_what_was_there(tmp_path, write, error, monkeypat
     def there():
         return {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for _ in range(2):
-        before, done[:] = there(), []
+        before, names, done[:] = there(), os.listdir(tmp_path), []
         with monkeypatch.context() as m, pytest.raises((KeyboardInterrupt, UserError)) as err:
             m.setattr(writers, "jpeg", fails)
             write([image], (60, 50), tile=16)
-        assert there() == before and sorted(os.listdir(tmp_path)) == ["downloads", "x"][:1 + (len(before) > 1)]
+        assert there() == before and sorted(os.listdir(tmp_path)) == sorted(names)
         assert err.type is KeyboardInterrupt or re.search("could not .*x: .*No space left.*check free", str(err.value))
         write([image], (60, 50), tile=16)
