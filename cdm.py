@@ -72,8 +72,7 @@ def place_table(n, width):
     return torch.cat([angle.sin(), angle.cos()], 1).float()[None]
 
 class DiTBlock(Module):
-    """Transformer block under a condition c (B,W), which shifts and scales its norms and gates its branches.
-    source: DiT §3.2, adaLN-zero."""
+    """Transformer block; a condition c (B,W) shifts, scales and gates it. source: DiT §3.2, adaLN-zero."""
     def __init__(self, width, heads, mlp):
         super().__init__()
         self.heads = heads
@@ -101,9 +100,8 @@ class DiTBlock(Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 class DiT(Module):
-    """The network of the CDM.
-    in:  x (B,N,D) noised tokens; t (B,) time indices; s (B,) scales. out: x0_hat (B,N,D).
-    source: Z S8.1; reference: official DiT."""
+    """The network of the CDM. source: Z S8.1; reference: official DiT.
+    in:  x (B,N,D) noised tokens; t (B,) time indices; s (B,) scales. out: x0_hat (B,N,D)."""
     def __init__(self, cfg: DiTConfig):
         super().__init__()
         at_least(cfg, tokens=1, channels=1, width=1, depth=1, heads=1, mlp=1)
@@ -295,8 +293,8 @@ def train_conditioner(cfg):
         save(ema)
         if cfg.sheet and cfg.model != "grid":
             from experiments.invented import draw_sheet
-            sheet = Path(cfg.run) / "samples" / f"{cfg.model}_{step:06d}.png"
-            draw_sheet(averaged, model, ranks, sheet, range(averaged.scales), n=cfg.sheet, steps=20)
+            png = Path(cfg.run) / "samples" / f"{cfg.model}_{step:06d}.png"
+            draw_sheet(averaged, model, ranks, png, range(averaged.scales), cfg.sheet, real=pyramids)
     optim, stage = cfg.optim, f"{cfg.model}_"
     _, ema = run_stage(stage, cfg, ranks, made, dataset, cfg.steps, cfg.batch, optim.lr, optim.ema, export)
     if ranks.rank == 0:

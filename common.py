@@ -150,6 +150,12 @@ def atomic(path, earlier=None):
         if tmp.exists():
             tmp.unlink()
 
+def home_of(run):
+    """Where results of a run go: its folder, or out/shipped for the weights that come with the repository."""
+    folder = Path(run).parent if Path(run).is_file() else Path(run)
+    shipped = Path(__file__).resolve().parent / "weights"
+    return Path("out/shipped") if folder.resolve() == shipped else folder
+
 def write_text(path, text):
     with atomic(path) as tmp:
         tmp.write_text(text)
@@ -162,13 +168,11 @@ def save_tensors(path, tensors, meta=None, earlier=None):
 
 def open_tensors(path, framework="np"):
     """Map a safetensors file; "pt": one that fits into memory. raises: UserError if it is missing or damaged."""
-    if not Path(path).is_file():
-        raise UserError(f"no file {path}: check the path, or run the command that makes it")
     try:
         return safe_open(path, framework)
     except (SafetensorError, OSError) as err:
-        from slides.weights import sign_of                  # what it is instead
-        raise UserError(f"{path} is not a complete safetensors file ({sign_of(path) or err}); make it again") from err
+        from slides.weights import explain                  # what it is instead, what to do
+        raise UserError(explain(path, err)) from err
 
 def load_meta(path):
     """What `save_tensors` wrote beside the tensors, {} for a foreign file. raises: as open_tensors."""
@@ -211,7 +215,8 @@ def save_state(path, cfg, step, net, ema, opt):
     tensors |= {f"ema.{k}": v for k, v in (ema or {}).items()}
     for i, moments in opt.state_dict()["state"].items():
         tensors |= {f"opt.{i}.{k}": v for k, v in moments.items()}
-    meta = {"step": step, "settings": asdict(cfg), "streams": "of whole keys"}
+    made_on = getattr(net, "vae_mark", "")                  # the VAE whose latents it learns
+    meta = {"step": step, "settings": asdict(cfg), "vae": made_on, "streams": "of whole keys"}
     save_tensors(path, tensors, meta | {"crc": checksum(tensors, meta)}, earlier=previous(path))
 
 def newest_state(path, ranks=None):
@@ -246,12 +251,12 @@ def resume(path, cfg, net, ema, opt, ranks):
     opt.load_state_dict({"state": moments, "param_groups": opt.state_dict()["param_groups"]})
     return meta["step"]
 
-def check_settings(path, cfg, only=""):
+def check_settings(path, cfg, only="", vae=""):
     """raises: UserError if the file at `path`, should it exist, was made with other settings than cfg (of those
-    that start with `only`). One that did not exist then counts as its default. All ranks look, so all stop."""
-    if path.exists():
+    that start with `only`; a new one counts as its default), or on another VAE than one of this fingerprint."""
+    if path.exists():                                       # all ranks look, so all stop
         from large.resume import compare_settings
-        compare_settings(path, cfg, only)
+        compare_settings(path, cfg, only, vae)
 
 # ----- 4. Devices and ranks -----
 

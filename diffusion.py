@@ -91,8 +91,7 @@ def with_guidance(null, cond, guidance):
     return null + guidance * (cond - null)
 
 def guided(fn, c, guidance=1.0, prepare=None):
-    """fn(z_t, t, c) with guidance, both branches in one batch. in: c (B,L,D). out: f(z_t, t). prepare: called once
-    with all tokens; fn gets what it returns."""
+    """fn(z_t, t, c) with guidance, both branches in a batch: f(z_t, t). fn gets prepare(tokens), made once."""
     tokens = c if guidance == 1.0 else torch.cat([null_condition(c), c])    # (2B,L,D); 1 needs no null branch
     if prepare is not None:
         tokens = prepare(tokens)
@@ -278,10 +277,13 @@ class ZoomLDM(nn.Module):
     @classmethod
     def from_run(cls, folder):
         """Load a run folder, or its ema.safetensors, in eval mode. raises: ValueError for other files."""
-        path = Path(folder, "ema.safetensors") if Path(folder).is_dir() else Path(folder)
-        if not path.exists():
-            raise UserError(f"no trained model at {path}: check the folder, or train one with train.py")
+        path = Path(folder)
+        if path.is_dir() or not path.suffix:
+            path = path / "ema.safetensors"
         state, config = load_tensors(path)
+        if "vae_file" in config:                            # as shipped, the VAE in a file of its own
+            from weights.shipped import with_vae
+            state = with_vae(path, state, config)
         try:
             model = cls.from_config(config)
             model.load_state_dict(state)
@@ -300,8 +302,7 @@ def layout_fidelity(fake, real, grid):
     """Pearson correlation of patches (N,3,P,P) average-pooled to grid, min(2^s, 8); 1 compares mean colours.
     Each channel's mean over its set is taken off, or the stain alone would correlate. 0 if a set is constant."""
     if fake.shape != real.shape or fake.ndim != 4 or min(fake.shape) < 1 or min(fake.shape[2:]) < grid:
-        raise UserError(f"got patches {tuple(fake.shape)} and {tuple(real.shape)}: give images (N,3,H,W) of one shape, "
-                        f"with sides of at least {grid}")
+        raise UserError(f"got {tuple(fake.shape)}, {tuple(real.shape)}: give images of one shape, sides {grid} or more")
     cells = []
     for x in (fake, real):
         x = nn.functional.adaptive_avg_pool2d(x.double(), grid)                     # (N,3,grid,grid)

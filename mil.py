@@ -202,8 +202,7 @@ def cross_validate(Head, sources, tested, labels, splits, cfg, repeat=0):
 class Activations:
     """Features: what a block of the U-Net makes of a noised patch and its condition.
     in:  t, index that patches are noised to (Z 100, L 50); block: "middle" (L), or an index into the published
-         output_blocks as text, by default 3 (Z) or the last; seed of the noise.
-    raises: UserError for another t or block."""
+         output_blocks as text, by default 3 (Z) or the last; seed of the noise. raises: UserError."""
 
     def __init__(self, model, pyramids, ranks, t=100, block="", seed=0):
         self.model, self.pyramids, self.ranks = model, pyramids, ranks
@@ -217,8 +216,7 @@ class Activations:
         self.block = block if block == "middle" else int(block)
 
     def noise(self, slide, batch):
-        """A tensor per patch (b,3,P/4,P/4), made of seed, slide, scale and place alone: batches, ranks and
-        interruptions change nothing."""
+        """A tensor per patch (b,3,P/4,P/4), of seed, slide, scale and place alone, however batched."""
         side = self.pyramids.patch // self.model.vae.factor
         shape = (self.model.unet.cfg.channels, side, side)
         noise = []

@@ -1,12 +1,13 @@
 """Draw images with a trained run: patches, or one large image and its coarse views (Z §3.2, S8.2).
 
+    python sample_joint.py                              # with the shipped weights: patches, a large image
     python sample_joint.py out/toy                      # 8 patches a scale: PNGs and a contact sheet
     python sample_joint.py out/toy --eval               # how good they are, on held-out slides
     python sample_joint.py out/toy --size=1024 --out=large.png
     torchrun --standalone --nproc_per_node=2 sample_joint.py out/toy --size=1024
 
-in:  a run folder; conditions from its held-out slides, another image, or the models of cdm.py
-out: RUN/patches/*.png, or one .png, .tif (pyramid) or .dzi (DeepZoom folder)
+in:  a run folder, or nothing; conditions from its held-out slides, another image, or the models of cdm.py
+out: RUN/patches/*.png, or one .png, .tif (pyramid) or .dzi (DeepZoom)
 --size=512 --help lists the settings of large images.     read next: invert.py
 """
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import interpolate
 
-from common import UserError, at_least, cli, configure, one_of, save_grid, save_png, setup, to_uint8
+from common import UserError, at_least, cli, configure, home_of, one_of, save_grid, save_png, setup
+from common import to_uint8
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM, ddim_step, even_timesteps, noise_levels, null_condition, to_eps, to_x0
 
@@ -347,7 +349,7 @@ def show(model, pyramids, cfg, ranks):
 
 @dataclass
 class Config:
-    run: str = ""              # run folder (or an ema.safetensors)
+    run: str = ""              # run folder, or a file of weights; default: those that come with this
     data: str = ""             # data folder; default: the one the run was trained on
     split: str = "test"        # whose conditions: test or train
     out: str = ""              # a folder; default RUN/patches. Large images: a file, default RUN/large.png
@@ -384,12 +386,12 @@ def main(argv):
         return draw_large_image(argv)
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
     if not cfg.run:
-        raise UserError("say which run: python sample_joint.py out/toy (train one with python train.py)")
+        from weights.shipped import draw
+        return draw(argv)
     one_of(cfg, condition=("reference", "cdm", "edm"), end=("clean", "published"))
     cfg.steps = (10 if cfg.sampler == "dpm" else 50) if cfg.steps is None else cfg.steps
     at_least(cfg, n=0, seed=0, steps=1, batch=1)
-    run = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
-    cfg.out = cfg.out or str(run / ("eval" if cfg.eval else "patches"))
+    cfg.out = cfg.out or str(home_of(cfg.run) / ("eval" if cfg.eval else "patches"))
     cfg.n = cfg.n or (128 if cfg.eval else 8)
     if cfg.condition != "reference":
         from experiments.invented import sample_patches

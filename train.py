@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from common import Log, UserError, at_least, check_settings, cli, configure, generator, newest_state, one_of
-from common import resume, save_grid, save_state, save_tensors, setup, write_line, write_text
+from common import Log, UserError, at_least, check_settings, cli, configure, fingerprint, generator
+from common import newest_state, one_of, resume, save_grid, save_state, save_tensors, setup, write_line, write_text
 from data import InTurn, PatchDataset, feed, fixed_batch, open_data, own_places, read_index
 from diffusion import Schedule, ZoomLDM, diffusion_loss, layout_fidelity, null_condition
 from summarizer import SummarizerConfig, build
@@ -61,7 +61,7 @@ class Config:
     amp: bool = True            # bf16 autocast where the device has bf16 arithmetic
     compile: bool = False       # torch.compile the U-Net
     vae: VAEConfig = field(default_factory=VAEConfig)
-    vae_weights: str = ""       # take the VAE from a published checkpoint or a run folder; "" = train one
+    vae_weights: str = ""       # take that of a run folder, or a file, ours or published; "" = train one
     vae_steps: int = 1000
     vae_batch: int = 16
     vae_lr: float = 3e-3
@@ -228,8 +228,7 @@ def update_ema(ema, net, decay):
             ema[name].copy_(value)                                      # the counters of batch norm
 
 def agree(log, step, batch, grad, asked):
-    """Tell all ranks what happened on one. out: whether a SIGTERM came. raises: UserError, on all, that names
-    the samples of this step whose loss is not finite."""
+    """Tell all ranks what happened on one. out: did a SIGTERM come? raises: UserError, naming bad samples."""
     ranks = log.ranks
     share = batch // ranks.world
     losses = torch.cat([r["loss"] for r in log.rows])[-share:]
@@ -279,17 +278,13 @@ def export(model, pyramids, cfg, ranks, step, ema):
 
 def make_vae(cfg, ranks, pyramids, base):
     """Load, take over from `base`, or train a VAE. out: (vae, scale that gives its latents deviation 1)."""
-    source = Path(cfg.vae_weights)
-    if cfg.vae_weights and source.is_dir():
-        return VQVAE.from_run(source / "vae.safetensors")
     if cfg.vae_weights:
-        from slides.start import published_vae
-        return published_vae(source), 1.0
+        from slides.start import finished_vae
+        return finished_vae(Path(cfg.vae_weights))
     if not cfg.vae_steps:
         if base:
             return base.vae, base.latent_scale
-        raise UserError("this preset does not train a VAE: give the published one with --vae_weights=FILE, or "
-                        "train your own with --vae_steps=N")
+        raise UserError("this preset trains no VAE: give one by --vae_weights=FILE, or train it by --vae_steps=N")
     sources = [pyramids, *map(open_data, cfg.data.split(",")[1:])]
 
     def fixed(n):
@@ -329,6 +324,7 @@ def train_ldm(cfg, ranks, vae, scale, dataset, start):
     pyramids.latent_scale = scale
     torch.manual_seed(cfg.seed + 1)
     net = LDMStage(cfg, pyramids.patch // 4)
+    net.vae_mark = fingerprint(vae)
     net.load_state_dict(net.state_dict() | start)
     info = {k: getattr(pyramids, k) for k in ("encoder", "std", "patch", "weights", "mpp")}
     info["data"] = cfg.data.split(",")[0]
@@ -414,6 +410,8 @@ def main(argv):
         write_text(out / "config.json", json.dumps(asdict(cfg) | {"torch": torch.__version__}, indent=1))
     torch.manual_seed(cfg.seed)
     vae, scale = get_vae(cfg, ranks, pyramids, base)
+    if found:
+        check_settings(found[0], cfg, vae=fingerprint(vae))
     if cfg.steps:                                                       # --steps=0: the VAE alone
         train_ldm(cfg, ranks, vae, scale, dataset, start)
     ranks.leave()

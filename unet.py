@@ -214,9 +214,8 @@ class UNet(Module):
         return stage(h, emb, kv)
 
     def forward(self, z_t, t, c, until="out"):
-        """Predict the noise.
-        in:  z_t (B,3,h,w), h and w multiples of 2^(levels-1); t (B,) int64; c (B,L,D) or a cached list.
-        out: eps_hat (B,3,h,w), or what `features` asks for. raises: ValueError for other sizes."""
+        """Predict the noise: eps_hat (B,3,h,w), or what `features` asks for. raises: ValueError.
+        in:  z_t (B,3,h,w), h and w multiples of 2^(levels-1); t (B,) int64; c (B,L,D) or a cached list."""
         k, channels = 2 ** (len(self.cfg.mult) - 1), self.cfg.channels
         shape = tuple(z_t.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] % k or shape[3] % k:

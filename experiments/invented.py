@@ -1,7 +1,7 @@
 """Patches from nothing: the CDM, or the EDM, invents the tokens, and the U-Net draws under them.
 
 in:  a run folder with cdm.safetensors or edm.safetensors   out: RUN/cdm/*.png, and a sheet, a row for each scale
-run: python cdm.py sample out/toy --scale=3
+run: python cdm.py sample, or python cdm.py sample out/toy --scale=3
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cdm import load_conditioner
-from common import UserError, at_least, cli, configure, one_of, save_grid, save_png, setup, to_uint8
+from common import UserError, at_least, cli, configure, home_of, one_of, save_grid, save_png, setup, to_uint8
+from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM, even_timesteps, lean_timesteps
 
 @dataclass
 class Config:
-    run: str = ""              # run folder
+    run: str = ""              # run folder; default: the weights that come with this
+    data: str = ""             # data folder whose patches stand above on the sheet; default: the run's, if it is there
     model: str = "cdm"         # cdm or edm; under grids draws sample_joint.py --condition=grid
     scale: int = -1            # -1 = all
     n: int = 8                 # patches per scale
@@ -27,14 +29,22 @@ class Config:
     threads: int = 0
     amp: bool = True           # bf16 autocast where the device has bf16 arithmetic
 
-def draw_sheet(made, model, ranks, path, scales, n, guidance=2.0, steps=50, seed=0, sampler="ddim"):
-    """Draw n patches a scale from invented tokens, and write a sheet of them. out: {scale: (n,3,P,P)}."""
+def draw_sheet(made, model, ranks, path, scales, n, guidance=2.0, steps=20, seed=0, sampler="ddim", real=None):
+    """Draw n patches a scale from invented tokens, and write a sheet of them: below real ones, which they do not show
+    again, if there are any in `real`, a data.Pyramids. out: {scale: (n,3,P,P)}."""
     drawn, side = {}, model.info.get("patch", 256) // model.vae.factor
+    rows, labels = [], []
     for s in tqdm(scales, desc="scales", disable=len(scales) < 2):
         c = made.tokens([s] * n, seed)                                         # (n,65,D)
         with ranks.autocast():
             drawn[s] = model.draw(c, side, guidance, steps, seed, sampler=sampler)
-    save_grid(path, list(drawn.values()), [f"scale {s}" for s in drawn])
+        split = "test" if real is not None and real.names("test") else "train"
+        if real is not None and real.images and s < real.scales and real.count(split, s):
+            rows.append(fixed_batch(real, split, s, n)["x"])
+            labels.append(f"scale {s} real, others")
+        rows.append(drawn[s])
+        labels.append(f"scale {s} invented")
+    save_grid(path, rows, labels)
     return drawn
 
 def sample(cfg):
@@ -48,13 +58,17 @@ def sample(cfg):
     if cfg.scale >= made.scales:
         raise UserError(f"--scale={cfg.scale}: the run knows scales 0 to {made.scales - 1} (-1 = all)")
     scales = range(made.scales) if cfg.scale < 0 else [cfg.scale]
-    out = Path(cfg.out or Path(cfg.run) / cfg.model)
+    out = Path(cfg.out or home_of(cfg.run) / cfg.model)
+    data = cfg.data or model.info.get("data", "")
+    known = cfg.data or (Path(data) / "index.json").is_file()
+    real = Pyramids(data, std=model.info.get("std")) if known else None
     drawn = draw_sheet(made, model, ranks, out / "sheet.png", scales, cfg.n, cfg.guidance, cfg.steps, cfg.seed,
-                       cfg.sampler)
+                       cfg.sampler, real)
     for s, images in drawn.items():
         for i, pixels in enumerate(to_uint8(images).numpy()):
             save_png(out / f"scale{s}_{i:03d}.png", pixels)
-    print(f"wrote {out}: {len(drawn)} scales x {cfg.n} patches, and sheet.png")
+    above = "" if real is None else " (real patches, of other places, above the invented ones)"
+    print(f"wrote {out}: {len(drawn)} scales x {cfg.n} patches, and sheet.png{above}")
 
 def sample_patches(cfg):
     """The same for the settings of sample_joint.py, whose --condition names the model."""
@@ -67,7 +81,10 @@ def sample_patches(cfg):
 def main(argv):
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
     if not cfg.run:
-        raise UserError("give a run folder: python cdm.py sample out/toy")
+        from weights.shipped import held_out_slides, shipped_run
+        one_of(cfg, model=("cdm",))                         # of which there is one beside them
+        cfg.run = shipped_run("cdm")
+        cfg.data = cfg.data or held_out_slides()
     sample(cfg)
 
 if __name__ == "__main__":

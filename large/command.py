@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 import sample_joint as S
-from common import UserError, at_least, cli, configure, fingerprint, load_tensors, one_of, save_png, save_tensors, setup
-from common import to_uint8
+from common import UserError, at_least, cli, configure, fingerprint, home_of, load_tensors, one_of, save_png
+from common import save_tensors, setup, to_uint8
 from diffusion import ZoomLDM, even_timesteps
 from large import proxy as proxies
 from large.beside import MOST, real_region, save_beside
@@ -202,9 +202,10 @@ def main(argv):
           f"{inspect.getsource(Conditions)}\nof large images:"
     cfg = configure(Settings, argv, PRESETS, ("run", "preset"), doc=doc)
     if not cfg.run:
-        raise UserError("say which run: python sample_joint.py out/toy --size=512 --context=3")
+        from weights.shipped import arguments
+        return main(arguments(argv))
     run = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
-    cfg.out = cfg.out or str(run / "large.png")
+    cfg.out = cfg.out or str(home_of(cfg.run) / "large.png")
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
     check(cfg, model.schedule)
@@ -217,9 +218,9 @@ def main(argv):
     fine, factor = max(cfg.scale, 0), model.vae.factor
     known, patch = model.summarizer.cfg.scales, model.info["patch"]
     cfg.context = cfg.context or usual_context(cfg.size, fine, patch, factor, known)
-    size = tuple(n * factor for n in latents)
     scales = [*sorted(cfg.context, reverse=True), fine]
     latents = sides(cfg.size, scales, patch, factor, known)[-1]
+    size = tuple(n * factor for n in latents)
     need = tuple(math.ceil(n * 2 ** fine / patch) for n in size)
     grid, proxy = load_grid(cfg, model, pyramids, need), None
     if cfg.method == "joint" and "proxy" in cfg.guide:

@@ -1,5 +1,6 @@
 """The command of invert.py: any picture in; embeddings, a finer image and variations out.
 
+    python invert.py --image=photo.png --scale=2         # with the weights that come with this
     python invert.py out/toy --image=photo.png --scale=2 --sr=4 --variations=4
 
 in:  an image or slide, its scale   out: DIR/sr.png, e.safetensors (for sample_joint.py --reference), sheet.png
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, at_least, cli, configure, one_of, save_grid, save_png, save_tensors, setup, to_uint8
+from common import UserError, at_least, cli, configure, home_of, one_of, save_png, save_tensors, setup, to_uint8
 from data import Pyramids
 from diffusion import ZoomLDM, even_timesteps
 from invert import invert, paint, patch_of, project, super_resolve, to_tiles
 from large import proxy as proxies
+from large.beside import save_beside
 from large.windows import Grid
 from sample_joint import GUIDES, Resize, guide_of
 from slides.encoders import FREE, load_encoder
@@ -22,13 +24,13 @@ from slides.reader import MAX_PIXELS, open_slide
 
 @dataclass
 class Config:
-    run: str = ""              # run folder (or an ema.safetensors)
+    run: str = ""              # run folder, or a file of weights; default: those that come with this
     image: str = ""            # the image: anything that slides/reader.py opens
     data: str = ""             # data folder, should a proxy have to be fitted; default: what the run was trained on
     scale: int = -1            # its scale: 0 = finest the run knows, each +1 half the resolution
     white: int = 0             # of more than 8 bits, the value to show as white; 0 = the largest of the bits it uses
     sr: int = 0                # how many times larger, a power of 2; 0 = down to scale 0, 1 = not at all
-    out: str = ""              # folder; default RUN/invert
+    out: str = ""              # folder; default RUN/invert, or out/shipped/invert
     variations: int = 0        # images to draw at the same scale from the same conditions, and their cells at scale 0
     back_project: bool = True  # end with the nearest image whose reduction is exactly the input
     start: str = ""            # of the inference: enlarged or noise (as published); see invert.beginning
@@ -121,7 +123,8 @@ def write_enlarged(cfg, out, x, sr):
         said += f", back-projected {agreement(sr[None], x[None], cfg.A):.1f} dB"
     save_png(out / "sr.png", to_uint8(sr).numpy())
     nearest = x.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    save_grid(out / "sheet.png", [torch.stack([nearest, Resize(factor).up(x).clamp(-1, 1), sr])])
+    shown = [to_uint8(image).numpy() for image in (nearest, Resize(factor).up(x).clamp(-1, 1), sr)]     # (H,W,3) each
+    save_beside(out / "sheet.png", shown, [f"input, scale {cfg.scale}", "bicubic", "drawn"], max(sr.shape))
     print(f"{w} x {h} -> {sr.shape[2]} x {sr.shape[1]} pixels; reduced again, it agrees with the input to {said}; "
           f"sheet.png shows input, bicubic, result")
     return ["sr.png", "sheet.png"]
@@ -129,10 +132,11 @@ def write_enlarged(cfg, out, x, sr):
 def main(argv):
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
     if not cfg.run:
-        raise UserError("say which run: python invert.py out/toy --image=FILE --scale=2")
+        from weights.shipped import shipped_run
+        cfg.run = shipped_run()
     ranks, s = setup(cfg.device, cfg.amp, cfg.threads), cfg.scale
     folder = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
-    model, out = ZoomLDM.from_run(cfg.run).to(ranks.device), Path(cfg.out or folder / "invert")
+    model, out = ZoomLDM.from_run(cfg.run).to(ranks.device), Path(cfg.out or home_of(cfg.run) / "invert")
     target, x = check(cfg, model.summarizer.cfg.scales), read_image(cfg.image, cfg.white)
     (h, w), P = x.shape[1:], patch_of(model, x)
     if min(h, w) < P and ranks.rank == 0:

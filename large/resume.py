@@ -23,9 +23,13 @@ def flat(settings, start=""):
         out |= flat(value, inner) if isinstance(value, dict) else {name: value}
     return out
 
-def compare_settings(path, cfg, only=""):
-    """raises: UserError if the file at `path` was made with other settings (whose names start with `only`) than cfg."""
+def compare_settings(path, cfg, only="", vae=""):
+    """raises: UserError if the file at `path` was made with other settings (whose names start with `only`) than cfg, or
+    on another VAE than the one of this fingerprint; earlier versions did not say which."""
     meta = load_meta(path)
+    if vae and meta.get("vae", vae) != vae:
+        raise UserError(f"{path} was trained on another VAE (fingerprint {meta['vae']}) than the {path.parent}/"
+                        f"vae.safetensors beside it ({vae}): put its own back, or give another --out to start afresh")
     if not meta.get("settings"):
         raise UserError(f"{path} does not say what settings it belongs to, so it is none of ours: move it away")
     now, default = (GONE | flat(json.loads(json.dumps(asdict(c)))) for c in (cfg, type(cfg)()))

@@ -6,15 +6,27 @@ from pathlib import Path
 
 import torch
 
-from common import UserError
+from common import UserError, load_meta
+from diffusion import ZoomLDM
 from slides.keys import load_vae, start_unet
-from slides.weights import load_state_dict, named
+from slides.weights import load_state_dict, named, sign_of
 from unet import UNet
+from zoom_vae import VQVAE
 
-def published_vae(path):
-    """The VAE of a published file, which may be a whole latent diffusion checkpoint. raises: UserError."""
+def finished_vae(path):
+    """A VAE that needs no training: of a run folder; of a file of ours, such as weights/vae.safetensors; or of a
+    published file, which may be a whole latent diffusion checkpoint. out: (vae, latent scale). raises: UserError."""
+    if path.is_dir():
+        return VQVAE.from_run(path / "vae.safetensors")
+    if path.suffix == ".safetensors" and not sign_of(path):
+        told = load_meta(path)                              # {} of a published file
+        if "latent_scale" in told and "unet" in told:       # a whole model
+            model = ZoomLDM.from_run(path)
+            return model.vae, model.latent_scale
+        if "latent_scale" in told:
+            return VQVAE.from_run(path)
     with named(path):
-        return load_vae(load_state_dict(path))
+        return load_vae(load_state_dict(path)), 1.0
 
 def start_weights(cfg, ranks, pyramids, base, resumed):
     """out: {name in train.LDMStage: tensor}. in: base, the model of another run, or None for a published file, which

@@ -15,6 +15,8 @@ from common import UserError, load_tensors
 
 # ----- 1. Files -----
 
+SHIPPED = Path(__file__).resolve().parents[1] / "weights"  # the files that come with the repository
+
 # how files begin that are no data at all: what they are, and what to do
 SIGNS = ((rb"version https://git-lfs", "is a Git LFS pointer, a note of where the file lies: run `git lfs pull`"),
          (rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype html|html|head|!--)",
@@ -59,6 +61,22 @@ def sign_of(path, signs=SIGNS):
     with open(path, "rb") as f:
         begins = f.read(256)
     return next((what for sign, what in signs if re.match(sign, begins, re.DOTALL)), "")
+
+def way_back(path):
+    """How to get a damaged or missing file again: one of weights/ comes with the repository, others are made."""
+    here = Path(path).resolve().parent == SHIPPED
+    return "`git checkout -- weights` brings it back (docs/weights.md)" if here else "make it again"
+
+def explain(path, err):
+    """Why a safetensors file cannot be opened, and what to do: one sentence. in: the path; what open raised."""
+    path = Path(path)
+    if path.is_file():
+        return f"{path} is not a complete safetensors file ({sign_of(path) or err}); {way_back(path)}"
+    if path.name == "ema.safetensors":
+        return f"no trained model at {path}: check the folder, or train one with train.py"
+    if path.resolve().parent == SHIPPED:
+        return f"no file {path}: {way_back(path)}"
+    return f"no file {path}: check the path, or run the command that makes it"
 
 def load_state_dict(path):
     """Read a foreign checkpoint (.safetensors, or .ckpt/.pt/.pth/.bin of tensors alone) as a flat state dict, what

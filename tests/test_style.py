@@ -10,7 +10,8 @@ from conftest import ROOT
 CORE = ("common", "zoom_vae", "summarizer", "unet", "diffusion", "data", "train", "cdm", "sample_joint", "invert",
         "mil")
 MOST_LINES, MOST_IN_ALL, MOST_IN_A_FUNCTION, MOST_SETTINGS = 430, 3400, 45, 25
-ROOMS = ("slides", "toy", "large", "text", "labs", "experiments")
+ROOMS = ("slides", "toy", "large", "text", "labs", "experiments", "weights")
+SHIPPED = {f"weights/{name}.safetensors" for name in ("vae", "toy", "cdm", "proxy")}    # of at most 16 MB together
 RUNTIME = {"torch", "numpy", "PIL", "tqdm", "safetensors"}
 SOURCES = (*ROOT.glob("*.py"), *(p for room in ROOMS for p in (ROOT / room).rglob("*.py")))
 FILES = {p.relative_to(ROOT).as_posix(): p for p in SOURCES}
@@ -92,6 +93,10 @@ def test_no_large_file_is_tracked():
     listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listing.returncode:
         pytest.skip("not a git checkout: nothing says which files are tracked")
-    paths = [ROOT / p for p in listing.stdout.split("\0") if p]
-    large = {p.name: p.stat().st_size for p in paths if p.is_file() and p.stat().st_size > 2 * 2**20}
+    sizes = {p: (ROOT / p).stat().st_size for p in listing.stdout.split("\0") if p and (ROOT / p).is_file()}
+    large = {p: size for p, size in sizes.items() if size > 2 * 2**20 and p not in SHIPPED}
     assert not large, f"over 2 MB: {large}"
+    shipped = {p: size for p, size in sizes.items() if p in SHIPPED}
+    assert sum(shipped.values()) <= 16_000_000, f"over 16 MB together: {shipped}"
+    astray = [p for p in sizes if p.startswith("weights/") and not p.endswith(".py") and p not in SHIPPED]
+    assert not astray, f"no weights of ours: {astray}"

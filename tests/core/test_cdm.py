@@ -203,7 +203,6 @@ def test_another_summarizer(home, tmp_path):
 
 @pytest.mark.parametrize("args, says", [
     (["draw"], "cdm.py train"), (["train"], "give a run folder"), (["train", "NONE", "smoke"], "no trained model"),
-    (["sample"], "give a run folder"),
     (["train", "RUN", "smoke", "--captions=x.tsv"], "unknown option --captions"),
     (["train", "RUN", "smoke", "--model=gan"], "cdm, edm, grid")])
 def test_bad_input(args, says, home):

@@ -44,7 +44,7 @@ def test_sample_writes_patches(command, args, conditioned, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["scale1_000.png", "scale1_001.png", "sheet.png"]
 
 @pytest.mark.parametrize("main, args, says", [
-    (cdm.main, ["sample", "HOME", "--model=grid"], "known are cdm, edm"), (cdm.main, ["sample"], "run folder"),
+    (cdm.main, ["sample", "HOME", "--model=grid"], "known are cdm, edm"),
     (cdm.main, ["sample", "RUN", "--model=edm"], "train one with"),
     (cdm.main, ["sample", "HOME", "--steps=251"], "give 1 to 250"),
     (cdm.main, ["sample", "HOME", "--sampler=lean"], "--sampler=lean: known are dpm"),
