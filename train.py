@@ -335,7 +335,7 @@ def train_ldm(cfg, ranks, vae, scale, dataset, start):
     if ranks.rank == 0:
         if not picture.exists():                                        # killed after the last step
             draw(done, ema)
-        print(f"done: {cfg.out}/ema.safetensors, {picture}")
+        print(f"done: {cfg.out}/ema.safetensors, {picture}; next: python sample_joint.py {cfg.out} --eval")
 
 # ----- 6. python train.py -----
 

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, at_least, configure, load_meta, load_tensors, save_tensors, write_text
-from experiments.folds import Labels, make_splits, read_splits
+from experiments.folds import USUAL, Labels, make_splits, rarest, read_splits, usual_folds
 from mil import HEADS, cross_validate
 from slides.bags import open_bags, unusable, views
 from slides.names import few, file_of, files_of, match, name_of
@@ -33,7 +33,7 @@ class Config:
     heads: str = "abmil,dsmil,clam"  # of HEADS
     views: str = "all"         # features of several scales: all views of them, or some of 0,2,0+2
     width: int = 128           # hidden width; published: 512, DSMIL 128
-    folds: int = 5
+    folds: int = 0             # 0 = 5, or fewer where a class has fewer patients
     seeds: int = 1             # repetitions, with other folds
     fraction: tuple = (1.0,)   # shares of the training slides that are used
     val: float = 0.2           # share of them that early stopping looks at
@@ -48,6 +48,8 @@ class Config:
     slide: str = ""            # whose attention to draw
     data: str = ""             # pyramids of data.py, whose picture it is drawn on
     image: str = ""            # or the slide itself: any file that slides.reader reads
+
+FEW = 10    # patients of a class, below which draws of them say nothing about others
 
 # settings that change no single job
 FREE = ("features", "out", "heads", "views", "seeds", "fraction", "bootstrap", "workers", "partial", "slide", "data",
@@ -79,7 +81,8 @@ class Job:
         cfg = self.cfg
         if cfg.splits:
             return read_splits(cfg.splits, labels, cfg.partial)
-        return make_splits(labels, cfg.folds, self.fraction, cfg.val, cfg.seed + 10 * self.repeat)
+        folds = cfg.folds or usual_folds(labels)
+        return make_splits(labels, folds, self.fraction, cfg.val, cfg.seed + 10 * self.repeat)
 
     def meta(self, labels, splits):
         """What the scores depend on, as plain types."""
@@ -87,6 +90,7 @@ class Job:
                  if name_of(f) in labels.names]
         mark = crc32(repr([files, labels.y.tolist(), labels.patients, splits]).encode())
         same = {key: value for key, value in asdict(self.cfg).items() if key not in FREE}
+        same["folds"] = same["folds"] or (USUAL if self.cfg.splits else usual_folds(labels))
         return {"settings": same, "folder": str(self.folder), "view": self.view, "head": self.head,
                 "fraction": self.fraction, "repeat": self.repeat, "slides": labels.names, "classes": labels.classes,
                 "mark": mark}
@@ -157,7 +161,7 @@ def folders_of(cfg):
         raise UserError("say what to learn from: python mil.py cv --features=DIR --labels=FILE")
     if set(heads_of(cfg)) - set(HEADS):
         raise UserError(f"--heads={cfg.heads}: heads are {', '.join(HEADS)}")
-    at_least(cfg, folds=2, seeds=1, epochs=1, patience=1, width=2, workers=1, bootstrap=1, lr=0)
+    at_least(cfg, folds=2 if cfg.folds else 0, seeds=1, epochs=1, patience=1, width=2, workers=1, bootstrap=1, lr=0)
     if not (0 < cfg.val < 1 and 0 <= cfg.dropout < 1 and all(0 < f <= 1 for f in cfg.fraction)):
         raise UserError(f"--val={cfg.val} --fraction={cfg.fraction} --dropout={cfg.dropout}: these are shares, from 0 "
                         f"to 1")
@@ -251,6 +255,9 @@ def tables(cfg, pairs=None):
     folds = int(load_tensors(files[0])[0]["fold"].max()) + 1
     for fraction in cfg.fraction:
         show(cfg, fraction, folds, draws, right, pairs)
+    name, n = rarest(labels)
+    if n < FEW:
+        print(f"class {name} has {n} patients: with fewer than {FEW} the intervals mean nothing, and AUCs little")
     rows = [{"features": f, "head": h, "fraction": share, "auc": float(d[0]), "accuracy": right[f, h, share],
              "interval": limits(d)} for (f, h, share), d in draws.items()]
     write_text(out / "cv.json", json.dumps({"settings": asdict(cfg), "rows": rows}, indent=1))

@@ -43,7 +43,26 @@ class Labels:
         self.y = torch.tensor([self.classes.index(label) for label, _ in found])
         self.patients, self.left = [patient for _, patient in found], said
 
+def rarest(labels):
+    """The class of the fewest patients: its name, and how many they are."""
+    patients = [set() for _ in labels.classes]
+    for patient, y in zip(labels.patients, labels.y.tolist()):
+        patients[y].add(patient)
+    counts = [len(found) for found in patients]
+    least = counts.index(min(counts))
+    return labels.classes[least], counts[least]
+
 # ----- 2. Folds -----
+
+USUAL = 5   # folds
+
+def usual_folds(labels):
+    """Five folds, or as many as the rarest class has patients. raises: UserError if they are fewer than three."""
+    name, n = rarest(labels)
+    if n < 3:
+        raise UserError(f"class {name} has slides of {n} patient(s): training, early stopping and test need one each: "
+                        f"give slides of 3 or more, or leave the class out")
+    return min(USUAL, n)
 
 def deal(labels, slides, parts, seed):
     """Deal slides (numbers) into `parts`, weighted shares: whole patients, each class as evenly as that allows.

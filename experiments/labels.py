@@ -25,7 +25,7 @@ from diffusion import ZoomLDM
 from experiments import crossval, features
 from experiments.crossval import HEADS, heads_of, interval, limits, patient_draws, weighted_auc
 from experiments.evaluate import truth
-from experiments.folds import Labels, make_splits
+from experiments.folds import Labels, make_splits, usual_folds
 from mil import cross_validate
 from sample_joint import Config as Drawing, draw_patches
 from slides.bags import Bags, read_bag, views
@@ -142,8 +142,9 @@ def slides(cfg):
     sources = {"real": [real], "drawn": [drawn], "both": [real, drawn]}
     torch.set_num_threads(1)
     jobs = [(share, repeat, name) for share in SHARES for repeat in range(cv.seeds) for name in sources]
+    folds = cv.folds or usual_folds(labels)
     for share, repeat, name in tqdm(jobs):
-        splits = make_splits(labels, cv.folds, share, cv.val, cv.seed + 10 * repeat)
+        splits = make_splits(labels, folds, share, cv.val, cv.seed + 10 * repeat)
         scores, fold, _ = cross_validate(HEADS[head], sources[name], real, labels, splits, cv, repeat)
         draws.setdefault((share, name), []).append(weighted_auc(scores.double(), labels.y, fold, weights))
     draws = {key: stack(found).mean(0) for key, found in draws.items()}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common import UserError, at_least, cli, configure, save_png
 from toy.descriptor import Stats, embed
 from toy.folder import begin, finish, finished, tile_rows, write_slide
-from toy.task import task_slide, write_labels
+from toy.task import NOISE, task_slide, write_labels
 from toy.tissue import toy_slide
 
 @dataclass
@@ -110,7 +110,10 @@ def make(argv):
     index = begin(cfg.out, cfg.patch, cfg.encoder, source, asdict(ToyConfig()), partial(deviations, cfg))
     save_png(Path(cfg.out) / "first.png", draw(cfg, 0)[0])  # something to look at meanwhile
     if task:
-        write_labels(Path(cfg.out) / "labels.csv", cfg.seed * 100_000, cfg.slides, cfg.size)
+        path = Path(cfg.out) / "labels.csv"
+        others, ducts = write_labels(path, cfg.seed * 100_000, cfg.slides, cfg.size)
+        print(f"{path}: {ducts} slides with label 1, a duct with large nuclei, {others} with label 0, none; "
+              f"{NOISE:.0%} of the labels are wrong on purpose")
     numbers = range(cfg.slides + cfg.test)
     work = partial(make_slide, cfg, index)
     if cfg.workers == 1:

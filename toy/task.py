@@ -79,6 +79,9 @@ def task_slide(seed, size=512):
     return image, region[2::4, 2::4].astype(np.uint8), nuclei
 
 def write_labels(path, first, n, size):
-    """Write the CSV that mil.py reads: n slides as data.py names them, drawn from seeds first, first + 1, ..."""
-    rows = [f"patient_{k // 2:04d},train_{k:04d},{structures(first + k, size)[2]}" for k in range(n)]
+    """Write the CSV that mil.py reads: n slides as data.py names them, drawn from seeds first, first + 1, ...
+    out: how many slides have label 0, and 1."""
+    labels = [structures(first + k, size)[2] for k in range(n)]
+    rows = [f"patient_{k // 2:04d},train_{k:04d},{label}" for k, label in enumerate(labels)]
     write_text(path, "\n".join(["case_id,slide_id,label", *rows, ""]))
+    return labels.count(0), labels.count(1)

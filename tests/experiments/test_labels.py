@@ -13,7 +13,7 @@ from common import UserError, generator, load_tensors
 from data import Pyramids
 from experiments import crossval
 from experiments import labels as claims
-from experiments.folds import Labels, make_splits, read_splits
+from experiments.folds import Labels, make_splits, rarest, read_splits, usual_folds
 from slides.bags import Bags
 from slides.encoders import load_encoder
 from toy import task as toy_task
@@ -81,6 +81,19 @@ def test_folds_are_stratified_and_keep_patients_together(tmp_path):
     few = make_splits(labels, 5, 0.5, 0.2, 0)
     for (train, val, test), (a, b, c) in zip(few, splits):
         assert test == c and set(train + val) < set(a + b) and 30 <= len(train + val) <= 42
+
+def test_as_many_folds_as_the_rarest_class_allows(tmp_path):
+    """... up to five, by patients and not by slides; each is a split that is accepted. catches: a rare class that stops
+    the command, a fold without it."""
+    for rare, folds in ((3, 3), (4, 4), (5, 5), (9, 5)):
+        rows = [f"a{k},s{k},0" for k in range(20)] + [f"b{k // 2},r{k},1" for k in range(2 * rare)]
+        names = [row.split(",")[1] for row in rows]
+        labels = Labels(write_csv(tmp_path / "rare.csv", "case_id,slide_id,label", *rows), names)
+        assert rarest(labels) == ("1", rare) and usual_folds(labels) == folds
+        assert len(make_splits(labels, folds, 1.0, 0.2, 0)) == folds
+    two = Labels(write_csv(tmp_path / "two.csv", "case_id,slide_id,label", *rows[:24]), names[:24])
+    with pytest.raises(UserError, match="class 1 has slides of 2 patient.s.: training, early stopping and test"):
+        usual_folds(two)
 
 def test_splits_that_are_refused_or_read(tmp_path, folder):
     labels = Labels(folder / "labels.csv", [f"s{k:02d}" for k in range(40)])
