@@ -121,8 +121,9 @@ TABLE = {
 }
 PRESETS = {name: {key: row[i] for key, row in TABLE.items() if row[i] is not None}
            for i, name in enumerate(TABLE["preset"])}
-PRESETS["vae"] = PRESETS["toy"] | {"vae.texture": 1.0, "vae_steps": 30_000, "vae_batch": 16, "vae_lr": 1.5e-3,
-                                   "steps": 0, "log_every": 100, "save_every": 500}  # a VAE to keep: hours
+PRESETS["vae"] = PRESETS["toy"] | {  # a VAE to keep: an hour or two
+    "vae.texture": 1.0, "vae.codes": 4096, "vae_steps": 16_000, "vae_lr": 6e-4, "vae_crop": 48, "betas": (0.5, 0.9),
+    "steps": 0, "log_every": 100, "save_every": 500}
 TOYS = dict.fromkeys(("toy", "toy_long", "vae"), ()) | {"smoke": ("--slides=8", "--test=4", "--size=256")}
 
 # ----- 2. What each stage minimises -----
@@ -290,7 +291,10 @@ def make_vae(cfg, ranks, pyramids, base):
     def fixed(n):
         there = [(p, s) for p in sources for s in range(p.scales) if p.count("train", s)]
         return [fixed_batch(p, "train", s, n)["x"].to(ranks.device) for p, s in there]      # (n,3,P,P) each
-    net = VAEStage(cfg, torch.cat(fixed(16)), base and base.vae)
+    stage = VAEStage
+    if cfg.vae.texture:
+        from weights.critic import CriticStage as stage
+    net = stage(cfg, torch.cat(fixed(16)), base and base.vae)
     net.scales = max(p.scales for p in sources)
     images = InTurn([PatchDataset(p, "train", cfg.seed, ("x",)) for p in sources])
     run_stage("vae_", cfg, ranks, net, images, cfg.vae_steps, cfg.vae_batch, cfg.vae_lr)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import Conv2d, Embedding, GroupNorm, Identity, Module, ModuleList, Sequential
-from torch.nn.functional import avg_pool2d, conv2d, embedding, interpolate, mse_loss, pad, pixel_unshuffle
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, interpolate, mse_loss, pad, scaled_dot_product_attention, silu
 from torch.nn.init import uniform_
 from tqdm import tqdm
 
@@ -26,7 +25,7 @@ class VAEConfig:
     codes: int = 8192         # codebook vectors
     channels: int = 3         # of the latent and of a code
     groups: int = 32          # of GroupNorm; few channels a group make it instance norm, which loses colour
-    texture: float = 0.0      # weight of texture in the training loss; 0 = none
+    texture: float = 0.0      # weight of critics of texture in training (weights/critic.py); 0 = none
 
 # ----- 1. Layers -----
 
@@ -208,44 +207,18 @@ class VQVAE(Module):
             reason = str(err).splitlines()[0]
             raise UserError(f"{path} holds no VAE of ours ({reason}): give a run, or a published file") from err
 
-# ----- 3. Training: L1, the codebook, texture -----
-
-def texture_filters(n=24):
-    """Fixed random filters to which a flat colour is nothing: (n,3,2,2), each of norm 1."""
-    w = torch.randn(n, 3, 2, 2, generator=generator(2026))
-    w = w - w.mean((2, 3), keepdim=True)
-    norm = w.flatten(1).norm(dim=1)                                   # (n,)
-    return w / norm[:, None, None, None]
-
-def strengths(x, cell):
-    """How strongly each filter answers to x (B,3,H,W), for each place in cells of cell x cell pixels apart: mean
-    absolute values (B,n,cell^2). Filters of 3 pixels would see two steps at once, and hardly tell places apart."""
-    answers = conv2d(x[..., 1:-2, 1:-2], texture_filters().to(x))     # (B,n,H-4,W-4), in whole cells
-    strength = pixel_unshuffle(answers.abs(), cell).mean((2, 3))      # (B,n*cell^2)
-    return strength.unflatten(1, (-1, cell ** 2))
-
-def texture_distance(x_rec, x):
-    """How much stronger or weaker filters answer to x_rec than to x (B,3,H,W), at full size and at half. L1
-    alone makes grain and edges too weak, for blur costs it least. Pictures know no cells, so each place in
-    those of the decoder is held against all of x: larger steps between cells than within cost, too."""
-    total = 0.0
-    for cell in (4, 2):                                               # pixels that a latent stands for
-        total = total + (strengths(x_rec, cell) - strengths(x, 1)).abs().mean()
-        x_rec, x = avg_pool2d(x_rec, 2), avg_pool2d(x, 2)
-    return total
+# ----- 3. Training: L1 and the codebook -----
 
 def vae_loss(vae, x, quantize=True):
     """Training loss for x (B,3,H,W) in [-1,1]. out: loss, x_rec, code indices (B,h,w), None without codes.
-    quantize False: as long as no codes are placed. deviates: vq-f4 had LPIPS and a PatchGAN, not texture."""
+    quantize False: as long as no codes are placed. deviates: vq-f4 had LPIPS and a PatchGAN, too; so has the
+    VAE that this project ships (weights/critic.py)."""
     z = vae.encode(x)
     indices, codebook = None, 0 * vae.codebook.weight.sum()           # DDP wants every weight in the graph
     if quantize:
         z, indices, codebook = vae.quantize(z)
     x_rec = vae.decode(z, quantize=False).float()
     loss = (x - x_rec).abs().mean() + codebook
-    if vae.cfg.texture:
-        with torch.autocast(x.device.type, enabled=False):            # bf16 rounds faint grain away
-            loss = loss + vae.cfg.texture * texture_distance(x_rec, x)
     return loss, x_rec, indices
 
 @torch.no_grad()
@@ -314,12 +287,19 @@ class VAEStage(Module):
         places = (self.anchor.shape[-1] - self.crop) // factor + 1
         return {"corner": factor * torch.randint(places, (self.cfg.vae_batch, 2), generator=gen)}
 
-    def forward(self, batch):
+    def crops(self, batch):
         crops = []
         for image, (i, j) in zip(batch["x"], batch["corner"].tolist()):
             crops.append(image[:, i:i + self.crop, j:j + self.crop])    # (3,crop,crop)
-        x = torch.stack(crops)                                          # (B,3,crop,crop)
+        return torch.stack(crops)                                       # (B,3,crop,crop)
+
+    def critique(self, loss, x_rec, x):
+        return loss                                                     # critics add to it (weights/critic.py)
+
+    def forward(self, batch):
+        x = self.crops(batch)
         loss, x_rec, indices = vae_loss(self.vae, x, quantize=self.step >= self.first)
+        loss = self.critique(loss, x_rec, x)
         if indices is not None:
             self.used += torch.bincount(indices.flatten(), minlength=len(self.used))
         error = x_rec.detach().clamp(-1, 1) - x

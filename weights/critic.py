@@ -1,0 +1,114 @@
+"""What an autoencoder that one keeps is trained with besides L1 and codes: learned features and a PatchGAN.
+
+L1 alone makes grain and edges too weak, for blur costs it least. So two critics look at the coded image, too. The first
+layers of a network trained on photographs must see the same there as in the real one (as LPIPS, Zhang et al. 2018, in
+vq-f4). And a small network that learns to tell real from coded crops must fail (PatchGAN, Isola et al. 2017; its weight
+is that of VQGAN, Esser et al. 2021, Eq. 7). Its strides of 4 pixels let it see the cells that a latent stands for.
+Crops are turned, flipped and coloured otherwise, so that a few images stand for many stains and seasons.
+
+in:  crops x (B,3,H,W) in [-1,1], and coded ones     out: their loss
+run: python train.py vae     needs: pip install -e '.[encoders]'     read next: ship.py
+"""
+import torch
+from torch.autograd import grad
+from torch.nn import Conv2d, GroupNorm, LeakyReLU, Module, Sequential
+from torch.nn.functional import relu
+
+from common import generator
+from zoom_vae import VAEStage
+
+SEEN = 0.3   # weight of learned features; larger ones cost colour
+FOOL = 0.75  # weight of the PatchGAN against all other terms, as in vq-f4
+MIX = 0.1    # deviation of the entries of a change of colours
+
+class Features:
+    """The first layers of EfficientNet-Lite0: features at halves, quarters and eighths of the resolution.
+    Not a Module: its weights belong in no checkpoint."""
+
+    def __init__(self, device):
+        from slides.encoders import EffLite0
+        self.net = EffLite0().eval().requires_grad_(False).net.to(device)
+
+    def __call__(self, x):
+        """in: x (B,3,H,W) in [-1,1]. out: [(B,C,h,w), ...], of length 1 at each place."""
+        net, found = self.net, []
+        h = net._bn0(net._conv_stem(x))                                     # (B,32,H/2,W/2)
+        found.append(unit(h))
+        h = net._swish(h)
+        for i in range(5):
+            h = net._blocks[i](h)
+            if i in (0, 2, 4):                                              # the last blocks before a stride
+                found.append(unit(h))
+        return found
+
+    def distance(self, x_rec, x):
+        """How differently the network sees two batches of images."""
+        with torch.no_grad():
+            real = self(x)
+        return sum((a - b).square().sum(1).mean() for a, b in zip(self(x_rec), real))
+
+def unit(h):
+    h = h.float()
+    power = h.square().sum(1, keepdim=True)                                 # (B,1,h,w)
+    return h / (power + 1e-6).sqrt()
+
+class PatchGAN(Module):
+    """How real each part of an image looks: (B,3,H,W) -> (B,1,H/4-2,W/4-2). Each answer sees 34 x 34 pixels.
+    deviates: vq-f4 has batch norm, whose answers depend on how a batch is divided over ranks."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.layers = Sequential(
+            Conv2d(3, width, 4, 2, 1), LeakyReLU(0.2),
+            Conv2d(width, 2 * width, 4, 2, 1, bias=False), GroupNorm(8, 2 * width), LeakyReLU(0.2),
+            Conv2d(2 * width, 4 * width, 4, 1, 1, bias=False), GroupNorm(8, 4 * width), LeakyReLU(0.2),
+            Conv2d(4 * width, 1, 4, 1, 1))
+
+    def forward(self, x):
+        return self.layers(x).float()
+
+class CriticStage(VAEStage):
+    """An autoencoder and its critics, which learn together, by one optimiser."""
+
+    def __init__(self, cfg, anchor, start=None):
+        super().__init__(cfg, anchor, start)
+        self.features = Features(anchor.device)
+        self.critic = PatchGAN()
+
+    def noise(self, step):
+        noise, n = super().noise(step), self.cfg.vae_batch
+        gen = generator(self.cfg.seed, "look", step)
+        strength = MIX * torch.randint(2, (n, 1, 1), generator=gen)         # half of the crops keep their colours
+        noise["turn"] = torch.randint(8, (n,), generator=gen)
+        noise["mix"] = strength * torch.randn(n, 3, 3, generator=gen)
+        noise["shift"] = strength * torch.randn(n, 3, 1, generator=gen)
+        return noise
+
+    def crops(self, batch):
+        x = torch.stack([turned(*each) for each in zip(super().crops(batch), batch["turn"].tolist())])
+        flat = x.flatten(2)                                                 # (B,3,HW)
+        mean = flat.mean(2, keepdim=True)
+        flat = flat + batch["mix"] @ (flat - mean) + batch["shift"]
+        return flat.view_as(x).clamp(-1, 1)
+
+    def critique(self, loss, x_rec, x):
+        """Add what the critics say to the loss of a batch."""
+        how_much = self.cfg.vae.texture
+        loss = loss + how_much * SEEN * self.features.distance(x_rec, x)
+        if self.step < self.first:                                          # no codes yet
+            return loss + 0 * sum(w.sum() for w in self.critic.parameters())  # DDP wants every weight in the graph
+        self.critic.requires_grad_(False)                                   # to fool it must not change it
+        fool = -self.critic(x_rec).mean()
+        self.critic.requires_grad_(True)
+        last = self.vae.decoder.conv_out.weight
+        strong, weak = (grad(part, last, retain_graph=True)[0].norm() for part in (loss, fool))
+        weight = (strong / (weak + 1e-4)).clamp(0, 1e4)                     # both pull equally at the last layer
+        real, coded = self.critic(x), self.critic(x_rec.detach())
+        tell = (relu(1 - real).mean() + relu(1 + coded).mean()) / 2         # hinge loss
+        return loss + how_much * FOOL * weight * fool + tell
+
+def turned(x, turn):
+    """One of the eight turned and mirrored views of a crop (3,H,W)."""
+    if turn >= 4:
+        x = x.flip(2)
+    return x.rot90(turn % 4, (1, 2))
