@@ -73,14 +73,13 @@ def test_a_start_that_does_not_fit(toy, run, tmp_path):
 
 def test_start_from_a_run(toy, run, tmp_path, capsys):
     """With learning rates of zero all networks stay those of the run, and new data are read in its units. catches: one
-    network left out; a VAE that is whitened anew; raw weights instead of averages; a term of a loss that counts as
-    another network."""
+    network left out; a VAE that is whitened anew; raw weights instead of averages."""
     folder = shutil.copytree(toy, tmp_path / "data")
     index = json.loads((folder / "index.json").read_text())
     index |= {"std": [2 * v for v in index["std"]], "slides": index["slides"][-3:]}  # one to train on, for speed
     (folder / "index.json").write_text(json.dumps(index))
     args = [*TINY, f"--data={folder}", f"--out={tmp_path / 'a'}", f"--init_from={run}", "--lr=0", "--steps=1",
-            "--vae_steps=1", "--vae_lr=0", "--vae.texture=1"]
+            "--vae_steps=1", "--vae_lr=0"]
     quick(args)
     assert f"start: all networks of {run}" in capsys.readouterr().out
     old, new = ZoomLDM.from_run(run), ZoomLDM.from_run(tmp_path / "a")

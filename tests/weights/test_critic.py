@@ -1,0 +1,111 @@
+"""The critics of the autoencoder to keep: what they add to its loss, and how crops are changed for them."""
+import sys
+
+import pytest
+import torch
+from conftest import TINY, quick
+from torch.nn.functional import avg_pool2d
+
+import weights.critic as critic
+from common import UserError, load_tensors
+from train import Config
+from zoom_vae import VAEConfig, VAEStage, vae_loss
+
+class Halves:
+    """In the place of learned features, which are an extra: the image at half of its size."""
+
+    def __init__(self, device):
+        pass
+
+    def distance(self, x_rec, x):
+        return (avg_pool2d(x_rec, 2) - avg_pool2d(x, 2)).square().mean()
+
+@pytest.fixture
+def stage(monkeypatch):
+    monkeypatch.setattr(critic, "Features", Halves)
+    cfg = Config(vae=VAEConfig(width=16, res_blocks=1, codes=16, groups=8, texture=1.0), vae_batch=16, vae_crop=32,
+                 vae_steps=8)
+    return critic.CriticStage(cfg, torch.rand(4, 3, 64, 64) * 2 - 1)
+
+def gradients(part, loss):
+    return torch.autograd.grad(loss, list(part.parameters()), retain_graph=True, allow_unused=True)
+
+def test_who_learns_from_what(stage):
+    """The critic learns to tell real from coded, the autoencoder to fool it: with equal pull at its last layer.
+    catches: a critic that helps to be fooled; coded images that learn to be told; a sign; a weight left out."""
+    stage.step, x = stage.first, torch.rand(2, 3, 32, 32) * 2 - 1
+    loss, x_rec, _ = vae_loss(stage.vae, x)
+    total = stage.critique(loss, x_rec, x)
+    real, coded = stage.critic(x), stage.critic(x_rec.detach())
+    tell = ((1 - real).clamp_min(0).mean() + (1 + coded).clamp_min(0).mean()) / 2
+    learns, told = gradients(stage.critic, total), gradients(stage.critic, tell)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(learns, told)) and learns[0].any()
+    like = loss + critic.SEEN * stage.features.distance(x_rec, x)
+    fool = -stage.critic(x_rec).mean()
+    last = stage.vae.decoder.conv_out.weight
+    pull, other, both = (torch.autograd.grad(part, last, retain_graph=True)[0] for part in (like, fool, total))
+    assert torch.allclose(both, pull + critic.FOOL * other * pull.norm() / other.norm(), rtol=1e-2, atol=1e-5)
+    stage.step = 0                                                          # before there are codes
+    early = stage.critique(loss, x_rec, x)
+    assert float(early.detach()) == pytest.approx(float(like.detach()))
+    assert all(g is not None and not g.any() for g in gradients(stage.critic, early))
+
+def test_crops_are_turned_and_coloured(stage):
+    """About half of the crops are the plain ones, turned; eight turns differ; colours stay in range. catches: one
+    change for all crops; changes that depend on the batch and not on the step."""
+    noise = stage.noise(3)
+    batch = {"x": torch.rand(16, 3, 64, 64) * 2 - 1} | noise
+    plain, changed = VAEStage.crops(stage, batch), stage.crops(batch)
+    kept = [torch.allclose(critic.turned(a, t), b, atol=1e-6) for a, b, t in zip(plain, changed, noise["turn"].tolist())]
+    assert 3 <= sum(kept) <= 13 and changed.abs().max() <= 1
+    views = {tuple(critic.turned(plain[0], turn).flatten().tolist()) for turn in range(8)}
+    assert len(views) == 8 and len(noise["turn"].unique()) > 3
+    again = stage.noise(3)
+    assert all(torch.equal(noise[name], again[name]) for name in noise) and noise.keys() > {"corner"}
+
+def test_answers_of_the_critic_are_local():
+    """An answer sees 34 x 34 pixels. catches: a stride or a kernel of another size."""
+    net = critic.PatchGAN(8)
+    for k in (3, 6):
+        net.layers[k] = torch.nn.Identity()                                 # the norms look at the whole crop
+    x = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    answers = net(x)
+    assert answers.shape == (1, 1, 14, 14)
+    answers[0, 0, 7, 7].backward()
+    rows = x.grad.abs().sum((0, 1, 3)).nonzero()[:, 0]
+    assert int(rows[-1] - rows[0]) + 1 == 34
+
+def test_learned_features():
+    """Nothing between an image and itself, little between it and a darker one, much after a blur."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the extra 'encoders' is not installed")
+    features = critic.Features("cpu")
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    blurred = avg_pool2d(x, 3, 1, 1)
+    assert [f.shape[1:] for f in features(x)] == [(32, 32, 32), (16, 32, 32), (24, 16, 16), (40, 8, 8)]
+    assert float(features.distance(x, x)) == 0 < float(features.distance(x - 0.01, x)) < float(
+        features.distance(blurred, x))
+
+def test_the_preset_without_its_extra(monkeypatch):
+    """One sentence that names the extra."""
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(UserError, match="needs its extra: pip install"):
+        critic.Features("cpu")
+
+def test_a_training_with_critics_resumes(toy, tmp_path, monkeypatch):
+    """Interrupted and resumed, it ends with the same weights. catches: a critic that begins anew."""
+    monkeypatch.setattr(critic, "Features", Halves)
+    args = [*TINY, f"--data={toy}", "--vae.texture=1", "--steps=0", "--save_every=4"]
+    quick([*args, f"--out={tmp_path / 'whole'}"])
+    crops = critic.CriticStage.crops
+
+    def interrupted(self, batch):
+        if self.step == 6:
+            raise KeyboardInterrupt
+        return crops(self, batch)
+    monkeypatch.setattr(critic.CriticStage, "crops", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quick([*args, f"--out={tmp_path / 'parts'}"])
+    monkeypatch.setattr(critic.CriticStage, "crops", crops)
+    quick([*args, f"--out={tmp_path / 'parts'}"])
+    a, b = (load_tensors(tmp_path / name / "vae.safetensors")[0] for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
