@@ -299,13 +299,13 @@ class VAEStage(Module):
     def forward(self, batch):
         x = self.crops(batch)
         loss, x_rec, indices = vae_loss(self.vae, x, quantize=self.step >= self.first)
-        loss = self.critique(loss, x_rec, x)
         if indices is not None:
             self.used += torch.bincount(indices.flatten(), minlength=len(self.used))
         error = x_rec.detach().clamp(-1, 1) - x
         mse = error.square().flatten(1).mean(1).clamp_min(1e-10)        # (B,)
         psnr = 10 * torch.log10(4 / mse)
-        return loss, {"loss": loss.detach().expand(len(x)), "psnr": psnr, "s": batch["s"]}
+        values = {"loss": loss.detach().expand(len(x)), "psnr": psnr, "s": batch["s"]}
+        return self.critique(loss, x_rec, x), values
 
     @torch.no_grad()
     def after_step(self, step, ranks):
