@@ -122,7 +122,7 @@ TABLE = {
 PRESETS = {name: {key: row[i] for key, row in TABLE.items() if row[i] is not None}
            for i, name in enumerate(TABLE["preset"])}
 PRESETS["vae"] = PRESETS["toy"] | {  # a VAE to keep: an hour or two
-    "vae.texture": 1.0, "vae.codes": 4096, "vae_steps": 16_000, "vae_lr": 6e-4, "vae_crop": 48, "betas": (0.5, 0.9),
+    "vae.texture": 1.0, "vae.codes": 4096, "vae_steps": 10_000, "vae_batch": 16, "vae_lr": 6e-4, "betas": (0.5, 0.9),
     "steps": 0, "log_every": 100, "save_every": 500}
 TOYS = dict.fromkeys(("toy", "toy_long", "vae"), ()) | {"smoke": ("--slides=8", "--test=4", "--size=256")}
 

@@ -13,6 +13,7 @@ import torch
 from torch.autograd import grad
 from torch.nn import Conv2d, GroupNorm, LeakyReLU, Module, Sequential
 from torch.nn.functional import relu
+from torch.nn.init import normal_
 
 from common import generator
 from zoom_vae import VAEStage
@@ -63,6 +64,9 @@ class PatchGAN(Module):
             Conv2d(width, 2 * width, 4, 2, 1, bias=False), GroupNorm(8, 2 * width), LeakyReLU(0.2),
             Conv2d(2 * width, 4 * width, 4, 1, 1, bias=False), GroupNorm(8, 4 * width), LeakyReLU(0.2),
             Conv2d(4 * width, 1, 4, 1, 1))
+        for layer in self.layers:
+            if isinstance(layer, Conv2d):
+                normal_(layer.weight, 0, 0.02)                              # official
 
     def forward(self, x):
         return self.layers(x).float()
@@ -92,20 +96,22 @@ class CriticStage(VAEStage):
         return flat.view_as(x).clamp(-1, 1)
 
     def critique(self, loss, x_rec, x):
-        """Add what the critics say to the loss of a batch."""
-        how_much = self.cfg.vae.texture
-        loss = loss + how_much * SEEN * self.features.distance(x_rec, x)
-        if self.step < self.first:                                          # no codes yet
-            return loss + 0 * sum(w.sum() for w in self.critic.parameters())  # DDP wants every weight in the graph
+        """Add what the critics say to the loss of a batch. The PatchGAN learns from the first step on, and is to be
+        fooled once there are codes."""
+        texture = self.cfg.vae.texture
+        real, coded = self.critic(x), self.critic(x_rec.detach())
+        tell = (relu(1 - real).mean() + relu(1 + coded).mean()) / 2         # hinge loss
+        loss = loss + texture * SEEN * self.features.distance(x_rec, x)
+        if self.step < self.first:
+            return loss + tell
         self.critic.requires_grad_(False)                                   # to fool it must not change it
         fool = -self.critic(x_rec).mean()
         self.critic.requires_grad_(True)
         last = self.vae.decoder.conv_out.weight
         strong, weak = (grad(part, last, retain_graph=True)[0].norm() for part in (loss, fool))
-        weight = (strong / (weak + 1e-4)).clamp(0, 1e4)                     # both pull equally at the last layer
-        real, coded = self.critic(x), self.critic(x_rec.detach())
-        tell = (relu(1 - real).mean() + relu(1 + coded).mean()) / 2         # hinge loss
-        return loss + how_much * FOOL * weight * fool + tell
+        # both pull equally at the last layer. official: up to 10,000, but a PatchGAN that knows nothing is no guide
+        weight = (strong / weak).clamp(0, 1)
+        return loss + texture * FOOL * weight * fool + tell
 
 def turned(x, turn):
     """One of the eight turned and mirrored views of a crop (3,H,W)."""

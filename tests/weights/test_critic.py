@@ -44,11 +44,11 @@ def test_who_learns_from_what(stage):
     fool = -stage.critic(x_rec).mean()
     last = stage.vae.decoder.conv_out.weight
     pull, other, both = (torch.autograd.grad(part, last, retain_graph=True)[0] for part in (like, fool, total))
-    assert torch.allclose(both, pull + critic.FOOL * other * pull.norm() / other.norm(), rtol=1e-2, atol=1e-5)
+    share = float((pull.norm() / other.norm()).clamp(0, 1))
+    assert torch.allclose(both, pull + critic.FOOL * share * other, rtol=1e-3, atol=1e-6)
     stage.step = 0                                                          # before there are codes
     early = stage.critique(loss, x_rec, x)
-    assert float(early.detach()) == pytest.approx(float(like.detach()))
-    assert all(g is not None and not g.any() for g in gradients(stage.critic, early))
+    assert float(early.detach()) == pytest.approx(float((like + tell).detach()))
 
 def test_crops_are_turned_and_coloured(stage):
     """About half of the crops are the plain ones, turned; eight turns differ; colours stay in range. catches: one
