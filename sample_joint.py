@@ -362,6 +362,7 @@ class Config:
     end: str = "clean"         # of ddim: clean, or published (3.9 % of noise stay), as plms ends
     seed: int = 0
     eval: bool = False         # measure patches instead of showing them
+    learned: bool = False      # --eval: in learned features, too (extra: encoders)
     size: tuple = ()           # large images: pixels, a side or height,width; with further settings
     batch: int = 64            # patches or windows per network call
     device: str = "auto"

@@ -123,7 +123,7 @@ def draw_null(model, pyramids, cfg, ranks, scales, spaces):
 
 def evaluate(model, pyramids, cfg, ranks):
     """Measure drawn patches against the real ones their conditions came from; print a table, write eval.json."""
-    spaces, palette = feature_spaces(pyramids), palette_of(pyramids)
+    spaces, palette = feature_spaces(pyramids, cfg.learned), palette_of(pyramids)
     table, rows, labels, scales = [], [], [], []
     for s in scales_of(cfg, pyramids):
         held_out, train = pyramids.count(cfg.split, s), pyramids.count("train", s)
@@ -164,6 +164,9 @@ def print_table(table):
         "distance to held-out patches (Fréchet if n >= 256, else kernel ± standard error), 16 components":
             "dist_desc_fake dist_desc_floor dist_desc_vae dist_desc_null dist_rand_fake dist_rand_floor dist_rand_vae "
             "dist_rand_null"}
+    if "sim_photo" in table[0]:
+        blocks["the same in features of a network that learned from photographs, EfficientNet-Lite0"] = (
+            "sim_photo shuffled_photo sim_photo_vae dist_photo_fake dist_photo_floor dist_photo_vae dist_photo_null")
     if "tissue_fake" in table[0]:
         blocks["mean absolute error of what colours say: tissue shares against the region map, the share of nuclei "
                "against those drawn (mean given)"] = (

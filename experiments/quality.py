@@ -8,6 +8,7 @@ in:  a run folder, held-out slides   out: a table with the real images as ceilin
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Config:
     steps: int = 50
     seed: int = 0
     methods: str = ""       # of METHODS, with ";" between; empty = all
+    learned: bool = False   # judge in learned features, too (extra: encoders)
     plot: bool = False      # only draw what was measured before
     device: str = "auto"
     threads: int = 2
@@ -66,14 +68,25 @@ def open_run(cfg, proxy=True, amp=True):
     pyramids = Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
     return model, pyramids, proxies.load(cfg.run, model, pyramids, ranks) if proxy else None, ranks
 
-def feature_spaces(pyramids):
-    """Two ways to describe patches: what conditions are made of, and one that nothing is ever conditioned on."""
+def feature_spaces(pyramids, learned=False):
+    """Ways to describe patches (N,3,P,P): what conditions are made of, and one that nothing is ever conditioned on.
+    learned: also by a network that learned to name what is in photographs, as those of published FIDs did."""
     encoder = load_encoder(pyramids.encoder, pyramids.std, pyramids.weights)
 
     def described(x):
         e = encoder((x + 1) / 2)[..., None, None]                                   # (N,E,1,1): grids of one cell
         return standardize(e)[..., 0, 0]
-    return {"desc": described, "rand": random_features}
+    spaces = {"desc": described, "rand": random_features}
+    if learned:
+        spaces["photo"] = partial(photo_features, load_encoder("efflite0_imagenet"))
+    return spaces
+
+def photo_features(encoder, x):
+    """out: (N,1280). As published FID code: images as files hold them, of 8 bits, enlarged to the side that the network
+    was trained with, and the mean of its last feature map. Unlike it: EfficientNet-Lite0 with its own range and bicubic
+    resizing, for Inception's weights come in no package."""
+    levels = to_uint8(x).movedim(-1, 1)                                             # (N,3,P,P)
+    return cat([encoder(part / 255) for part in levels.split(64)])
 
 def base_tiles(pyramids, k, i, j, side):
     """The pixels (1,3,P side,P side) of side x side base tiles of slide k, from row i and column j on."""
@@ -173,15 +186,15 @@ def window_step(name, window):
     return window - how.get("overlap", usual_overlap(window))
 
 class Ruler:
-    """Distances of images to the real ones, in two feature spaces: of their patches ("crops"), and ("views") of their
+    """Distances of images to the real ones, in each feature space: of their patches ("crops"), and ("views") of their
     patches at the scale below the context's."""
 
-    def __init__(self, pyramids, context, real):
+    def __init__(self, pyramids, context, real, learned=False):
         self.P, self.half = pyramids.patch, Resize(2 ** (context - 1), "box")
         self.real, self.spaces = self.patches(real), {}
         near = fixed_batch(pyramids, "train", 0, 512)["x"]
         far = fixed_batch(pyramids, "train", context - 1, 256)["x"]
-        for space, features in feature_spaces(pyramids).items():
+        for space, features in feature_spaces(pyramids, learned).items():
             base = features(near)
             axes = {"crops": principal(base, 16), "views": principal(features(far), 16)}
             self.spaces[space] = features, axes, standard(base)
@@ -221,7 +234,7 @@ def quality(cfg):
     others = [x for _, x in slides[cfg.n:]]
     asks = any("proxy" in METHODS[name].get("guide", "") for name in names)  # fitted after what may be refused
     painter = Painter(cfg, model, proxies.load(cfg.run, model, pyramids, ranks) if asks else None, ranks)
-    ruler, A = Ruler(pyramids, cfg.context, real), Resize(2 ** cfg.context)
+    ruler, A = Ruler(pyramids, cfg.context, real, cfg.learned), Resize(2 ** cfg.context)
     near = [Resize(A.factor, "box").down(x) for x in real]                              # real contexts
     whole, patches = zip(*(coded(model, x, P, ranks) for x in real))
     drawn, bill = {"real": real, "coded whole": whole, "coded patches": patches}, {}
@@ -251,6 +264,8 @@ def quality(cfg):
 def show(cfg, table):
     keys = ["psnr", "ssim", "crops_desc", "crops_rand", "views_desc", "views_rand", "ref_desc", "ref_rand", "seams",
             "by_cell", "edges", "seconds", "TFLOP"]
+    if cfg.learned:
+        keys += ["crops_photo", "views_photo", "ref_photo"]
     print(f"{cfg.n} images of {cfg.size} x {cfg.size} pixels, context at scale {cfg.context}, "
           f"{cfg.steps} {cfg.sampler} steps\n{'':>16}", *(f"{key.replace('_', ' '):>11}" for key in keys), sep="")
     for row in table:

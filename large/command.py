@@ -55,7 +55,7 @@ class Settings(Conditions, S.Config):
 EVEN = dict(sampler="ddim", steps=50, guided=(0, 1000))  # as published, and the default of before
 PRESETS = {"": {}, "paper": EVEN | dict(guide="s2", inner=1, lam=0.5, guidance=2.0, overlap=0)}  # Z S8.2
 METHODS = ("joint", "multidiffusion", "independent", "bicubic")
-HOW = ("out", "batch", "threads", "device", "compile", "mpp", "viewer")  # settings that change no latent
+HOW = ("out", "batch", "threads", "device", "compile", "learned", "mpp", "viewer")  # settings that change no latent
 
 # ----- 1. Drawing -----
 

@@ -64,3 +64,13 @@ def test_plot_wants_tables(tmp_path):
         quality.main([str(tmp_path), "--plot"])
     with pytest.raises(UserError, match="say which run: python -m experiments.quality"):
         quality.main([])
+
+def test_learned_features_see_files(toy):
+    """The network that judges sees images of 8 bits, as they are saved: a change of a third of a level is none."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the extra 'encoders' is not installed")
+    judge = quality.feature_spaces(Pyramids(toy), learned=True)["photo"]
+    levels = torch.arange(3 * 32 * 32).view(1, 3, 32, 32) % 250
+    x = levels / 127.5 - 1
+    found = judge(x)
+    assert found.shape == (1, 1280) and torch.equal(found, judge(x + 0.3 / 127.5))
+    assert not torch.equal(found, judge(x + 1.1 / 127.5))
