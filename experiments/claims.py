@@ -87,7 +87,7 @@ CLAIMS = {
                  M.likeness, "experiments.against large.command"),
     "C12": Claim("samples help as training data", "- (L Tables 2, 3)", "mil", 10,
                  M.samples_as_data, "experiments.labels"),
-    "C13": Claim("text controls content", "- (L Fig. 4)", "text", 50,
+    "C13": Claim("text controls content", "- (L Fig. 4)", "text", 30,
                  M.text_controls, "experiments.conditions", GRID),
     "C14": Claim("diffusion features beat the embeddings they were conditioned on", "- (Z Table 5; L Table 4)", "mil",
                  0, "needs learned embeddings: those of toy slides are made for just what the label asks"),
