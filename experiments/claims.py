@@ -8,7 +8,7 @@ A line: claim · the paper's figure · here ± standard error · holds, fails or
 holds if every quantity is above its bound (0, or what stands behind ">") by two standard errors, fails if one is below
 by as much, and is open else. It is stale once weights, data or code are others than those it was measured with.
 
-in:  a run folder, or a file of weights   out: lines; RUN/claims/C*.json, one a claim     read next: docs/results.md
+in:  a run folder, or the shipped weights   out: lines; RUN/claims/C*.json, one a claim     read next: docs/results.md
 """
 import ast
 import json
@@ -22,16 +22,17 @@ from zlib import crc32
 
 import torch
 
-from common import UserError, cli, configure, load_meta, one_of, write_text
+from common import UserError, cli, configure, home_of, load_meta, one_of, write_text
 from data import read_index
 from diffusion import ZoomLDM
 from experiments import measures as M
+from weights.shipped import shipped_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Config:
-    model: str = "weights/toy.safetensors"  # run folder; or a file of weights, whose results go to out/NAME_claims
+    model: str = ""           # run folder; default: the weights that come with the repository, results in out/shipped
     run: bool | str = False   # measure what is missing or stale: all, or some, as C5,C8
     data: str = ""            # toy slides; default: those the run was trained on
     task: str = "data/task"   # C9: slides with labels; drawn if they are missing
@@ -68,7 +69,7 @@ CLAIMS = {
                 M.between, "experiments.conditions", CDM),
     "C3": Claim("samples are no copies of training images", "- (Z S9.1)", "conditions", 2,
                 M.no_copies, "experiments.conditions", CDM),
-    "C4": Claim("a second domain, photographs from above, works alike", "- (Z, NAIP)", "data", 7,
+    "C4": Claim("a second domain works alike: real slides, photographs from above", "- (Z, NAIP)", "data", 7,
                 M.second_domain, "experiments.metrics sample_joint train", folders=("second",)),
     "C5": Claim("joint sampling beats patches alone in coherence, in a fraction of the time",
                 "28 s at 1024, 8 min at 4096 pixels (Z Table 3)", "large", 6,
@@ -188,12 +189,11 @@ def quantity(name, numbers):
 
 def opened(cfg):
     """out: the Book of a run. raises: UserError if there is none."""
-    given = Path(cfg.model)
-    weights = given / "ema.safetensors" if given.is_dir() else given
+    weights = Path(cfg.model, "ema.safetensors") if cfg.model else Path(shipped_run())
     if not weights.is_file():
         raise UserError(f"no trained model at {weights}: give a run folder, or train one with python train.py toy")
     cfg.data = cfg.data or load_meta(weights).get("info", {}).get("data", "")
-    return Book(cfg, weights, given if given.is_dir() else Path("out") / f"{given.stem}_claims")
+    return Book(cfg, weights, home_of(weights))
 
 def chosen(cfg):
     """The claims that --run names. raises: UserError for one that is none."""

@@ -127,18 +127,22 @@ def test_what_cannot_be_measured_is_open_and_tried_again(home, two, capsys):
     assert " · open: it needs an extra · " in lines(capsys, home)["C2"]
     assert "gain" in lines(capsys, home, "--run", "--device=cpu", "--threads=1")["C2"] and two.calls[1:] == ["C2", "C2"]
 
-def test_a_file_of_weights(home, two, capsys, tmp_path, monkeypatch):
-    """Its results lie elsewhere, and it stays as it is. catches: results written beside shipped weights."""
+def test_shipped_weights(home, two, capsys, tmp_path, monkeypatch):
+    """Their results lie elsewhere, and they stay as they are. catches: results written beside them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
     shutil.copy(home / "ema.safetensors", tmp_path / "weights/toy.safetensors")
+    monkeypatch.setattr(claims, "shipped_run", lambda: "weights/toy.safetensors")
+    monkeypatch.setattr(claims, "home_of", lambda run: claims.Path("out/shipped"))
     lines(capsys, "--run", "--device=cpu", "--threads=1")
-    assert (tmp_path / "out/toy_claims/claims/C1.json").exists()
+    assert (tmp_path / "out/shipped/claims/C1.json").exists()
+    assert ZoomLDM.from_run("out/shipped").info == ZoomLDM.from_run(home).info
     assert [p.name for p in (tmp_path / "weights").iterdir()] == ["toy.safetensors"]
     assert "holds" in lines(capsys)["C1"]
 
 @pytest.mark.parametrize("args, says", [
-    (["nowhere"], "no trained model at nowhere: give a run folder"), (["RUN", "--run=C16"], "--run=C16: known are C1"),
+    (["nowhere"], "no trained model at nowhere/ema.safetensors: give a run"),
+    (["RUN", "--run=C16"], "--run=C16: known are C1"),
     (["RUN", "--run=C1,c2"], "--run=c2: .*did you mean 'C2'"), (["RUN", "--run=C1", "--data=none"], "none holds no"),
     (["RUN", "--run=True"], "--run=True: known are")])
 def test_bad_input(args, says, run):
