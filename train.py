@@ -121,8 +121,8 @@ TABLE = {
 }
 PRESETS = {name: {key: row[i] for key, row in TABLE.items() if row[i] is not None}
            for i, name in enumerate(TABLE["preset"])}
-PRESETS["vae"] = PRESETS["toy"] | {  # a VAE to keep: an hour or two
-    "vae.texture": 1.0, "vae.codes": 4096, "vae_steps": 10_000, "vae_batch": 16, "vae_lr": 6e-4, "betas": (0.5, 0.9),
+PRESETS["vae"] = PRESETS["toy"] | {  # a VAE to keep: half an hour
+    "vae.texture": 1.0, "vae.codes": 4096, "vae_steps": 7000, "vae_batch": 16, "vae_lr": 6e-4, "betas": (0.5, 0.9),
     "steps": 0, "log_every": 100, "save_every": 500}
 TOYS = dict.fromkeys(("toy", "toy_long", "vae"), ()) | {"smoke": ("--slides=8", "--test=4", "--size=256")}
 
@@ -164,8 +164,12 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
     places, micro = own_places(name, cfg, batch, ranks)     # which part of each global batch this rank takes
     net = net.to(ranks.device).train()
     ema = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema_decay else None
-    params = [p for p in net.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr, optim.betas, weight_decay=optim.weight_decay, fused=True)
+    critic = getattr(net, "critic", None)                               # learns at a constant rate of its own
+    params = [p for k, p in net.named_parameters() if p.requires_grad and not k.startswith("critic.")]
+    groups = [{"params": params}]
+    if critic:
+        groups.append({"params": list(critic.parameters()), "lr": critic.lr})
+    opt = torch.optim.AdamW(groups, lr, optim.betas, weight_decay=optim.weight_decay, fused=True)
     start = resume(state_file, cfg, net, ema, opt, ranks)
     if start >= steps:
         return start, ema or net.state_dict()

@@ -56,6 +56,7 @@ def unit(h):
 class PatchGAN(Module):
     """How real each part of an image looks: (B,3,H,W) -> (B,1,H/4-2,W/4-2). Each answer sees 34 x 34 pixels.
     deviates: vq-f4 has batch norm, whose answers depend on how a batch is divided over ranks."""
+    lr = 4e-4  # constant, while that of the autoencoder falls: so in the end the critic knows it well
 
     def __init__(self, width=64):
         super().__init__()
