@@ -4,6 +4,7 @@ RUN := .venv/bin/python
 
 .PHONY: demo test torture lint
 demo: .venv/installed
+	$(RUN) sample_joint.py
 	$(RUN) train.py toy
 	$(RUN) sample_joint.py out/toy --eval --n=64
 

@@ -80,6 +80,7 @@ class Config:
 
 # toys: small networks for 64-pixel patches. Place codes, v and small groups make minutes of training enough
 # smoke: small rates and few codes, or 40 steps blow up rounding. brca, naip: as published. None: the default
+SHIPPED = "weights/vae.safetensors"  # comes with this repository; --vae_weights= trains one of the toy's own
 TABLE = {
     "preset":               ("smoke",      "toy",      "toy_long", "gpu24",       "brca",       "naip"),
     "data":                 ("data/smoke", "data/toy", "data/toy", "data/slides", "data/brca",  "data/naip"),
@@ -88,6 +89,7 @@ TABLE = {
     "vae.res_blocks":       (1,            1,          1,          None,          None,         None),
     "vae.codes":            (64,           1024,       1024,       None,          None,         None),
     "vae.groups":           (8,            8,          8,          16,            None,         None),
+    "vae_weights":          (None,         SHIPPED,    SHIPPED,    None,          None,         None),
     "vae_steps":            (40,           800,        2000,       40_000,        0,            0),
     "vae_batch":            (None,         8,          None,       32,            None,         None),
     "vae_lr":               (1e-4,         None,       None,       2e-4,          None,         None),
@@ -122,8 +124,8 @@ TABLE = {
 PRESETS = {name: {key: row[i] for key, row in TABLE.items() if row[i] is not None}
            for i, name in enumerate(TABLE["preset"])}
 PRESETS["vae"] = PRESETS["toy"] | {  # a VAE to keep: half an hour
-    "vae.texture": 1.0, "vae.codes": 4096, "vae_steps": 7000, "vae_batch": 16, "vae_lr": 6e-4, "betas": (0.5, 0.9),
-    "steps": 0, "log_every": 100, "save_every": 500}
+    "vae_weights": "", "vae.texture": 1.0, "vae.codes": 4096, "vae_steps": 7000, "vae_batch": 16, "vae_lr": 6e-4,
+    "betas": (0.5, 0.9), "steps": 0, "log_every": 100, "save_every": 500}
 TOYS = dict.fromkeys(("toy", "toy_long", "vae"), ()) | {"smoke": ("--slides=8", "--test=4", "--size=256")}
 
 # ----- 2. What each stage minimises -----

@@ -176,9 +176,11 @@ def demo(cfg, sides):
     def stages(side, n):
         shutil.rmtree(side.home / "out", ignore_errors=True)            # each round begins anew
         found = {}
-        for line in re.findall(r"^\t\$\(RUN\) (\w+\.py .*toy.*)", (side.home / "Makefile").read_text(), re.M):
+        for line in re.findall(r"^\t\$\(RUN\) (\w+\.py.*)", (side.home / "Makefile").read_text(), re.M):
             command = [*re.sub(r"\btoy\b", cfg.kind, line).split(), f"--threads={cfg.threads}"]
-            if "train.py" in line:
+            if "toy" not in line:
+                found |= {"first pictures": command} if cfg.kind == "toy" else {}   # from shipped weights
+            elif "train.py" in line:
                 found |= {"VAE": [*command, "--steps=0"], "latents, U-Net": command}
             else:
                 found |= {"evaluation": command + [f"--n={cfg.n}"] * bool(cfg.n)}
