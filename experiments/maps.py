@@ -10,15 +10,18 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 from common import UserError, cli, configure, load_tensors, save_png
 from data import Pyramids
 from experiments.crossval import HEADS, Config, Job, out_of, run_job, slides_of
 from experiments.features import of_a_part
+from large.beside import LABEL
 from slides.bags import placed, views
 from slides.names import few, file_of, files_of, match, name_of
 
 LARGEST = 1024  # pixels of a picture's longer side, about
+LEAST = 2.0     # times the mean that full colour stands for, at least
 
 def from_pyramids(folder, name, told):
     """A picture of a slide put together from its patches. out: (h,w,3) uint8, pixels of the slide per pixel.
@@ -65,14 +68,18 @@ def pixels_of(cfg):
     return Pyramids(cfg.data).mpp
 
 def heat_of(attention, coords, side, shape, factor):
-    """A picture (h,w) of attention (N,), 1 = the highest. coords (N,2), side: of the patches, in the slide's pixels."""
+    """A picture (h,w) of attention (N,): 0 = the mean or less, 1 = `top`; and top, how many times the mean that is: the
+    highest, or LEAST if that is more, for an even attention would else look as if it said something.
+    in: coords (N,2), side: of the patches, in the slide's pixels; factor: those per pixel of the picture."""
     heat = np.zeros(shape)
-    attention = attention / attention.max()
+    weight = attention * len(attention)                        # 1: as much as the mean
+    top = max(float(weight.max()), LEAST)
+    shown = ((weight - 1) / (top - 1)).clamp(0, 1)             # (N,)
     corners = coords.double() / factor                         # as Python divides: float32 may miss a whole number
     ends = (coords + side).double() / factor
-    for value, (x, y), (right, below) in zip(attention, corners.int(), ends.int()):
+    for value, (x, y), (right, below) in zip(shown, corners.int(), ends.int()):
         heat[y:below, x:right] = value
-    return heat
+    return heat, top
 
 def overlay(picture, heat):
     """The picture and beside it the same under the heat, yellow to red: (h,2w,3) uint8."""
@@ -80,6 +87,17 @@ def overlay(picture, heat):
     share = 0.6 * heat[..., None]
     over = picture * (1 - share) + hot * share
     return np.concatenate([picture, over.astype(np.uint8)], 1)
+
+def scale_below(width, slide, top):
+    """What stands below both pictures, (LABEL,2 width,3) uint8: the slide's name; the colours and what they mean."""
+    white = np.full((LABEL, width, 3), 255, np.uint8)
+    rising = np.tile(np.linspace(0, 1, width), (LABEL, 1))     # (LABEL,width)
+    strip = Image.fromarray(overlay(white, rising))
+    texts = slide, "attention: the mean or less", f"{top:.1f} times the mean"
+    places = 4, width + 4, 2 * width - 4 - 6 * len(texts[-1])  # six pixels a letter
+    for text, x in zip(texts, places):
+        ImageDraw.Draw(strip).text((x, 2), text, fill="black")
+    return np.asarray(strip)
 
 def judge(job, t, at, x):
     """The head that did not see slide number `at`, on its features x (N,K). out: probabilities (C,), attention (N,)."""
@@ -122,9 +140,10 @@ def draw_map(cfg):
     if t["fold"][at] < 0:
         raise UserError(f"{slide} is in no test fold: take one that is")
     probabilities, a = judge(job, t, at, x)
-    heat = heat_of(a, coords, side, picture.shape[:2], factor)
+    heat, top = heat_of(a, coords, side, picture.shape[:2], factor)
+    below = scale_below(picture.shape[1], slide, top)
     out = out_of(cfg) / f"map_{slide}_{file_of(job.name())}_{head}.png".replace(" ", "_")
-    save_png(out, overlay(picture, heat))
+    save_png(out, np.concatenate([overlay(picture, heat), below]))
     guesses = ", ".join(f"P({c}) = {p:.2f}" for c, p in zip(classes, probabilities))
     print(f"{out}: label {classes[t['y'][at]]}, {guesses}; the most attended patch weighs "
           f"{a.max() * len(a):.1f} times the mean one")

@@ -11,9 +11,10 @@ import data
 import mil
 from common import UserError, generator, load_tensors
 from data import Pyramids
-from experiments import crossval
+from experiments import crossval, maps
 from experiments import labels as claims
 from experiments.folds import Labels, make_splits, rarest, read_splits, usual_folds
+from large.beside import LABEL
 from slides.bags import Bags
 from slides.encoders import load_encoder
 from toy import task as toy_task
@@ -258,7 +259,7 @@ def test_other_kinds_of_features(three, tmp_path):
         mil.main(["extract"])
 
 def test_attention_map(task, tmp_path, capsys):
-    """The slide and beside it the same with the attention drawn over the patches it belongs to."""
+    """The slide and beside it the same with the attention drawn over the patches it belongs to; below, the scale."""
     extract(task, tmp_path / "f", "--kind=descriptor", "--scales=0,2")
     labels = write_csv(tmp_path / "l.csv", "slide_id,label", *(f"train_{k:04d},{k % 2}" for k in range(8)))
     argv = ["map", f"--features={tmp_path / 'f'}", f"--labels={labels}", "--folds=2", "--val=0.5", "--epochs=1",
@@ -266,20 +267,36 @@ def test_attention_map(task, tmp_path, capsys):
     mil.main([*argv, "--slide=train_0003", f"--data={task / 'task'}"])
     said = capsys.readouterr().out
     picture = np.asarray(Image.open(tmp_path / "f_cv" / "map_train_0003_f_0+2_dsmil.png")).astype(int)
-    assert picture.shape == (512, 1024, 3) and "label 1, P(0) = 0." in said
+    assert picture.shape == (512 + LABEL, 1024, 3) and "label 1, P(0) = 0." in said
+    below, picture = picture[512:], picture[:512]
+    assert below[0, 512].min() > 250 > 150 > below[0, -1].min() and below[:, :100].min() < 128
     slide = toy_task.task_slide(3)[0].astype(int)
     assert np.array_equal(picture[:, :512], slide)
     change = np.abs(picture[:, 512:] - slide).reshape(8, 64, 8, 64, 3).mean((1, 3, 4))
     assert change.max() > 20 > change.min()
     Image.fromarray(slide.astype(np.uint8)).save(tmp_path / "slide.png")                   # the slide's own file
     mil.main([*argv, "--slide=train_0003", f"--image={tmp_path / 'slide.png'}"])
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "f_cv" / "map_train_0003_f_0+2_dsmil.png")), picture)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "f_cv" / "map_train_0003_f_0+2_dsmil.png"))[:512], picture)
     for more, words in (("--slide=x", "features are of train_0000"), ("--slide=train_0001", "what to draw on")):
         with pytest.raises(UserError, match=words):
             mil.main([*argv, more])
 
-def test_folders_as_the_gdc_client_lays_them(tmp_path, capsys):
+def test_even_attention_leaves_no_colour():
+    """Full colour is the highest attention, but at least twice the mean; the mean and less are left as they are.
+    catches: an even attention all in red."""
+    coords = torch.tensor([[0, 0], [64, 0], [0, 64], [64, 64]])
+    for attention, want, most in (([1, 1, 1, 1], [[0, 0], [0, 0]], 2), ([2, 1, 0.5, 0.5], [[1, 0], [0, 0]], 2),
+                                  ([1.5, 1.2, 0.8, 0.5], [[0.5, 0.2], [0, 0]], 2), ([4, 0, 0, 0], [[1, 0], [0, 0]], 4)):
+        heat, top = maps.heat_of(torch.tensor(attention) / 4, coords, 64, (4, 4), 32)
+        assert np.allclose(heat, np.kron(want, np.ones((2, 2)))) and top == most
+
+def rising(attention, *places, real=maps.heat_of):
+    """The heat of another attention: the last patch has most."""
+    return real(torch.arange(1.0, len(attention) + 1) / sum(range(len(attention) + 1)), *places)
+
+def test_folders_as_the_gdc_client_lays_them(tmp_path, capsys, monkeypatch):
     """UUID/NAME.png, a label table without both: four commands from there to a map; a map that does not fit."""
+    monkeypatch.setattr(maps, "heat_of", rising)                           # where it is drawn counts here
     for k in range(8):
         (tmp_path / "in" / f"u{k}").mkdir(parents=True)
         pixels = np.random.default_rng(k).integers(30 + 40 * (k % 2), 256, (64, 64, 3), np.uint8)
@@ -296,9 +313,9 @@ def test_folders_as_the_gdc_client_lays_them(tmp_path, capsys):
     assert "8 slides of 8 patients, classes 0 (4), 1 (4)" in capsys.readouterr().out
     for image in (f"--data={tmp_path / 'd'}", f"--image={tmp_path / 'in' / 'u3' / 's.3.png'}"):
         mil.main(["map", *more, "--slide=s.3", image])
-        picture = np.asarray(Image.open(tmp_path / "f_cv" / "map_u3__s.3.png_f_abmil.png")).astype(int)
+        picture = np.asarray(Image.open(tmp_path / "f_cv" / "map_u3__s.3.png_f_abmil.png")).astype(int)[:-LABEL]
         gap = np.abs(picture - np.roll(picture, picture.shape[0], 1))[:, picture.shape[0]:]
-        assert len(picture) == (64 if "image" in image else 32) and (gap[-9:, -9:] > 2).any()  # the heat is everywhere
+        assert len(picture) == (64 if "image" in image else 32) and (gap[-9:, -9:] > 2).any()  # to the corner
     Image.new("RGB", (64, 40)).save(tmp_path / "in" / "part.png")
     x = torch.arange(64.0).reshape(16, 4) % 7
     for k in range(8):                                                     # CLAM's, in pixels of the slide itself
@@ -312,7 +329,7 @@ def test_folders_as_the_gdc_client_lays_them(tmp_path, capsys):
         held = {"feats": x + k, "coords": torch.cartesian_prod(*[torch.arange(4.0) * 8] * 2), "unit": "um"}
         torch.save(held | {"tile_size_um": 8.0}, tmp_path / "foreign" / f"s.{k}.pt")
     mil.main(["map", *more, "--slide=s.3", f"--data={tmp_path / 'd'}"])
-    picture = np.asarray(Image.open(tmp_path / "foreign_cv" / "map_s.3_foreign_abmil.png")).astype(int)
+    picture = np.asarray(Image.open(tmp_path / "foreign_cv" / "map_s.3_foreign_abmil.png")).astype(int)[:-LABEL]
     assert (np.abs(picture[:, 32:] - picture[:, :32])[-7:, -7:] > 2).any()
     with pytest.raises(UserError, match="with places in micrometres: only mil.py map takes these"):
         mil.main(["map", *more, "--slide=s.3", f"--image={tmp_path / 'in' / 'u3' / 's.3.png'}"])
