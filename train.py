@@ -401,6 +401,10 @@ def open_training(cfg, ranks, std):
 def main(argv):
     cfg = configure(Config, argv, PRESETS, ("preset",), __doc__)
     check(cfg)
+    asked = [a for a in argv if a.startswith(("--vae_", "--vae."))]
+    if cfg.vae_weights == SHIPPED and asked and "--vae_weights" not in " ".join(asked):
+        raise UserError(f"{asked[0]} is for training a VAE, and {cfg.preset} takes a finished one: give "
+                        f"--vae_weights= as well, which trains one")
     cfg.out = cfg.out or f"out/{cfg.preset}"
     out, ranks = Path(cfg.out), setup(cfg.device, cfg.amp, cfg.threads)
     base = ZoomLDM.from_run(cfg.init_from) if Path(cfg.init_from or "-").is_dir() else None

@@ -186,7 +186,7 @@ def demo(cfg, sides):
                 found |= {"evaluation": command + [f"--n={cfg.n}"] * bool(cfg.n)}
         return found
     for side in sides:
-        side.run("train.py", cfg.kind, "--steps=0", "--vae_steps=1", "--out=none")    # makes the data
+        side.run("train.py", cfg.kind, "--vae_weights=", "--steps=0", "--vae_steps=1", "--out=none")  # makes data
     measure("make demo", sides, stages, cfg.rounds)
     evaluated(sides, f"out/{cfg.kind}/eval")
 
