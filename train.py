@@ -107,7 +107,7 @@ TABLE = {
     "unet.groups":          (8,            8,          8,          None,          None,         None),
     "unet.positions":       (16,           16,         16,         16,            None,         None),
     "pred":                 ("v",          "v",        "v",        "v",           None,         None),
-    "steps":                (40,           1000,       4000,       100_000,       500_000,      500_000),
+    "steps":                (40,           800,        4000,       100_000,       500_000,      500_000),
     "batch":                (16,           16,         None,       128,           420,          400),
     "micro":                (None,         None,       None,       64,            None,         None),
     "lr":                   (3e-4,         None,       1e-3,       1e-4,          2e-5,         2e-5),
