@@ -166,11 +166,7 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
     places, micro = own_places(name, cfg, batch, ranks)     # which part of each global batch this rank takes
     net = net.to(ranks.device).train()
     ema = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema_decay else None
-    critic = getattr(net, "critic", None)                               # learns at a constant rate of its own
-    params = [p for k, p in net.named_parameters() if p.requires_grad and not k.startswith("critic.")]
-    groups = [{"params": params}]
-    if critic:
-        groups.append({"params": list(critic.parameters()), "lr": critic.lr})
+    groups = getattr(net, "groups", lambda: [{"params": list(net.parameters())}])()     # the first has lr
     opt = torch.optim.AdamW(groups, lr, optim.betas, weight_decay=optim.weight_decay, fused=True)
     start = resume(state_file, cfg, net, ema, opt, ranks)
     if start >= steps:
@@ -186,7 +182,7 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
             for at in places:                                           # where a micro-batch begins in it
                 item = next(batches) | {k: v[at:at + micro] for k, v in noise.items()}
                 log.rows.append(backward(wrapped, item, ranks, len(places), at == places[-1]))
-            grad = torch.nn.utils.clip_grad_norm_(params, optim.clip or math.inf)
+            grad = torch.nn.utils.clip_grad_norm_(groups[0]["params"], optim.clip or math.inf)
             stop = agree(log, step, batch, grad, asked)                 # before this step changes anything
             opt.step()
             opt.zero_grad()
@@ -401,10 +397,9 @@ def open_training(cfg, ranks, std):
 def main(argv):
     cfg = configure(Config, argv, PRESETS, ("preset",), __doc__)
     check(cfg)
-    asked = [a for a in argv if a.startswith(("--vae_", "--vae."))]
-    if cfg.vae_weights == SHIPPED and asked and "--vae_weights" not in " ".join(asked):
-        raise UserError(f"{asked[0]} is for training a VAE, and {cfg.preset} takes a finished one: give "
-                        f"--vae_weights= as well, which trains one")
+    told, taken = " ".join(argv), cfg.vae_weights == SHIPPED
+    if taken and "--vae_weights=" not in told and ("--vae_" in told or "--vae." in told):
+        raise UserError(f"{cfg.preset} takes a finished VAE: to train one, give --vae_weights= as well")
     cfg.out = cfg.out or f"out/{cfg.preset}"
     out, ranks = Path(cfg.out), setup(cfg.device, cfg.amp, cfg.threads)
     base = ZoomLDM.from_run(cfg.init_from) if Path(cfg.init_from or "-").is_dir() else None

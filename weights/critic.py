@@ -20,6 +20,7 @@ from zoom_vae import VAEStage
 
 SEEN = 0.3   # weight of learned features; larger ones cost colour
 FOOL = 0.75  # weight of the PatchGAN against all other terms, as in vq-f4
+CONSTANT = 4e-4  # learning rate of the PatchGAN, while the autoencoder's falls: in the end it knows it well
 MIX = 0.1    # deviation of the entries of a change of colours
 
 class Features:
@@ -56,7 +57,6 @@ def unit(h):
 class PatchGAN(Module):
     """How real each part of an image looks: (B,3,H,W) -> (B,1,H/4-2,W/4-2). Each answer sees 34 x 34 pixels.
     deviates: vq-f4 has batch norm, whose answers depend on how a batch is divided over ranks."""
-    lr = 4e-4  # constant, while that of the autoencoder falls: so in the end the critic knows it well
 
     def __init__(self, width=64):
         super().__init__()
@@ -79,6 +79,10 @@ class CriticStage(VAEStage):
         super().__init__(cfg, anchor, start)
         self.features = Features(anchor.device)
         self.critic = PatchGAN()
+
+    def groups(self):
+        """Parameters for the optimiser: those of the autoencoder, and the critic's with a learning rate."""
+        return [{"params": list(self.vae.parameters())}, {"params": list(self.critic.parameters()), "lr": CONSTANT}]
 
     def noise(self, step):
         noise, n = super().noise(step), self.cfg.vae_batch

@@ -99,7 +99,7 @@ def test_each_stage_overfits_one_batch():
     (["toy", "PHOTOS"], "no index.json"),  # no toys are drawn into a folder that the user named
     (["smoke", "--data=/a,/b"], "/a holds no index.json"), (["smoke", "MORE"], "/nowhere holds no index.json"),
     (["smoke", "LARGER"], "patches of several sizes"), (["smoke", "--texture=-1"], "--texture=-1.0: .* at least 0"),
-    (["toy", "--vae_steps=9"], "--vae_steps=9 .* toy takes a finished one: give --vae_weights= as well"),
+    (["toy", "--vae_steps=9"], "toy takes a finished VAE: to train one, give --vae_weights= as well"),
     (["smoke", "--vae_crop=8"], "12 or more"), (["smoke", "--batch=0"], "at least 1"),
     (["smoke", "--seed=-1"], "at least 0"),
     (["smoke", "--pred=z"], "known are eps"), (["smoke", "--decay=linear"], "known are cosine"),
