@@ -121,7 +121,9 @@ LAB1 = {
         "one mean and one deviation for all: every place has its own": lambda f, e: over(pooled(e), 0, 1, 2),
         "it is pooled after it was standardised: pool first": lambda f, e: pooled(over(e, 0)),
         "the deviation divides by E: by E - 1, as torch's own": lambda f, e: over(pooled(e), 0, correction=0),
-        "it divides by the variance: a root is forgotten": lambda f, e: over(pooled(e), 0) / pooled(e).std(0)}),
+        "it divides by the variance: a root is forgotten": lambda f, e: over(pooled(e), 0) / pooled(e).std(0),
+        "the mean is not taken off": lambda f, e: pooled(e) / pooled(e).std(0),
+        "it is not divided by the deviation": lambda f, e: pooled(e) - pooled(e).mean(0)}),
     "pack_grid": Task({
         "a grid of 2 x 2": lambda: (r(3, 2, 2),),
         "a single embedding, which stands in slot 32": lambda: (r(3, 1, 1),),
@@ -129,6 +131,8 @@ LAB1 = {
     }, {
         "the slots are filled from 0 on: n embeddings begin in slot 32 - n // 2": from_slot_0,
         "the slots are filled column by column: row by row": lambda f, e: f(e.mT),
+        "the first stands a slot too early: in 32 - n // 2": lambda f, e: tuple(v.roll(-1, 0) for v in f(e)),
+        "channels are taken for places: e.flatten(1).T": lambda f, e: f(e.view(-1, len(e)).T.reshape(e.shape)),
         "the mask is turned round: True where a slot is filled": lambda f, e: (f(e)[0], ~f(e)[1])}),
     "summarize": Task({
         "grids of 2 x 2 and 4 x 4": lambda: slots(2, 4),
@@ -145,7 +149,7 @@ LAB1 = {
 TABLE = Schedule().alpha_bar
 
 def images():
-    return r(3, 2, 4, 4), r(3, 2, 4, 4).flip(0)
+    return r(3, 2, 4, 4), r(6, 4, 4).view(3, 2, 4, 4)
 
 def noising(*times):
     """Arguments of `q_sample`."""
@@ -169,8 +173,14 @@ def mixed(signal, noise):
     return mistake
 
 def net(z, t):
-    """A network that hears the time."""
-    return torch.tanh(z + t.view(-1, 1, 1, 1) / 500)
+    """A network that hears the time, one an image."""
+    return torch.tanh(z + t.view(len(z), 1, 1, 1) / 500)
+
+GAIN = torch.nn.Parameter(torch.ones(()))
+
+def learner(z, t):
+    """... that can learn, too."""
+    return GAIN * net(z, t)
 
 def point(z, t):
     """What the perfect network says where all images are 0.7."""
@@ -220,7 +230,8 @@ LAB2 = {
         "ab and 1 - ab are swapped": but(ab=lambda ab: 1 - ab),
         "pred is not heard: this is the formula for eps": but(pred=lambda pred: "eps")}),
     "diffusion_loss": Task({
-        f"pred {pred!r}": lambda pred=pred: (net, *noising(20, 500, 900), pred) for pred in KINDS
+        **{f"pred {pred!r}": lambda pred=pred: (learner, *noising(20, 500, 900), pred) for pred in KINDS},
+        "pred 'v' and t = -1, which means clean": lambda: (learner, *noising(-1, 500), "v"),
     }, {
         "one mean of the whole batch: one a sample": lambda f, *args: f(*args).mean(),
         "the network sees z0: it must see the noised z_t": lambda f, fn, z0, *rest:
@@ -237,13 +248,15 @@ LAB2 = {
         "it is one guidance too strong: 1 is cond, not 0": but(guidance=lambda g: g + 1),
         "it is one guidance too weak: 1 is cond, 0 is null": but(guidance=lambda g: g - 1),
         "it goes away from cond: the sign is turned round": but(guidance=minus),
-        "null must be taken off cond: null + guidance (cond - null)": lambda f, n, c, g: n + g * c}),
+        "null must be taken off cond: null + guidance (cond - null)": lambda f, n, c, g: n + g * c,
+        "null is lost: null + guidance (cond - null)": lambda f, n, c, g: g * (c - n)}),
     "ddim_sample": Task({
         "five steps of a small network": by(1, 201, 401, 601, 801),
         "images that are all 0.7, in four steps": by(5, 300, 600, 990, fn=point),
         "a single step": by(500),
     }, {
         "it ends at alpha_bar[0], not at 1: the last step leads to clean": walk(ends=0),
+        "the last step leads up to timesteps[-1]: it leads to clean": lambda f, *args: walk(args[-1][-1])(f, *args),
         "it goes from clean to noisy: begin with the last timestep": walk(up=True),
         "the table is read a step too early: alpha_bar[t], not of t - 1": walk(shift=-1),
         "the table is read a step too late: alpha_bar[t], not of t + 1": walk(shift=1),
@@ -328,12 +341,13 @@ LAB3 = {
         "where windows overlap the first one stands: their mean":
             pasted(lambda old, part: torch.where(old == 0, part, old)),
         "row and column of the corners are swapped": turned}),
-    "step_s2": Task({f"lam = {lam}": lambda lam=lam: guided(lam, 0.05, 0.05) for lam in (0.5, 0.1)}, {
+    "step_s2": Task({f"lam = {lam}": lambda lam=lam: guided(lam, 0.05, 0.03) for lam in (0.5, 0.1)}, {
         "the sign of the correction is turned round: z + lam g": but(lam=minus),
         "the sign of the error is turned round: y - A x": but(A=negated),
         "Eq. 4 is skipped: e goes through the denoiser before it is added":
             lambda f, z, z0_hat, *rest: f(z, lambda v: z0_hat(z) + v - z, *rest),
         "Enc(x) is not taken off in Eq. 6": but(Enc=first_call),
+        "delta and zeta are swapped: zeta goes with Enc": lambda f, *args: f(*args[:-2], args[-1], args[-2]),
         "unit is not applied": but(unit=lambda unit: lambda d: d),
         "z0_hat is returned: z moves": lambda f, z, z0_hat, *rest: z0_hat(f(z, z0_hat, *rest))}, 1e-7),
     "step_x0": Task({f"lam = {lam}": lambda lam=lam: guided(lam) for lam in (0.3, 1.0)}, {
@@ -347,7 +361,6 @@ LAB3 = {
 
 # ----- Lab 4 -----
 
-@lru_cache
 def small_model():
     """A model whose layers all act; its latents are the means of 4 x 4 pixels."""
     unet = filled(UNet(UNetConfig(8, (1, 2), 1, (2,), 16, groups=4)))
@@ -428,6 +441,7 @@ LAB4 = {
         "the gradients add up: zero_grad before backward": descend(keep=True),
         "the times go from 50 to 950: the noisy ones come first": descend(times=(50, 500, 950)),
         "u itself is returned: per_token(u)": descend(finish=lambda u: u),
+        "u stays as it was: give it a gradient, backward, a step": lambda f, m, x, s, u, noise: per_token(u),
         "this is plain descent: Adam": descend(optimizer=torch.optim.SGD)}, 1e-3),
     "project": Task({
         "8 x 8 pixels, f = 4": lambda: (r(1, 3, 8, 8) / 9, r(1, 3, 2, 2) / 9, 4),

@@ -59,6 +59,10 @@ PACK = "n = e[0].numel()\nat = slice(32 - n // 2, 32 - n // 2 + n)\nt, m = torch
 READ = "a = torch.cat([alpha_bar, torch.ones(1)]).float()[t].view(-1, 1, 1, 1)\n"
 SLOTS = "x = torch.where(mask[..., None], net.embed(tokens), net.pad)\n"
 BLOCKS = "for b in net.blocks:\n    x = b(x)\nreturn net.norm_out(net.proj(net.norm(x)))"
+LOSS = """a = {}
+v = a ** .5 * eps - (1 - a) ** .5 * z0
+z = q_sample(z0, t, eps, alpha_bar)
+return (fn(z, t) - {{'eps': eps, 'x0': z0, 'v': v}}[pred]).square().flatten(1).mean(1)"""
 DDIM = """z = z_T
 for i in reversed(range(len(timesteps))):
     a = float(alpha_bar[{a}])
@@ -84,6 +88,7 @@ for t, e in zip(torch.linspace(950, 50, len(noise)).long().tolist(), noise):
     loss.sum().backward()
     adam.step()
 return per_token(u.detach())"""
+RIGHT = INVERT.format("a ** 0.5", "-", "adam.zero_grad()")
 
 WRONG = [
     ("1", "halve", "t = x[0:-1:2, 0:-1:2] + x[1::2, 0:-1:2] + x[0:-1:2, 1::2] + x[1::2, 1::2]\nreturn (t + 2) // 4",
@@ -98,13 +103,19 @@ WRONG = [
     ("1", "standardize", POOL + "return (e - e.mean((1, 2), True)) / e.std((1, 2), keepdim=True)", "over the places"),
     ("1", "standardize", "e = (e - e.mean(0)) / e.std(0)\n" + POOL + "return e", "pool first"),
     ("1", "standardize", POOL + "return (e - e.mean(0)) / e.var(0)", "a root is forgotten"),
+    ("1", "standardize", POOL + "return e - e.mean(0)", "not divided by the deviation"),
     ("1", "pack_grid", PACK + "t[:n], m[:n] = e.flatten(1).T, 1\nreturn t, m > 0", "filled from 0 on"),
     ("1", "pack_grid", PACK + "t[at], m[at] = e.mT.flatten(1).T, 1\nreturn t, m > 0", "column by column"),
     ("1", "pack_grid", PACK + "t[at], m[at] = e.flatten(1).T, 1\nreturn t, m", "a float32 tensor (64,)), wanted (a"),
+    ("1", "pack_grid", PACK.replace("32", "31") + "t[at], m[at] = e.flatten(1).T, 1\nreturn t, m > 0", "too early"),
+    ("1", "pack_grid", PACK + "t[at], m[at] = e.reshape(n, -1), 1\nreturn t, m > 0", "channels are taken for places"),
+    ("1", "pack_grid", PACK + "m[at] = 1\nreturn t, m > 0", "it is all zeros"),
+    ("1", "pack_grid", PACK + "return [t, m]", "a list of a float32 tensor (64, 3), a float32 tensor (64,), wanted"),
     ("1", "pack_grid", "return pack(e)", "NameError"),
     ("1", "summarize", SLOTS.replace("net.pad", "net.embed(0 * tokens)")
      + "x = torch.cat([net.scale(s)[:, None], x], 1) + net.pos\n" + BLOCKS, "net.pad stands there"),
     ("1", "summarize", SLOTS + "x = torch.cat([x, net.scale(s)[:, None]], 1) + net.pos\n" + BLOCKS, "token comes last"),
+    ("1", "summarize", "return net.blocks(tokens)", "it stops with NotImplementedError"),
     ("2", "alpha_bar", "return torch.cumprod(1 - torch.linspace(0.0015, 0.0195, T, dtype=torch.float64), 0)",
      "its root must"),
     ("2", "alpha_bar", "b = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2\n"
@@ -129,12 +140,18 @@ WRONG = [
      "the target is always eps"),
     ("2", "diffusion_loss", READ + "w = {'eps': eps, 'x0': z0, 'v': a ** 0.5 * eps - (1 - a) ** 0.5 * z0}[pred]\n"
      "return (fn(z0, t) - w).square().flatten(1).mean(1)", "the network sees z0"),
+    ("2", "diffusion_loss", LOSS.format("alpha_bar.float()[t].view(-1, 1, 1, 1)"), "pred 'v' and t = -1"),
+    ("2", "diffusion_loss", LOSS.format(READ[4:-1]) + ".detach()", "no gradients pass through it"),
     ("2", "with_guidance", "return cond + guidance * (null - cond)", "on the wrong branch"),
+    ("2", "with_guidance", "return guidance * (cond - null)", "null is lost"),
     ("2", "with_guidance", "return cond + guidance * (cond - null)", "one guidance too strong"),
     ("2", "ddim_sample", DDIM.format(a=NOW, p="float(alpha_bar[timesteps[i - 1] if i else 0])", t=TIMES),
      "it ends at alpha_bar[0]"),
     ("2", "ddim_sample", DDIM.format(a=NOW + " - 1", p="float(alpha_bar[timesteps[i - 1] - 1]) if i else 1", t=TIMES),
      "read a step too early"),
+    ("2", "ddim_sample", DDIM.format(a=NOW, p="float(alpha_bar[timesteps[i - 1]])", t=TIMES), "leads up to timesteps"),
+    ("2", "ddim_sample", DDIM.format(a=NOW, p="float(alpha_bar[timesteps[i - 1]]) if i else 1",
+                                     t=f"torch.tensor([{NOW}])"), "invalid for input of size 1"),
     ("2", "ddim_sample", DDIM.format(a=NOW, p="float(alpha_bar[timesteps[i - 1]]) if i else 1", t=NOW),
      "AttributeError: 'int' object"),
     ("3", "down", "return x[..., ::f, ::f]", "every f-th pixel"),
@@ -151,6 +168,8 @@ WRONG = [
     ("3", "step_s2", S2.format("A.down(x) - y", "+"), "the sign of the error"),
     ("3", "step_s2", "x = Dec(z0_hat(z))\nreturn z + lam * unit(Enc(x + zeta * unit(A.up(y - A.down(x)))) - Enc(x))",
      "Eq. 4 is skipped"),
+    ("3", "step_s2", S2.format("y - A.down(x)", "+").replace("zeta", "ZETA").replace("delta", "zeta")
+     .replace("ZETA", "delta"), "delta and zeta are swapped"),
     ("3", "step_x0", "x = Dec(z0)\nreturn z0 + lam * (Enc(x + A.up(A.down(x) - y)) - Enc(x))", "the sign of the error"),
     ("3", "step_x0", "x = Dec(z0)\nreturn z0 + lam * Enc(A.up(y - A.down(x)))", "the error alone is encoded"),
     ("3", "step_x0", "x = Dec(z0)\nreturn z0 + lam * Enc(x + A.up(y - A.down(x)))", "Enc(x) is not taken off"),
@@ -160,12 +179,15 @@ WRONG = [
     ("4", "invert", INVERT.format("a", "-", "adam.zero_grad()"), "the root in the weight"),
     ("4", "invert", INVERT.format("a ** 0.5", "+", "adam.zero_grad()"), "the prior's sign"),
     ("4", "invert", INVERT.format("a ** 0.5", "-", "pass"), "the gradients add up"),
+    ("4", "invert", RIGHT.replace("    adam.step()\n", ""), "u stays as it was"),
+    ("4", "invert", RIGHT.replace("u.detach()", "u"), "it still has gradients"),
     ("4", "project", "return (x - up(y - down(x, f), f)).clamp(-1, 1)", "y - A x"),
     ("4", "project", "return x + up(y - down(x, f), f)", "not clipped"),
     ("4", "attend", "h = net.embed(bag)\na = net.score(net.value(h).tanh() * net.gate(h).sigmoid())\n"
      "return h, a.softmax(1)[:, 0]", "an axis of length 1"),
     ("4", "attend", "h = net.embed(bag)\na = net.score(net.value(h).sigmoid() * net.gate(h).tanh())\n"
      "return h, a[:, 0].softmax(0)", "tanh and sigmoid are swapped"),
+    ("4", "attend", "with torch.no_grad():\n    return net.attend(bag)", "no gradients pass through it"),
     ("4", "abmil", "h, a = attend(net, bag)\nreturn net.out(h.mean(0)), a", "the plain mean over patches"),
     ("4", "abmil", "h, a = attend(net, bag)\nreturn net.out(h.amax(0)), a", "the highest of the patches"),
     ("4", "abmil", "h, a = attend(net, bag)\nnet.out(a @ h), a", "None (is a return missing?)"),
@@ -212,7 +234,7 @@ def test_a_file_that_does_not_import(text, why, tmp_path):
     file.write_text(text)
     with pytest.raises(check.Fault) as fault:
         check.load(str(file))
-    assert why in fault.value.text and "\n" not in fault.value.text
+    assert why in fault.value.text and "\n" not in fault.value.text and "line" not in fault.value.text
 
 def test_a_file_that_has_just_changed(tmp_path):
     """catches: bytecode of the file before, which has the same length and second."""
