@@ -174,7 +174,8 @@ def mixed(signal, noise):
 
 def net(z, t):
     """A network that hears the time, one an image."""
-    return torch.tanh(z + t.view(len(z), 1, 1, 1) / 500)
+    assert t.shape == z.shape[:1], f"the network wants t of shape ({len(z)},), one an image, not {tuple(t.shape)}"
+    return torch.tanh(z + t.view(-1, 1, 1, 1) / 500)
 
 GAIN = torch.nn.Parameter(torch.ones(()))
 

@@ -151,7 +151,7 @@ WRONG = [
      "read a step too early"),
     ("2", "ddim_sample", DDIM.format(a=NOW, p="float(alpha_bar[timesteps[i - 1]])", t=TIMES), "leads up to timesteps"),
     ("2", "ddim_sample", DDIM.format(a=NOW, p="float(alpha_bar[timesteps[i - 1]]) if i else 1",
-                                     t=f"torch.tensor([{NOW}])"), "invalid for input of size 1"),
+                                     t=f"torch.tensor([{NOW}])"), "wants t of shape (3,), one an image, not (1,)"),
     ("2", "ddim_sample", DDIM.format(a=NOW, p="float(alpha_bar[timesteps[i - 1]]) if i else 1", t=NOW),
      "AttributeError: 'int' object"),
     ("3", "down", "return x[..., ::f, ::f]", "every f-th pixel"),
