@@ -107,7 +107,7 @@ TABLE = {
     "unet.groups":          (8,            8,          8,          None,          None,         None),
     "unet.positions":       (16,           16,         16,         16,            None,         None),
     "pred":                 ("v",          "v",        "v",        "v",           None,         None),
-    "steps":                (40,           800,        4000,       100_000,       500_000,      500_000),
+    "steps":                (40,           1600,       4000,       100_000,       500_000,      500_000),
     "batch":                (16,           16,         None,       128,           420,          400),
     "micro":                (None,         None,       None,       64,            None,         None),
     "lr":                   (3e-4,         None,       1e-3,       1e-4,          2e-5,         2e-5),
@@ -118,7 +118,7 @@ TABLE = {
     "ema":                  (None,         None,       0.999,      0.9999,        0.9999,       0.9999),
     "workers":              (None,         None,       None,       4,             4,            4),
     "log_every":            (10,           None,       None,       100,           100,          100),
-    "sample_every":         (40,           400,        1000,       5000,          10_000,       10_000),
+    "sample_every":         (40,           800,        1000,       5000,          10_000,       10_000),
     "save_every":           (10,           None,       None,       1000,          5000,         5000),
 }
 PRESETS = {name: {key: row[i] for key, row in TABLE.items() if row[i] is not None}
