@@ -302,7 +302,7 @@ def layout_fidelity(fake, real, grid):
     """Pearson correlation of patches (N,3,P,P) average-pooled to grid, min(2^s, 8); 1 compares mean colours.
     Each channel's mean over its set is taken off, or the stain alone would correlate. 0 if a set is constant."""
     if fake.shape != real.shape or fake.ndim != 4 or min(fake.shape) < 1 or min(fake.shape[2:]) < grid:
-        raise UserError(f"got {tuple(fake.shape)}, {tuple(real.shape)}: give images of one shape, sides {grid} or more")
+        raise UserError(f"got {tuple(fake.shape)}, {tuple(real.shape)}: give images (N,3,H,W), sides {grid} or more")
     cells = []
     for x in (fake, real):
         x = nn.functional.adaptive_avg_pool2d(x.double(), grid)                     # (N,3,grid,grid)

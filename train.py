@@ -381,7 +381,7 @@ def open_training(cfg, ranks, std):
     pyramids = open_data(folder, std=std)
     if {open_data(name).patch for name in folders} != {pyramids.patch}:
         raise UserError(f"--data={cfg.data}: patches of several sizes; build them with one --patch")
-    if pyramids.official and not cfg.vae_weights:
+    if pyramids.official and cfg.vae_weights in ("", SHIPPED):
         raise UserError(f"{cfg.data} holds latents of the published VAE: give it with --vae_weights=FILE")
     cfg.summarizer.embed_dim, cfg.summarizer.scales = pyramids.embed_dim, pyramids.scales
     cfg.unet.context_dim = cfg.summarizer.width
