@@ -91,7 +91,8 @@ def with_guidance(null, cond, guidance):
     return null + guidance * (cond - null)
 
 def guided(fn, c, guidance=1.0, prepare=None):
-    """fn(z_t, t, c) with guidance, both branches in a batch: f(z_t, t). fn gets prepare(tokens), made once."""
+    """fn(z_t, t, c) with guidance, both branches in one batch. in: c (B,L,D). out: f(z_t, t). prepare: called once
+    with all tokens; fn gets what it returns."""
     tokens = c if guidance == 1.0 else torch.cat([null_condition(c), c])    # (2B,L,D); 1 needs no null branch
     if prepare is not None:
         tokens = prepare(tokens)
@@ -302,7 +303,8 @@ def layout_fidelity(fake, real, grid):
     """Pearson correlation of patches (N,3,P,P) average-pooled to grid, min(2^s, 8); 1 compares mean colours.
     Each channel's mean over its set is taken off, or the stain alone would correlate. 0 if a set is constant."""
     if fake.shape != real.shape or fake.ndim != 4 or min(fake.shape) < 1 or min(fake.shape[2:]) < grid:
-        raise UserError(f"got {tuple(fake.shape)}, {tuple(real.shape)}: give images (N,3,H,W), sides {grid} or more")
+        raise UserError(f"got patches {tuple(fake.shape)} and {tuple(real.shape)}: give images (N,3,H,W) of one "
+                        f"shape, with sides of at least {grid}")
     cells = []
     for x in (fake, real):
         x = nn.functional.adaptive_avg_pool2d(x.double(), grid)                     # (N,3,grid,grid)

@@ -104,7 +104,8 @@ def invert(model, x, s, steps=200, seed=0, batch=8, start=""):
          Call it under autocast for bf16.
     out: e (E,k,k), k = 2^s, or (B,E,k,k), each embedding standardised; more for larger images. Depends on the
          seed, not on what else is in the batch. raises: ValueError for another size or scale.
-    source: Z S8.3, else the published notebook. deviates: that takes alpha_bar at t - 1, no grid over 8."""
+    source: Z S8.3; what it leaves open, the published notebook. deviates: that takes alpha_bar at t - 1, and
+    cannot pool grids over 8x8."""
     if x.ndim == 3:
         return invert(model, x[None], s, steps, seed, batch, start)[0]
     check_image(model, x, s, steps)

@@ -216,7 +216,8 @@ class Activations:
         self.block = block if block == "middle" else int(block)
 
     def noise(self, slide, batch):
-        """A tensor per patch (b,3,P/4,P/4), of seed, slide, scale and place alone, however batched."""
+        """A tensor per patch (b,3,P/4,P/4), made of seed, slide, scale and place alone: batches, ranks and
+        interruptions change nothing."""
         side = self.pyramids.patch // self.model.vae.factor
         shape = (self.model.unet.cfg.channels, side, side)
         noise = []

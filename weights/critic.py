@@ -73,7 +73,8 @@ class PatchGAN(Module):
         return self.layers(x).float()
 
 class CriticStage(VAEStage):
-    """An autoencoder and its critics, which learn together, by one optimiser."""
+    """An autoencoder and its critics, which learn together, by one optimiser. Each rank weighs the PatchGAN on its own
+    part of a batch, so another number of ranks changes more than the rounding."""
 
     def __init__(self, cfg, anchor, start=None):
         super().__init__(cfg, anchor, start)

@@ -45,7 +45,7 @@ def test_published_decoding():
 def test_flat(printed):
     """catches: a canvas that was not drawn at the size told."""
     rows = [line.split() for line in printed("flat", "--sizes=128,256", "--steps=1")[-2:]]
-    assert [row[:2] for row in rows] == [["128", "9"], ["256", "25"]] and all(float(row[2]) >= 0 for row in rows)
+    assert [row[:2] for row in rows] == [["128", "9"], ["256", "25"]]
 
 def test_cosine(printed, monkeypatch):
     """catches: a direction that is no vector; columns mixed up."""
