@@ -4,10 +4,10 @@
     python train.py toy_long --lr=5e-4                 # any setting below; the same command resumes
     torchrun --standalone --nproc_per_node=6 train.py brca --data=DIR --vae_weights=FILE
 
-A run folder holds ema.safetensors (averaged U-Net and Summarizer, and the VAE: what all commands load),
-vae.safetensors, latents/, *state*.safetensors (to go on from), config.json, log.jsonl (`python -m
-experiments.plot RUN` draws it) and samples/*.png. The result depends on settings and seed. Interruptions
-change nothing (on more than two ranks, the rounding), the number of ranks only the rounding.     read next: cdm.py
+A run folder holds ema.safetensors (averaged U-Net and Summarizer, and the VAE: what all commands load), vae and
+*state*.safetensors (to go on from), latents/, samples/*.png, log.jsonl (`python -m experiments.plot RUN`).
+Settings and seed decide the result. Interruptions change nothing (on more than two ranks, the rounding), the
+number of ranks only the rounding.     read next: cdm.py
 """
 import json
 import math
@@ -41,6 +41,7 @@ class OptimConfig:
     weight_decay: float = 0.01  # official: AdamW's default
     clip: float = 1.0           # gradient norm; 0 = none (published)
     ema: float = 0.995          # decay of the averaged weights; published 0.9999
+    muon: bool = False          # fewer steps, by toy/muon.py (not for the VAE); published: AdamW
 
 @dataclass
 class LoopConfig:               # nothing of this changes what is computed
@@ -107,18 +108,19 @@ TABLE = {
     "unet.groups":          (8,            8,          8,          None,          None,         None),
     "unet.positions":       (16,           16,         16,         16,            None,         None),
     "pred":                 ("v",          "v",        "v",        "v",           None,         None),
-    "steps":                (40,           1600,       4000,       100_000,       500_000,      500_000),
-    "batch":                (16,           16,         None,       128,           420,          400),
+    "steps":                (40,           450,        4000,       100_000,       500_000,      500_000),
+    "batch":                (16,           24,         None,       128,           420,          400),
     "micro":                (None,         None,       None,       64,            None,         None),
-    "lr":                   (3e-4,         None,       1e-3,       1e-4,          2e-5,         2e-5),
+    "lr":                   (3e-4,         3e-3,       1e-3,       1e-4,          2e-5,         2e-5),
     "warmup":               (None,         None,       None,       1000,          1000,         1000),
     "decay":                (None,         None,       None,       None,          "constant",   "constant"),
     "betas":                (None,         None,       None,       None,          (0.9, 0.999), (0.9, 0.999)),
     "clip":                 (None,         None,       None,       None,          0.0,          0.0),
     "ema":                  (None,         None,       0.999,      0.9999,        0.9999,       0.9999),
+    "muon":                 (None,         True,       None,       None,          None,         None),
     "workers":              (None,         None,       None,       4,             4,            4),
     "log_every":            (10,           None,       None,       100,           100,          100),
-    "sample_every":         (40,           800,        1000,       5000,          10_000,       10_000),
+    "sample_every":         (40,           450,        1000,       5000,          10_000,       10_000),
     "save_every":           (10,           None,       None,       1000,          5000,         5000),
 }
 PRESETS = {name: {key: row[i] for key, row in TABLE.items() if row[i] is not None}
@@ -167,7 +169,9 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
     net = net.to(ranks.device).train()
     ema = {k: v.detach().clone() for k, v in net.state_dict().items()} if ema_decay else None
     groups = getattr(net, "groups", lambda: [{"params": list(net.parameters())}])()     # the first has lr
-    opt = torch.optim.AdamW(groups, lr, optim.betas, weight_decay=optim.weight_decay, fused=True)
+    from toy.muon import Muon
+    kind = Muon if optim.muon and name != "vae_" else torch.optim.AdamW
+    opt = kind(groups, lr, optim.betas, weight_decay=optim.weight_decay, fused=True)
     start = resume(state_file, cfg, net, ema, opt, ranks)
     if start >= steps:
         return start, ema or net.state_dict()
@@ -176,8 +180,7 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
     with feed(dataset, range(start, steps), batch, micro, ranks, loop.workers) as (batches, asked):
         bar = tqdm(range(start, steps), log.stage, steps, initial=start, disable=ranks.rank > 0)
         for step in bar:
-            rate = lr_at(step, steps, lr, min(optim.warmup, steps // 5), optim.decay)
-            opt.param_groups[0]["lr"] = rate
+            opt.param_groups[0]["lr"] = lr_at(step, steps, lr, min(optim.warmup, steps // 5), optim.decay)
             noise = net.noise(step)                                     # of the whole global batch
             for at in places:                                           # where a micro-batch begins in it
                 item = next(batches) | {k: v[at:at + micro] for k, v in noise.items()}
@@ -191,9 +194,8 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
             done = step + 1
             save, sample = (done == steps or done % n == 0 for n in (loop.save_every, loop.sample_every))
             if stop or save or sample or done % loop.log_every == 0:
-                bar.set_postfix(loss=log.write(done, batch, grad, rate))
-            if hasattr(net, "after_step"):
-                net.after_step(done, ranks)
+                bar.set_postfix(loss=log.write(done, batch, grad, opt.param_groups[0]["lr"]))
+            getattr(net, "after_step", lambda *_: None)(done, ranks)
             if (stop or save) and ranks.rank == 0:
                 save_state(state_file, cfg, done, net, ema, opt)
             if stop:
@@ -236,8 +238,7 @@ def agree(log, step, batch, grad, asked):
     share = batch // ranks.world
     losses = torch.cat([r["loss"] for r in log.rows])[-share:]
     flags = torch.zeros(batch + 1, device=losses.device)                # one a sample, and the SIGTERM
-    own = flags[ranks.rank * share:][:share]                            # a view
-    own.copy_(~losses.isfinite())
+    flags[ranks.rank * share:][:share] = ~losses.isfinite()             # this rank's part
     flags[-1] = len(asked)
     bad = ranks.sum(flags)[:-1].nonzero()[:, 0].tolist()
     if bad or not grad.isfinite():                                      # a gradient names no sample
@@ -268,8 +269,7 @@ def export(model, pyramids, cfg, ranks, step, ema):
             with ranks.autocast():
                 c = model.summarizer(batch["tokens"], batch["mask"], batch["s"]).float()    # (n,65,D)
                 drawn = model.draw(c, side, steps=SHEET["steps"], seed=cfg.seed, sampler="dpm")
-                real = batch["x"] if images else model.decode(batch["z"])
-            real = real.float().cpu()
+                real = (batch["x"] if images else model.decode(batch["z"])).float().cpu()
             rows += [real[:8], drawn[:8]]                               # (8,3,P,P)
             labels += [f"scale {s} {split}", f"scale {s} drawn"]
             layout[s] = round(layout_fidelity(drawn, real, min(2 ** s, 8)), 4)
@@ -371,15 +371,14 @@ def check(cfg):
 
 def open_training(cfg, ranks, std):
     """The data, made if a toy preset lacks its own, and the sizes that they decide. raises: UserError."""
-    folders = cfg.data.split(",")
-    folder = folders[0]
+    folder, *others = cfg.data.split(",")
     ours = cfg.preset in TOYS and folder == PRESETS[cfg.preset]["data"]      # no folder that the user named
     if ours and ranks.rank == 0:
         if not Path(folder, "index.json").exists() or not read_index(folder)["slides"]:
             data.main(["toy", f"--out={folder}", *TOYS[cfg.preset]])
     ranks.barrier()
     pyramids = open_data(folder, std=std)
-    if {open_data(name).patch for name in folders} != {pyramids.patch}:
+    if {open_data(name).patch for name in others} - {pyramids.patch}:
         raise UserError(f"--data={cfg.data}: patches of several sizes; build them with one --patch")
     if pyramids.official and cfg.vae_weights in ("", SHIPPED):
         raise UserError(f"{cfg.data} holds latents of the published VAE: give it with --vae_weights=FILE")
