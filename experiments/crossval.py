@@ -93,15 +93,25 @@ class Job:
         same["folds"] = same["folds"] or (USUAL if self.cfg.splits else usual_folds(labels))
         return {"settings": same, "folder": str(self.folder), "view": self.view, "head": self.head,
                 "fraction": self.fraction, "repeat": self.repeat, "slides": labels.names, "classes": labels.classes,
-                "mark": mark}
+                "mark": mark, "holds": "validation losses"}  # older files lack them
 
 def out_of(cfg):
     first = cfg.features.split(",")[0].strip().rstrip("/")
     return Path(cfg.out or f"{first}_cv")
 
+def validation(heads, bags, labels, splits):
+    """The loss of each fold's head on the slides that stopped its training. out: (folds,)."""
+    found = []
+    for (head, (mean, deviation)), (_, stop, _) in zip(heads, splits):
+        with torch.no_grad():
+            losses = [head.loss((bags[labels.names[i]] - mean) / deviation, labels.y[i]) for i in stop]
+        found.append(torch.stack(losses).mean())
+    return torch.stack(found)
+
 def run_job(job):
-    """Write scores (n,C) of every slide by the head that did not see it, fold (n,), y (n,), and, for the first
-    repetition, the heads. out: the file; one that is there and was made by the same job is kept."""
+    """Write scores (n,C) of every slide by the head that did not see it, fold (n,), y (n,), the validation losses
+    (folds,), and, for the first repetition, the heads. out: the file; one that is there and was made by the same job is
+    kept."""
     name = f"{job.name()}_{job.head}_{job.fraction}_{job.repeat}.safetensors"
     path, labels = out_of(job.cfg) / file_of(name).replace(" ", "_"), job.labels()
     splits = job.splits(labels)
@@ -111,7 +121,7 @@ def run_job(job):
     torch.set_num_threads(1)
     bags = open_bags(job.folder, job.view, names=tuple(labels.names))
     scores, fold, heads = cross_validate(HEADS[job.head], [bags], bags, labels, splits, job.cfg, job.repeat)
-    tensors = {"scores": scores, "fold": fold, "y": labels.y}
+    tensors = {"scores": scores, "fold": fold, "y": labels.y, "val": validation(heads, bags, labels, splits)}
     for k, (head, scaler) in enumerate(heads if job.repeat == 0 else ()):
         tensors |= {f"head.{k}.{key}": value for key, value in head.state_dict().items()}
         tensors[f"scaler.{k}"] = torch.stack(scaler)                       # (2,K)
@@ -262,6 +272,23 @@ def tables(cfg, pairs=None):
              "interval": limits(d)} for (f, h, share), d in draws.items()]
     write_text(out / "cv.json", json.dumps({"settings": asdict(cfg), "rows": rows}, indent=1))
     return draws
+
+def chosen(cfg):
+    """What features are worth of which every fold takes its own: those whose head has the lowest validation loss. So no
+    test slide has a say. in: cfg of one view, head and share, whose tables are there.
+    out: draws (1+n,) of the AUC; {features: how many folds took them}."""
+    jobs, aucs = jobs_of(cfg), []
+    names, labels = [job.name() for job in jobs if job.repeat == 0], jobs[0].labels()
+    counts, weights = dict.fromkeys(names, 0), patient_draws(labels.patients, cfg.bootstrap, cfg.seed)
+    for repeat in range(cfg.seeds):
+        found = [load_tensors(run_job(job))[0] for job in jobs if job.repeat == repeat]
+        fold, scores = found[0]["fold"], found[0]["scores"].clone()                # of the same splits in all
+        best = torch.stack([t["val"] for t in found]).argmin(0)                # (folds,)
+        for k, number in enumerate(best.tolist()):
+            scores[fold == k] = found[number]["scores"][fold == k]
+            counts[names[number]] += 1
+        aucs.append(weighted_auc(scores.double(), labels.y, fold, weights))
+    return torch.stack(aucs).mean(0), counts
 
 def main(argv):
     tables(configure(Config, argv, doc=__doc__))

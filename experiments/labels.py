@@ -81,14 +81,20 @@ def table(cfg):
             verdict(f"  {text}: {a} - {b}", stack(gaps).mean(0))
 
 def sweep(cfg):
-    """Diffusion features over t, and over the block of the U-Net; the first head, all training slides, all scales."""
+    """Diffusion features over t, and over the block of the U-Net; the first head, all training slides, all scales.
+    out: draws (1+n,) of the AUC where every fold chooses both, by its validation loss."""
     usual, folders = cfg.extract, []
     settings = [(t, usual.block) for t in cfg.ts]
     settings += [(usual.t, block.strip()) for block in cfg.blocks.split(",")]
     for t, block in settings:
         folders.append(extracted(cfg, f"t{t}_{block or 'default'}", kind="unet", t=t, block=block))
     joined, head = views(folders[0])[-1], heads_of(cfg.cv)[0]
-    crossval.tables(cv_of(cfg, folders, fraction=(1.0,), views=joined, heads=head), pairs=[])
+    cv = cv_of(cfg, folders, fraction=(1.0,), views=joined, heads=head)
+    crossval.tables(cv, pairs=[])
+    best, counts = crossval.chosen(cv)
+    taken = ", ".join(f"{name} {n}" for name, n in counts.items())
+    print(f"\nt and block chosen in every fold by its validation loss: {interval(best)}; folds that took {taken}")
+    return best
 
 def squares(file, source):
     """Each square of a toy slide: {scale: [(its mean features (K,), has it a duct, has it large nuclei, fold)]}."""

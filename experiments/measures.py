@@ -176,12 +176,17 @@ def inversion(lab):
     ten, five, below = (spread(shares[s]) for s in (1, 2, 3))
     return {"cells found again at 10x": (*ten, 0.5), "at 5x": (*five, 0.5), "5x - 2.5x": (*minus(five, below), 0)}
 
+def diagnosis(lab, run, task, name, **settings):
+    """Settings of experiments/labels.py: features of a run for the slides of `task`, at two scales, by ABMIL."""
+    how = features.Config(scales=(0, 2), device=lab.cfg.device, threads=lab.cfg.threads)
+    cv = crossval.Config(seeds=3, heads="abmil", workers=lab.cfg.threads)
+    place = dict(run=run, data=task, labels=f"{task}/labels.csv", out=lab.place(name))
+    return labels.Config(**place, extract=how, cv=cv, **settings)
+
 def two_scales(lab):
     if not (Path(lab.cfg.task) / "index.json").is_file():
         data.main(["toy", "--task", f"--out={lab.cfg.task}", f"--patch={lab.patch}"])
-    how = features.Config(scales=(0, 2), device=lab.cfg.device, threads=lab.cfg.threads)
-    cv = crossval.Config(seeds=3, heads="abmil", workers=lab.cfg.threads)
-    cfg = labels.Config(lab.home, "table", lab.cfg.task, f"{lab.cfg.task}/labels.csv", lab.place("mil"), how, cv)
+    cfg = diagnosis(lab, lab.home, lab.cfg.task, "mil")
     draws = crossval.tables(labels.cv_of(cfg, [labels.extracted(cfg, "unet", kind="unet")]), pairs=[])
     both, found = draws["unet 0+2", "abmil", 1.0], {}
     for view in ("0", "2"):
@@ -220,6 +225,22 @@ def text_controls(lab):
     quick = dict(n=32, seeds=2, steps=10, overlap=0, guide="x0+proxy")
     found = lab.conditions("text", captions=f"{home}/heldout.tsv", **quick)
     return {"Spearman of shares, told and drawn": (*found["means"]["all shares together"], 0.5)}
+
+def learned_features(lab):
+    """What is conditioned on, and compared with, is a network that learned to name what is in photographs."""
+    slides, task = lab.place("learned"), lab.place("learned_task")
+    made = "--encoder=efflite0_imagenet", f"--patch={lab.patch}", f"--workers={lab.cfg.threads}"
+    data.main(["toy", "--slides=64", "--test=4", "--size=512", f"--out={slides}", *made])
+    data.main(["toy", "--task", "--slides=160", f"--out={task}", *made])
+    run = lab.trained("learned_run", slides)
+    cfg = diagnosis(lab, run, task, "learned_mil", ts=(10, 100), blocks="middle,1")
+    ours = labels.sweep(cfg)                                                   # (1+draws,), the first of all patients
+    cv = labels.cv_of(cfg, [labels.extracted(cfg, "descriptor", kind="descriptor")], views="0+2")
+    theirs = crossval.tables(cv, pairs=[])["descriptor 0+2", "abmil", 1.0]
+
+    def told(draws, bound=None):
+        return float(draws[0]), float(draws[1:].std()), bound
+    return {"AUC, diffusion features - embeddings": told(ours - theirs, 0), "of the embeddings": told(theirs)}
 
 def enough(lab):
     s, cfgs = 1, {n: conditions.Config(steps=n) for n in (10, 20, 50, 100)}

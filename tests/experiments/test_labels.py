@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import cross_entropy, one_hot
 
 import data
 import mil
-from common import UserError, generator, load_tensors
+from common import UserError, generator, load_tensors, save_tensors
 from data import Pyramids
 from experiments import crossval, maps
 from experiments import labels as claims
@@ -167,6 +168,47 @@ def test_cv_command(folder, tmp_path, capsys):
     assert cv(folder, tmp_path, *more) == rows and [f.stat().st_mtime_ns for f in files] == stamps
     cv(folder, tmp_path, *more, "--epochs=1")                              # other settings: trained again
     assert [f.stat().st_mtime_ns for f in files] != stamps
+
+def test_folds_choose_their_features_by_the_slides_that_stop_training(tmp_path):
+    """Noise, and features that tell the label. catches: a choice by the scores of test slides; one choice for all folds;
+    the scores of another choice."""
+    write_csv(tmp_path / "labels.csv", "slide_id,label", *(f"s{k:02d},{k % 2}" for k in range(40)))
+    for kind in (0, 1):
+        (tmp_path / f"k{kind}").mkdir()
+        for k in range(40):
+            x = torch.randn(6, 4, generator=generator(kind, k)) + 3 * kind * (k % 2)
+            np.save(tmp_path / f"k{kind}/s{k:02d}.npy", x.numpy())
+    cfg = crossval.Config(features=f"{tmp_path}/k0,{tmp_path}/k1", labels=f"{tmp_path}/labels.csv", heads="abmil", folds=4,
+                          out=f"{tmp_path}/out", seeds=2, epochs=4, width=8, bootstrap=5, workers=1)
+    draws = crossval.tables(cfg)
+    best, counts = crossval.chosen(cfg)
+    assert counts == {"k0": 0, "k1": 8} and torch.equal(best, draws["k1", "abmil", 1.0]) and best[0] > 0.9
+    expected = []
+    for repeat in range(2):
+        noise, good = (tmp_path / f"out/k{kind}_abmil_1.0_{repeat}.safetensors" for kind in (0, 1))
+        (t, meta), (other, _) = load_tensors(noise), load_tensors(good)
+        third, last = t["fold"] == 2, t["fold"] == 3
+        t["val"][2] = -1                                                   # as if its head were better there,
+        t["scores"][last] = one_hot(t["y"][last], 2).float()               # and right about test slides of another
+        save_tensors(noise, t, meta)
+        scores = torch.where(third[:, None], t["scores"], other["scores"])
+        expected.append(crossval.weighted_auc(scores.double(), t["y"], t["fold"], torch.ones(1, 40).double()))
+    mixed, counts = crossval.chosen(cfg)
+    assert counts == {"k0": 2, "k1": 6} and float(mixed[0]) == pytest.approx(float(torch.stack(expected).mean()))
+    assert mixed[0] < best[0]
+
+def test_validation_loss_is_that_of_the_slides_that_stop_training(folder, tmp_path):
+    """catches: the loss of training or test slides; of features that were not standardised."""
+    cv(folder, tmp_path, "--heads=abmil")
+    t, meta = load_tensors(tmp_path / "pt_abmil_1.0_0.safetensors")
+    labels, bags = Labels(folder / "labels.csv", meta["slides"]), Bags(folder / "pt")
+    for k, (_, stop, _) in enumerate(make_splits(labels, 2, 1.0, 0.2, 0)):
+        head = mil.ABMIL(8, 2, meta["settings"]["width"]).eval()
+        head.load_state_dict({key: t[f"head.{k}.{key}"] for key in head.state_dict()})
+        mean, deviation = t[f"scaler.{k}"]
+        with torch.no_grad():
+            logits = torch.stack([head((bags[labels.names[i]] - mean) / deviation)[0] for i in stop])
+        assert float(t["val"][k]) == pytest.approx(float(cross_entropy(logits, labels.y[stop])), rel=1e-5)
 
 def test_folders_that_are_called_alike(folder, tmp_path, capsys):
     """As RUN/features of two runs. catches: one row for both, from the scores of the last."""
