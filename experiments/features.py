@@ -50,6 +50,8 @@ class Descriptor:
         self.encoder = load_encoder(pyramids.encoder, pyramids.std, weights, ranks.device)
 
     def of(self, slide, batch):
+        if "e" in batch and not self.encoder.scaled:           # of a large network: it saw base tiles long ago
+            return batch["e"][..., 0, 0]                                   # (b,E)
         return self.encoder((batch["x"] + 1) / 2).float()                  # (b,E)
 
 class Drawn(Activations):
@@ -87,10 +89,10 @@ def families(pyramids, k, scales):
 def scale_features(source, k, s, batch_size):
     """in: source, with pyramids, ranks and `of`, as Activations. out: (n,K), all patches of scale s of slide k."""
     pyramids, device = source.pyramids, source.ranks.device
-    slide = pyramids.slides[k]
-    rows = []
+    slide, rows = pyramids.slides[k], []
+    want = ("x", "e") if s == 0 else ("x",)                    # a patch of scale 0 is a base tile: one embedding
     for numbers in torch.arange(slide["counts"][s]).split(batch_size):
-        items = [pyramids.item(k, s, n, ("x",)) for n in numbers.tolist()]
+        items = [pyramids.item(k, s, n, want) for n in numbers.tolist()]
         batch = {key: value.to(device) for key, value in default_collate(items).items()}
         rows.append(source.of(slide["name"], batch).cpu())
     return torch.cat(rows)

@@ -10,6 +10,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
 
+import torch
+from torch.nn.functional import cosine_similarity
+
 import cdm
 import data
 import train
@@ -18,7 +21,7 @@ from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM, layout_fidelity
 from experiments import against, conditions, crossval, features, labels, speed, sr
 from experiments.metrics import paired_gain, random_features, standard
-from experiments.quality import Ruler, held_out, open_run
+from experiments.quality import Ruler, crops, held_out, open_run, uncrop
 from large.command import Settings, decoded, draw_large
 from sample_joint import Config as Drawing, draw_patches
 from text import captions
@@ -129,22 +132,24 @@ def second_domain(lab):
         gains.append(right - wrong)
     return {"layout": (*spread(by_grid(pairs)), 0.9), "similarity, right - wrong condition": (*spread(gains), 0)}
 
+def large_image(lab, grid, level=-1, **how):
+    """Draw an image of 8 x 8 patches as `how` says. out: (1,3,H,W), or, with level=0, the coarse view drawn with it."""
+    cfg = Settings(run=lab.home, size=(8 * lab.patch,), context=(3,), sampler="lean", steps=12, **how)
+    levels, _ = draw_large(lab.model, grid, cfg, lab.ranks, lab.proxy)
+    return decoded(lab.model, levels[level].z, lab.ranks)
+
 def large_images(lab, n, ways):
     """Draw n held-out slides in several ways. out: {way: {column: [of each image]}}, seconds among the columns."""
-    side, context = 8 * lab.patch, 3
-    grids, real = zip(*(held_out(lab.pyramids, k, side) for k in range(n)))
-    ruler, table = Ruler(lab.pyramids, context, real), {}
-    common = dict(run=lab.home, size=(side,), context=(context,), sampler="lean", steps=12)
+    grids, real = zip(*(held_out(lab.pyramids, k, 8 * lab.patch) for k in range(n)))
+    ruler, table = Ruler(lab.pyramids, 3, real), {}
     for name, how in ways.items():
         drawn, seconds = [], []
         for grid in grids:
             began = time.perf_counter()
-            levels, _ = draw_large(lab.model, grid, Settings(**common, **how), lab.ranks, lab.proxy)
-            image = decoded(lab.model, levels[-1].z, lab.ranks)
+            image = large_image(lab, grid, **how)
             seconds.append(time.perf_counter() - began)
-            view, _ = draw_large(lab.model, grid, Settings(**common, method="bicubic"), lab.ranks)
-            drawn.append((image, decoded(lab.model, view[0].z, lab.ranks)))
-        table[name] = against.judge(ruler, context, real, drawn) | {"seconds": seconds}
+            drawn.append((image, large_image(lab, grid, 0, method="bicubic")))
+        table[name] = against.judge(ruler, 3, real, drawn) | {"seconds": seconds}
     return table
 
 def coherence(lab):
@@ -202,9 +207,37 @@ def summarizers(lab):
     gaps = [a - b for a, b in zip(*layout)]
     return {"layout, transformer - CNN": (*spread(gaps), 0)}
 
+def recoded(lab, x):
+    """A real image (1,3,H,W) through the autoencoder alone: coded patch by patch, as what runs are trained on, and
+    decoded as large images are."""
+    size = tuple(n // lab.model.vae.factor for n in x.shape[2:])
+    with torch.no_grad(), lab.ranks.autocast():
+        z = lab.model.encode(crops(x, lab.patch).to(lab.ranks.device)).float()             # (n,C,P/4,P/4)
+    return decoded(lab.model, uncrop(z, size), lab.ranks)
+
 def likeness(lab):
-    found = large_images(lab, 8, {"joint": {}})["joint"]["similarity of crops"]
-    return {"cosine of tiles with their reference, descriptor": (*spread(found), 0.9)}
+    """... and where it is lost: in the autoencoder; in a patch drawn from its embedding, with more guidance or less; in
+    windows that overlap, so that their conditions are mixtures; and in the guide, which makes them joint."""
+    alone, plain = {"method": "independent"}, 5                # grey levels: glass, as `data.py build --background=5`
+    ways = {"of patches drawn alone": alone, "with guidance 1": alone | {"guidance": 1.0},
+            "with guidance 3": alone | {"guidance": 3.0}, "of windows without a guide": {"inner": 0}, "joint": {}}
+    grids, real = zip(*(held_out(lab.pyramids, k, 8 * lab.patch) for k in range(8)))
+    features, _, like = Ruler(lab.pyramids, 3, real).spaces["desc"]
+
+    def alike(images):                                         # the cosine of each tile with the real one
+        rows = [[like(features(crops(x, lab.patch))) for x in pair] for pair in zip(images, real)]
+        return [cosine_similarity(near, own) for near, own in rows]                        # (n,) of each image
+
+    def told(rows, bound=None):
+        return *spread([float(row.mean()) for row in rows if len(row)]), bound
+    found = {name: alike([large_image(lab, grid, **how) for grid in grids]) for name, how in ways.items()}
+    grey = [crops(x, lab.patch).mean(1).flatten(1).std(1) * 127.5 for x in real]           # deviations (n,)
+    joint = found.pop("joint")
+    return {"cosine of tiles with their reference, descriptor": told(joint, 0.9),
+            "of the real ones, coded and decoded": told(alike([recoded(lab, x) for x in real])),
+            **{name: told(rows) for name, rows in found.items()},
+            "joint, of tiles of glass": told([row[g < plain] for row, g in zip(joint, grey)]),
+            "of all others": told([row[g >= plain] for row, g in zip(joint, grey)])}
 
 def samples_as_data(lab):
     how = features.Config(device=lab.cfg.device, threads=lab.cfg.threads)
@@ -232,7 +265,7 @@ def learned_features(lab):
     made = "--encoder=efflite0_imagenet", f"--patch={lab.patch}", f"--workers={lab.cfg.threads}"
     data.main(["toy", "--slides=64", "--test=4", "--size=512", f"--out={slides}", *made])
     data.main(["toy", "--task", "--slides=160", f"--out={task}", *made])
-    run = lab.trained("learned_run", slides)
+    run = lab.trained("learned_run", slides, "--steps=800")
     cfg = diagnosis(lab, run, task, "learned_mil", ts=(10, 100), blocks="middle,1")
     ours = labels.sweep(cfg)                                                   # (1+draws,), the first of all patients
     cv = labels.cv_of(cfg, [labels.extracted(cfg, "descriptor", kind="descriptor")], views="0+2")

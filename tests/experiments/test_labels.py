@@ -170,16 +170,17 @@ def test_cv_command(folder, tmp_path, capsys):
     assert [f.stat().st_mtime_ns for f in files] != stamps
 
 def test_folds_choose_their_features_by_the_slides_that_stop_training(tmp_path):
-    """Noise, and features that tell the label. catches: a choice by the scores of test slides; one choice for all folds;
-    the scores of another choice."""
+    """Noise, and features that tell the label. catches: a choice by the scores of test slides; one choice for all
+    folds; the scores of another choice."""
     write_csv(tmp_path / "labels.csv", "slide_id,label", *(f"s{k:02d},{k % 2}" for k in range(40)))
     for kind in (0, 1):
         (tmp_path / f"k{kind}").mkdir()
         for k in range(40):
             x = torch.randn(6, 4, generator=generator(kind, k)) + 3 * kind * (k % 2)
             np.save(tmp_path / f"k{kind}/s{k:02d}.npy", x.numpy())
-    cfg = crossval.Config(features=f"{tmp_path}/k0,{tmp_path}/k1", labels=f"{tmp_path}/labels.csv", heads="abmil", folds=4,
-                          out=f"{tmp_path}/out", seeds=2, epochs=4, width=8, bootstrap=5, workers=1)
+    folders = f"{tmp_path}/k0,{tmp_path}/k1"
+    cfg = crossval.Config(folders, f"{tmp_path}/labels.csv", out=f"{tmp_path}/out", heads="abmil", folds=4, seeds=2,
+                          epochs=4, width=8, bootstrap=5, workers=1)
     draws = crossval.tables(cfg)
     best, counts = crossval.chosen(cfg)
     assert counts == {"k0": 0, "k1": 8} and torch.equal(best, draws["k1", "abmil", 1.0]) and best[0] > 0.9
