@@ -181,17 +181,17 @@ def inversion(lab):
     ten, five, below = (spread(shares[s]) for s in (1, 2, 3))
     return {"cells found again at 10x": (*ten, 0.5), "at 5x": (*five, 0.5), "5x - 2.5x": (*minus(five, below), 0)}
 
-def diagnosis(lab, run, task, name, **settings):
+def diagnosis(lab, run, task, name, seeds, **settings):
     """Settings of experiments/labels.py: features of a run for the slides of `task`, at two scales, by ABMIL."""
     how = features.Config(scales=(0, 2), device=lab.cfg.device, threads=lab.cfg.threads)
-    cv = crossval.Config(seeds=3, heads="abmil", workers=lab.cfg.threads)
+    cv = crossval.Config(seeds=seeds, heads="abmil", workers=lab.cfg.threads)
     place = dict(run=run, data=task, labels=f"{task}/labels.csv", out=lab.place(name))
     return labels.Config(**place, extract=how, cv=cv, **settings)
 
 def two_scales(lab):
     if not (Path(lab.cfg.task) / "index.json").is_file():
         data.main(["toy", "--task", f"--out={lab.cfg.task}", f"--patch={lab.patch}"])
-    cfg = diagnosis(lab, lab.home, lab.cfg.task, "mil")
+    cfg = diagnosis(lab, lab.home, lab.cfg.task, "mil", 3)
     draws = crossval.tables(labels.cv_of(cfg, [labels.extracted(cfg, "unet", kind="unet")]), pairs=[])
     both, found = draws["unet 0+2", "abmil", 1.0], {}
     for view in ("0", "2"):
@@ -266,7 +266,7 @@ def learned_features(lab):
     data.main(["toy", "--slides=64", "--test=4", "--size=512", f"--out={slides}", *made])
     data.main(["toy", "--task", "--slides=160", f"--out={task}", *made])
     run = lab.trained("learned_run", slides, "--steps=800")
-    cfg = diagnosis(lab, run, task, "learned_mil", ts=(10, 100), blocks="middle,1")
+    cfg = diagnosis(lab, run, task, "learned_mil", 2, ts=(10, 100), blocks="middle,1")
     ours = labels.sweep(cfg)                                                   # (1+draws,), the first of all patients
     cv = labels.cv_of(cfg, [labels.extracted(cfg, "descriptor", kind="descriptor")], views="0+2")
     theirs = crossval.tables(cv, pairs=[])["descriptor 0+2", "abmil", 1.0]

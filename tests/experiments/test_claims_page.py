@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import UserError, save_tensors
+from common import UserError, generator, save_tensors
 from diffusion import ZoomLDM
 from experiments import claims
 from experiments import measures as M
@@ -53,10 +54,10 @@ def test_nothing_was_run(run, capsys):
     """Fifteen lines, all open, none with a figure; each names a page that exists."""
     found = lines(capsys, run)
     assert list(found) == [f"C{n}" for n in range(1, 16)]
-    for name, line in found.items():
+    for line in found.values():
         said, paper, here, status, page = line.split(" · ")
         assert here == "-" and status.startswith("open: ") and (ROOT / page).is_file(), line
-        assert status == "open: not run" or name == "C14"
+        assert status == "open: not run", line
 
 def test_what_was_measured_is_kept(home, two, capsys):
     """catches: a claim measured again; another that is measured with it; a verdict without its bound."""
@@ -210,14 +211,65 @@ def test_measurements_take_the_right_numbers(monkeypatch):
     assert [v[0] for v in M.two_scales(lab).values()] == pytest.approx([0.3, 0.2])
     near = "A(image) to context, dB"
     put(monkeypatch, M, large_images={
-        "joint": {near: [30.0, 32.0], "seconds": [1.0, 2.0], "similarity of crops": [0.7, 0.9]},
-        "patches": {near: [20.0, 24.0], "seconds": [3.0, 8.0]}})
+        "joint": {near: [30.0, 32.0], "seconds": [1.0, 2.0]}, "patches": {near: [20.0, 24.0], "seconds": [3.0, 8.0]}})
     db, times = M.coherence(lab).values()
     assert db == pytest.approx((9, 1, 0)) and times == pytest.approx((3.5, 0.5, 1))
-    assert [*M.likeness(lab).values()] == [pytest.approx((0.8, 0.1, 0.9))]
     put(monkeypatch, M.captions, main=None)
     monkeypatch.setattr(M.conditions, "text", {"means": {"all shares together": (0.7, 0.1)}})
     assert [*M.text_controls(lab).values()] == [(0.7, 0.1, 0.5)]
+
+def test_where_likeness_is_lost(monkeypatch):
+    """Drawn images are real ones with a known share of noise. catches: a figure under another name; glass that counts
+    as tissue."""
+    P, noise = 16, {"independent": 0.5, "1": 0.6, "3": 0.7, "0": 0.8, "joint": 0.4}
+    real = torch.randn(8, 1, 3, 2 * P, 2 * P, generator=generator(0))
+    real[:, ..., :P, :P] *= 0.01                                                          # one tile of four is glass
+    real[0] = real[1]
+
+    def drawn(lab, k, method="joint", guidance=2.0, inner=1):
+        way = "0" if inner == 0 else method if guidance == 2 else f"{guidance:g}"
+        other = torch.randn(real[k].shape, generator=generator(1, k))
+        other[..., :P, :P] *= 0.01
+        return real[k] * (1 - noise[way] ** 2) ** 0.5 + noise[way] * other
+    put(monkeypatch, M, large_image=drawn, recoded=lambda lab, x: x, held_out=lambda data, k, side: (k, real[k]),
+        Ruler=SimpleNamespace(spaces={"desc": (lambda x: x.flatten(1), None, lambda x: x)}))
+    found = M.likeness(SimpleNamespace(pyramids=None, patch=P))
+    names = ["cosine of tiles with their reference, descriptor", "of the real ones, coded and decoded",
+             "of patches drawn alone", "with guidance 1", "with guidance 3", "of windows without a guide",
+             "joint, of tiles of glass", "of all others"]
+    shares = [noise[way] for way in ("joint", "independent", "1", "3", "0")]
+    cosines = [(1 - share ** 2) ** 0.5 for share in shares]
+    wanted = [cosines[0], 1, *cosines[1:], cosines[0], cosines[0]]
+    assert list(found) == names
+    assert [value for value, _, _ in found.values()] == pytest.approx(wanted, abs=0.03)
+    assert [bound for _, _, bound in found.values()] == [0.9] + 7 * [None]
+
+def test_learned_features_are_held_against_what_they_were_conditioned_on(monkeypatch):
+    """catches: the difference turned round, slides of another encoder, features of another run; a choice of t and block
+    that is not that of the sweep."""
+    made, asked = [], []
+    lab = SimpleNamespace(place=lambda name: name, patch=64, cfg=claims.Config(threads=1),
+                          trained=lambda name, folder, *more: asked.append(folder) or "the run")
+    put(monkeypatch, M.data, main=made.append)
+    put(monkeypatch, M.labels, sweep=lambda cfg: asked.append(cfg) or torch.tensor([0.7, 0.8, 0.6]),
+        extracted=lambda cfg, name, kind: f"{cfg.out}/{kind}", cv_of=lambda cfg, folders, views: (folders, views))
+    put(monkeypatch, M.crossval, tables=lambda cv, pairs: asked.append(cv) or {
+        ("descriptor 0+2", "abmil", 1.0): torch.tensor([0.6, 0.6, 0.6])})
+    gap, theirs = M.learned_features(lab).values()
+    assert gap == pytest.approx((0.1, 2 ** 0.5 / 10, 0)) and theirs == pytest.approx((0.6, 0, None))
+    assert all("--encoder=efflite0_imagenet" in args and "--patch=64" in args for args in made)
+    folder, cfg, (folders, view) = asked
+    assert f"--out={folder}" in made[0] and f"--out={cfg.data}" in made[1] and "--task" in made[1]
+    assert (cfg.run, folders, view) == ("the run", [f"{cfg.out}/descriptor"], "0+2")
+    assert cfg.extract.scales == (0, 2) and cfg.cv.heads == "abmil"
+
+def test_learned_features_need_an_extra(tmp_path, monkeypatch):
+    """catches: hours of work before it is missed; a traceback in the place of an open claim."""
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    lab = SimpleNamespace(place=lambda name: str(tmp_path / name), patch=64, cfg=claims.Config(threads=1))
+    with pytest.raises(UserError, match="efflite0_imagenet' needs its extra: pip install"):
+        M.learned_features(lab)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 def test_steps_and_guidance_are_told(monkeypatch):
     """catches: a distance of other steps, or of another guidance, under this name."""

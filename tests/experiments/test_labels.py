@@ -12,7 +12,7 @@ import data
 import mil
 from common import UserError, generator, load_tensors, save_tensors
 from data import Pyramids
-from experiments import crossval, maps
+from experiments import crossval, features, maps
 from experiments import labels as claims
 from experiments.folds import Labels, make_splits, rarest, read_splits, usual_folds
 from large.beside import LABEL
@@ -285,6 +285,26 @@ def test_extract_command(three, tmp_path, capsys):
         torch.testing.assert_close(*sets, atol=1e-4, rtol=1e-4)
     assert load_tensors(tmp_path / "drawn3" / "train_0000.safetensors")[1]["settings"]["noise"]  # older files: none
     assert (sets[0][0] - sets[0][1]).abs().max() > 1e-3
+
+def test_embeddings_of_a_large_network_are_not_made_twice(three, tmp_path, monkeypatch):
+    """At scale 0 they lie in the files; a coarser patch it has not seen. catches: embeddings of other patches; those of
+    the toy's own encoder, which files hold rounded."""
+    p, seen = Pyramids(three / "task", std=[0.5] * 96), []
+
+    def network(image):
+        seen.append(len(image))
+        return image.mean((2, 3)).repeat(1, 32)                                            # (b,96)
+    network.scaled = False
+    monkeypatch.setattr(features, "load_encoder", lambda *args: network)
+    files = [extract(three, tmp_path / s, "--kind=descriptor", f"--scales={s}")[1] for s in "01"]
+    stored, coarse = (load_tensors(file)[0]["features"] for file in files)
+    e = torch.stack([p.read(1, 0, n, ("e",))["e"][:, 0, 0] for n in range(len(stored))])
+    assert torch.equal(stored, e) and sum(seen) == 3 * len(coarse)
+    x = torch.stack([p.read(1, 1, n)["x"] for n in range(len(coarse))])
+    torch.testing.assert_close(coarse, ((x + 1) / 2).mean((2, 3)).repeat(1, 32))
+    network.scaled = True
+    own = extract(three, tmp_path / "own", "--kind=descriptor", "--scales=0")[1]
+    assert not torch.equal(load_tensors(own)[0]["features"], stored)
 
 def test_other_kinds_of_features(three, tmp_path):
     p = Pyramids(three / "task", std=[0.5] * 96)

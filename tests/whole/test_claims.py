@@ -20,6 +20,7 @@ def test_claims(task, tmp_path, capsys):
     claims.main([*small, "--part=sweep", "--ts=50", "--blocks=middle", "--extract.scales=2"])
     said = capsys.readouterr().out
     assert "t50_default" in said and "t100_middle" in said
+    assert "t and block chosen in every fold by its validation loss: " in said
     claims.main([*small, "--part=probe"])
     rows = {tuple(r.split()[:2]): r.split()[2:] for r in capsys.readouterr().out.splitlines()[1:]}
     assert rows.keys() >= {("descriptor", "1"), ("unet", "2"), ("t50_default", "2")} and all(
