@@ -265,7 +265,7 @@ def learned_features(lab):
     made = "--encoder=efflite0_imagenet", f"--patch={lab.patch}", f"--workers={lab.cfg.threads}"
     data.main(["toy", "--slides=64", "--test=4", "--size=512", f"--out={slides}", *made])
     data.main(["toy", "--task", "--slides=160", f"--out={task}", *made])
-    run = lab.trained("learned_run", slides, "--steps=800")
+    run = lab.trained("learned_run", slides)
     cfg = diagnosis(lab, run, task, "learned_mil", 2, ts=(10, 100), blocks="middle,1")
     ours = labels.sweep(cfg)                                                   # (1+draws,), the first of all patients
     cv = labels.cv_of(cfg, [labels.extracted(cfg, "descriptor", kind="descriptor")], views="0+2")
