@@ -164,7 +164,7 @@ def project(A, x, y, rounds=20):
     return out.to(x)
 
 def paint(model, condition, side, s, y=None, A=None, *, overlap=None, guidance=2.0, steps=50, seed=0,
-          guide="x0", lam=0.3, proxy=None, batch=64, patch=0):
+          guide="x0", lam=1.0, proxy=None, batch=64, patch=0):
     """Draw a canvas of (height, width) = side pixels at scale s, of which A makes y (1,3,h,w), if given.
     in:  condition, a large.windows.Grid or None; patch, as trained if 0. out: (1,3,height,width) in [-1,1]."""
     from large.windows import decode_strips, prepare

@@ -50,7 +50,7 @@ class Config:
     start: str = ""         # of the inference, see invert.py
     guide: str = "x0"
     guidance: float = 1.0   # of super-resolution, see invert.py
-    lam: float = 0.3
+    lam: float = 1.0
     A: str = "box"          # how pyramids are made
     train_steps: int = 400  # of the trained baseline
     lpips: str = ""         # weights of its backbone (extra "metrics"); empty = the column is left out

@@ -39,8 +39,8 @@ class Settings(Conditions, S.Config):
     steps: int = 0             # default: 12 of lean, 50 of ddim
     inner: int = 1             # corrections per step (K)
     lam: tuple = ()            # size of a correction, or first,last. x0, x0+proxy: share of the error, default
-    #                            15 / steps, at most 0.5 and 0.4; s1, s2: largest change of a latent, default 0.1
-    #                            (published: 0.5)
+    #                            15 / steps, at most 0.5, and 0.4,0.1; s1, s2: largest change of a latent, default
+    #                            0.1 (published: 0.5)
     delta: float = 0.005       # width of the denoiser's finite difference (s1, s2)
     zeta: float = 0.005        # width of the encoder's (s2)
     overlap: int = -1          # latents that windows share; -1 = nearly a quarter of a side (multidiffusion: three)
@@ -82,8 +82,10 @@ def times(cfg, T):
 def lams(cfg):
     """The first and the last lam, or the default of the guide."""
     steps = len(times(cfg, 1000))
-    usual = {"x0": min(15 / steps, 0.5), "x0+proxy": min(15 / steps, 0.4)}.get(cfg.guide, 0.1)
-    return (cfg.lam[0], cfg.lam[-1]) if cfg.lam else (usual, usual)
+    share = min(15 / steps, 0.5)
+    # the last steps are the U-Net's, or corrections leave streaks in tissue that nothing mends any more
+    usual = {"x0": (share,), "x0+proxy": (0.8 * share, 0.2 * share)}.get(cfg.guide, (0.1,))
+    return ((cfg.lam or usual)[0], (cfg.lam or usual)[-1])
 
 class Progress:
     """Show how far it is, and keep the latents every minute, so that the same command goes on after an interruption.

@@ -35,11 +35,11 @@ class Config:
     back_project: bool = True  # end with the nearest image whose reduction is exactly the input
     start: str = ""            # of the inference: enlarged or noise (as published); see invert.beginning
     invert_steps: int = 200    # of the inference (Z S8.3)
-    steps: int = 50            # of sampling
+    steps: int = 25            # of sampling
     guidance: float = 2.0      # of the variations: eps_null + guidance (eps_cond - eps_null)
     sr_guidance: float = 1.0   # of super-resolution: 1 is none, for the image itself guides
     guide: str = "x0"          # how the image constrains the sample: see sample_joint.GUIDES
-    lam: float = 0.3           # share of the misfit taken away at every step
+    lam: float = 1.0           # share of the misfit taken away at every step; less leaves lines in bare glass
     A: str = "bicubic"         # how the input came from the fine image: bicubic, or box, as pyramids are made
     seed: int = 0
     batch: int = 8             # windows per network call of the inference; sampling takes 8 times as many

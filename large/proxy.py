@@ -19,6 +19,8 @@ from data import PatchDataset
 from diffusion import to_eps, to_x0
 from sample_joint import Resize, full_precision
 
+PASSES = 6  # corrections by a proxy where the decoder makes one: each takes away less of what is sharp
+
 class Proxy(nn.Module):
     """Three convolutions over the latents; 7 x 7 of them are seen, and the mean and deviation of the whole window, for
     the decoder's GroupNorm and attention look at all of it too. No gradient goes through these two.
@@ -46,7 +48,7 @@ def guide(level, z, t, ab, K, lam, delta, zeta):
     """See sample_joint.guide_x0_by_proxy. Without a proxy the decoder itself is differentiated. out: z, z0_hat, eps."""
     image, smaller, proxy, A, y = level.decode, 1, level.proxy, level.A, level.target
     if proxy is not None:
-        image, smaller = proxy, proxy.factor
+        image, smaller, K = proxy, proxy.factor, PASSES * K
     if smaller > A.factor:  # the proxy's image is smaller than the target: both are compared at its size
         y = Resize(smaller // A.factor, A.kind).down(y)
     small = replace(level, decode=image, A=Resize(max(A.factor // smaller, 1), A.kind), target=y)

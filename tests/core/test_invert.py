@@ -155,6 +155,6 @@ def test_the_image_is_the_target(model, x, monkeypatch):
     batch = I.super_resolve(model, x, 1, steps=1)
     assert batch.shape == (2, 3, 128, 128) and len(seen) == 2
     (level,), options = seen[1]
-    assert level.A.factor == 2 and torch.equal(level.y, x[1:]) and options["lam"] == 0.3
+    assert level.A.factor == 2 and torch.equal(level.y, x[1:]) and options["lam"] == 1.0
     assert level.canvas.overlap == 4 and level.canvas.fade
     assert_close(I.super_resolve(model, x[1:], 1, steps=1), batch[1:], 0.02)

@@ -120,12 +120,13 @@ def test_slerp():
         want = torch.tensor([by_hand(a[:, k].tolist(), b[:, k].tolist(), f) for k in range(3)]).T
         assert_close(slerp(a, b, f), want, 1e-5, f"f={f}")
 
-@pytest.mark.parametrize("s, di, dj", [(0, 0, 0.25), (0, 0.75, 0), (0, 0.25, 0.5), (1, 0.25, 0.5)])
+@pytest.mark.parametrize("s, di, dj", [(0, 0, 0.375), (0, 0.625, 0), (0, 0.375, 0.5), (1, 0.375, 0.5)])
 def test_conditions_between_tiles(s, di, dj):
     """From the four tiles around, along columns, then along rows, then standardised. Catches: a fraction from the
     wrong side, rows and columns exchanged, embeddings standardised before they are mixed only."""
     e, g = grid(), 2 ** s
     out = Grid(e)(s, 1 + di, 2 + dj)
+    di, dj = 2 * di - 0.5 if di else 0, 2 * dj - 0.5 if dj else 0
 
     def mix(r, c):
         top, low = (by_hand(e[:, r + k, c].tolist(), e[:, r + k, c + 1].tolist(), dj) if dj else e[:, r + k, c].tolist()
@@ -135,6 +136,13 @@ def test_conditions_between_tiles(s, di, dj):
     assert out.shape == (12, g, g)
     assert_close(out, standardize(want), 1e-5)
     assert torch.allclose(out.mean(0), torch.zeros(g, g), atol=1e-6) and torch.allclose(out.std(0), torch.ones(g, g))
+
+def test_up_to_a_quarter_off_a_tile_its_condition_is_enough():
+    """catches: bare glass that is told of the border in the next tile, and draws an outline where it is not."""
+    e = grid()
+    for f in (0.1, 0.25):
+        assert_close(Grid(e)(0, 1 + f, 3 - f), standardize(e[:, 1:2, 3:4]), 1e-5)
+        assert_close(Grid(e)(1, 2 - f, 2 + f), standardize(e[:, 2:4, 2:4]), 1e-5)
 
 def test_conditions_of_coarse_scales_are_pooled():
     """16 x 16 tiles become 8 x 8, pooled before they are standardised; half-precision grids are read as float32."""
