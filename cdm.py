@@ -176,6 +176,7 @@ class Conditioner(Module):
     settings, presets = Config, PRESETS
     schedule_kind = "cosine"
     usual_shift = 4.0
+    next = "cdm.py sample {}"  # what draws with it
 
     def __init__(self, net, info=None, cfg=None, clean=None):
         super().__init__()
@@ -291,15 +292,15 @@ def train_conditioner(cfg):
 
     def export(step, ema):
         save(ema)
-        if cfg.sheet and cfg.model != "grid":
-            from experiments.invented import draw_sheet
+        if cfg.sheet:
+            from experiments.invented import draw_sheet, scales_of
             png = Path(cfg.run) / "samples" / f"{cfg.model}_{step:06d}.png"
-            draw_sheet(averaged, model, ranks, png, range(averaged.scales), cfg.sheet, real=pyramids)
+            draw_sheet(averaged, model, ranks, png, scales_of(averaged, model), cfg.sheet, real=pyramids)
     optim, stage = cfg.optim, f"{cfg.model}_"
     _, ema = run_stage(stage, cfg, ranks, made, dataset, cfg.steps, cfg.batch, optim.lr, optim.ema, export)
     if ranks.rank == 0:
         save(ema)  # a training killed after its last step has exported an earlier one
-        print(f"done: {path}")
+        print(f"done: {path}; next: python {kind.next.format(cfg.run)}")
 
 def main(argv):
     if not argv:  # the sizes as published
@@ -323,4 +324,4 @@ def main(argv):
     train_conditioner(cfg)
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, stopped="the same command goes on with a training, and draws patches anew")

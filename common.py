@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import random
+import signal
 import sys
 import time
 import typing
@@ -25,6 +26,8 @@ class UserError(ValueError):
 
 def cli(main, doc="", stopped="the same command goes on from the last checkpoint"):
     """Run main(argv). doc: what --help prints for a file without settings; stopped: what is true after Ctrl-C."""
+    if "RANK" not in os.environ:              # torchrun ends its processes itself
+        signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
     try:
         if doc and {"--help", "-h"} & {*sys.argv}:
             sys.exit(print(doc.strip(), flush=True))
@@ -280,6 +283,15 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(x)
         return x
+
+    def show(self, draw, step, weights):
+        """draw(step, weights) of a step that is saved: a SIGTERM ends it at once, unless other ranks wait."""
+        before = signal.getsignal(signal.SIGTERM)
+        if self.world == 1:
+            why = f"SIGTERM: saved step {step}, whose samples are not drawn; the same command goes on from there"
+            signal.signal(signal.SIGTERM, lambda *_: self.leave(why))
+        draw(step, weights)
+        signal.signal(signal.SIGTERM, before)
 
     def leave(self, why=""):
         """End together; with a reason, the process, too, with exit code 0."""

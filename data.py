@@ -242,4 +242,4 @@ def main(argv):
         raise UserError(f"got {command!r}: write data.py toy, or data.py build --images=DIR --out=DIR")
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, stopped="the same command goes on with the files that lack")

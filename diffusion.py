@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from common import UserError, cli, generator, load_tensors, restore, save_tensors, summary
 from summarizer import SummarizerConfig, build
@@ -152,8 +153,8 @@ def ddim_sample(fn, z_T, schedule, steps=50, eta=0.0, *, pred="eps", timesteps=N
     (default: drawn); callback(i, t, z, z0_hat) after every step."""
     timesteps = ddim_timesteps(schedule.T, steps) if timesteps is None else [int(t) for t in timesteps]
     ab, ab_prev = noise_levels(schedule, timesteps, end)
-    z = z_T
-    for n, i in enumerate(reversed(range(len(timesteps)))):
+    z, last = z_T, len(timesteps) - 1
+    for n, i in enumerate(tqdm(range(last, -1, -1), "steps", delay=3, leave=False)):    # seen if it takes long
         out = fn(z, torch.full((len(z),), timesteps[i], device=z.device))   # t (B,) int64
         z0_hat = to_x0(out, z, ab[i], pred)
         eps_hat = to_eps(out, z, ab[i], pred)
@@ -252,7 +253,7 @@ class ZoomLDM(nn.Module):
     def draw(self, c, side, guidance=2.0, steps=50, seed=0, batch=64, sampler="ddim", end="clean"):
         """Patches for conditions c (N,L,D): (N,3,4 side,4 side) in [-1,1], on the CPU."""
         images = []
-        for first in range(0, len(c), batch):
+        for first in tqdm(range(0, len(c), batch), "batches", delay=3, leave=False):
             z = self.sample(c[first:first + batch], (side, side), guidance, steps, seed, sampler, end, first)
             images.append(self.decode(z).float().clamp(-1, 1).cpu())
         return torch.cat(images)

@@ -24,7 +24,6 @@ from summarizer import pack_grid, standardize
 FIRST, LAST = 950, 50   # time steps, linearly from one to the other (Z S8.3), as are the 200 of them
 LR = 0.1                # of Adam, from noise; published notebook, Z is silent, as for the next
 PRIOR = 0.05            # weight of the mean cosine of all pairs of embeddings, before they are standardised
-LR_NEAR = 0.0003        # from a start that is nearly right; ours, measured: more explains little, loses cells
 
 def patch_of(model, x):
     """Side of a patch in pixels. Published models do not say it: 256, or of a smaller image what they can halve."""
@@ -56,22 +55,6 @@ def alike(u):
     mean = units.mean(2)
     return mean.square().sum(1)                             # the mean over pairs is the mean's square
 
-def beginning(model, x, cells, s, seed, start=""):
-    """Embeddings to begin with, u (B,E,*cells), and Adam's rate.
-    noise: N(0,1), as published. enlarged: what the run's encoder says of the enlarged image; the default, if
-    it can be had. deviates: noise stays wherever the denoiser does not listen at this scale, at the finest it may."""
-    if start not in ("", "noise", "enlarged"):
-        raise UserError(f"--start={start}: known are enlarged, noise")
-    if start != "noise":
-        from large.enlarge import embed_enlarged
-        u = embed_enlarged(model, x, cells, s, patch_of(model, x))
-        if u is not None:
-            return per_token(u), LR_NEAR
-        if start:
-            raise UserError("--start=enlarged needs the run's encoder, its weights where they lay for the build")
-    u = torch.randn(1, model.summarizer.cfg.embed_dim, *cells, generator=generator(seed))
-    return u.repeat(len(x), 1, 1, 1), LR
-
 def check_image(model, x, s, steps):
     """raises: UserError unless x (B,3,H,W) is what `invert` takes."""
     P, known = patch_of(model, x), model.summarizer.cfg.scales
@@ -100,12 +83,13 @@ def cut(x, places, side):
 def invert(model, x, s, steps=200, seed=0, batch=8, start=""):
     """Infer the embeddings of the base tiles under an image: Adam on the Summarizer's input, all else frozen.
     in:  x (3,H,W) or (B,3,H,W) in [-1,1] at scale s, sides at least a patch and multiples of a tile, patch/2^s;
-         larger images are seen through windows; batch: windows per network call; start: see `beginning`.
+         larger images are seen through windows; batch: windows per network call; start: see large/enlarge.py.
          Call it under autocast for bf16.
     out: e (E,k,k), k = 2^s, or (B,E,k,k), each embedding standardised; more for larger images. Depends on the
          seed, not on what else is in the batch. raises: ValueError for another size or scale.
     source: Z S8.3; what it leaves open, the published notebook. deviates: that takes alpha_bar at t - 1, and
     cannot pool grids over 8x8."""
+    from large.enlarge import beginning
     if x.ndim == 3:
         return invert(model, x[None], s, steps, seed, batch, start)[0]
     check_image(model, x, s, steps)
@@ -206,4 +190,4 @@ def main(argv):
     enlarge.main(argv)
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, stopped="nothing of it is kept, and the same command begins anew")

@@ -240,15 +240,13 @@ class Activations:
         return maps.float().mean((2, 3))
 
 def main(argv):
-    commands = ("extract", "cv", "map")
     word = argv[0] if argv else "no command"
     if word in ("--help", "-h"):
         return print(f"{__doc__}\nsettings: python mil.py extract --help, and so on")
-    if word not in commands:
-        raise UserError(f"got {word!r}: write python mil.py {', '.join(commands)}; see --help")
+    if word not in ("extract", "cv", "map"):
+        raise UserError(f"got {word!r}: write python mil.py extract, cv, map; see --help")
     from experiments import crossval, features, maps
-    rooms = dict(extract=features.main, cv=crossval.main, map=maps.main)
-    rooms[word](argv[1:])
+    dict(extract=features, cv=crossval, map=maps)[word].main(argv[1:])
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, stopped="what is finished is kept, and the same command goes on with the rest")

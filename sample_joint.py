@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import interpolate
+from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure, home_of, one_of, save_grid, save_png, setup
 from common import to_uint8
@@ -273,7 +274,7 @@ def sample_levels(levels, schedule, *, steps=50, timesteps=None, end="published"
     timesteps = even_timesteps(schedule.T, steps) if timesteps is None else timesteps
     ab, ab_prev = noise_levels(schedule, timesteps, end)
     last = len(timesteps) - 1
-    for i in range(last, -1, -1):                                       # for t in {T_0, ..., T_M}
+    for i in tqdm(range(last, -1, -1), "steps", delay=3, disable=bool(callback)):   # for t in {T_0, ..., T_M}
         t, above = timesteps[i], None
         size = lams[0] + (lams[1] - lams[0]) * (last - i) / max(last, 1)
         for level in levels:
@@ -337,7 +338,7 @@ def scales_of(cfg, pyramids):
 def show(model, pyramids, cfg, ranks):
     """Write every drawn patch as a PNG, and a sheet: real patches above those drawn from their conditions."""
     rows, labels = [], []
-    for s in scales_of(cfg, pyramids):
+    for s in tqdm(scales_of(cfg, pyramids), "scales"):
         batch = fixed_batch(pyramids, cfg.split, s, cfg.n)
         x = draw_patches(model, batch, cfg, ranks)
         for i, pixels in enumerate(to_uint8(x).numpy()):
@@ -345,7 +346,8 @@ def show(model, pyramids, cfg, ranks):
         rows += [batch["x"], x]
         labels += [f"scale {s} real", f"scale {s} drawn"]
     save_grid(Path(cfg.out) / "sheet.png", rows, labels)
-    print(f"wrote {cfg.out}: up to {cfg.n} patches a scale, and sheet.png (real above drawn)")
+    print(f"wrote {cfg.out}: up to {cfg.n} patches a scale, and sheet.png (real above drawn); "
+          f"next: python sample_joint.py {cfg.run} --size=512" + f" --data={cfg.data}" * bool(cfg.data))
 
 @dataclass
 class Config:
@@ -400,6 +402,7 @@ def main(argv):
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
     if cfg.compile:
+        print("compiling: the first calls take a minute each")
         model.unet.compile()
     pyramids = known_data(model, cfg.data or model.info.get("data", ""))
     if cfg.eval:
@@ -408,4 +411,4 @@ def main(argv):
     show(model, pyramids, cfg, ranks)
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, stopped="the same command goes on with a large image, and draws patches anew")

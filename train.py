@@ -196,13 +196,13 @@ def run_stage(name, cfg, ranks, net, dataset, steps, batch, lr, ema_decay=0.0, o
             if stop or save or sample or done % loop.log_every == 0:
                 bar.set_postfix(loss=log.write(done, batch, grad, opt.param_groups[0]["lr"]))
             getattr(net, "after_step", lambda *_: None)(done, ranks)
-            if (stop or save) and ranks.rank == 0:
+            if (stop or save or sample) and ranks.rank == 0:
                 save_state(state_file, cfg, done, net, ema, opt)
             if stop:
                 del wrapped         # before its group: in PyTorch 2.13 gloo and a DDP that outlives it wait for ever
                 ranks.leave(f"SIGTERM: saved step {done} of {steps}; the same command goes on from there")
             if sample and on_sample and ranks.rank == 0:
-                on_sample(done, ema or net.state_dict())
+                ranks.show(on_sample, done, ema or net.state_dict())
                 log.since = time.time()                                 # this is no time of training
     ranks.barrier()
     return steps, ema or net.state_dict()
@@ -262,7 +262,7 @@ def export(model, pyramids, cfg, ranks, step, ema):
     model.eval().save(out)
     rows, labels, layout = [], [], [None] * pyramids.scales
     images, side = pyramids.images, pyramids.patch // 4
-    for s in range(pyramids.scales):
+    for s in tqdm(range(pyramids.scales), "contact sheet", leave=False):
         if pyramids.count(split, s):
             batch = fixed_batch(pyramids, split, s, SHEET["n"], ("x",) if images else ("z",))
             batch = {k: v.to(ranks.device) for k, v in batch.items()}
@@ -414,7 +414,8 @@ def main(argv):
     if ranks.rank == 0:
         for left in out.rglob(".*.tmp"):                                # of a save that was killed
             left.unlink()
-        print(f"run folder {out}, {ranks.world} rank(s) on {ranks.device}, {torch.get_num_threads()} threads")
+        print(f"run folder {out}, {ranks.world} rank(s) on {ranks.device}, {torch.get_num_threads()} threads"
+              + ", compiling: the first calls take a minute each" * cfg.compile)
         write_text(out / "config.json", json.dumps(asdict(cfg) | {"torch": torch.__version__}, indent=1))
     torch.manual_seed(cfg.seed)
     vae, scale = get_vae(cfg, ranks, pyramids, base)

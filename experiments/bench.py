@@ -22,6 +22,7 @@ from statistics import median
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure, setup
 from diffusion import ZoomLDM, even_timesteps
@@ -263,8 +264,8 @@ def race(lines, rounds, device, clock=time.perf_counter):
     """Seconds of each line, {name: (median, of the first call)}: all are called in turn, a round that does not count
     first. In that one a compiled network is compiled."""
     spent = {name: [] for name, _, _ in lines}
-    for _ in range(rounds + 1):
-        for name, _, call in lines:
+    for n in range(rounds + 1):
+        for name, _, call in tqdm(lines, f"round {n} of {rounds}", delay=3, leave=False):
             spent[name].append(seconds_of(call, device, clock))
     return {name: (median(times[1:]), times[0]) for name, times in spent.items()}
 

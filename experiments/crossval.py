@@ -6,10 +6,9 @@ Nothing is trained twice. An interval says how much the choice of the test patie
 in:  folders of features (mil.py extract, CLAM, TRIDENT), a CSV of labels   out: tables, OUT/cv.json, OUT/*.safetensors
 """
 import json
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import wait
 from dataclasses import asdict, dataclass
 from itertools import combinations, product
-from multiprocessing import get_context
 from pathlib import Path
 from zlib import crc32
 
@@ -22,6 +21,7 @@ from experiments.folds import USUAL, Labels, make_splits, rarest, read_splits, u
 from mil import HEADS, cross_validate
 from slides.bags import open_bags, unusable, views
 from slides.names import few, file_of, files_of, match, name_of
+from toy.folder import processes
 
 @dataclass
 class Config:
@@ -248,6 +248,18 @@ def show(cfg, fraction, folds, draws, right, pairs):
             cells = [f"  {h} {interval(gap)}" for h, gap in zip(heads, gaps)]
             print(f"{a} - {b}:" + "".join(cells) + f"  mean {interval(torch.stack(gaps).mean(0))}")
 
+def in_time(tasks):
+    """The results of tasks, under a bar whose clock goes on while the first of them takes its minutes."""
+    bar, left = tqdm(total=len(tasks), desc="cross-validations"), tasks
+    while left:
+        _, left = wait(left, timeout=1)
+        bar.update(len(tasks) - len(left) - bar.n)
+        bar.refresh()
+        for task in set(tasks) - left:
+            task.result()                                                  # raises what went wrong, at once
+    bar.close()
+    return [task.result() for task in tasks]
+
 def tables(cfg, pairs=None):
     """Train what cfg asks for and print tables. out: {(features, head, fraction): draws (1+n,) of the AUC}.
     pairs: names of features whose difference to print; default: all. raises: UserError for what does not do."""
@@ -259,8 +271,8 @@ def tables(cfg, pairs=None):
     if cfg.workers == 1:
         files = [run_job(job) for job in tqdm(jobs)]
     else:
-        with ProcessPoolExecutor(cfg.workers, get_context("spawn")) as workers:  # torch's threads survive no fork
-            files = list(tqdm(workers.map(run_job, jobs), total=len(jobs)))
+        with processes(cfg.workers) as workers:
+            files = in_time([workers.submit(run_job, job) for job in jobs])
     draws, right = measured(cfg, jobs, files, labels.patients)
     folds = int(load_tensors(files[0])[0]["fold"].max()) + 1
     for fraction in cfg.fraction:
@@ -291,4 +303,7 @@ def chosen(cfg):
     return torch.stack(aucs).mean(0), counts
 
 def main(argv):
-    tables(configure(Config, argv, doc=__doc__))
+    cfg = configure(Config, argv, doc=__doc__)
+    tables(cfg)
+    told = f"--features={cfg.features.split(',')[0].strip()} --labels={cfg.labels}"
+    print(f"done: {out_of(cfg)}; next: python mil.py map {told} --slide=NAME --data=DIR")

@@ -48,7 +48,7 @@ class TokenDiT(DiT):
 
 class EDM(Conditioner):
     """The CDM of W, which calls it embedding diffusion model: linear schedule, and a `TokenDiT`."""
-    kind, network = "edm", TokenDiT
+    kind, network, next = "edm", TokenDiT, "cdm.py sample {} --model=edm"
     schedule_kind = "linear"
     usual_shift = 1.0                                        # this schedule is near to noise by itself
 

@@ -18,6 +18,7 @@ from experiments import metrics as M
 from experiments.quality import feature_spaces
 from sample_joint import draw_patches, scales_of
 from text.tissues import region_map
+from weights.shipped import typed
 from zoom_vae import perplexity
 
 KINDS = ("fake", "real", "vae", "null")  # what is measured: drawn, real, real but coded, drawn without a condition
@@ -145,7 +146,7 @@ def evaluate(model, pyramids, cfg, ranks):
     write_text(out / "eval.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))
     print_table(table)
     print(f"\nwrote {out}/eval.json and sheet.png; guidance {cfg.guidance}, {cfg.steps} {cfg.sampler} steps, "
-          f"seed {cfg.seed}")
+          f"seed {cfg.seed}; next: python sample_joint.py {typed(cfg.run, cfg.data)}--size=512")
 
 def as_cell(value):
     """A number as the table shows it; a distance with its error."""

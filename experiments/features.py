@@ -91,7 +91,8 @@ def scale_features(source, k, s, batch_size):
     pyramids, device = source.pyramids, source.ranks.device
     slide, rows = pyramids.slides[k], []
     want = ("x", "e") if s == 0 else ("x",)                    # a patch of scale 0 is a base tile: one embedding
-    for numbers in torch.arange(slide["counts"][s]).split(batch_size):
+    parts = torch.arange(slide["counts"][s]).split(batch_size)
+    for numbers in tqdm(parts, f"{slide['name']}, scale {s}", delay=3, leave=False):
         items = [pyramids.item(k, s, n, want) for n in numbers.tolist()]
         batch = {key: value.to(device) for key, value in default_collate(items).items()}
         rows.append(source.of(slide["name"], batch).cpu())
@@ -177,6 +178,8 @@ def extract(cfg):
         save_tensors(path, {"features": features, "coords": coords}, meta | {"widths": widths, "part": part})
     if lost:
         print(f"{lost} patches of scale {cfg.scales[0]} lie in no patch of {cfg.scales[1:]} and are left out")
+    if ranks.rank == 0:
+        print(f"done: {out}; next: python mil.py cv --features={out} --labels=FILE, a CSV of slide_id,label")
     ranks.barrier()
 
 def main(argv):

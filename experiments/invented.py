@@ -6,12 +6,16 @@ run: python cdm.py sample, or python cdm.py sample out/toy --scale=3
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from cdm import load_conditioner
 from common import UserError, at_least, cli, configure, home_of, one_of, save_grid, save_png, setup, to_uint8
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM, even_timesteps, lean_timesteps
+from summarizer import pack_grid, standardize
+from weights.shipped import typed
 
 @dataclass
 class Config:
@@ -29,13 +33,30 @@ class Config:
     threads: int = 0
     amp: bool = True           # bf16 autocast where the device has bf16 arithmetic
 
+def invent(made, model, s, n, seed):
+    """Tokens (n,65,D) of scale s by any of the models of cdm.py. A grid model invents the tiles under each patch."""
+    if made.kind != "grid":
+        return made.tokens([s] * n, seed)
+    grids = [standardize(made.grid(2 ** s, 2 ** s, seed=seed + i)) for i in range(n)]                 # (E,G,G) each
+    tokens, mask = default_collate([pack_grid(e) for e in grids])
+    device = model.unet.conv_out.weight.device
+    return model.summarizer(tokens.to(device), mask.to(device), torch.full((n,), s, device=device)).float()
+
+def scales_of(made, model):
+    """The scales of which a conditioning model invents whole patches: of a grid model, those that its windows hold."""
+    known = model.summarizer.cfg.scales
+    if made.kind != "grid":
+        return range(made.scales)
+    side = round(made.net.cfg.tokens ** 0.5)
+    return range(min(side.bit_length(), known))
+
 def draw_sheet(made, model, ranks, path, scales, n, guidance=2.0, steps=20, seed=0, sampler="ddim", real=None):
     """Draw n patches a scale from invented tokens, and write a sheet of them: below real ones, which they do not show
     again, if there are any in `real`, a data.Pyramids. out: {scale: (n,3,P,P)}."""
     drawn, side = {}, model.info.get("patch", 256) // model.vae.factor
     rows, labels = [], []
     for s in tqdm(scales, desc="scales", disable=len(scales) < 2):
-        c = made.tokens([s] * n, seed)                                         # (n,65,D)
+        c = invent(made, model, s, n, seed)                                    # (n,65,D)
         with ranks.autocast():
             drawn[s] = model.draw(c, side, guidance, steps, seed, sampler=sampler)
         split = "test" if real is not None and real.names("test") else "train"
@@ -68,7 +89,8 @@ def sample(cfg):
         for i, pixels in enumerate(to_uint8(images).numpy()):
             save_png(out / f"scale{s}_{i:03d}.png", pixels)
     above = "" if real is None else " (real patches, of other places, above the invented ones)"
-    print(f"wrote {out}: {len(drawn)} scales x {cfg.n} patches, and sheet.png{above}")
+    print(f"wrote {out}: {len(drawn)} scales x {cfg.n} patches, and sheet.png{above}; "
+          f"next: python sample_joint.py {typed(cfg.run, cfg.data)}--size=512")
 
 def sample_patches(cfg):
     """The same for the settings of sample_joint.py, whose --condition names the model."""

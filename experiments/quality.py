@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import cat, stack
 from torch.nn.functional import fold, unfold
+from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure, load_tensors, one_of, save_grid, save_png, save_tensors
 from common import setup, to_uint8, write_text
@@ -236,7 +237,7 @@ def quality(cfg):
     painter = Painter(cfg, model, proxies.load(cfg.run, model, pyramids, ranks) if asks else None, ranks)
     ruler, A = Ruler(pyramids, cfg.context, real, cfg.learned), Resize(2 ** cfg.context)
     near = [Resize(A.factor, "box").down(x) for x in real]                              # real contexts
-    whole, patches = zip(*(coded(model, x, P, ranks) for x in real))
+    whole, patches = zip(*(coded(model, x, P, ranks) for x in tqdm(real, "coded")))
     drawn, bill = {"real": real, "coded whole": whole, "coded patches": patches}, {}
     shared = [painter.draw("bicubic", grid) for grid in grids]
     for k, grid in enumerate(grids):
@@ -245,7 +246,7 @@ def quality(cfg):
             drawn.setdefault(name, []).append(x)
             bill.setdefault(name, []).append(cost)
     table = []
-    for name, images in drawn.items():
+    for name, images in tqdm(drawn.items(), "measured"):
         seconds, flops = zip(*bill.get(name, [(0, 0)]))
         row = {"method": name, "seconds": sorted(seconds)[len(seconds) // 2], "TFLOP": sum(flops) / len(flops)}
         seen = cat([A.down(x).clamp(-1, 1) for x in images])
@@ -259,7 +260,7 @@ def quality(cfg):
     save_grid(out / f"quality_{cfg.size}.png", [cat(images[:2]) for images in drawn.values()], list(drawn))
     write_text(out / f"quality_{cfg.size}.json", json.dumps({"settings": vars(cfg), "rows": table}, indent=1))
     show(cfg, table)
-    print(f"wrote {out}/quality_{cfg.size}.json and .png")
+    print(f"wrote {out}/quality_{cfg.size}.json and .png; next: python -m experiments.quality {cfg.run} --plot")
 
 def show(cfg, table):
     keys = ["psnr", "ssim", "crops_desc", "crops_rand", "views_desc", "views_rand", "ref_desc", "ref_rand", "seams",
@@ -290,4 +291,4 @@ def main(argv):
     quality(cfg)
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, stopped="images that are drawn are kept, and the same command goes on with the others")

@@ -27,6 +27,7 @@ from large import proxy as proxies
 from large.beside import MOST, real_region, save_beside
 from large.reference import Conditions, load_grid, slide_of
 from large.windows import Grid, decode_strips, prepare, sides, usual_context
+from weights.shipped import arguments, typed
 
 @dataclass
 class Settings(Conditions, S.Config):
@@ -93,6 +94,7 @@ class Progress:
 
     def __init__(self, levels, cfg, model, condition, proxy, path, ranks, steps):
         self.path, self.ranks, self.saved, self.done = path, ranks, time.monotonic(), 0
+        self.step, self.latents = 0, {}                     # the latest step that is whole, and its latents
         mark = {k: v for k, v in asdict(cfg).items() if k not in HOW}
         mark["networks"] = [proxies.fingerprint(model), fingerprint(proxy) if proxy else ""]
         mark["grid"] = crc32(condition.e.cpu().numpy().tobytes()) if isinstance(condition, Grid) else 0
@@ -112,9 +114,14 @@ class Progress:
 
     def __call__(self, n, t, levels):
         self.bar.update()
-        if self.ranks.rank == 0 and self.path is not None and time.monotonic() - self.saved > 60:
-            latents = {str(k): level.z for k, level in enumerate(levels)}
-            save_tensors(self.path, latents, {"settings": self.mark, "step": self.done + n + 1})
+        self.step, self.latents = self.done + n + 1, {str(k): level.z for k, level in enumerate(levels)}
+        if time.monotonic() - self.saved > 60:
+            self.keep()
+
+    def keep(self):
+        """Write what is drawn so far."""
+        if self.ranks.rank == 0 and self.path is not None and self.latents:
+            save_tensors(self.path, self.latents, {"settings": self.mark, "step": self.step})
             self.saved = time.monotonic()
 
 @contextmanager
@@ -127,6 +134,16 @@ def enough_memory():
         if type(err) is RuntimeError and not any(text in str(err) for text in known):
             raise
         raise UserError("memory does not suffice: give a smaller --batch, or another --device") from err
+
+@contextmanager
+def kept(progress):
+    """What is drawn below is kept as far as it is when it is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.keep()
+        progress.bar.close()
+        raise
 
 def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
     """Sample one large image as cfg, a Settings, says. condition: see windows.contexts; resume: a file that keeps the
@@ -144,7 +161,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
     progress = Progress(levels, cfg, model, condition, proxy, resume, ranks, len(timesteps))
     first, last = lams(cfg)
     first += (last - first) * progress.done / max(len(timesteps) - 1, 1)
-    with enough_memory(), ranks.autocast():
+    with enough_memory(), kept(progress), ranks.autocast():
         S.sample_levels(levels, model.schedule, timesteps=timesteps[:len(timesteps) - progress.done], end=cfg.end,
                         inner=inner, lam=(first, last), delta=cfg.delta, zeta=cfg.zeta, guide=cfg.guide,
                         callback=progress)
@@ -204,7 +221,6 @@ def main(argv):
           f"{inspect.getsource(Conditions)}\nof large images:"
     cfg = configure(Settings, argv, PRESETS, ("run", "preset"), doc=doc)
     if not cfg.run:
-        from weights.shipped import arguments
         return main(arguments(argv))
     run = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
     cfg.out = cfg.out or str(home_of(cfg.run) / "large.png")
@@ -212,6 +228,7 @@ def main(argv):
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
     check(cfg, model.schedule)
     if cfg.compile:
+        print("compiling: the first calls take a minute each")
         model.unet.compile()
         model.vae.encode, model.vae.decode = torch.compile(model.vae.encode), torch.compile(model.vae.decode)
     data = cfg.data or model.info.get("data", "")
@@ -272,8 +289,10 @@ def draw(model, grid, cfg, ranks, proxy, size, pyramids=None):
         names = [f"real{edits}", "drawn", *(f"its view at scale {s}" for s in coarse)]
         save_beside(out.with_name(written[-1]), [real, np.concatenate(strips), *views], names)
     resume.unlink(missing_ok=True)
-    print(f"wrote {out.parent}: {', '.join(written)}")
+    view = f"--image={out.with_name(f'{out.stem}_scale{scales[0]}.png')} --scale={scales[0]} --sr=2"
+    following = f"; next: python invert.py {typed(cfg.run)}{view}" if coarse else ""
+    print(f"wrote {out.parent}: {', '.join(written)}{following}")
     ranks.barrier()
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, stopped="the same command goes on with this image")

@@ -11,16 +11,20 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, at_least, cli, configure, home_of, one_of, save_png, save_tensors, setup, to_uint8
+from common import UserError, at_least, cli, configure, generator, home_of, one_of, save_png, save_tensors, setup
+from common import to_uint8
 from data import Pyramids
 from diffusion import ZoomLDM, even_timesteps
-from invert import invert, paint, patch_of, project, super_resolve, to_tiles
+from invert import LR, invert, paint, patch_of, per_token, project, super_resolve, to_tiles
 from large import proxy as proxies
 from large.beside import save_beside
 from large.windows import Grid
 from sample_joint import GUIDES, Resize, guide_of
 from slides.encoders import FREE, load_encoder
 from slides.reader import MAX_PIXELS, open_slide
+from weights.shipped import shipped_run, typed
+
+LR_NEAR = 0.0003    # of Adam, from a start that is nearly right; ours, measured: more explains little, loses cells
 
 @dataclass
 class Config:
@@ -33,7 +37,7 @@ class Config:
     out: str = ""              # folder; default RUN/invert, or out/shipped/invert
     variations: int = 0        # images to draw at the same scale from the same conditions, and their cells at scale 0
     back_project: bool = True  # end with the nearest image whose reduction is exactly the input
-    start: str = ""            # of the inference: enlarged or noise (as published); see invert.beginning
+    start: str = ""            # of the inference: enlarged or noise (as published); see `beginning`
     invert_steps: int = 200    # of the inference (Z S8.3)
     steps: int = 25            # of sampling
     guidance: float = 2.0      # of the variations: eps_null + guidance (eps_cond - eps_null)
@@ -76,6 +80,21 @@ def embed_enlarged(model, x, cells, s, P):
         tiles = fine.float().clamp(-1, 1).unflatten(3, (-1, P)).movedim(3, 1)              # (B,Gw,3,P,P)
         rows.append(torch.stack([encoder((some + 1) / 2) for some in tiles]))              # (B,Gw,E)
     return torch.stack(rows, 1).movedim(-1, 1)
+
+def beginning(model, x, cells, s, seed, start=""):
+    """Embeddings to begin with, u (B,E,*cells), and Adam's rate.
+    noise: N(0,1), as published. enlarged: what the run's encoder says of the enlarged image; the default, if
+    it can be had. deviates: noise stays wherever the denoiser does not listen at this scale, at the finest it may."""
+    if start not in ("", "noise", "enlarged"):
+        raise UserError(f"--start={start}: known are enlarged, noise")
+    if start != "noise":
+        u = embed_enlarged(model, x, cells, s, patch_of(model, x))
+        if u is not None:
+            return per_token(u), LR_NEAR
+        if start:
+            raise UserError("--start=enlarged needs the run's encoder, its weights where they lay for the build")
+    u = torch.randn(1, model.summarizer.cfg.embed_dim, *cells, generator=generator(seed))
+    return u.repeat(len(x), 1, 1, 1), LR
 
 def check(cfg, known):
     """Check what was asked for. out: the target scale. raises: UserError."""
@@ -132,7 +151,6 @@ def write_enlarged(cfg, out, x, sr):
 def main(argv):
     cfg = configure(Config, argv, words=("run",), doc=__doc__)
     if not cfg.run:
-        from weights.shipped import shipped_run
         cfg.run = shipped_run()
     ranks, s = setup(cfg.device, cfg.amp, cfg.threads), cfg.scale
     folder = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
@@ -160,8 +178,10 @@ def main(argv):
             save_png(out / name, to_uint8(image[0]).numpy())
         if sr is not None:
             written += write_enlarged(cfg, out, x, sr)
-        print(f"wrote {out}: {', '.join(written)}")
+        size = f"{P * e.shape[1]},{P * e.shape[2]}"         # one patch of scale 0 a tile
+        told = f"python sample_joint.py {typed(cfg.run)}--reference={out}/e.safetensors --size={size}"
+        print(f"wrote {out}: {', '.join(written)}" + f"; next: {told}" * (s > 0))
     ranks.barrier()
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, stopped="nothing of it is kept, and the same command begins anew")

@@ -67,7 +67,7 @@ def lesson(model, pyramids, split, n, guidance, seed, ranks):
     makes of them, reduced (n,3,h,w). All scales in turn."""
     patches = Subset(PatchDataset(pyramids, split, seed, want=("x",)), range(n))
     A, z, x = Resize(model.vae.factor), [], []
-    for k, items in enumerate(DataLoader(patches, 32)):
+    for k, items in enumerate(tqdm(DataLoader(patches, 32), "proxy, examples")):
         image, tokens, mask, s = (items[name].to(ranks.device) for name in ("x", "tokens", "mask", "s"))
         rng = generator(seed, 32 * k)
         with ranks.autocast():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.data import default_collate
+from tqdm import tqdm
 
 from common import UserError, generator
 from diffusion import null_condition, with_guidance
@@ -171,7 +172,7 @@ def decode_strips(decode, z, side, overlap, batch=8):
     over, beside = min(overlap, high - 1), min(overlap, wide - 1)
     rows, columns = starts(h, high, over), starts(w, wide, beside)
     carry = None                                            # the lower rows of a strip, which the next fades into
-    for i, after in zip(rows, [*rows[1:], h]):
+    for i, after in tqdm(zip(rows, [*rows[1:], h]), "decode", len(rows), delay=3, leave=False):
         tiles = torch.cat([z[..., i:i + high, j:j + wide] for j in columns])
         x = torch.cat([decode(part).float() for part in tiles.split(batch)])            # (n,3,k high,k wide)
         k = x.shape[-1] // wide

@@ -171,7 +171,7 @@ class Run:
     def planned(self, jobs):
         """The jobs that are still to do, with their sizes."""
         cfg, todo = self.cfg, []
-        for job in jobs:
+        for job in tqdm(jobs, "looking at images", delay=3):
             if finished(output(cfg, job), cfg.scales, made_of(self, job)):
                 self.there += 1
                 continue
@@ -219,6 +219,7 @@ def sampled(cfg, jobs, encoder, submit):
     rng, used, P = random.Random(0), 0, cfg.patch
     error = UserError(f"--images={cfg.images}: all are held out, none to train on")
     train = [job for job in jobs if job.split == "train"]
+    bar = tqdm(total=min(16, len(train)), desc="how colours deviate", delay=3)
     for job in rng.sample(train, len(train)):
         if used == 16:
             return
@@ -233,6 +234,7 @@ def sampled(cfg, jobs, encoder, submit):
         tasks = [submit(partial(embed_tiles, job, encoder, at[k:k + 16])) for k in range(0, len(at), 16)]
         yield from [task.result() for task in tasks]
         used += 1
+        bar.update()
     if not used:
         raise error
 
@@ -255,7 +257,7 @@ def deviations(cfg, jobs):
 def listing(cfg, jobs):
     """out: the index's lines of all images that are done, of any shard, and how many are neither done nor failed."""
     lines, missing = [], 0
-    for job in jobs:
+    for job in tqdm(jobs, "listing", delay=3):
         file = output(cfg, job)
         done = finished(file, cfg.scales)                                      # patches per scale, meta data
         if done:

@@ -32,6 +32,7 @@ from slides.official import read_features
 from slides.pictures import FORMATS
 from slides.reader import CACHE, MAX_PIXELS, VENDORS, open_slide
 from slides.tiff import JP2K, JP2K_YCBCR, number
+from toy.folder import end_children
 
 TIFFS = {".svs", ".qptiff", ".btf", ".tf2", ".tf8"}  # which Pillow does not know for such
 cached_encoder = lru_cache(1)(load_encoder)
@@ -312,6 +313,9 @@ def workers(n, processes):
     try:
         list(pool.map(time.sleep, [0.01] * n))                                 # started, before the clock is
         yield pool.submit
+    except KeyboardInterrupt:
+        end_children()
+        raise
     except BrokenProcessPool as err:
         raise UserError("a worker process was killed, as when memory runs out: go on with fewer --workers") from err
     finally:

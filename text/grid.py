@@ -128,6 +128,7 @@ class GridModel(Conditioner):
     info: encoder and std of the embeddings, the encoder of the captions (text), and shift."""
     kind, network, sizes, settings = "grid", GridDiT, GridSizes, GridConfig
     presets = PRESETS | {"smoke": PRESETS["smoke"] | {"side": 4}, "published": PRESETS["published"] | {"side": 16}}
+    next = "sample_joint.py {} --condition=grid --size=512"
     usual_shift = 16.0     # 64 cells agree on what a region shows: nearly all of it is decided early
 
     def __init__(self, net, info=None, cfg=None, clean=None):

@@ -5,8 +5,13 @@ with the list of files. A command that was stopped goes on with the files that l
 in:  settings   out: index.json     read next: toy/make.py"""
 import json
 import shutil
+import signal
+import sys
 import tempfile
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from zlib import crc32
 
@@ -80,6 +85,24 @@ def write_slide(path, strips, embed_row, patch, scales, meta, keep=None, extra=N
             file.close()
     return [len(places) for places in ij]
 
+@contextmanager
+def processes(n):
+    """A pool of n processes that hear no Ctrl-C of their own: an interruption of what is done below ends them at once,
+    and does not wait for what they are at."""
+    # torch's threads survive no fork
+    pool = ProcessPoolExecutor(n, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        end_children()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+def end_children():
+    for process in active_children():
+        process.terminate()
+
 def finished(path, scales, meta=None):
     """Read what a file of an earlier run holds. out: patches per scale, its meta data; None if there is no file.
     raises: UserError if it was written with other meta data than `meta`."""
@@ -105,6 +128,15 @@ def finish(out, index, slides):
     for s in range(scales, len(counts)):
         side = index["patch"] << s
         print(f"  scale {s} is dropped: no image holds a patch of {side} x {side} pixels")
+    if Path(sys.argv[0]).name == "data.py":                          # training, too, makes the data that it lacks
+        print(f"next: python {following(str(out), index)}")
+
+def following(out, index):
+    """What one does with a folder of pyramids: train on it, or, of a task, classify its slides."""
+    if index["source"].get("command") == "task":
+        return f"mil.py extract --kind=descriptor --data={out} --scales=0,2 --out={out}_features"
+    preset = "toy" if index["patch"] == 64 else "gpu24"
+    return f"train.py {preset}" + ("" if out == "data/toy" else f" --data={out} --out=out/{Path(out).name}")
 
 def map_tensor(path, name):
     """Tensor `name` of a safetensors file that may be larger than memory, None if there is none. Not to be written to.
@@ -157,15 +189,20 @@ def encode_latents(folder, vae, dataset, items, ranks):
     the patches that its first `items` items read. The others are NaN."""
     pyramids, vae_mark = dataset.pyramids, fingerprint(vae)
     every = items > 8 * len(dataset)                                    # so long a training reads nearly all
-    read = set() if every else {dataset.place(k) for k in range(items)}  # (slide, scale, number)
+    numbers = tqdm(range(0 if every else items), "which patches are read", delay=3, disable=ranks.rank > 0)
+    read = {dataset.place(k) for k in numbers}                          # (slide, scale, number)
     mine = dataset.slides[ranks.rank::ranks.world]
-    for i in tqdm(mine, desc=f"latents -> {folder}", disable=ranks.rank > 0):
+    own = {*mine}
+    total = sum(sum(pyramids.slides[i]["counts"]) for i in mine) if every else sum(i in own for i, _, _ in read)
+    bar = tqdm(total=total, desc=f"latents -> {folder}", unit=" patches", disable=ranks.rank > 0)
+    for i in mine:
         slide, tensors = pyramids.slides[i], {}
         path, source = folder / slide["file"], (pyramids.folder / slide["file"]).stat()
         rows = [[n for n in range(count) if every or (i, s, n) in read] for s, count in enumerate(slide["counts"])]
         # this VAE, these images, these patches
         mark = f"{vae_mark} {source.st_size} {source.st_mtime_ns} {crc32(str(rows).encode())}"
         if path.exists() and load_meta(path).get("vae") == mark:
+            bar.update(sum(map(len, rows)))
             continue
         for s, count in enumerate(slide["counts"]):
             z = torch.full((count, 3, *[pyramids.patch // 4] * 2), torch.nan).half()
@@ -173,6 +210,8 @@ def encode_latents(folder, vae, dataset, items, ranks):
                 part = rows[s][k:k + 128]
                 x = torch.stack([pyramids.read(i, s, n)["x"] for n in part])
                 z[part] = vae.encode(x.to(ranks.device)).half().cpu()
+                bar.update(len(part))
             tensors[f"z{s}"] = z                                        # (count,3,P/4,P/4)
         save_tensors(path, tensors, {"vae": mark})
+    bar.close()
     ranks.barrier()

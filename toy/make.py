@@ -3,10 +3,8 @@
 in:  settings   out: a folder as data.py describes it; every slide's file has region and nuclei as well
 run: python data.py toy     read next: data.py
 """
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure, save_png
 from toy.descriptor import Stats, embed
-from toy.folder import begin, finish, finished, tile_rows, write_slide
+from toy.folder import begin, finish, finished, processes, tile_rows, write_slide
 from toy.task import NOISE, task_slide, write_labels
 from toy.tissue import toy_slide
 
@@ -81,7 +79,7 @@ def deviations(cfg):
     if not encoder.scaled:
         return [1.0] * encoder.embed_dim
     batches = []
-    for k in range(min(16, cfg.slides)):
+    for k in tqdm(range(min(16, cfg.slides)), "how colours deviate", delay=1):
         strips = np.split(draw(cfg, k)[0], cfg.size // cfg.patch)
         for _, _, tiles in tile_rows(strips, cfg.patch, 1):
             batches.append(torch.from_numpy(tiles[::4].copy()).movedim(-1, 1) / 255)
@@ -118,8 +116,8 @@ def make(argv):
     work = partial(make_slide, cfg, index)
     if cfg.workers == 1:
         return finish(cfg.out, index, [work(k) for k in tqdm(numbers)])
-    with ProcessPoolExecutor(cfg.workers, get_context("spawn")) as workers:  # torch's threads survive no fork
+    with processes(cfg.workers) as workers:
         finish(cfg.out, index, list(tqdm(workers.map(work, numbers), total=len(numbers))))
 
 if __name__ == "__main__":
-    cli(make)
+    cli(make, stopped="the same command goes on with the files that lack")

@@ -65,6 +65,10 @@ def shipped_run(kind="toy"):
             raise UserError(explain(short, None) + ", or give a RUN of your own, such as out/toy")
     return os.path.relpath(SHIPPED / "toy.safetensors")
 
+def typed(run, data=""):
+    """A run, and its data if they were named, as one types them in a command: nothing for the shipped weights."""
+    return "" if home_of(run) == home_of(SHIPPED) else f"{run} " + f"--data={data} " * bool(data)
+
 def holds_slides(folder):
     """Whether a folder has held-out toy slides as the shipped model knows them."""
     if not Path(folder, "index.json").is_file():
@@ -98,4 +102,3 @@ def draw(argv):
     sample_joint.main(given)
     if {a[2:].partition("=")[0] for a in argv} <= OF_BOTH:
         draw_large_image([*given, "--size=512"])
-        print(f"next: python invert.py --image={home_of(given[0])}/patches/scale2_000.png --scale=2")

@@ -2,8 +2,9 @@
 import os
 import pickle
 import random
+import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,40 @@ def test_exit_codes(monkeypatch, capsys):
     assert code(fails(ValueError("ours")), "-h", doc="\nA text.\n") == (None, "A text.\n", "")
     with pytest.raises(ValueError, match="ours"):
         code(fails(ValueError("ours")))
+
+@pytest.fixture
+def sigterm():
+    """What a SIGTERM does is afterwards as it was."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+
+def test_a_sigterm_is_taken_as_ctrl_c(sigterm, monkeypatch, capsys):
+    """One sentence that says what is true then. But torchrun ends its processes itself, at once."""
+    with pytest.raises(SystemExit) as stop:
+        cli(sigterm, stopped="all is kept")
+    assert stop.value.code == 130 and capsys.readouterr().err == "\ninterrupted; all is kept\n"
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setenv("RANK", "0")
+    cli(lambda argv: None)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+def test_a_sigterm_while_samples_are_drawn(sigterm, capsys):
+    """One process leaves at once, with what is saved; of several, the others would wait: the drawing is finished."""
+    heard, drawn = [], []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append(True))                    # as the loop of a training does
+
+    def draw(step, weights):
+        sigterm()
+        drawn.append((step, weights))
+    one = setup("cpu", amp=False)
+    with pytest.raises(SystemExit) as stop:
+        one.show(draw, 7, "w")
+    assert not stop.value.code and "saved step 7, whose samples are not drawn" in capsys.readouterr().out
+    assert not drawn and not heard
+    signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
+    replace(one, world=2).show(draw, 7, "w")
+    assert drawn == [(7, "w")] and heard
 
 @pytest.mark.parametrize("argv, doc", [([], ""), (["--help"], ""), (["--help"], "a text")])
 def test_a_reader_that_has_gone(monkeypatch, argv, doc):

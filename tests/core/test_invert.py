@@ -47,7 +47,7 @@ def test_one_step_is_that_of_the_source(model, x, monkeypatch):
     """Adam's first step moves every number by lr against the sign of the gradient of w |eps_hat - eps|^2 - 0.05 cos.
     catches: another weight, the sign of the prior, the condition of another scale, guidance."""
     u = torch.randn(1, 96, 2, 2)
-    monkeypatch.setattr(I, "beginning", lambda *args: (u.clone(), 0.1))
+    monkeypatch.setattr("large.enlarge.beginning", lambda *args: (u.clone(), 0.1))
     got = I.invert(model, x[:1], 1, steps=1, seed=3)
     v, t = u.clone().requires_grad_(), torch.tensor([950])
     z, eps = model.encode(x[:1]), torch.randn(1, 3, 16, 16, generator=I.generator(3, 1))

@@ -1,6 +1,9 @@
 """Slide labels from the command line: labels and folds, tables, features of every kind, maps. Claims: tests/whole."""
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Event
 
 import numpy as np
 import pytest
@@ -210,6 +213,18 @@ def test_validation_loss_is_that_of_the_slides_that_stop_training(folder, tmp_pa
         with torch.no_grad():
             logits = torch.stack([head((bags[labels.names[i]] - mean) / deviation)[0] for i in stop])
         assert float(t["val"][k]) == pytest.approx(float(cross_entropy(logits, labels.y[stop])), rel=1e-5)
+
+def test_the_clock_goes_on_while_the_first_takes_its_time(monkeypatch):
+    """Results in order, whatever ends first; what fails is raised at once."""
+    monkeypatch.setattr(crossval, "wait", lambda tasks, timeout: wait(tasks, timeout=0.01))
+    with ThreadPoolExecutor(2) as pool:
+        tasks = [pool.submit(lambda s: time.sleep(s) or s, s) for s in (0.1, 0.0)]
+        assert crossval.in_time(tasks) == [0.1, 0.0]
+        ends = Event()
+        tasks = [pool.submit(ends.wait), pool.submit(int, "x")]
+        with pytest.raises(ValueError, match="invalid literal"):
+            crossval.in_time(tasks)
+        ends.set()
 
 def test_folders_that_are_called_alike(folder, tmp_path, capsys):
     """As RUN/features of two runs. catches: one row for both, from the scores of the last."""

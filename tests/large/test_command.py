@@ -246,6 +246,22 @@ def test_an_interrupted_picture_goes_on(ready, tmp_path, monkeypatch, hurried, c
     assert np.array_equal(draw(ready, out, "--lam=0.9,0.1"), want)
     assert "going on from step 1" in capsys.readouterr().out and not partial.exists()
 
+def test_what_is_kept_when_it_is_interrupted(ready, tmp_path, monkeypatch):
+    """The last step that is whole, within the minute. Catches: a level that is a step ahead of the other."""
+    want, out = draw(ready, tmp_path / "a.png"), tmp_path / "b.png"
+    real, steps = command.S.ddim_step, []
+
+    def dies(*args):
+        steps.append(1)
+        if len(steps) == 4:                                             # of the second step, the finer scale
+            raise KeyboardInterrupt
+        return real(*args)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(command.S, "ddim_step", dies)
+        draw(ready, out)
+    assert load_tensors(tmp_path / ".b.png.partial.safetensors")[1]["step"] == 1
+    assert np.array_equal(draw(ready, out), want)
+
 def test_whose_state_it_is(model, grid, tmp_path, hurried, capsys):
     """Of the same settings and conditions, on whatever device, at whatever resolution. Catches: another picture's state
     taken, names of references compared and not what they hold; a remedy that does not help against a damaged one."""

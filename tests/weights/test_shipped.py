@@ -186,8 +186,9 @@ def test_patches_and_a_large_image(weights, monkeypatch, capsys):
     assert sheet.height > 6 * 64 and (shipped.Path("out/shipped/slides") / "index.json").exists()
     assert asked == [[str(shipped.shipped_run()), "--data=out/shipped/slides", "--seed=1", "--size=512"]]
     said = capsys.readouterr().out
-    following, = re.findall("^next: python invert.py (.*)$", said, re.M)
-    assert shipped.Path(following.split()[0].removeprefix("--image=")).exists() and "there is no data/toy" in said
+    following, = re.findall("; next: python sample_joint.py (.*)$", said, re.M)
+    assert following.split() == [asked[0][0], "--size=512", "--data=out/shipped/slides"]
+    assert "there is no data/toy" in said
     sample_joint.main(["--scale=0", "--n=1"])
     assert len(asked) == 1 and "there is no data/toy" not in capsys.readouterr().out
 
@@ -196,10 +197,16 @@ def test_the_other_commands(weights, toy, tmp_path, capsys):
     out = tmp_path / "out"
     quickly = ["--device=cpu", "--threads=1", "--amp=False"]
     sample_joint.main([*quickly, "--size=128", "--context=1", "--steps=1", f"--data={toy}", f"--out={out / 'a.png'}"])
-    assert Image.open(out / "a.png").size == (128, 128) and "proxy" not in capsys.readouterr().out
-    args = [f"--image={out / 'a.png'}", "--scale=1", "--invert_steps=1", "--steps=1", "--out=enlarged"]
-    invert.main([*quickly, *args])
-    assert Image.open("enlarged/sr.png").size == (256, 256)
+    said = capsys.readouterr().out
+    assert Image.open(out / "a.png").size == (128, 128) and "proxy" not in said
+    args = re.search("; next: python invert.py (.*)", said)[1].split()              # what it says to type
+    assert args[1:] == [f"--image={out / 'a_scale1.png'}", "--scale=1", "--sr=2"]
+    invert.main([*quickly, *args, "--invert_steps=1", "--steps=1", "--out=enlarged"])
+    assert Image.open("enlarged/sr.png").size == (128, 128)
+    args = re.search("; next: python sample_joint.py (.*)", capsys.readouterr().out)[1].split()
+    assert args[1:] == ["--reference=enlarged/e.safetensors", "--size=128,128"]
+    sample_joint.main([*quickly, *args, "--steps=1", f"--out={out / 'b.png'}"])
+    assert Image.open(out / "b.png").size == (128, 128)
     cdm.main(["sample", *quickly, "--scale=0", "--n=2", "--steps=1", "--out=nothing", f"--data={toy}"])
     assert Image.open("nothing/scale0_001.png").size == (64, 64)
     assert Image.open("nothing/sheet.png").height == 2 * 66 + 2             # real ones above
