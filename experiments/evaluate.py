@@ -107,7 +107,7 @@ def measure(model, pyramids, cfg, ranks, s, spaces, palette, null):
     row = {"scale": s, "n": len(real), "layout": M.layout_fidelity(fake, real, grid),
            "layout_vae": M.layout_fidelity(vae, real, grid), "psnr_vae": M.psnr(vae, real), "codes_used": codes,
            "contrast": contrast(fake) / contrast(real), "contrast_vae": contrast(vae) / contrast(real)}
-    for name, feature in spaces.items():
+    for name, feature in tqdm(spaces.items(), "features", leave=False):
         row |= in_space(name, feature, sets, train, features[name])
     if palette is not None:
         row |= by_colour(sets | {"null": unguided[:len(real)]}, batch, pyramids, palette, s)
