@@ -8,13 +8,16 @@ Exit code 0 if all pass, and then a picture of your own work; else 1. Theory: la
 """
 import faulthandler
 import inspect
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import traceback
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -75,13 +78,21 @@ def load(file):
         raise Fault(f"the file does not import: {told(err)}", line_of(err, file)) from err
     return module
 
+def signature(fn):
+    """None for what does not tell, as a function written in C."""
+    try:
+        return inspect.signature(fn)
+    except ValueError:
+        return None
+
 def call(fn, args, file):
     """out: what fn returns, the line of its return. raises: Fault."""
     plain = inspect.unwrap(fn)
     code = getattr(plain, "__code__", None)
     lines = [code.co_firstlineno if code else 0]
     try:
-        inspect.signature(fn).bind(*args)
+        if takes := signature(fn):
+            takes.bind(*args)
     except TypeError as err:
         raise Fault(f"it cannot take the {len(args)} arguments that it is given: {err}", lines[0]) from err
 
@@ -114,90 +125,156 @@ def kind(x):
         return f"the list {x}"[:100] if {*map(type, x)} <= {int} else f"a list of {', '.join(map(kind, x))}"[:200]
     return "None (is a return missing?)" if x is None else f"a {type(x).__name__}"
 
+def parts(x):
+    """The numbers in x, of all that a list, a tuple or a network holds: tensors in float64."""
+    if isinstance(x, torch.nn.Module):
+        x = [*x.state_dict().values()]
+    if isinstance(x, list | tuple):
+        return [part for one in x for part in parts(one)]
+    if isinstance(x, np.ndarray):
+        x = torch.from_numpy(x.copy())
+    return [torch.as_tensor(x).detach().double()] if isinstance(x, torch.Tensor | int | float) else []
+
 def learns(x):
     """Whether gradients pass through each part of it."""
     return [getattr(part, "requires_grad", False) for part in (x if isinstance(x, tuple) else [x])]
 
-def pairs(got, want):
-    """The numbers of two things of one kind, side by side, in float64."""
-    for a, b in zip(got, want) if isinstance(want, tuple) else [(got, want)]:
-        if not isinstance(b, list):
-            yield torch.as_tensor(a).detach().double(), torch.as_tensor(b).detach().double()
-
 def close(got, want, tol):
     """Where numbers agree: a tensor of bool."""
     room = tol * max(1.0, want.nan_to_num().abs().max().item())
-    return ((got - want).abs() <= room) | (got.isnan() & want.isnan())
+    return ((got - want).abs() <= room) | (got == want) | (got.isnan() & want.isnan())
 
 def equal(got, want, tol):
-    alike = kind(got) == kind(want) and learns(got) == learns(want)
-    return alike and all(close(a, b, tol).all() for a, b in pairs(got, want))
+    if kind(got) != kind(want) or learns(got) != learns(want):
+        return False
+    some, others = parts(got), parts(want)
+    return len(some) == len(others) and all(close(a, b, tol).all() for a, b in zip(some, others))
+
+def guesses(want, a, b):
+    """What is often there in the place of `want`: pairs (what is wrong, what then comes out). b is one of its numbers,
+    a is what stands there."""
+    yield "it is all zeros", 0 * want
+    yield "the sign is turned round", -want
+    yield "it is clipped to [-1,1]", want.clamp(-1, 1)
+    yield "it is clipped to [0,1]", want.clamp(0, 1)
+    yield "these are the squares of what is wanted", want.square()
+    yield "these are the roots of what is wanted", want.sqrt()
+    yield "this is 1 less what is wanted", 1 - want
+    if want.numel() > 1:
+        yield f"everything is {a / b if b else 0:.4g} times what it should be", a / b * want if b else want
+        yield f"everything is {abs(a - b):.4g} too {'large' if a > b else 'small'}", want + (a - b)
+    for axis in range(want.ndim):
+        yield f"axis {axis} is turned round", want.flip(axis)
+        yield f"along axis {axis} all stands a place too late", want.roll(1, axis)
+        yield f"along axis {axis} all stands a place too early", want.roll(-1, axis)
+    if want.ndim > 1 and want.shape[-1] == want.shape[-2]:
+        yield "rows and columns are swapped", want.mT
+
+def where(wrong):
+    """On which axis the wrong numbers keep to some places."""
+    for axis, size in enumerate(wrong.shape):
+        at = wrong.movedim(axis, 0).reshape(size, -1).any(1).nonzero()[:, 0].tolist()
+        if len(at) < min(size, 5):
+            return f", all at {', '.join(map(str, at))} of axis {axis}"
+    return ""
 
 def difference(got, want, tol):
-    """What is wrong with a result: its kind; or its numbers' sign, a factor, a term, their order; else where most."""
+    """What is wrong with a result: its kind; or what its numbers are instead; else where most."""
     if kind(got) != kind(want):
         return f"it returns {kind(got)}, wanted {kind(want)}"
-    wrong = [(a, b) for a, b in pairs(got, want) if not close(a, b, tol).all()]
+    both = [*zip(parts(got), parts(want))]
+    wrong = [n for n, (a, b) in enumerate(both) if not close(a, b, tol).all()]
     if not wrong:
         lost = "no gradients pass through it: is there a detach, or no_grad?"
         return lost if any(learns(want)) else "it still has gradients: detach it"
-    got, want = wrong[0]
+    got, want = both[wrong[0]]
     error = torch.nan_to_num((got - want).abs(), torch.inf)
     worst = error.argmax().item()
     a, b = got.flatten()[worst].item(), want.flatten()[worst].item()
-    ratio, term = a / b if b else 0.0, a - b
+    unlike = ~close(got, want, tol)
+    text = f"{unlike.sum()} of {got.numel()} numbers differ{where(unlike)}"
+    guess = next((guess for guess, there in guesses(want, a, b) if close(got, there, tol).all()), "")
     if not got.isfinite().all():
         text = "numbers are not finite"
-    elif not got.any():
-        text = "it is all zeros"
-    elif close(-got, want, tol).all():
-        text = "the sign is turned round"
-    elif got.numel() > 1 and close(got, ratio * want, tol).all():
-        text = f"everything is {ratio:.4g} times what it should be"
-    elif got.numel() > 1 and close(got - term, want, tol).all():
-        text = f"everything is {abs(term):.4g} too {'large' if term > 0 else 'small'}"
+    elif guess:
+        text = guess
     elif close(got.flatten().sort()[0], want.flatten().sort()[0], tol).all():
-        text = "the numbers are right, but in another order"
-    else:
-        text = f"{(~close(got, want, tol)).sum()} of {got.numel()} numbers differ"
+        text = "the numbers are right, but in another order (a view where a permute is needed?)"
+    elif error.max() < 0.01 * want.abs().max():
+        text += " by little (is it rounded, or float32 or float16 in between?)"
     at = [n.item() for n in np.unravel_index(worst, want.shape)]
-    return f"{text}: at {at} wanted {b:.4g}, got {a:.4g}"
+    which = f" of result {wrong[0]}" if len(both) > 1 else ""
+    digits = 4 if f"{a:.4g}" != f"{b:.4g}" else 9
+    return f"{text}: at {at}{which} wanted {b:.{digits}g}, got {a:.{digits}g}"
 
-def judge(name, task, module, file):
+def wanted(name, task):
+    """What the core makes of each case."""
+    return [getattr(core, name)(*make()) for make in task.cases.values()]
+
+def judge(name, task, module, file, wants=None):
     """Try all cases of a function. out: nothing if it passes; else what is wrong, and in which line."""
     fn, own = getattr(module, name, None), getattr(core, name)
     if not callable(fn):
-        return f"the file has no function {name}"
+        near = get_close_matches(name, [other for other in vars(module) if not hasattr(core, other)], 1)
+        return f"the file has no function {name}" + (f", but {near[0]}: the name must be the same" if near else "")
+    names = [*inspect.signature(own).parameters]
+    mine = [*signature(fn).parameters] if signature(fn) else names
+    if mine != names and sorted(mine) == sorted(names):
+        return f"its arguments are in another order: they come as {', '.join(names)}"
     faults, tried, failed = [], [], []
-    for label, make in task.cases.items():
+    for (label, make), want in zip(task.cases.items(), wants or wanted(name, task)):
         torch.set_default_dtype(torch.float32)              # whatever a student's file has set
+        torch.set_default_device(None)
         torch.set_grad_enabled(True)
-        want, args = own(*make()), make()
+        args = make()
         try:
             got, line = call(fn, args, file)
+            written = [names[n] for n, x in enumerate(make()) if not equal(args[n], x, 0)]
+            if written:
+                return said(Fault(f"it writes into its argument {written[0]}: make a new one", line), file)
+            tried.append((got, make))
+            if equal(got, want, task.tol):
+                continue
+            if kind(got) == kind(want) and not equal(got, call(fn, make(), file)[0], 0):
+                return said(Fault(f"with {label}, the same arguments give something else the second time: does it draw "
+                                  "its own random numbers, or keep something between calls?", line), file)
+            failed.append((got, make))
+            faults.append(Fault(f"with {label}, {difference(got, want, task.tol)}", line))
         except Fault as fault:
             if fault.text.startswith("it stops"):
                 fault.text = f"with {label}, {fault.text}"
             faults.append(fault)
-            continue
-        written = [n for n, x in enumerate(make()) if hasattr(x, "shape") and not equal(args[n], x, 0)]
-        if written:
-            what = [*inspect.signature(own).parameters][written[0]]
-            return said(Fault(f"it writes into its argument {what}: make a new one", line), file)
-        tried.append((got, make))
-        if not equal(got, want, task.tol):
-            failed.append((got, make))
-            faults.append(Fault(f"with {label}, {difference(got, want, task.tol)}", line))
-    for some in (tried, failed[:1]) if failed else ():      # which known mistake explains all of it, or its beginning?
-        for sentence, mistake in task.mistakes.items():
-            if all(equal(got, mistake(own, *make()), task.tol) for got, make in some):
+    faulthandler.cancel_dump_traceback_later()              # nothing of the student's runs from here on
+    partly = ""                                             # what explains the first failure, if nothing explains all
+    for sentence, mistake in task.known() if failed else ():
+        if agree(mistake, own, failed[:1], task.tol):
+            if agree(mistake, own, tried, task.tol):
                 return said(Fault(sentence, faults[0].line), file)
+            partly = partly or sentence
+    if partly:
+        faults[0].text = partly
     return said(faults[0], file) if faults else ""
+
+def agree(mistake, own, results, tol):
+    """Whether a mistake explains what came out."""
+    return all(equal(got, mistake(own, *make()), tol) for got, make in results)
 
 def said(fault, file):
     return f"{fault.text} ({Path(file).name}, line {fault.line})" if fault.line else fault.text
 
 # ----- 3. A process that may hang or die, and one that waits for it -----
+
+class Short(io.TextIOBase):
+    """What a student's file prints, the first characters of it: a loop may print for ever."""
+    room = 2000
+
+    def write(self, text):
+        if self.room > 0:
+            sys.__stdout__.write(text[:self.room])
+            self.room -= len(text)
+            if self.room <= 0:
+                sys.__stdout__.write("\n  ... what it prints from here on is not shown\n")
+        return len(text)
 
 def read(folder):
     """What is known by now: {name: why it fails, or nothing}."""
@@ -216,24 +293,38 @@ def work(cfg):
     """Check from where an earlier process ended."""
     folder, tasks = Path(cfg.inside), LABS[cfg.lab]
     torch.set_num_threads(1)                                # for small tensors more are slower
+    wants = {name: wanted(name, task) for name, task in tasks.items()}      # while torch is as it was
+    if sys.platform == "linux":
+        import resource
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        room = 2 ** 33 if most == resource.RLIM_INFINITY else min(2 ** 33, most)
+        resource.setrlimit(resource.RLIMIT_DATA, (room, most))              # a list that grows would take all memory
     with open(folder / "stack", "w") as stack:
+        faulthandler.enable(stack)
         def limit(times=1):
             faulthandler.dump_traceback_later(times * cfg.seconds, exit=True, file=stack)
         limit()
         try:
-            module = core if cfg.core else load(cfg.file)
+            with redirect_stdout(Short()):
+                module = core if cfg.core else load(cfg.file)
             note(folder, "import", "", False)
         except Fault as fault:
             tasks = {}
             note(folder, "import", said(fault, cfg.file))
         for name in [name for name in tasks if name not in read(folder)]:
             limit()
-            note(folder, name, judge(name, tasks[name], module, cfg.file))
+            try:
+                with redirect_stdout(Short()):
+                    why = judge(name, tasks[name], module, cfg.file, wants[name])
+            except Exception as err:
+                why = f"it cannot be judged ({type(err).__name__}): does it return something odd, or change torch?"
+            note(folder, name, why)
         if not any(read(folder).values()):
             limit(10)
             why = picture(cfg, module)
             note(folder, "picture", why, why)
         faulthandler.cancel_dump_traceback_later()
+        faulthandler.disable()
     note(folder, "end", "", False)
 
 def picture(cfg, module):
@@ -252,7 +343,11 @@ def died(code, folder, cfg):
     """Why a process ended too early, and in which line of the student's file."""
     places = re.findall(r'File "(.*)", line (\d+)', (folder / "stack").read_text())
     lines = [int(line) for file, line in places if Path(file).name == Path(cfg.file).name]
-    why = f"it did not end within {cfg.seconds:g} s: does a loop end?" if places else f"it ended Python (code {code})"
+    why = f"it ended Python (code {code})"
+    if code == 1 and places:
+        why = f"it did not end within {cfg.seconds:g} s: does a loop end?"
+    elif code < 0:
+        why += ": a recursion without end, or no memory left?"
     return said(Fault(why, [*lines, 0][0]), cfg.file)
 
 def supervise(cfg):
@@ -280,8 +375,8 @@ def main(argv):
         return work(cfg)
     cfg.file = core.__file__ if cfg.core else cfg.file or str(Path(__file__).with_name(f"lab{cfg.lab}.py"))
     cfg.out = cfg.out or f"out/lab{cfg.lab}.png"
-    if not Path(cfg.file).is_file():
-        raise UserError(f"--file={cfg.file}: there is no such file")
+    if not Path(cfg.file).is_file() or Path(cfg.file).suffix == ".ipynb":
+        raise UserError(f"--file={cfg.file}: there is no such file of Python (no folder, no notebook)")
     if cfg.run and not Path(cfg.run).exists():
         raise UserError(f"--run={cfg.run}: there is no such run: train one with make demo, or leave the option out")
     if not cfg.seconds > 0:
@@ -296,3 +391,4 @@ def main(argv):
 
 if __name__ == "__main__":
     cli(main)
+    os._exit(0)                                             # a thread that a student's file began would go on

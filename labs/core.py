@@ -41,7 +41,7 @@ def up(y, f):
 def average(parts, ij, h, w):
     window, rows = parts.shape[-1], sorted({i for i, _ in ij})
     overlap = window - rows[1] if len(rows) > 1 else 0
-    return Canvas(h, w, window, overlap).average(lambda corners: parts)
+    return Canvas(h, w, window, overlap).average(lambda corners: parts[[ij.index(corner) for corner in corners]])
 
 def level(z, z0_hat, Dec, Enc, A, y, unit=None):
     """One window, and functions of whole canvases."""

@@ -16,7 +16,8 @@ def grid_under(e, s, i, j):
 def standardize(e):
     """Pool a grid to at most 8 x 8, then give each embedding mean 0 and deviation 1 over its channels.
     in:  e (E,G,G) float32, G up to 8, or a multiple of 8. out: (E,min(G,8),min(G,8))."""
-    raise NotImplementedError("pool first; then mean and std (torch's own, with n - 1) over axis 0; (e - mean) / std")
+    raise NotImplementedError("pool first; then mean and std (torch's own, with n - 1) over axis 0; "
+                              "(e - mean) / (std + 1e-8)")
 
 def pack_grid(e):
     """Place the embeddings of one patch into 64 slots, row by row, centred: the first of n in slot 32 - n // 2.
