@@ -37,10 +37,10 @@ class Settings(Conditions, S.Config):
     guide: str = "x0+proxy"    # s1, s2 (Z Algorithms S1, S2), x0, x0+proxy: see sample_joint.py
     sampler: str = ""          # lean: DDIM at times that crowd at the clean end; ddim: evenly spaced, as published. The
     #                            default is lean for x0 and x0+proxy, ddim for s1 and s2
-    steps: int = 0             # default: 12 of lean, 50 of ddim
+    steps: int = 0             # default: 10 of lean, 50 of ddim
     inner: int = 1             # corrections per step (K)
     lam: tuple = ()            # size of a correction, or first,last. x0, x0+proxy: share of the error, default
-    #                            15 / steps, at most 0.5, and 0.4,0.1; s1, s2: largest change of a latent, default
+    #                            15 / steps, at most 0.5, and 0.6,0.15; s1, s2: largest change of a latent, default
     #                            0.1 (published: 0.5)
     delta: float = 0.005       # width of the denoiser's finite difference (s1, s2)
     zeta: float = 0.005        # width of the encoder's (s2)
@@ -66,10 +66,10 @@ def usual_overlap(window):
     return max(window // 4 - 1, 0) | 1
 
 def times(cfg, T):
-    """The indices that are drawn at, ascending. Details are drawn at the clean end: lean times crowd there, so twelve
+    """The indices that are drawn at, ascending. Details are drawn at the clean end: lean times crowd there, so ten
     of them do what fifty evenly spaced ones do (docs/large.md). raises: UserError for a number that means nothing."""
     lean = cfg.sampler == "lean" or not cfg.sampler and "x0" in cfg.guide
-    steps = cfg.steps or (12 if lean else 50)
+    steps = cfg.steps or (10 if lean else 50)
     if not lean:
         return even_timesteps(T, steps)
     if not 1 <= steps <= T // 4:
@@ -85,7 +85,7 @@ def lams(cfg):
     steps = len(times(cfg, 1000))
     share = min(15 / steps, 0.5)
     # the last steps are the U-Net's, or corrections leave streaks in tissue that nothing mends any more
-    usual = {"x0": (share,), "x0+proxy": (0.8 * share, 0.2 * share)}.get(cfg.guide, (0.1,))
+    usual = {"x0": (share,), "x0+proxy": (1.2 * share, 0.3 * share)}.get(cfg.guide, (0.1,))
     return ((cfg.lam or usual)[0], (cfg.lam or usual)[-1])
 
 class Progress:

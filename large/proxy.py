@@ -19,7 +19,7 @@ from data import PatchDataset
 from diffusion import to_eps, to_x0
 from sample_joint import Resize, full_precision
 
-PASSES = 6  # corrections by a proxy where the decoder makes one: each takes away less of what is sharp
+PASSES = 3  # corrections by a proxy where the decoder makes one: each takes away less of what is sharp
 
 class Proxy(nn.Module):
     """Three convolutions over the latents; 7 x 7 of them are seen, and the mean and deviation of the whole window, for
