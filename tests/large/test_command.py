@@ -81,7 +81,7 @@ def test_settings_of_differences_count(model, grid):
 
 @pytest.mark.parametrize("guide, usual", [("s1", 0.1), ("s2", 0.1), ("x0", 0.5), ("x0+proxy", (0.6, 0.15))])
 def test_what_lam_is(model, grid, monkeypatch, guide, usual):
-    """One for all steps, or the first and the last; without it the usual one of the guide: 0.5, or 0.6 down to 0.15, for
+    """One for all steps, or the first and the last; without it the usual one of the guide: 0.5, or 0.6 to 0.15, for
     a few steps of x0 guides, 0.1 for those of z_t."""
     seen = []
     monkeypatch.setattr(sample_joint, "sample_levels", lambda *args, **options: seen.append(options["lam"]))
