@@ -79,7 +79,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
-# toys: small networks for 64-pixel patches. Place codes, v and small groups make minutes of training enough
+# toys: small networks for 64-pixel patches. Place codes, v, Muon and small groups make minutes enough
 # smoke: small rates and few codes, or 40 steps blow up rounding. brca, naip: as published. None: the default
 SHIPPED = "weights/vae.safetensors"  # comes with this repository; --vae_weights= trains one of the toy's own
 TABLE = {

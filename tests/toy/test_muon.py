@@ -15,7 +15,7 @@ def test_singular_values_become_about_one(shape):
     g = u @ torch.diag(torch.logspace(0, -2, len(s))) @ v
     made = equalised(g)
     inner = u.T @ made @ v.T                                            # diagonal, if the vectors stayed
-    assert inner.diag().min() > 0.3 and inner.diag().max() < 1.3
+    assert inner.diag().min() > 0.6 and inner.diag().max() < 1.3
     assert (inner - inner.diag().diag()).abs().max() < 1e-3
     assert equalised(torch.zeros(shape)).abs().max() == 0               # nothing to learn: no step, no nan
 
