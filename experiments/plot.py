@@ -34,7 +34,7 @@ def draw_log(run):
     for ax, (rows, key, name) in zip(axes, shown):
         steps = [r["step"] for r in rows]
         for i, values in enumerate(zip(*(r[key] for r in rows))):
-            ax.plot(steps, values, label=f"{name} {i}")
+            ax.plot(steps, values, marker=".", label=f"{name} {i}")         # a single sample shows, too
         ax.set(xlabel="step", ylabel="mean squared error of eps", yscale="log")
         ax.legend(fontsize="small")
     axes[2].set(ylabel="layout fidelity of drawn patches", yscale="linear")
