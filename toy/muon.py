@@ -16,13 +16,19 @@ MOMENTUM = 0.95                 # of the averaged gradient
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a polynomial that drives singular values to about 1 in five rounds
 
 def equalised(g):
-    """The matrix with the singular vectors of g (m,n), and singular values of about 0.7 to 1.2, tiny ones aside."""
+    """The matrix with the singular vectors of g (m,n), and singular values of about 0.7 to 1.2, tiny ones aside.
+
+    A round takes x to (a + b r + c r r) x with r = x x^T. All rounds together multiply x by one small matrix p, and r
+    follows from r, so that the long side of x is met twice, not ten times."""
     a, b, c = NEWTON_SCHULZ
     x = g if g.shape[0] <= g.shape[1] else g.T
     x = x / (x.norm() + 1e-7)                                           # singular values of at most 1
+    r = x @ x.T                                                         # (m,m), the shorter side
+    p = one = torch.eye(len(r), device=r.device)
     for _ in range(5):
-        xx = x @ x.T                                                    # (m,m), the shorter side
-        x = a * x + (b * xx + c * xx @ xx) @ x
+        q = a * one + b * r + c * r @ r
+        p, r = q @ p, q @ r @ q
+    x = p @ x
     return x if g.shape[0] <= g.shape[1] else x.T
 
 class Muon(torch.optim.AdamW):
