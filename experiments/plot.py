@@ -46,7 +46,7 @@ def draw_trade(folder):
     if not files:
         raise UserError(f"{folder} holds no quality_*.json: measure first, without --plot")
     figure, axes = panels(2, (12, 5.8))
-    ticks = (1000, 2000, 5000, 10000, 20000, 50000)
+    ticks = (300, 1000, 2000, 5000, 10000, 20000, 50000)
     shown = {"psnr": "A(image) against the context, dB", "crops_desc": "distance of crops to real ones (descriptor)"}
     for ax, (key, label) in zip(axes, shown.items()):
         for marker, file in zip("os^D", files):

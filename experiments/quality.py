@@ -57,7 +57,7 @@ METHODS = {  # settings of large/command.py
     "s2": dict(guide="s2"),
     "x0": dict(guide="x0"),
     "x0+proxy": dict(guide="x0+proxy"),
-    "part guided": dict(guide="x0+proxy", guided=(200, 700)),  # x0+proxy without a null branch at both ends
+    "ten lean steps": dict(guide="x0+proxy", sampler="lean", steps=10, guided=(200, 700)),  # the default
 }
 
 # ----- 1. A run and its held-out slides -----
@@ -145,27 +145,31 @@ class Painter:
         return Settings(run=cfg.run, size=(cfg.size,), context=(cfg.context,), **how)
 
     def draw(self, name, grid):
-        """out: (1,3,H,W) in [-1,1]; of bicubic the context alone, which all methods share."""
+        """out: an image (1,3,H,W) in [-1,1], and the context it was drawn with. Of bicubic both are the context; of
+        methods that know none, both are the image."""
         levels, _ = draw_large(self.model, grid, self.settings(name), self.ranks, self.proxy)
-        return decoded(self.model, levels[-1].z, self.ranks)
+        x, y = (decoded(self.model, levels[at].z, self.ranks) for at in (-1, 0))
+        return x, y
 
     def paint(self, name, k, grid, shared):
-        """One method's image of the k-th slide, not drawn again where the same settings drew it before.
-        out: (1,3,size,size) as of 8 bits, seconds (wall clock), TFLOP at full size."""
+        """One method's image of the k-th slide, not drawn again where the same settings drew it before. shared: the
+        context of methods that draw none. out: (1,3,size,size) as of 8 bits, its context, seconds (wall clock), TFLOP
+        at full size."""
         cfg = self.cfg
         file = Path(cfg.run) / "bench" / f"quality_{cfg.size}" / f"{k}_{slug(name)}.safetensors"
         mark = asdict(self.settings(name)) | {"data": cfg.data, "model": proxies.mark(self.model)}
         mark = json.loads(json.dumps(mark))                                             # plain types, as files hold
         tensors, meta = load_tensors(file) if file.exists() else ({}, {})
-        if meta.get("mark") != mark:
+        if meta.get("mark") != mark or "y" not in tensors:
             meter, began = Profile(self.model, self.proxy), time.perf_counter()
             bicubic = Resize(2 ** cfg.context).up(shared).clamp(-1, 1)
-            x = bicubic if name == "bicubic" else self.draw(name, grid)
+            x, y = (bicubic, shared) if name == "bicubic" else self.draw(name, grid)
             seconds = time.perf_counter() - began
             meter.close()
-            tensors, meta = {"x": to_uint8(x)[0]}, {"mark": mark, "seconds": seconds, "TFLOP": tflop(meter)}
+            y = shared if "method" in METHODS[name] else y
+            tensors, meta = {"x": to_uint8(x)[0], "y": y}, {"mark": mark, "seconds": seconds, "TFLOP": tflop(meter)}
             save_tensors(file, tensors, meta)
-        return tensors["x"].movedim(-1, 0)[None] / 127.5 - 1, meta["seconds"], meta["TFLOP"]
+        return tensors["x"].movedim(-1, 0)[None] / 127.5 - 1, tensors["y"], meta["seconds"], meta["TFLOP"]
 
 @torch.no_grad()
 def coded(model, x, P, ranks):
@@ -220,9 +224,9 @@ class Ruler:
 
 def quality(cfg):
     """Every method on the same conditions and noise; images drawn before with the same settings are kept. psnr, ssim:
-    A(large) against the context, which is the same for all; crops, views: see Ruler; ref: similarity of each tile to
-    its real one; seams, where patches meet; by cell: the same over steps between other cells of latents; edges: so,
-    where this method's windows begin."""
+    A(large) against the context, one and the same but for lean times; crops, views: see Ruler; ref: similarity of each
+    tile to its real one; seams, where patches meet; by cell: the same over steps between other cells of latents; edges:
+    so, where this method's windows begin."""
     names = [name.strip() for name in cfg.methods.split(";")] if cfg.methods else list(METHODS)
     if set(names) - set(METHODS):
         raise UserError(f"--methods={cfg.methods}: known are {'; '.join(METHODS)} (put ';' between)")
@@ -239,19 +243,20 @@ def quality(cfg):
     near = [Resize(A.factor, "box").down(x) for x in real]                              # real contexts
     whole, patches = zip(*(coded(model, x, P, ranks) for x in tqdm(real, "coded")))
     drawn, bill = {"real": real, "coded whole": whole, "coded patches": patches}, {}
-    shared = [painter.draw("bicubic", grid) for grid in grids]
+    aims = dict.fromkeys(drawn, near)
+    shared = [painter.draw("bicubic", grid)[1] for grid in grids]
     for k, grid in enumerate(grids):
         for name in names:
-            x, *cost = painter.paint(name, k, grid, shared[k])
+            x, y, *cost = painter.paint(name, k, grid, shared[k])
             drawn.setdefault(name, []).append(x)
+            aims.setdefault(name, []).append(y)
             bill.setdefault(name, []).append(cost)
     table = []
     for name, images in tqdm(drawn.items(), "measured"):
         seconds, flops = zip(*bill.get(name, [(0, 0)]))
         row = {"method": name, "seconds": sorted(seconds)[len(seconds) // 2], "TFLOP": sum(flops) / len(flops)}
         seen = cat([A.down(x).clamp(-1, 1) for x in images])
-        aim = cat(shared if name in bill else near)
-        row |= {"psnr": psnr(seen, aim), "ssim": ssim(seen, aim)}
+        row |= {"psnr": psnr(seen, cat(aims[name])), "ssim": ssim(seen, cat(aims[name]))}
         x, begins = cat(images), window_step(name, P // cell) * cell
         row |= {"seams": seam_ratio(x, P), "by_cell": seam_ratio(x, P, cell), "edges": seam_ratio(x, begins, cell)}
         row |= ruler.measure(images, others if name == "real" else None)

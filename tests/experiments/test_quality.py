@@ -4,9 +4,11 @@ import json
 import pytest
 import torch
 
-from common import UserError
+from common import UserError, load_tensors
 from data import Pyramids
 from experiments import quality
+from experiments.metrics import psnr
+from sample_joint import Resize
 
 def table(ready):
     quality.main([str(ready), "--size=256", "--n=1", "--steps=1", "--methods=bicubic;independent", "--device=cpu",
@@ -30,6 +32,17 @@ def test_rows_and_resume(ready, model, monkeypatch):
     other = quality.Config(run=str(ready), size=256, context=2, steps=4)
     with pytest.raises(AssertionError, match="drawn again"):
         quality.Painter(other, model, None, None).paint("independent", 0, None, torch.zeros(1, 3, 64, 64))
+
+def test_each_is_held_to_its_own_context(ready, monkeypatch):
+    """catches: an image of other times held against a context that it was not drawn with."""
+    monkeypatch.setitem(quality.METHODS, "lean", dict(guide="x0", sampler="lean", steps=2))
+    quality.main([str(ready), "--size=256", "--n=1", "--steps=1", "--methods=lean;independent", "--threads=1"])
+    row = json.loads((ready / "bench" / "quality_256.json").read_text())["rows"][3]
+    kept, other = (load_tensors(ready / "bench" / "quality_256" / f"0_{name}.safetensors")[0]
+                   for name in ("lean", "independent"))
+    seen = Resize(4).down(kept["x"].movedim(-1, 0)[None] / 127.5 - 1).clamp(-1, 1)
+    assert row["method"] == "lean" and row["psnr"] == pytest.approx(psnr(seen, kept["y"]))
+    assert psnr(other["y"], kept["y"]) < 40
 
 def test_where_windows_begin():
     """catches: edges of overlapping windows sought where patches meet."""
