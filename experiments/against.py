@@ -68,7 +68,7 @@ class Checkout:
     def run(self, *command):
         """out: what it printed, seconds by the clock, seconds of CPU. raises: UserError if it fails."""
         began, before = time.perf_counter(), getrusage(RUSAGE_CHILDREN)
-        env = os.environ | {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        env = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         done = subprocess.run([sys.executable, *command], cwd=self.home, env=env, capture_output=True, text=True)
         after, seconds = getrusage(RUSAGE_CHILDREN), time.perf_counter() - began
         if done.returncode:
