@@ -1,9 +1,9 @@
 """How good large images are: every way of drawing them on the same conditions, noise and context.
 
-    python -m experiments.quality out/toy_long --size=512 --n=4   # table, RUN/bench/quality_512.png and .json
-    python -m experiments.quality out/toy_long --plot             # quality against cost of those tables (extra: plot)
+    python -m experiments.quality weights/toy.safetensors --size=512 --n=2   # out/shipped/bench/quality_512.png, .json
+    python -m experiments.quality out/toy_long --plot      # quality against cost of such tables (extra: plot)
 
-in:  a run folder, held-out slides   out: a table with the real images as ceiling, pictures    read next: speed.py
+in:  a run, held-out slides   out: a table with the real images as ceiling, pictures    read next: speed.py
 """
 import json
 import time
@@ -17,8 +17,8 @@ from torch import cat, stack
 from torch.nn.functional import fold, unfold
 from tqdm import tqdm
 
-from common import UserError, at_least, cli, configure, load_tensors, one_of, save_grid, save_png, save_tensors
-from common import setup, to_uint8, write_text
+from common import UserError, at_least, cli, configure, home_of, load_tensors, one_of, save_grid, save_png
+from common import save_tensors, setup, to_uint8, write_text
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM
 from experiments.cost import Profile, full_size
@@ -34,7 +34,7 @@ from text.grid import embeddings
 
 @dataclass
 class Config:
-    run: str = ""           # run folder
+    run: str = ""           # run folder, or the shipped weights
     data: str = ""          # data folder; default: the one the run was trained on
     size: int = 512         # pixels a side
     context: int = 0        # scale of the context; 0 = the one whose patch is the whole image
@@ -67,7 +67,8 @@ def open_run(cfg, proxy=True, amp=True):
     ranks = setup(cfg.device, amp, cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
     pyramids = Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
-    return model, pyramids, proxies.load(cfg.run, model, pyramids, ranks) if proxy else None, ranks
+    folder = Path(cfg.run).parent if Path(cfg.run).is_file() else cfg.run
+    return model, pyramids, proxies.load(folder, model, pyramids, ranks) if proxy else None, ranks
 
 def feature_spaces(pyramids, learned=False):
     """Ways to describe patches (N,3,P,P): what conditions are made of, and one that nothing is ever conditioned on.
@@ -156,7 +157,7 @@ class Painter:
         context of methods that draw none. out: (1,3,size,size) as of 8 bits, its context, seconds (wall clock), TFLOP
         at full size."""
         cfg = self.cfg
-        file = Path(cfg.run) / "bench" / f"quality_{cfg.size}" / f"{k}_{slug(name)}.safetensors"
+        file = home_of(cfg.run) / "bench" / f"quality_{cfg.size}" / f"{k}_{slug(name)}.safetensors"
         mark = asdict(self.settings(name)) | {"data": cfg.data, "model": proxies.mark(self.model)}
         mark = json.loads(json.dumps(mark))                                             # plain types, as files hold
         tensors, meta = load_tensors(file) if file.exists() else ({}, {})
@@ -231,14 +232,14 @@ def quality(cfg):
     if set(names) - set(METHODS):
         raise UserError(f"--methods={cfg.methods}: known are {'; '.join(METHODS)} (put ';' between)")
     model, pyramids, _, ranks = open_run(cfg, proxy=False)
-    P, cell, out = pyramids.patch, model.vae.factor, Path(cfg.run) / "bench"
+    P, cell, out = pyramids.patch, model.vae.factor, home_of(cfg.run) / "bench"
     slides = [held_out(pyramids, k, cfg.size) for k in range(2 * cfg.n)]
     cfg.context = cfg.context or max((cfg.size // P).bit_length() - 1, 1)
     sides((cfg.size,), [cfg.context, 0], P, cell, model.summarizer.cfg.scales)
     grids, real = zip(*slides[:cfg.n])
     others = [x for _, x in slides[cfg.n:]]
     asks = any("proxy" in METHODS[name].get("guide", "") for name in names)  # fitted after what may be refused
-    painter = Painter(cfg, model, proxies.load(cfg.run, model, pyramids, ranks) if asks else None, ranks)
+    painter = Painter(cfg, model, open_run(cfg)[2] if asks else None, ranks)
     ruler, A = Ruler(pyramids, cfg.context, real, cfg.learned), Resize(2 ** cfg.context)
     near = [Resize(A.factor, "box").down(x) for x in real]                              # real contexts
     whole, patches = zip(*(coded(model, x, P, ranks) for x in tqdm(real, "coded")))
@@ -292,7 +293,7 @@ def main(argv):
     times(Settings(sampler=cfg.sampler, steps=cfg.steps), 1000)  # are there so many?
     if cfg.plot:
         from experiments.plot import draw_trade
-        return draw_trade(Path(cfg.run) / "bench")
+        return draw_trade(home_of(cfg.run) / "bench")
     quality(cfg)
 
 if __name__ == "__main__":
