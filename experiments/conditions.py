@@ -217,8 +217,7 @@ def text(cfg, model, pyramids, ranks):
     if any(not c.truth for c in described):
         raise UserError(f"--captions={path} must state the shares of {', '.join(TISSUES)}, as text.captions toy does")
     texts, file = [c.text for c in described], path.with_suffix(".safetensors")
-    vectors = (captions.load_vectors(file, texts, made.info.get("text"))[0] if file.exists() else
-               captions.encode_texts(texts))
+    vectors = captions.tell(texts, file if file.exists() else None, made.info.get("text"))
     colours, truth = tissue_colours(pyramids), torch.tensor([c.truth for c in described])
     tables, pooled, db = [], [], []
     for seed in range(cfg.seeds):

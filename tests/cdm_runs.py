@@ -25,7 +25,8 @@ def check_resume(kind, home, folder, *args, once=None):
     twice = new_home(home, folder / "twice")
     go(twice, kind, *args, "--steps=3")
     again = go(twice, kind, *args)
-    assert once.keys() == again.keys() and all(torch.equal(once[k], again[k]) for k in once)
+    differ = [k for k in once if not torch.equal(once[k], again[k])]
+    assert once.keys() == again.keys() and not differ, differ
 
 def stub(made, fn):
     """A network that answers fn(x, t, told)."""

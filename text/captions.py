@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure, load_tensors, one_of, save_tensors, write_text
 from data import Pyramids
+from text.clauses import clauses
 from text.tissues import regions
 from text.wording import describe, shares_of
 from toy.tissue import TISSUES
@@ -128,6 +129,22 @@ def load_vectors(path, texts, encoder=None):
         raise UserError(f"{path} lacks {len(lack)} of {len(texts)} captions, such as {lack[0][:60]!r}: make it again")
     return v[[row[text] for text in texts]].float(), name
 
+def encoder_of(path):
+    """The name of the encoder that a file of vectors was made with."""
+    return load_tensors(path)[1].get("encoder")
+
+def tell(texts, path=None, encoder=None):
+    """What a grid model is told of each text: (1+n,V), its own vector and those of its n clauses, from a file or
+    encoded now. A file with a vector for each text and no others, as of images, knows no clauses: (1,V).
+    raises: as load_vectors and encode_texts."""
+    if path and load_tensors(path)[1].get("captions") == list(texts):
+        return list(load_vectors(path, texts, encoder)[0][:, None])
+    said = [[text, *clauses(text)] for text in texts]
+    every = list(dict.fromkeys(part for parts in said for part in parts))
+    v = load_vectors(path, every, encoder)[0] if path else encode_texts(every)
+    row = {part: k for k, part in enumerate(every)}
+    return [v[[row[part] for part in parts]] for parts in said]
+
 # ----- 3. Commands -----
 
 @dataclass
@@ -140,7 +157,7 @@ class Config:
     heldout: int = 64     # toy: regions of held-out slides, each with one caption
     tiles: int = 8        # toy: side of a region in base tiles
     seed: int = 0
-    most: int = 20_000    # embed: different captions at most; a CPU core takes a minute for 1,000
+    most: int = 100_000   # embed: different texts at most, clauses among them; a CPU core takes a minute for 4,000
     device: str = "cpu"   # embed: where the encoder runs
 
 def toy(cfg):
@@ -163,9 +180,10 @@ def toy(cfg):
     print(f"next: python -m text.captions embed {Path(cfg.out or cfg.path) / 'captions.tsv'}")
 
 def embed(cfg):
-    """Write the vectors of the captions of a file."""
-    texts = list(dict.fromkeys(c.text for c in read_lines(cfg.path)))
-    minutes = f"{len(texts)} different captions: about {math.ceil(len(texts) / 1000)} minutes on a CPU core"
+    """Write the vectors of the captions of a file, and of their clauses."""
+    captions = [c.text for c in read_lines(cfg.path)]
+    texts = list(dict.fromkeys([*captions, *(part for text in captions for part in clauses(text))]))
+    minutes = f"{len(texts)} different captions and clauses: about {math.ceil(len(texts) / 4000)} minutes on a CPU core"
     if len(texts) > cfg.most:
         raise UserError(f"{minutes}: more than --most={cfg.most}; raise it, or describe less (toy: --n, --phrasings)")
     print(minutes)

