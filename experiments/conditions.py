@@ -10,6 +10,7 @@ in:  run folders with what cdm.py trained in them   out: tables, RUN/bench/cdm_*
 """
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,8 @@ from sample_joint import Resize
 from summarizer import standardize
 from text import captions
 from text.grid import Regions
-from text.tissues import agreement, fractions, print_agreement, spearman, tissue_colours
+from text.tissues import agreement, fractions, print_agreement, region_map, spearman, tissue_colours
+from text.wording import shares_of
 from toy.tissue import TISSUES
 
 @dataclass
@@ -208,9 +210,18 @@ def grids(cfg, model, pyramids, ranks):
     save_sheet(cfg, "grids", {name: x[:4] for name, x in images.items()})
     return {"distance": value, "floor": floor, "correlation": near, "psnr": db}
 
+def sides(shares, x):
+    """How much more of each tissue lies on the left than on the right, and at the top than at the bottom, (...,2,4).
+    in: shares, a function of a part of x (...,H,W)."""
+    h, w = x.shape[-2] // 2, x.shape[-1] // 2
+    across = shares(x[..., :w]) - shares(x[..., w:])
+    down = shares(x[..., :h, :]) - shares(x[..., h:, :])
+    return stack([across, down], -2)
+
 def text(cfg, model, pyramids, ranks):
-    """Draw images for each held-out caption, one a seed, and hold the tissues' shares read off them against those of
-    the region the caption describes (L Fig. 4). Correlations are those of each seed's images, averaged."""
+    """Draw images for each held-out caption, one a seed, and hold the tissues' shares read off them, and the sides they
+    lie on, against those of the region the caption describes (L Fig. 4). Correlations are those of each seed's images,
+    averaged."""
     made, k = load_conditioner(cfg.run, "grid", model), cfg.size // pyramids.patch
     path = Path(cfg.captions or pyramids.folder / "heldout.tsv")
     described = captions.read_captions(path, pyramids, "test")[:cfg.n]
@@ -219,7 +230,9 @@ def text(cfg, model, pyramids, ranks):
     texts, file = [c.text for c in described], path.with_suffix(".safetensors")
     vectors = captions.tell(texts, file if file.exists() else None, made.info.get("text"))
     colours, truth = tissue_colours(pyramids), torch.tensor([c.truth for c in described])
-    tables, pooled, db = [], [], []
+    maps = [region_map(pyramids, c.slide, c.block) for c in described]
+    lie = stack([sides(lambda part: torch.tensor(shares_of(part)), region) for region in maps])        # (n,2,4)
+    tables, pooled, placed, db = [], [], [], []
     for seed in range(cfg.seeds):
         first = 1000 * seed
         invented = [Grid(made.grid(k, k, v, seed=first + i, spread=cfg.spread)) for i, v in enumerate(vectors)]
@@ -227,6 +240,8 @@ def text(cfg, model, pyramids, ranks):
         found = fractions(images, colours)
         tables.append(agreement(truth, found, seed))
         pooled.append(float(spearman(truth.reshape(-1, 1), found.reshape(-1, 1))))
+        seen = sides(partial(fractions, colours=colours), images)                  # (n,2,4)
+        placed.append(float(spearman(lie.reshape(-1, 1), seen.reshape(-1, 1))))
         db += values
         if seed == 0:
             save_grid(Path(cfg.run) / "bench" / "cdm_text.png", list(images.split(4)))
@@ -235,7 +250,8 @@ def text(cfg, model, pyramids, ranks):
     print_agreement(table)
     rank = stack([t["spearman"] for t in tables]).T.tolist()                   # (4,seeds)
     means = {name: mean_error(row) for name, row in zip(TISSUES, rank)}
-    means |= {"all shares together": mean_error(pooled), "dB of A(image) against its context": mean_error(db)}
+    means |= {"all shares together": mean_error(pooled), "sides": mean_error(placed)}
+    means |= {"dB of A(image) against its context": mean_error(db)}
     print(f"{len(texts)} captions, {cfg.seeds} seeds, ± standard error: {said(means)}")
     return {key: value.tolist() for key, value in table.items()} | {"means": means, "texts": texts}
 

@@ -91,6 +91,13 @@ def test_scales(conditioned):
     row = found(conditioned, "scales", f"--single={conditioned}", "--scale=1")
     assert row["shared"] == row["alone"]
 
+def test_sides():
+    """catches: left taken for top; a sign."""
+    x = torch.zeros(1, 4, 4)
+    x[..., :2] = 1                                                                          # all of it on the left
+    found = [conditions.sides(lambda part: part.mean((1, 2))[:, None], image).tolist() for image in (x, x.mT)]
+    assert found == [[[[1.0], [0.0]]], [[[0.0], [1.0]]]]
+
 def test_grids_and_text(conditioned):
     """catches: shares and captions out of step."""
     sizes = ["--size=128", "--context=1", "--overlap=0", "--steps=1"]
