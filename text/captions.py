@@ -135,15 +135,16 @@ def encoder_of(path):
 
 def tell(texts, path=None, encoder=None):
     """What a grid model is told of each text: (1+n,V), its own vector and those of its n clauses, from a file or
-    encoded now. A file with a vector for each text and no others, as of images, knows no clauses: (1,V).
+    encoded now. A file without a single clause, as of the vectors of images, gives the own ones alone: (1,V).
     raises: as load_vectors and encode_texts."""
-    if path and load_tensors(path)[1].get("captions") == list(texts):
+    parts = {text: clauses(text) for text in texts}
+    wanted = {part for some in parts.values() for part in some}
+    if path and not wanted & {*(load_tensors(path)[1].get("captions") or ())}:
         return list(load_vectors(path, texts, encoder)[0][:, None])
-    said = [[text, *clauses(text)] for text in texts]
-    every = list(dict.fromkeys(part for parts in said for part in parts))
+    every = list(dict.fromkeys([*texts, *sorted(wanted)]))
     v = load_vectors(path, every, encoder)[0] if path else encode_texts(every)
     row = {part: k for k, part in enumerate(every)}
-    return [v[[row[part] for part in parts]] for parts in said]
+    return [v[[row[part] for part in (text, *parts[text])]] for text in texts]
 
 # ----- 3. Commands -----
 

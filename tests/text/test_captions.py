@@ -219,8 +219,10 @@ def test_what_is_told(monkeypatch, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(captions.tell(texts, path), told))
     captions.save_vectors(path, texts, [[1.0], [2.0]], "clip")
     assert [v.tolist() for v in captions.tell(texts, path)] == [[[1.0]], [[2.0]]]
-    with pytest.raises(UserError, match="lacks 2 of 3 captions, such as 'no fat'"):
-        captions.tell(texts[:1], path)
+    assert captions.tell(texts[1:], path)[0].tolist() == [[2.0]]
+    captions.save_vectors(path, [*texts, "no fat"], torch.ones(3, 1), ENCODER)
+    with pytest.raises(UserError, match="lacks 1 of 4 captions, such as 'half stroma'"):
+        captions.tell(texts, path)
 
 def test_the_packaged_encoder():
     """With the extra: vectors of length 1 that put like meanings near, the same whatever else is encoded with them."""
