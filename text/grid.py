@@ -122,7 +122,7 @@ def quarters_of(described, pyramids):
 
 def padded(said):
     """Clauses of several captions, [(n,V)], as one tensor: v (B,most,V), and which of them there are (B,most) bool."""
-    there = [torch.ones(len(v), dtype=torch.bool) for v in said]
+    there = [torch.ones(len(v), dtype=torch.bool, device=v.device) for v in said]
     return pad_sequence(said, batch_first=True), pad_sequence(there, batch_first=True)
 
 def clauses_in(told):
