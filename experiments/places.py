@@ -20,7 +20,7 @@ from text.grid import clauses_in, padded, quarters_of
 class Config:
     data: str = ""          # toy slides
     captions: str = ""      # folder of the captions; default: the slides' own
-    epochs: int = 20        # of the network
+    epochs: int = 20        # of the networks, each on one kind alone
     threads: int = 2
 
 def foretold(guess, truth):

@@ -44,7 +44,7 @@ class Listener(Module):
         said = (self.clause(v) * there[..., None]).sum(1)               # (B,width)
         return self.total(said).unflatten(1, (-1, 2, 2))
 
-    def learn(self, v, there, aim, epochs=20, batch=256):
+    def learn(self, v, there, aim, epochs=10, batch=256):
         """Regression, with the same numbers each time. in: as above, and the quarters (B,E,2,2) that are aimed at."""
         optimizer = torch.optim.AdamW(self.requires_grad_().train().parameters(), 1e-3, weight_decay=0.05)
         with torch.random.fork_rng([]):

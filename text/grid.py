@@ -197,7 +197,9 @@ class GridModel(Conditioner):
             self.v_std.copy_(vectors.std(0).clamp_min(1e-6))
             aim = quarters_of(described, regions.pyramids)
             aim = (aim - self.mean[:, None, None]) / self.std[:, None, None]
-            self.says.learn(*padded([self.standard(clauses_in(v)) for v in told]), aim)
+            told = [self.standard(v) for v in told]
+            said = [*map(clauses_in, told), *(v[:1] for v in told)]     # whole captions too, for vectors of files
+            self.says.learn(*padded(said), aim.repeat(2, 1, 1, 1))
 
     def standard(self, v):
         return (v - self.v_mean) / self.v_std

@@ -138,6 +138,20 @@ def test_quarters_of_regions(pyramids):
         tiles = pyramids.tensor(i, "e")[r:r + 2, c:c + 2].float() * pyramids.rescale       # (2,2,E)
         assert_close(q, tiles.movedim(-1, 0), 1e-5)
 
+def test_what_is_learnt_of_captions(pyramids, monkeypatch):
+    """Clauses and whole captions say the same quarters. catches: a vector of a file that was never listened to; aims
+    out of step; numbers that are not standardised."""
+    made, learnt = small(2, pyramids.embed_dim), {}
+    described = [captions.Caption("", "", (), 0, i, (0, 0, 2, 2)) for i in range(2)]
+    told = [torch.tensor([[5.0, 0, 0], [1, 2, 3], [4, 5, 6]]), torch.tensor([[7.0, 2, 0], [9, 9, 9]])]
+    monkeypatch.setattr(made.says, "learn", lambda v, there, aim: learnt.update(v=v, there=there, aim=aim))
+    made.measure(Regions(pyramids, 2, 0), told, described)
+    assert learnt["there"].sum(1).tolist() == [2, 1, 1, 1]
+    assert_close(learnt["v"][2:, 0], made.standard(torch.stack([v[0] for v in told])), 1e-6)
+    assert_close(learnt["v"][0], made.standard(told[0][1:]), 1e-6)
+    want = (grid.quarters_of(described, pyramids) - made.mean[:, None, None]) / made.std[:, None, None]
+    assert_close(learnt["aim"], torch.cat([want, want]), 1e-5)
+
 # ----- 5. Training -----
 
 def test_train_resume_load(conditioned, zoomldm, tmp_path):
