@@ -101,7 +101,7 @@ def processes(n):
 
 def end_children():
     for process in active_children():
-        process.terminate()
+        process.kill()              # a SIGTERM they may have been told to take for something else
 
 def finished(path, scales, meta=None):
     """Read what a file of an earlier run holds. out: patches per scale, its meta data; None if there is no file.
