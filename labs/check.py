@@ -274,6 +274,7 @@ class Short(io.TextIOBase):
             self.room -= len(text)
             if self.room <= 0:
                 sys.__stdout__.write("\n  ... what it prints from here on is not shown\n")
+                sys.__stdout__.flush()          # before it may be killed
         return len(text)
 
 def read(folder):
