@@ -2,7 +2,7 @@
 
     python -m experiments.speed against ../old --part=large      # large images, an hour on two cores
     python -m experiments.speed against ../old --part=patches    # patches and --eval, two hours
-    python -m experiments.speed against ../old --part=demo       # what `make demo` runs, seven hours
+    python -m experiments.speed against ../old --part=demo       # what `make demo` runs, under an hour
 
 Each checkout runs its own public commands, with the same Python, weights, data and threads. Both write into a temporary
 folder of links, so neither is touched. Seconds are medians; FLOPs are counted in a run of their own.

@@ -178,7 +178,7 @@ class GridModel(Conditioner):
             from text.captions import encoder_of, read_captions, tell
             described = read_captions(cfg.captions, pyramids)
             told, info["text"] = tell([c.text for c in described], cfg.vectors), encoder_of(cfg.vectors)
-            vectors = torch.stack([v[0] for v in told])                                  # (n,V)
+            vectors = torch.stack([v[0] for v in told])                                  # (n,V), of whole captions
             cfg.dit.vector = vectors.shape[1]
         cfg.dit.tokens, cfg.dit.channels, cfg.dit.scales = cfg.side ** 2, pyramids.embed_dim, 0
         dataset = Regions(pyramids, cfg.side, cfg.seed, "train", described, vectors, DROP)
