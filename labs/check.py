@@ -342,10 +342,11 @@ def picture(cfg, module):
 
 def died(code, folder, cfg):
     """Why a process ended too early, and in which line of the student's file."""
-    places = re.findall(r'File "(.*)", line (\d+)', (folder / "stack").read_text())
+    stack = (folder / "stack").read_text()
+    places = re.findall(r'File "(.*)", line (\d+)', stack)
     lines = [int(line) for file, line in places if Path(file).name == Path(cfg.file).name]
     why = f"it ended Python (code {code})"
-    if code == 1 and places:
+    if stack.startswith("Timeout"):     # whatever the code: a loop that runs on may crash what writes down its lines
         why = f"it did not end within {cfg.seconds:g} s: does a loop end?"
     elif code < 0:
         why += ": a recursion without end, or no memory left?"

@@ -337,6 +337,9 @@ def test_a_loop_without_end(tmp_path, capfd):
 def test_a_file_that_ends_python(tmp_path):
     (tmp_path / "stack").touch()
     assert check.died(3, tmp_path, check.Config(file="mine.py")) == "it ended Python (code 3)"
+    assert "a recursion without end" in check.died(-11, tmp_path, check.Config(file="mine.py"))
+    (tmp_path / "stack").write_text("Timeout (0:00:05)!\nFatal Python error: Segmentation fault\n")
+    assert "did not end within 5 s" in check.died(-11, tmp_path, check.Config(file="mine.py", seconds=5))
 
 @pytest.mark.parametrize("args,text", [(["5"], "got lab '5'"), ([], "got lab ''"), (["2", "--file=no.py"], "no.py"),
                                        (["2", "--run=no"], "--run=no"), (["2", "--seconds=0"], "--seconds=0")])
