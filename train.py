@@ -4,10 +4,9 @@
     python train.py toy_long --lr=5e-4                 # any setting below; the same command resumes
     torchrun --standalone --nproc_per_node=6 train.py brca --data=DIR --vae_weights=FILE
 
-A run folder holds ema.safetensors (averaged U-Net and Summarizer, and the VAE: what all commands load), vae and
-*state*.safetensors (to go on from), latents/, samples/*.png, log.jsonl (`python -m experiments.plot RUN`).
-Settings and seed decide the result. Interruptions change nothing (on more than two ranks, the rounding), the
-number of ranks only the rounding.     read next: cdm.py
+A run folder holds ema.safetensors (averaged U-Net and Summarizer, and the VAE: what all commands load), vae
+and *state*.safetensors (to go on from), latents/, samples/*.png, log.jsonl (`python -m experiments.plot`).
+Settings and seed decide the result; ranks and interruptions at most its rounding.     read next: cdm.py
 """
 import json
 import math
@@ -54,7 +53,7 @@ class LoopConfig:               # nothing of this changes what is computed
 @dataclass
 class Config:
     preset: str = "toy"
-    data: str = "data/toy"      # made by data.py; toys make theirs if it is missing; more, with commas, for the VAE
+    data: str = "data/toy"      # made by data.py; toys make theirs if it lacks; more, with commas, for the VAE
     out: str = ""               # run folder; default out/PRESET
     seed: int = 0
     device: str = "auto"        # auto: cuda, mps or cpu
@@ -62,14 +61,14 @@ class Config:
     amp: bool = True            # bf16 autocast where the device has bf16 arithmetic
     compile: bool = False       # torch.compile the U-Net
     vae: VAEConfig = field(default_factory=VAEConfig)
-    vae_weights: str = ""       # take that of a run folder, or a file, ours or published; "" = train one
+    vae_weights: str = ""       # of a run, or a file; "" = train one. With vae.texture its decoder learns on
     vae_steps: int = 1000
     vae_batch: int = 16
     vae_lr: float = 3e-3
     vae_crop: int = 0           # train on random crops of this side, which cost less; 0 = whole patches
     summarizer: SummarizerConfig = field(default_factory=SummarizerConfig)  # embed_dim, scales: from the data
     unet: UNetConfig = field(default_factory=UNetConfig)                    # context_dim is summarizer.width
-    init_from: str = ""         # start from a run folder, or, as the papers, a published U-Net: cin256-v2.ckpt
+    init_from: str = ""         # start from a run folder, or, as the papers, a published U-Net, cin256-v2.ckpt
     pred: str = "eps"           # what the U-Net predicts: eps as published, x0, or v (see diffusion.py)
     schedule: str = "scaled_linear"  # of the noise; as published (see diffusion.py)
     steps: int = 1500
@@ -79,8 +78,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
-# toys: small networks for 64-pixel patches. Place codes, v, Muon and small groups make minutes enough
-# smoke: small rates and few codes, or 40 steps blow up rounding. brca, naip: as published. None: the default
+# toys: small networks; v, Muon and place codes make minutes enough. smoke: else 40 steps blow up rounding
 SHIPPED = "weights/vae.safetensors"  # comes with this repository; --vae_weights= trains one of the toy's own
 TABLE = {
     "preset":               ("smoke",      "toy",      "toy_long", "gpu24",       "brca",       "naip"),
@@ -280,13 +278,14 @@ def export(model, pyramids, cfg, ranks, step, ema):
 # ----- 5. The stages in order -----
 
 def make_vae(cfg, ranks, pyramids, base):
-    """Load, take over from `base`, or train a VAE. out: (vae, scale that gives its latents deviation 1)."""
+    """Load, take over from `base`, or train a VAE, or a decoder. out: (vae, its latents' 1 / deviation)."""
+    start, scale = (base.vae, base.latent_scale) if base else (None, None)
     if cfg.vae_weights:
         from slides.start import finished_vae
-        return finished_vae(Path(cfg.vae_weights))
-    if not cfg.vae_steps:
-        if base:
-            return base.vae, base.latent_scale
+        start, scale = finished_vae(Path(cfg.vae_weights))
+    if not (cfg.vae.texture if cfg.vae_weights else cfg.vae_steps):
+        if start:
+            return start, scale
         raise UserError("this preset trains no VAE: give one by --vae_weights=FILE, or train it by --vae_steps=N")
     sources = [pyramids, *map(open_data, cfg.data.split(",")[1:])]
 
@@ -295,12 +294,14 @@ def make_vae(cfg, ranks, pyramids, base):
         return [fixed_batch(p, "train", s, n)["x"].to(ranks.device) for p, s in there]      # (n,3,P,P) each
     stage = VAEStage
     if cfg.vae.texture:
-        from weights.critic import CriticStage as stage
-    net = stage(cfg, torch.cat(fixed(16)), base and base.vae)
+        from weights.critic import critic_stage as stage
+    net = stage(cfg, torch.cat(fixed(16)), start)
     net.scales = max(p.scales for p in sources)
     images = InTurn([PatchDataset(p, "train", cfg.seed, ("x",)) for p in sources])
     run_stage("vae_", cfg, ranks, net, images, cfg.vae_steps, cfg.vae_batch, cfg.vae_lr)
     vae = net.vae.eval().requires_grad_(False)
+    if cfg.vae_weights:
+        return vae, scale                                               # its decoder alone has learned
     rebase(vae, torch.cat([vae.encode(x) for x in fixed(64)]))          # mean 0
     return vae, 1 / float(torch.cat([vae.encode(x) for x in fixed(64)]).std())
 

@@ -6,13 +6,20 @@ vq-f4). And a small network that learns to tell real from coded crops must fail 
 is that of VQGAN, Esser et al. 2021, Eq. 7). Its strides of 4 pixels let it see the cells that a latent stands for.
 Crops are turned, flipped and coloured otherwise, so that a few images stand for many stains and seasons.
 
+Then encoder and codes rest, and the decoder learns on alone (as the decoders that were published for Stable Diffusion's
+first stage afterwards): latents stay what they are, and what was trained on them goes on to fit. A latent of 4 x 4
+pixels cannot say where each grain lies. So the decoder is not asked to, but for as much of it, and for no pattern that
+returns in every cell.
+
 in:  crops x (B,3,H,W) in [-1,1], and coded ones     out: their loss
-run: python train.py vae     needs: pip install -e '.[encoders]'     read next: ship.py
+run: python train.py vae [--vae_weights=RUN]     needs: pip install -e '.[encoders]'     read next: ship.py
 """
+from dataclasses import replace
+
 import torch
 from torch.autograd import grad
 from torch.nn import Conv2d, GroupNorm, LeakyReLU, Module, Sequential
-from torch.nn.functional import relu
+from torch.nn.functional import avg_pool2d, l1_loss, pad, relu
 from torch.nn.init import normal_
 
 from common import generator
@@ -22,6 +29,11 @@ SEEN = 0.3   # weight of learned features; larger ones cost colour
 FOOL = 0.75  # weight of the PatchGAN against all other terms, as in vq-f4
 CONSTANT = 4e-4  # learning rate of the PatchGAN, while the autoencoder's falls: in the end it knows it well
 MIX = 0.1    # deviation of the entries of a change of colours
+# of the decoder alone
+LOOK = 250   # steps of the PatchGAN before the decoder is to fool it
+GENTLE = 0.3  # FOOL of a PatchGAN that is shown detail, and knows more
+GRAIN = 0.5  # weight of the sharpness of places
+FOLD = 2.0   # weight of what returns in every cell of 4 pixels
 
 class Features:
     """The first layers of EfficientNet-Lite0: features at halves, quarters and eighths of the resolution.
@@ -80,6 +92,8 @@ class CriticStage(VAEStage):
         super().__init__(cfg, anchor, start)
         self.features = Features(anchor.device)
         self.critic = PatchGAN()
+        self.fooling = self.first                                       # the step from which it is to be fooled
+        self.pull = FOOL
 
     def groups(self):
         """Parameters for the optimiser: those of the autoencoder, and the critic's with a learning rate."""
@@ -101,23 +115,81 @@ class CriticStage(VAEStage):
         flat = flat + batch["mix"] @ (flat - mean) + batch["shift"]
         return flat.view_as(x).clamp(-1, 1)
 
+    def judge(self, x):
+        return self.critic(x)
+
     def critique(self, loss, x_rec, x):
         """Add what the critics say to the loss of a batch. The PatchGAN learns from the first step on, and is to be
         fooled once there are codes."""
         texture = self.cfg.vae.texture
-        real, coded = self.critic(x), self.critic(x_rec.detach())
+        real, coded = self.judge(x), self.judge(x_rec.detach())
         tell = (relu(1 - real).mean() + relu(1 + coded).mean()) / 2         # hinge loss
         loss = loss + texture * SEEN * self.features.distance(x_rec, x)
-        if self.step < self.first:
+        if self.step < self.fooling:
             return loss + tell
         self.critic.requires_grad_(False)                                   # to fool it must not change it
-        fool = -self.critic(x_rec).mean()
+        fool = -self.judge(x_rec).mean()
         self.critic.requires_grad_(True)
         last = self.vae.decoder.conv_out.weight
         strong, weak = (grad(part, last, retain_graph=True)[0].norm() for part in (loss, fool))
         # both pull equally at the last layer. official: up to 10,000, but a PatchGAN that knows nothing is no guide
         weight = (strong / weak).clamp(0, 1)
-        return loss + texture * FOOL * weight * fool + tell
+        return loss + texture * self.pull * weight * fool + tell
+
+class DecoderStage(CriticStage):
+    """The decoder of a finished autoencoder. What it is to do better is grain, so the PatchGAN is shown grain."""
+
+    def __init__(self, cfg, anchor, start):
+        sizes = replace(start.cfg, texture=cfg.vae.texture)
+        super().__init__(replace(cfg, vae=sizes), anchor, start)
+        self.vae.encoder.requires_grad_(False)
+        self.vae.to_latent.requires_grad_(False)
+        self.vae.codebook.requires_grad_(False)
+        self.fooling = LOOK
+        self.pull = GENTLE
+
+    def groups(self):
+        vae, critic = self.vae, super().groups()[1]
+        return [{"params": [*vae.from_latent.parameters(), *vae.decoder.parameters()]}, critic]
+
+    def noise(self, step):
+        # where the PatchGAN begins to look, so that its strides fall everywhere in a cell
+        self.look = torch.randint(4, (2,), generator=generator(self.cfg.seed, "where", step)).tolist()
+        return super().noise(step)
+
+    def judge(self, x):
+        i, j = self.look
+        return self.critic(detail(x)[:, :, i:, j:])
+
+    def critique(self, loss, x_rec, x):
+        grain = l1_loss(sharpness(x_rec), sharpness(x))
+        return super().critique(loss + GRAIN * grain + FOLD * l1_loss(folded(x_rec), folded(x)), x_rec, x)
+
+    def after_step(self, step, ranks):
+        pass                                                            # no code moves
+
+def critic_stage(cfg, anchor, start):
+    """What train.py trains. A finished VAE (--vae_weights) keeps its latents."""
+    return DecoderStage(cfg, anchor, start) if cfg.vae_weights else CriticStage(cfg, anchor, start)
+
+def detail(x):
+    """An image (B,3,H,W) with half of its contrast, but eight times the contrast of its detail against the rest. A
+    PatchGAN finds a smooth image out by it in 250 steps, and not in 700 by the image itself."""
+    blur = avg_pool2d(pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)     # (B,3,H,W)
+    return 0.5 * blur + 4 * (x - blur)
+
+def sharpness(x):
+    """How sharp an image (B,3,H,W) is here and there: logarithm of the mean step between neighbouring pixels, over
+    places of 16 x 16 pixels that overlap by half. out: (B,3,h,w). Sides of 16 pixels or more."""
+    right = pad(x, (0, 1, 0, 0), mode="replicate").diff(dim=3).abs()    # (B,3,H,W)
+    below = pad(x, (0, 0, 0, 1), mode="replicate").diff(dim=2).abs()
+    return (avg_pool2d(right + below, 16, 8) + 0.01).log()
+
+def folded(x):
+    """What all cells of 4 pixels have in common: their mean over places of 4 x 4 cells. in: x (B,3,H,W), sides
+    multiples of 16. out: (B,3,H/16,4,W/16,4). Grain that differs from cell to cell is gone; a lattice stays."""
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // 16, 4, 4, w // 16, 4, 4).mean((3, 6))
 
 def turned(x, turn):
     """One of the eight turned and mirrored views of a crop (3,H,W)."""

@@ -64,6 +64,53 @@ def test_crops_are_turned_and_coloured(stage):
     again = stage.noise(3)
     assert all(torch.equal(noise[name], again[name]) for name in noise) and noise.keys() > {"corner"}
 
+def test_a_decoder_learns_on_alone(toy, tmp_path, monkeypatch):
+    """Encoder, codes and scale of the latents stay what they were to the bit, whatever --vae.* says; the decoder does
+    not. catches: codes that are revived, an origin that moves, a weight decay of what rests."""
+    monkeypatch.setattr(critic, "Features", Halves)
+    monkeypatch.setattr(critic, "LOOK", 3)
+    args = [*TINY, f"--data={toy}", "--vae.texture=1", "--steps=0"]
+    quick([*args, f"--out={tmp_path / 'a'}"])
+    more = f"--vae_weights={tmp_path / 'a'}", "--vae.codes=7", "--vae_crop=0"
+    quick([*args, *more, f"--out={tmp_path / 'b'}"])
+    (a, told), (b, now) = (load_tensors(tmp_path / name / "vae.safetensors") for name in "ab")
+    moved = {name for name in a if not torch.equal(a[name], b[name])}
+    assert moved == {name for name in a if name.startswith(("decoder.", "from_latent."))}
+    assert told["latent_scale"] == now["latent_scale"] and told["config"] == now["config"]
+
+def test_what_the_decoder_is_asked_for(stage, monkeypatch):
+    """As much grain, no lattice, and to fool a PatchGAN that is shown detail, anywhere in a cell. catches: a term left
+    out; a PatchGAN that is fooled before it knows anything."""
+    decoder = critic.DecoderStage(stage.cfg, torch.rand(4, 3, 64, 64) * 2 - 1, stage.vae)
+    noise = [decoder.noise(step) for step in range(9)]
+    assert noise[0].keys() == stage.noise(0).keys() and decoder.fooling == critic.LOOK
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    loss, x_rec, _ = vae_loss(decoder.vae, x)
+    decoder.step = 0
+    total = decoder.critique(loss, x_rec, x)
+    i, j = decoder.look
+    real, coded = (decoder.critic(critic.detail(image)[:, :, i:, j:]) for image in (x, x_rec))
+    tell = ((1 - real).clamp_min(0).mean() + (1 + coded).clamp_min(0).mean()) / 2
+    grain = (critic.sharpness(x_rec) - critic.sharpness(x)).abs().mean()
+    lattice = (critic.folded(x_rec) - critic.folded(x)).abs().mean()
+    like = critic.SEEN * decoder.features.distance(x_rec, x)
+    asked = loss + like + critic.GRAIN * grain + critic.FOLD * lattice + tell
+    assert float(total.detach()) == pytest.approx(float(asked.detach()), rel=1e-5)
+
+def test_measures_of_grain():
+    """catches: a fold that mixes places of a cell; a sharpness that sees one direction; a detail that keeps a plane."""
+    cell = torch.rand(1, 3, 4, 4)
+    lattice, noise = cell.repeat(1, 1, 8, 8), torch.rand(1, 3, 32, 32)
+    there = critic.folded(lattice)                                          # (1,3,2,4,2,4)
+    assert there.shape == (1, 3, 2, 4, 2, 4) and torch.allclose(there[:, :, 1, :, 0], cell, atol=1e-6)
+    assert critic.folded(noise).std() < 0.4 * noise.std()
+    stripes = (torch.arange(32) % 2).float().expand(1, 3, 32, 32)
+    for x in (stripes, stripes.mT):
+        assert torch.allclose(critic.sharpness(x)[..., :-1, :-1].exp(), torch.tensor(1.01))
+    plane = torch.linspace(-1, 1, 32).expand(1, 3, 32, 32)
+    assert torch.allclose(critic.detail(plane)[..., 2:-2], plane[..., 2:-2] / 2, atol=1e-5)
+    assert critic.detail(stripes).std() > 3 * stripes.std()
+
 def test_answers_of_the_critic_are_local():
     """An answer sees 34 x 34 pixels. catches: a stride or a kernel of another size."""
     net = critic.PatchGAN(8)
