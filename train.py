@@ -53,7 +53,7 @@ class LoopConfig:               # nothing of this changes what is computed
 @dataclass
 class Config:
     preset: str = "toy"
-    data: str = "data/toy"      # made by data.py; toys make theirs if it lacks; more, with commas, for the VAE
+    data: str = "data/toy"      # by data.py; toys make theirs if it is missing; more, with commas, for the VAE
     out: str = ""               # run folder; default out/PRESET
     seed: int = 0
     device: str = "auto"        # auto: cuda, mps or cpu
@@ -68,7 +68,7 @@ class Config:
     vae_crop: int = 0           # train on random crops of this side, which cost less; 0 = whole patches
     summarizer: SummarizerConfig = field(default_factory=SummarizerConfig)  # embed_dim, scales: from the data
     unet: UNetConfig = field(default_factory=UNetConfig)                    # context_dim is summarizer.width
-    init_from: str = ""         # start from a run folder, or, as the papers, a published U-Net, cin256-v2.ckpt
+    init_from: str = ""         # start from a run folder, or, as the papers, a published U-Net: cin256-v2.ckpt
     pred: str = "eps"           # what the U-Net predicts: eps as published, x0, or v (see diffusion.py)
     schedule: str = "scaled_linear"  # of the noise; as published (see diffusion.py)
     steps: int = 1500
@@ -106,7 +106,7 @@ TABLE = {
     "unet.groups":          (8,            8,          8,          None,          None,         None),
     "unet.positions":       (16,           16,         16,         16,            None,         None),
     "pred":                 ("v",          "v",        "v",        "v",           None,         None),
-    "steps":                (40,           450,        4000,       100_000,       500_000,      500_000),
+    "steps":                (40,           400,        4000,       100_000,       500_000,      500_000),
     "batch":                (16,           24,         None,       128,           420,          400),
     "micro":                (None,         None,       None,       64,            None,         None),
     "lr":                   (3e-4,         3e-3,       1e-3,       1e-4,          2e-5,         2e-5),
@@ -118,7 +118,7 @@ TABLE = {
     "muon":                 (None,         True,       None,       None,          None,         None),
     "workers":              (None,         None,       None,       4,             4,            4),
     "log_every":            (10,           None,       None,       100,           100,          100),
-    "sample_every":         (40,           450,        1000,       5000,          10_000,       10_000),
+    "sample_every":         (40,           400,        1000,       5000,          10_000,       10_000),
     "save_every":           (10,           None,       None,       1000,          5000,         5000),
 }
 PRESETS = {name: {key: row[i] for key, row in TABLE.items() if row[i] is not None}
@@ -216,7 +216,7 @@ def backward(net, item, ranks, parts, last):
     """Add the gradient of one of `parts` micro-batches; with the last, ranks add theirs. out: for the log."""
     item = {k: v.to(ranks.device, non_blocking=True) for k, v in item.items()}
     with nullcontext() if last or ranks.world == 1 else net.no_sync():
-        with ranks.autocast():
+        with ranks.autocast(), ranks.attention():
             loss, values = net(item)
         (loss / parts).backward()
     return values
@@ -240,11 +240,10 @@ def agree(log, step, batch, grad, asked):
     flags[-1] = len(asked)
     bad = ranks.sum(flags)[:-1].nonzero()[:, 0].tolist()
     if bad or not grad.isfinite():                                      # a gradient names no sample
-        what = "loss" if bad else "gradient"
         samples = ", ".join(str(step * batch + k) for k in bad or range(batch))
-        raise UserError(f"the {log.stage} {what} is no longer finite at step {step + 1}, on samples "
-                        f"{samples} of the data set; the last checkpoint is intact. Look at these samples, "
-                        f"or move the *state*.safetensors of this training away and take a lower learning rate")
+        raise UserError(f"the {log.stage} {'loss' if bad else 'gradient'} is no longer finite at step "
+                        f"{step + 1}, on samples {samples} of the data set; the last checkpoint is intact. Look "
+                        f"at these, or move *state*.safetensors of this training away and take a lower --lr")
     return bool(flags[-1])
 
 # ----- 4. Samples on the way -----

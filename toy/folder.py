@@ -206,10 +206,11 @@ def encode_latents(folder, vae, dataset, items, ranks):
             continue
         for s, count in enumerate(slide["counts"]):
             z = torch.full((count, 3, *[pyramids.patch // 4] * 2), torch.nan).half()
-            for k in range(0, len(rows[s]), 128):
-                part = rows[s][k:k + 128]
+            for k in range(0, len(rows[s]), 32):
+                part = rows[s][k:k + 32]
                 x = torch.stack([pyramids.read(i, s, n)["x"] for n in part])
-                z[part] = vae.encode(x.to(ranks.device)).half().cpu()
+                with ranks.autocast():
+                    z[part] = vae.encode(x.to(ranks.device)).half().cpu()
                 bar.update(len(part))
             tensors[f"z{s}"] = z                                        # (count,3,P/4,P/4)
         save_tensors(path, tensors, {"vae": mark})

@@ -14,22 +14,27 @@ import torch
 
 MOMENTUM = 0.95                 # of the averaged gradient
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a polynomial that drives singular values to about 1 in five rounds
+ROUNDS = 5
 
 def equalised(g):
-    """The matrix with the singular vectors of g (m,n), and singular values of about 0.7 to 1.2, tiny ones aside.
+    """Matrices with the singular vectors of g (k,m,n), and singular values of about 0.7 to 1.2, tiny ones aside.
 
-    A round takes x to (a + b r + c r r) x with r = x x^T. All rounds together multiply x by one small matrix p, and r
-    follows from r, so that the long side of x is met twice, not ten times."""
+    A round takes x to q x with q = a + b r + c r r and r = x x^T. All rounds together multiply x by one small matrix
+    p. The next r is q r q, and as all of them are polynomials of the first r, they may change places. So the long side
+    of x is met twice, not ten times."""
     a, b, c = NEWTON_SCHULZ
-    x = g if g.shape[0] <= g.shape[1] else g.T
-    x = x / (x.norm() + 1e-7)                                           # singular values of at most 1
-    r = x @ x.T                                                         # (m,m), the shorter side
-    p = one = torch.eye(len(r), device=r.device)
-    for _ in range(5):
-        q = a * one + b * r + c * r @ r
-        p, r = q @ p, q @ r @ q
+    wide = g.shape[1] <= g.shape[2]
+    x = g if wide else g.mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)          # singular values of at most 1
+    r = x @ x.mT                                                        # (k,m,m), the shorter side
+    one = torch.eye(r.shape[1], device=r.device)
+    p = q = a * one + torch.baddbmm(r, r, r, beta=b, alpha=c)
+    for _ in range(ROUNDS - 1):
+        r = q @ q @ r
+        q = a * one + torch.baddbmm(r, r, r, beta=b, alpha=c)
+        p = q @ p
     x = p @ x
-    return x if g.shape[0] <= g.shape[1] else x.T
+    return x if wide else x.mT
 
 class Muon(torch.optim.AdamW):
     """AdamW, but for matrices. in: parameters and settings as AdamW takes them."""
@@ -37,19 +42,29 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}                                                  # matrices of one size are equalised at once
             for p in group["params"]:
                 if p.ndim > 1 and p.grad is not None:
-                    self.step_matrix(p, group)
-                    p.grad = None                                       # AdamW passes it over
+                    alike.setdefault(p.grad.flatten(1).shape, []).append(p)
+            for matrices in alike.values():
+                self.step_matrices(matrices, group)
         super().step()
 
-    def step_matrix(self, p, group):
-        state, g = self.state[p], p.grad.flatten(1)                     # (out,in) or (out,in k k)
+    def step_matrices(self, matrices, group):
+        """One step of matrices of the same size (out,in), or (out,in k k)."""
+        lr, decay = group["lr"], group["weight_decay"]
+        moves = equalised(torch.stack([self.ahead(p) for p in matrices]))
+        scale = 0.2 * max(moves.shape[1:]) ** 0.5
+        for p, move in zip(matrices, moves):
+            p.mul_(1 - lr * decay)
+            p.add_(move.view_as(p), alpha=-lr * scale)
+            p.grad = None                                               # AdamW passes it over
+
+    def ahead(self, p):
+        """The averaged gradient of a matrix, looked at from one step further (Nesterov). out: (out,in)."""
+        state, g = self.state[p], p.grad.flatten(1)
         if not state:
             # AdamW looks for a step in every state it loads
             state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(g)}
         state["momentum"].lerp_(g, 1 - MOMENTUM)
-        ahead = g.lerp(state["momentum"], MOMENTUM)                     # Nesterov's
-        scale = 0.2 * max(g.shape) ** 0.5
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(equalised(ahead).view_as(p), alpha=-group["lr"] * scale)
+        return g.lerp(state["momentum"], MOMENTUM)

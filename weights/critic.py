@@ -173,8 +173,8 @@ def critic_stage(cfg, anchor, start):
     return DecoderStage(cfg, anchor, start) if cfg.vae_weights else CriticStage(cfg, anchor, start)
 
 def detail(x):
-    """An image (B,3,H,W) with half of its contrast, but eight times the contrast of its detail against the rest. A
-    PatchGAN finds a smooth image out by it in 250 steps, and not in 700 by the image itself."""
+    """An image (B,3,H,W) with half of its contrast, and eight times as much in its detail. By it a PatchGAN soon finds a
+    smooth image out; by the image itself, not for long."""
     blur = avg_pool2d(pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)     # (B,3,H,W)
     return 0.5 * blur + 4 * (x - blur)
 

@@ -13,11 +13,12 @@ def test_singular_values_become_about_one(shape):
     torch.manual_seed(0)
     u, s, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     g = u @ torch.diag(torch.logspace(0, -2, len(s))) @ v
-    made = equalised(g)
+    made, again = equalised(torch.stack([g, 3 * g]))                    # several at once, each by its own size
+    assert torch.allclose(made, again, atol=1e-4)
     inner = u.T @ made @ v.T                                            # diagonal, if the vectors stayed
     assert inner.diag().min() > 0.6 and inner.diag().max() < 1.3
     assert (inner - inner.diag().diag()).abs().max() < 1e-3
-    assert equalised(torch.zeros(shape)).abs().max() == 0               # nothing to learn: no step, no nan
+    assert equalised(torch.zeros(1, *shape)).abs().max() == 0               # nothing to learn: no step, no nan
 
 def test_it_agrees_with_pytorch():
     """On a matrix, which is all that torch.optim.Muon takes; that one computes in bf16. Catches: another momentum,
