@@ -276,7 +276,7 @@ class Ranks:
         return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
 
     def attention(self):
-        """For training: on a CPU the fused kernel takes two to five times as long in bf16 as in float32."""
+        """For training: without the fused kernel on a CPU with bf16, where it is slower than in float32."""
         slow = self.device.type == "cpu" and self.amp is not None
         return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 

@@ -216,9 +216,10 @@ def backward(net, item, ranks, parts, last):
     """Add the gradient of one of `parts` micro-batches; with the last, ranks add theirs. out: for the log."""
     item = {k: v.to(ranks.device, non_blocking=True) for k, v in item.items()}
     with nullcontext() if last or ranks.world == 1 else net.no_sync():
-        with ranks.autocast(), ranks.attention():
-            loss, values = net(item)
-        (loss / parts).backward()
+        with ranks.attention():
+            with ranks.autocast():
+                loss, values = net(item)
+            (loss / parts).backward()
     return values
 
 @torch.no_grad()
@@ -282,7 +283,7 @@ def make_vae(cfg, ranks, pyramids, base):
     if cfg.vae_weights:
         from slides.start import finished_vae
         start, scale = finished_vae(Path(cfg.vae_weights))
-    if not (cfg.vae.texture if cfg.vae_weights else cfg.vae_steps):
+    if not (cfg.vae.texture if cfg.vae_weights else cfg.vae_steps):     # nothing is to be trained
         if start:
             return start, scale
         raise UserError("this preset trains no VAE: give one by --vae_weights=FILE, or train it by --vae_steps=N")
@@ -397,7 +398,7 @@ def main(argv):
     cfg = configure(Config, argv, PRESETS, ("preset",), __doc__)
     check(cfg)
     told, taken = " ".join(argv), cfg.vae_weights == SHIPPED
-    if taken and "--vae_weights=" not in told and ("--vae_" in told or "--vae." in told):
+    if taken and "--vae_weights=" not in told and ("--vae_" in told or "--vae." in told or cfg.vae.texture):
         raise UserError(f"{cfg.preset} takes a finished VAE: to train one, give --vae_weights= as well")
     cfg.out = cfg.out or f"out/{cfg.preset}"
     out, ranks = Path(cfg.out), setup(cfg.device, cfg.amp, cfg.threads)

@@ -19,9 +19,8 @@ ROUNDS = 5
 def equalised(g):
     """Matrices with the singular vectors of g (k,m,n), and singular values of about 0.7 to 1.2, tiny ones aside.
 
-    A round takes x to q x with q = a + b r + c r r and r = x x^T. All rounds together multiply x by one small matrix
-    p. The next r is q r q, and as all of them are polynomials of the first r, they may change places. So the long side
-    of x is met twice, not ten times."""
+    A round takes x to q x with q = a + b r + c r r and r = x x^T. The next r is q r q, and q and r may change places,
+    for both are polynomials of the first r. So the rounds work on the small r, and x is multiplied once, at the end."""
     a, b, c = NEWTON_SCHULZ
     wide = g.shape[1] <= g.shape[2]
     x = g if wide else g.mT

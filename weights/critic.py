@@ -22,12 +22,12 @@ from torch.nn import Conv2d, GroupNorm, LeakyReLU, Module, Sequential
 from torch.nn.functional import avg_pool2d, l1_loss, pad, relu
 from torch.nn.init import normal_
 
-from common import generator
+from common import UserError, generator
 from zoom_vae import VAEStage
 
 SEEN = 0.3   # weight of learned features; larger ones cost colour
 FOOL = 0.75  # weight of the PatchGAN against all other terms, as in vq-f4
-CONSTANT = 4e-4  # learning rate of the PatchGAN, while the autoencoder's falls: in the end it knows it well
+CRITIC_LR = 4e-4  # of the PatchGAN; constant, while the autoencoder's falls: in the end it knows it well
 MIX = 0.1    # deviation of the entries of a change of colours
 # of the decoder alone
 LOOK = 250   # steps of the PatchGAN before the decoder is to fool it
@@ -97,7 +97,7 @@ class CriticStage(VAEStage):
 
     def groups(self):
         """Parameters for the optimiser: those of the autoencoder, and the critic's with a learning rate."""
-        return [{"params": list(self.vae.parameters())}, {"params": list(self.critic.parameters()), "lr": CONSTANT}]
+        return [{"params": list(self.vae.parameters())}, {"params": list(self.critic.parameters()), "lr": CRITIC_LR}]
 
     def noise(self, step):
         noise, n = super().noise(step), self.cfg.vae_batch
@@ -142,6 +142,9 @@ class DecoderStage(CriticStage):
     def __init__(self, cfg, anchor, start):
         sizes = replace(start.cfg, texture=cfg.vae.texture)
         super().__init__(replace(cfg, vae=sizes), anchor, start)
+        if self.crop % 16:
+            raise UserError(f"--vae_crop={cfg.vae_crop}: a decoder learns alone on whole patches, --vae_crop=0, or on "
+                            f"crops of a multiple of 16")
         self.vae.encoder.requires_grad_(False)
         self.vae.to_latent.requires_grad_(False)
         self.vae.codebook.requires_grad_(False)
@@ -173,8 +176,8 @@ def critic_stage(cfg, anchor, start):
     return DecoderStage(cfg, anchor, start) if cfg.vae_weights else CriticStage(cfg, anchor, start)
 
 def detail(x):
-    """An image (B,3,H,W) with half of its contrast, and eight times as much in its detail. By it a PatchGAN soon finds a
-    smooth image out; by the image itself, not for long."""
+    """An image (B,3,H,W) with half of its contrast, and eight times as much in its detail. By it a PatchGAN soon finds
+    a smooth image out; by the image itself, not for long."""
     blur = avg_pool2d(pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)     # (B,3,H,W)
     return 0.5 * blur + 4 * (x - blur)
 

@@ -66,7 +66,7 @@ def test_crops_are_turned_and_coloured(stage):
 
 def test_a_decoder_learns_on_alone(toy, tmp_path, monkeypatch):
     """Encoder, codes and scale of the latents stay what they were to the bit, whatever --vae.* says; the decoder does
-    not. catches: codes that are revived, an origin that moves, a weight decay of what rests."""
+    not. catches: an origin that moves, a gradient for what rests."""
     monkeypatch.setattr(critic, "Features", Halves)
     monkeypatch.setattr(critic, "LOOK", 3)
     args = [*TINY, f"--data={toy}", "--vae.texture=1", "--steps=0"]
@@ -77,13 +77,19 @@ def test_a_decoder_learns_on_alone(toy, tmp_path, monkeypatch):
     moved = {name for name in a if not torch.equal(a[name], b[name])}
     assert moved == {name for name in a if name.startswith(("decoder.", "from_latent."))}
     assert told["latent_scale"] == now["latent_scale"] and told["config"] == now["config"]
+    with pytest.raises(UserError, match="multiple of 16"):
+        quick([*args, more[0], "--vae_crop=20", f"--out={tmp_path / 'c'}"])
 
-def test_what_the_decoder_is_asked_for(stage, monkeypatch):
+def test_what_the_decoder_is_asked_for(stage):
     """As much grain, no lattice, and to fool a PatchGAN that is shown detail, anywhere in a cell. catches: a term left
-    out; a PatchGAN that is fooled before it knows anything."""
+    out; a PatchGAN that is fooled before it knows anything; codes that move."""
     decoder = critic.DecoderStage(stage.cfg, torch.rand(4, 3, 64, 64) * 2 - 1, stage.vae)
-    noise = [decoder.noise(step) for step in range(9)]
-    assert noise[0].keys() == stage.noise(0).keys() and decoder.fooling == critic.LOOK
+    codes, looks = decoder.vae.codebook.weight.clone(), set()
+    for step in range(40):
+        assert decoder.noise(step).keys() == stage.noise(step).keys()
+        decoder.after_step(50 * step, None)
+        looks.add(tuple(decoder.look))
+    assert len(looks) > 10 and torch.equal(codes, decoder.vae.codebook.weight)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     loss, x_rec, _ = vae_loss(decoder.vae, x)
     decoder.step = 0
@@ -96,6 +102,11 @@ def test_what_the_decoder_is_asked_for(stage, monkeypatch):
     like = critic.SEEN * decoder.features.distance(x_rec, x)
     asked = loss + like + critic.GRAIN * grain + critic.FOLD * lattice + tell
     assert float(total.detach()) == pytest.approx(float(asked.detach()), rel=1e-5)
+    decoder.step = critic.LOOK
+    fool, last = -coded.mean(), decoder.vae.decoder.conv_out.weight
+    pull, other = (torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (asked - tell, fool))
+    asked = asked + critic.GENTLE * (pull / other).clamp(0, 1) * fool
+    assert float(decoder.critique(loss, x_rec, x).detach()) == pytest.approx(float(asked.detach()), rel=1e-4)
 
 def test_measures_of_grain():
     """catches: a fold that mixes places of a cell; a sharpness that sees one direction; a detail that keeps a plane."""
