@@ -34,6 +34,7 @@ LOOK = 250   # steps of the PatchGAN before the decoder is to fool it
 GENTLE = 0.3  # FOOL of a PatchGAN that is shown detail, and knows more
 GRAIN = 0.5  # weight of the sharpness of places
 FOLD = 2.0   # weight of what returns in every cell of 4 pixels
+SHAKE = 0.4  # largest deviation of what is added to latents, in theirs
 
 class Features:
     """The first layers of EfficientNet-Lite0: features at halves, quarters and eighths of the resolution.
@@ -137,7 +138,8 @@ class CriticStage(VAEStage):
         return loss + texture * self.pull * weight * fool + tell
 
 class DecoderStage(CriticStage):
-    """The decoder of a finished autoencoder. What it is to do better is grain, so the PatchGAN is shown grain."""
+    """The decoder of a finished autoencoder. What it is to do better is grain, so the PatchGAN is shown grain. Half of
+    the latents are shaken first, for drawn ones are not quite what the encoder makes."""
 
     def __init__(self, cfg, anchor, start):
         sizes = replace(start.cfg, texture=cfg.vae.texture)
@@ -150,6 +152,9 @@ class DecoderStage(CriticStage):
         self.vae.codebook.requires_grad_(False)
         self.fooling = LOOK
         self.pull = GENTLE
+        with torch.no_grad():
+            self.deviation = start.encode(anchor.cpu()).std().item()
+        self.vae.to_latent.register_forward_hook(lambda layer, args, z: z + self.shake)
 
     def groups(self):
         vae, critic = self.vae, super().groups()[1]
@@ -157,8 +162,14 @@ class DecoderStage(CriticStage):
 
     def noise(self, step):
         # where the PatchGAN begins to look, so that its strides fall everywhere in a cell
-        self.look = torch.randint(4, (2,), generator=generator(self.cfg.seed, "where", step)).tolist()
-        return super().noise(step)
+        gen, n, side = generator(self.cfg.seed, "where", step), self.cfg.vae_batch, self.crop // self.vae.factor
+        self.look = torch.randint(4, (2,), generator=gen).tolist()
+        most = SHAKE * torch.randint(2, (n, 1, 1, 1), generator=gen) * torch.rand(n, 1, 1, 1, generator=gen)
+        return super().noise(step) | {"shake": most * torch.randn(n, 3, side, side, generator=gen)}
+
+    def crops(self, batch):
+        self.shake = batch["shake"] * self.deviation
+        return super().crops(batch)
 
     def judge(self, x):
         i, j = self.look

@@ -82,11 +82,13 @@ def test_a_decoder_learns_on_alone(toy, tmp_path, monkeypatch):
 
 def test_what_the_decoder_is_asked_for(stage):
     """As much grain, no lattice, and to fool a PatchGAN that is shown detail, anywhere in a cell. catches: a term left
-    out; a PatchGAN that is fooled before it knows anything; codes that move."""
+    out; a PatchGAN that is fooled before it knows anything; codes that move; all latents shaken, or none."""
     decoder = critic.DecoderStage(stage.cfg, torch.rand(4, 3, 64, 64) * 2 - 1, stage.vae)
+    decoder.shake = 0
     codes, looks = decoder.vae.codebook.weight.clone(), set()
     for step in range(40):
-        assert decoder.noise(step).keys() == stage.noise(step).keys()
+        shake = decoder.noise(step)["shake"]                                # (16,3,8,8)
+        assert 0 < int((shake == 0).all((1, 2, 3)).sum()) < 16 and shake.std((1, 2, 3)).max() < 1.3 * critic.SHAKE
         decoder.after_step(50 * step, None)
         looks.add(tuple(decoder.look))
     assert len(looks) > 10 and torch.equal(codes, decoder.vae.codebook.weight)
