@@ -358,7 +358,7 @@ class Config:
     scale: int = -1            # one scale, 0 = finest; -1 = all, or 0 for large images
     condition: str = "reference"  # embeddings of real images; or invented: cdm, edm; large images: grid
     n: int = 0                 # patches per scale, at most as many as there are; 0 = 8, or 128 with --eval
-    guidance: float = 2.0      # eps_null + guidance (eps_cond - eps_null); 1 = no guidance
+    guidance: float = 1.5      # eps_null + guidance (eps_cond - eps_null); 1 = no guidance, papers 2
     sampler: str = "dpm"       # dpm: DPM-Solver++ 2M at times that crowd at the clean end; ddim; plms
     steps: int | None = None   # None: 10 of dpm, which do what 50 of ddim do; 50 of ddim and plms
     end: str = "clean"         # of ddim: clean, or published (3.9 % of noise stay), as plms ends

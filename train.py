@@ -266,7 +266,7 @@ def export(model, pyramids, cfg, ranks, step, ema):
             batch = {k: v.to(ranks.device) for k, v in batch.items()}
             with ranks.autocast():
                 c = model.summarizer(batch["tokens"], batch["mask"], batch["s"]).float()    # (n,65,D)
-                drawn = model.draw(c, side, steps=SHEET["steps"], seed=cfg.seed, sampler="dpm")
+                drawn = model.draw(c, side, 1.5, SHEET["steps"], cfg.seed, sampler="dpm")
                 real = (batch["x"] if images else model.decode(batch["z"])).float().cpu()
             rows += [real[:8], drawn[:8]]                               # (8,3,P,P)
             labels += [f"scale {s} {split}", f"scale {s} drawn"]

@@ -40,7 +40,7 @@ class Config:
     start: str = ""            # of the inference: enlarged or noise (as published); see `beginning`
     invert_steps: int = 200    # of the inference (Z S8.3)
     steps: int = 25            # of sampling
-    guidance: float = 2.0      # of the variations: eps_null + guidance (eps_cond - eps_null)
+    guidance: float = 1.5      # of the variations: eps_null + guidance (eps_cond - eps_null)
     sr_guidance: float = 1.0   # of super-resolution: 1 is none, for the image itself guides
     guide: str = "x0"          # how the image constrains the sample: see sample_joint.GUIDES
     lam: float = 1.0           # share of the misfit taken away at every step; less leaves lines in bare glass
