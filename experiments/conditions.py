@@ -17,7 +17,7 @@ import torch
 from torch import cat, stack
 
 from cdm import load_conditioner
-from common import UserError, at_least, cli, configure, one_of, save_grid, write_text
+from common import UserError, at_least, cli, configure, home_of, one_of, save_grid, write_text
 from data import fixed_batch
 from diffusion import ZoomLDM, null_condition
 from experiments.metrics import kernel_distance, nearest, principal, psnr, standard
@@ -93,7 +93,8 @@ def true_tokens(model, pyramids, s, n, seed):
 def conditions(cfg, model, pyramids, ranks):
     """Distance to held-out patches of patches drawn from four kinds of condition."""
     made, table = {"cdm": load_conditioner(cfg.run, "cdm", model)}, []
-    if Path(cfg.run, "edm.safetensors").exists():
+    folder = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
+    if (folder / "edm.safetensors").exists():
         made["edm"] = load_conditioner(cfg.run, "edm", model)
     for s in range(pyramids.scales):
         if min(pyramids.count(split, s) for split in ("train", "test")) < 3:
@@ -154,7 +155,7 @@ def memory(cfg, model, pyramids, ranks):
     return out
 
 def save_sheet(cfg, name, rows):
-    save_grid(Path(cfg.run) / "bench" / f"cdm_{name}.png", list(rows.values()), list(rows))
+    save_grid(home_of(cfg.run) / "bench" / f"cdm_{name}.png", list(rows.values()), list(rows))
 
 # ----- 2. Grids and large images -----
 
@@ -244,7 +245,7 @@ def text(cfg, model, pyramids, ranks):
         placed.append(float(spearman(lie.reshape(-1, 1), seen.reshape(-1, 1))))
         db += values
         if seed == 0:
-            save_grid(Path(cfg.run) / "bench" / "cdm_text.png", list(images.split(4)))
+            save_grid(home_of(cfg.run) / "bench" / "cdm_text.png", list(images.split(4)))
     table = {key: stack([t[key].double() for t in tables]).mean(0) for key in tables[0]}
     table["confusion"] = sum(t["confusion"] for t in tables)
     print_agreement(table)
@@ -264,7 +265,7 @@ def main(argv):
         raise UserError(f"say which run: python -m experiments.conditions {cfg.command} out/toy_long")
     model, pyramids, _, ranks = open_run(cfg, proxy=False, amp=cfg.amp)
     found = commands[cfg.command](cfg, model, pyramids, ranks)
-    path = Path(cfg.run) / "bench" / f"cdm_{cfg.command}.json"
+    path = home_of(cfg.run) / "bench" / f"cdm_{cfg.command}.json"
     write_text(path, json.dumps({"settings": vars(cfg), "found": found}, indent=1))
     print(f"wrote {path}")
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from common import UserError, at_least, cli, configure, generator, one_of, setup
+from common import UserError, at_least, cli, configure, generator, home_of, one_of, setup
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM
 from experiments import crossval, features
@@ -228,7 +228,7 @@ def main(argv):
     one_of(cfg, part=PARTS)
     at_least(cfg, n=10)
     at_least(cfg.cv, seeds=1)
-    cfg.out = cfg.out or str(Path(cfg.run) / "bench" / "mil")
+    cfg.out = cfg.out or str(home_of(cfg.run) / "bench" / "mil")
     cfg.labels = cfg.labels or f"{cfg.data}/labels.csv"
     if cfg.part != "patches" and not Path(cfg.labels).is_file():
         raise UserError(f"no labels at {cfg.labels}: draw some: python data.py toy --task --out={cfg.data}")

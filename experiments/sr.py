@@ -19,8 +19,8 @@ from torch.nn.functional import interpolate
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from common import UserError, at_least, cli, configure, generator, load_tensors, save_grid, save_tensors
-from common import to_uint8, write_text
+from common import UserError, at_least, cli, configure, generator, home_of, load_tensors, save_grid
+from common import save_tensors, to_uint8, write_text
 from data import PatchDataset, fixed_batch, halve
 from diffusion import diffusion_loss, to_eps
 from experiments.metrics import gms, load_lpips, paired_gain, psnr, similarity, ssim, standard
@@ -107,7 +107,7 @@ class Trained:
     def __init__(self, run, model, pyramids, ranks, factor=4, steps=400):
         self.model, self.factor = model, factor
         self.unet = UNet(replace(model.unet.cfg, channels=6)).to(ranks.device)
-        path = Path(run) / "sr_baseline.safetensors"
+        path = home_of(run) / "sr_baseline.safetensors"
         want = {"factor": factor, "steps": steps, "model": fingerprint(model)}
         state, meta = load_tensors(path) if path.exists() else ({}, {})
         if meta == want:
@@ -217,7 +217,7 @@ def table(model, pyramids, proxy, cfg, ranks):
 def show(cfg, x, scores, factor):
     """Write pictures and numbers, print the table."""
     rows, first = scores.rows, scores.first
-    stem = Path(cfg.run) / "bench" / ("sr_stain" if cfg.stain else "sr")
+    stem = home_of(cfg.run) / "bench" / ("sr_stain" if cfg.stain else "sr")
     near = x[:6].repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     save_grid(f"{stem}.png", [near, *first.values()], ["input", *first])
     write_text(f"{stem}.json", json.dumps({"settings": vars(cfg), "rows": rows}, indent=1))

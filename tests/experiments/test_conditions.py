@@ -63,7 +63,7 @@ def test_correlation_of_neighbours():
     assert conditions.correlation(rows[..., :1].expand(-1, -1, -1, 5)) == pytest.approx(1)
 
 def found(home, command, *args):
-    conditions.main([command, str(home), "--n=3", "--seeds=2", "--steps=2", "--device=cpu", *args])
+    conditions.main([command, str(home / "ema.safetensors"), "--n=3", "--seeds=2", "--steps=2", "--device=cpu", *args])
     return json.loads((home / "bench" / f"cdm_{command}.json").read_text())["found"]
 
 def test_kinds_of_condition(conditioned, monkeypatch):
