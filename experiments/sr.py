@@ -10,7 +10,6 @@ in:  a run folder, its data   out: tables, pictures; RUN/sr_baseline.safetensors
 import json
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
