@@ -6,7 +6,7 @@
 
 A run folder holds ema.safetensors (averaged U-Net and Summarizer, and the VAE: what all commands load), vae
 and *state*.safetensors (to go on from), latents/, samples/*.png, log.jsonl (`python -m experiments.plot`).
-Settings and seed decide the result; ranks and interruptions at most its rounding.     read next: cdm.py
+Settings and seed decide the result; ranks and interruptions (critics aside) its rounding.     read next: cdm.py
 """
 import json
 import math
@@ -78,7 +78,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
-# toys: small networks; v, Muon and place codes make minutes enough. smoke: else 40 steps blow up rounding
+# None: the default. brca, naip: as published. toys: small. smoke: small rates, or 40 steps blow up rounding
 SHIPPED = "weights/vae.safetensors"  # comes with this repository; --vae_weights= trains one of the toy's own
 TABLE = {
     "preset":               ("smoke",      "toy",      "toy_long", "gpu24",       "brca",       "naip"),
@@ -266,7 +266,7 @@ def export(model, pyramids, cfg, ranks, step, ema):
             batch = {k: v.to(ranks.device) for k, v in batch.items()}
             with ranks.autocast():
                 c = model.summarizer(batch["tokens"], batch["mask"], batch["s"]).float()    # (n,65,D)
-                drawn = model.draw(c, side, 1.5, SHEET["steps"], cfg.seed, sampler="dpm")
+                drawn = model.draw(c, side, guidance=1.5, steps=SHEET["steps"], seed=cfg.seed, sampler="dpm")
                 real = (batch["x"] if images else model.decode(batch["z"])).float().cpu()
             rows += [real[:8], drawn[:8]]                               # (8,3,P,P)
             labels += [f"scale {s} {split}", f"scale {s} drawn"]

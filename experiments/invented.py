@@ -26,7 +26,7 @@ class Config:
     n: int = 8                 # patches per scale
     sampler: str = "dpm"       # of the patches: dpm, ddim or plms, see sample_joint.py
     steps: int = 10            # of the patches; their conditions take 50
-    guidance: float = 2.0      # of the patches; the CDM has none
+    guidance: float = 1.5      # of the patches; the CDM has none
     seed: int = 0
     out: str = ""              # folder for the patches; default RUN/MODEL
     device: str = "auto"
@@ -50,7 +50,7 @@ def scales_of(made, model):
     side = round(made.net.cfg.tokens ** 0.5)
     return range(min(side.bit_length(), known))
 
-def draw_sheet(made, model, ranks, path, scales, n, guidance=2.0, steps=20, seed=0, sampler="ddim", real=None):
+def draw_sheet(made, model, ranks, path, scales, n, guidance=1.5, steps=20, seed=0, sampler="ddim", real=None):
     """Draw n patches a scale from invented tokens, and write a sheet of them: below real ones, which they do not show
     again, if there are any in `real`, a data.Pyramids. out: {scale: (n,3,P,P)}."""
     drawn, side = {}, model.info.get("patch", 256) // model.vae.factor
