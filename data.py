@@ -55,28 +55,28 @@ def read_index(folder):
     from toy.index import read  # it comes from other people, too
     return read(path)
 
-def open_data(folder, latents=None, std=None, latent_scale=1.0):
+def open_data(folder, std=None):
     """Open what a model trains on: Pyramids, or slides.official.Samples, whose `official` is True."""
     if not (Path(folder) / "index.json").is_file():
         from slides.official import Samples, layout_of
         if layout_of(folder):
-            return Samples(folder, latent_scale)
-    return Pyramids(folder, latents, std, latent_scale)
+            return Samples(folder)
+    return Pyramids(folder, std)
 
 class Pyramids:
     """A folder that data.py wrote: which slides there are, and single patches from memory-mapped files.
-    in:  latents, the folder with z{s}, None if they lie in the same files; std, the deviations a model was
-         trained with, where this set has its own; latent_scale: latents are multiplied by it, here alone.
-    Attributes: those, and patch, scales, embed_dim, encoder, weights, mpp, slides. raises: UserError."""
+    in:  std, the deviations a model was trained with, where this set has its own.
+    Attributes: folder, std, patch, scales, embed_dim, encoder, weights, mpp, slides; for a model to set: latents,
+    the folder with z{s}, and latent_scale, which latents are multiplied by, here alone. raises: UserError."""
     official = False
     images = True     # slides.official.Samples may lack them
+    latent_scale = 1.0
 
-    def __init__(self, folder, latents=None, std=None, latent_scale=1.0):
+    def __init__(self, folder, std=None):
         index = read_index(folder)
         if not index["slides"]:
             raise UserError(f"{folder} is unfinished: run the command that makes it again, it goes on")
-        self.folder, self.latents = Path(folder), Path(latents or folder)
-        self.latent_scale = latent_scale
+        self.folder = self.latents = Path(folder)
         for key in ("patch", "scales", "embed_dim", "encoder", "slides"):
             setattr(self, key, index[key])
         self.std = list(std or index["std"])           # the encoder's numbers are divided by these
@@ -145,8 +145,8 @@ class PatchDataset(Dataset):
     """Random patches: a scale uniformly among those that have any, then one of its patches over all slides.
     Item k is a pure function of (seed, k), k >= 0, whatever process reads it. So resuming is exact, and ranks
     that take other k draw independently. in: want, any of "x", "z", "e" ("e" only with only_scale, for its
-    shape varies); length, what len() says, by default the number of patches. raises: UserError if nothing fits."""
-    def __init__(self, pyramids, split="train", seed=0, want=("z",), only_scale=None, length=None):
+    shape varies). len(): the number of patches. raises: UserError if nothing fits."""
+    def __init__(self, pyramids, split="train", seed=0, want=("z",), only_scale=None):
         self.pyramids, self.seed, self.want = pyramids, seed, want
         self.slides = [k for k, slide in enumerate(pyramids.slides) if slide["split"] == split]
         scales = pyramids.scales
@@ -157,7 +157,7 @@ class PatchDataset(Dataset):
         if not self.scales:
             raise UserError(f"--only_scale={only_scale} does not fit {pyramids.folder}, whose {split!r} split "
                             f"holds {total} patches per scale")
-        self.length = length or sum(total)
+        self.length = sum(total)
 
     def __len__(self):
         return self.length

@@ -264,14 +264,6 @@ class ZoomLDM(nn.Module):
                 "unet": asdict(self.unet.cfg), "latent_scale": self.latent_scale, "pred": self.pred,
                 "schedule": self.schedule.kind, "info": self.info}
 
-    @classmethod
-    def from_config(cls, config):
-        """An untrained model from what `config` says."""
-        vae = VQVAE(restore(VAEConfig, config["vae"]))
-        summarizer = build(restore(SummarizerConfig, config["summarizer"]))
-        unet = UNet(restore(UNetConfig, config["unet"]))
-        return cls(vae, summarizer, unet, config["latent_scale"], config["pred"], config["schedule"], config["info"])
-
     def save(self, folder):
         """Write folder/ema.safetensors: all weights, the configuration in its header."""
         save_tensors(Path(folder) / "ema.safetensors", self.state_dict(), self.config())
@@ -287,7 +279,10 @@ class ZoomLDM(nn.Module):
             from weights.shipped import with_vae
             state = with_vae(path, state, config)
         try:
-            model = cls.from_config(config)
+            vae = VQVAE(restore(VAEConfig, config["vae"]))
+            summarizer = build(restore(SummarizerConfig, config["summarizer"]))
+            unet = UNet(restore(UNetConfig, config["unet"]))
+            model = cls(vae, summarizer, unet, *(config[k] for k in ("latent_scale", "pred", "schedule", "info")))
             model.load_state_dict(state)
         except (KeyError, TypeError, RuntimeError) as err:
             raise UserError(f"{path} holds no model of ours ({str(err).splitlines()[0]}): try from_official") from err

@@ -62,6 +62,12 @@ def pack_grid(e):
     mask[start:start + n] = True
     return tokens, mask
 
+def summarized(summarizer, grids, s):
+    """Conditions c (n,65,D) of patches of scale s. in: their grids, standardised, (n,E,G,G) or a list."""
+    tokens, mask = (torch.stack(part) for part in zip(*map(pack_grid, grids)))
+    device = next(summarizer.parameters()).device
+    return summarizer(tokens.to(device), mask.to(device), torch.full((len(grids),), s, device=device))
+
 def grid_of(tokens, mask, cfg):
     """Which grid fills the slots: g (B,), of side 2^g. raises: ValueError for tokens of another shape."""
     if tokens.shape[1:] != (SLOTS, cfg.embed_dim):

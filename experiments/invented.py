@@ -6,15 +6,13 @@ run: python cdm.py sample, or python cdm.py sample out/toy --scale=3
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from cdm import load_conditioner
 from common import UserError, at_least, cli, configure, home_of, one_of, save_grid, save_png, setup, to_uint8
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM, even_timesteps, lean_timesteps
-from summarizer import pack_grid, standardize
+from summarizer import standardize, summarized
 from weights.shipped import typed
 
 @dataclass
@@ -38,9 +36,7 @@ def invent(made, model, s, n, seed):
     if made.kind != "grid":
         return made.tokens([s] * n, seed)
     grids = [standardize(made.grid(2 ** s, 2 ** s, seed=seed + i)) for i in range(n)]                 # (E,G,G) each
-    tokens, mask = default_collate([pack_grid(e) for e in grids])
-    device = model.unet.conv_out.weight.device
-    return model.summarizer(tokens.to(device), mask.to(device), torch.full((n,), s, device=device)).float()
+    return summarized(model.summarizer, grids, s).float()
 
 def scales_of(made, model):
     """The scales of which a conditioning model invents whole patches: of a grid model, those that its windows hold."""

@@ -7,7 +7,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from types import SimpleNamespace
 
 import torch
@@ -28,10 +28,7 @@ from text import captions
 
 # ----- 1. Numbers and their errors -----
 
-def spread(values):
-    """Mean and standard error of numbers measured alike."""
-    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return mean(values), error
+spread = conditions.mean_error  # of numbers measured alike
 
 def minus(a, b):
     """The difference of two (value, error)."""

@@ -30,7 +30,7 @@ from large.proxy import fingerprint
 from large.windows import decode_strips
 from sample_joint import Canvas, Level, Resize, sample_levels
 from slides.encoders import load_encoder
-from summarizer import pack_grid, standardize
+from summarizer import standardize, summarized
 from unet import UNet
 
 @dataclass
@@ -250,9 +250,7 @@ def planted(model, pyramids, proxy, cfg, ranks):
           f"{'nearest':>9}{'as seen':>9}{'chance':>8}{'fine':>8}{'shuffled':>10}")
 
     def draw(e, s):
-        tokens, mask = default_collate([pack_grid(one) for one in standardize(e)])
-        scale = torch.full((len(e),), s, device=device)
-        c = model.summarizer(tokens.to(device), mask.to(device), scale).float()
+        c = summarized(model.summarizer, standardize(e), s).float()
         return model.draw(c, side, steps=cfg.steps, batch=128)
 
     for s in range(1, min(4, pyramids.scales)):

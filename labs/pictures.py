@@ -13,7 +13,7 @@ from diffusion import Schedule, ZoomLDM, ddim_step, even_timesteps, to_eps
 from experiments.metrics import seam_ratio
 from labs.cases import TABLE, unit
 from mil import ABMIL
-from summarizer import Summarizer, SummarizerConfig, pack_grid, standardize
+from summarizer import Summarizer, SummarizerConfig, standardize, summarized
 from toy.descriptor import Stats, embed
 from toy.tissue import toy_slide
 
@@ -176,8 +176,7 @@ def lab4(m, run):
         side = batch["x"].shape[-1] // 4
         noise = [torch.randn(1, 3, side, side, generator=generator("lab4 run", n)) for n in range(60)]
         e = m.invert(model, batch["x"], 1, u.repeat(6, 1, 1, 1), noise)
-        tokens, mask = (torch.stack(v) for v in zip(*map(pack_grid, standardize(e))))
-        drawn = model.draw(model.summarizer(tokens, mask, batch["s"]), side, sampler="dpm", steps=10)
+        drawn = model.draw(summarized(model.summarizer, standardize(e), 1), side, sampler="dpm", steps=10)
         rows += [enlarged(batch["x"]), enlarged(drawn)]
         names += ["given", "drawn from your e"]
     return rows, names, "where your head looks, and y enlarged so that its means are y"

@@ -121,9 +121,10 @@ def mark(model):
     """What the file of a proxy of this model says; others are fitted anew."""
     return {"model": fingerprint(model), "inverse": "of the mean of J^T J"}
 
-def load(folder, model, pyramids, ranks):
-    """The proxy of a run, saved beside the model; fitted to `pyramids`, if there are any, where none fits the model."""
-    path = Path(folder) / "proxy.safetensors"
+def load(run, model, pyramids, ranks):
+    """The proxy of a run (its folder, or its file of weights), saved beside the model; fitted to `pyramids`, if there
+    are any, where none fits the model."""
+    path = Path(run).with_name("proxy.safetensors") if Path(run).is_file() else Path(run, "proxy.safetensors")
     state, meta = load_tensors(path) if path.exists() else ({}, {})
     ranks.barrier()                                         # all have looked before one writes
     if mark(model).items() <= meta.items():

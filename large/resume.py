@@ -52,7 +52,7 @@ def read_state(path):
     return tensors, meta
 
 def fall_back(path, ranks=None):
-    """The newest whole checkpoint, with what is wrong with `path`. in, out: as common.newest_state."""
+    """The newest whole checkpoint; says so if it is not `path`. in, out: as common.newest_state."""
     try:
         return path, *read_state(path)
     except UserError as err:

@@ -15,7 +15,6 @@ from data import GRID, Pyramids
 from slides.bags import placed
 from slides.pictures import picture
 from slides.tiff import readable
-from summarizer import pack_grid, standardize
 
 # ----- 1. The official folders -----
 
@@ -39,10 +38,10 @@ class Samples:
     raises: UserError if there is none, or, on reading, naming a file that is missing, damaged or of another shape."""
     official = True
     weights = mpp = None  # not known
-    names, count = Pyramids.names, Pyramids.count
+    names, count, item, latent_scale = Pyramids.names, Pyramids.count, Pyramids.item, Pyramids.latent_scale
 
-    def __init__(self, folder, latent_scale=1.0):
-        self.folder, self.layout, self.latent_scale = Path(folder), layout_of(folder), latent_scale
+    def __init__(self, folder):
+        self.folder, self.layout = Path(folder), layout_of(folder)
         if not self.layout:
             known = ", ".join(name for scales, _, _ in LAYOUTS.values() for name in scales)
             raise UserError(f"{folder} holds no official samples: there is none of the folders {known}")
@@ -112,11 +111,9 @@ class Samples:
                 image = np.array(opened.convert("RGB"))
         return torch.from_numpy(image).movedim(-1, 0).float() / 127.5 - 1
 
-    def item(self, k, s, n, want):
-        """Sample n of scale s: tokens (64,E), mask (64,), s, slide, and what is wanted of x, z, e, as from Pyramids."""
-        number, out = int(self.ids[s][n]), {"s": s, "slide": k}
-        e = self.grid(s, number)
-        out["tokens"], out["mask"] = pack_grid(standardize(e))
+    def read(self, k, s, n, want=("x",)):
+        """Sample n of scale s: what is wanted of x, z and e, as from Pyramids."""
+        number, out = int(self.ids[s][n]), {}
         if "z" in want:
             out["z"] = self.latent(s, number) * self.latent_scale
         if "x" in want:
@@ -124,7 +121,7 @@ class Samples:
             if out["x"] is None:
                 raise UserError(f"sample {number} of {self.folder / self.folders[s]} has no picture: use its latents")
         if "e" in want:
-            out["e"] = e
+            out["e"] = self.grid(s, number)
         return out
 
 # ----- 2. Embeddings with coordinates -----

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common import UserError, at_least, cli, configure, load_tensors, one_of, save_tensors, write_text
+from common import UserError, at_least, cli, configure, load_meta, load_tensors, one_of, save_tensors
+from common import write_text
 from data import Pyramids
 from text.clauses import clauses
 from text.tissues import regions
@@ -129,17 +130,13 @@ def load_vectors(path, texts, encoder=None):
         raise UserError(f"{path} lacks {len(lack)} of {len(texts)} captions, such as {lack[0][:60]!r}: make it again")
     return v[[row[text] for text in texts]].float(), name
 
-def encoder_of(path):
-    """The name of the encoder that a file of vectors was made with."""
-    return load_tensors(path)[1].get("encoder")
-
 def tell(texts, path=None, encoder=None):
     """What a grid model is told of each text: (1+n,V), its own vector and those of its n clauses, from a file or
     encoded now. A file without a single clause, as of the vectors of images, gives the own ones alone: (1,V).
     raises: as load_vectors and encode_texts."""
     parts = {text: clauses(text) for text in texts}
     wanted = {part for some in parts.values() for part in some}
-    if path and not wanted & {*(load_tensors(path)[1].get("captions") or ())}:
+    if path and not wanted & {*(load_meta(path).get("captions") or ())}:
         return list(load_vectors(path, texts, encoder)[0][:, None])
     every = list(dict.fromkeys([*texts, *sorted(wanted)]))
     v = load_vectors(path, every, encoder)[0] if path else encode_texts(every)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from cdm import PRESETS, Conditioner, Config, DiT, DiTConfig, place_table, respaced
-from common import UserError, at_least, cli, generator, load_tensors, summary
+from common import UserError, at_least, cli, generator, load_meta, load_tensors, summary
 from diffusion import ddim_sample, with_guidance
 from sample_joint import Canvas
 from text.clauses import Listener, over, quarters
@@ -175,9 +175,9 @@ class GridModel(Conditioner):
         info = {"encoder": pyramids.encoder, "std": pyramids.std, "shift": cfg.shift}
         described, told, vectors = [], [], None
         if cfg.captions:
-            from text.captions import encoder_of, read_captions, tell
+            from text.captions import read_captions, tell
             described = read_captions(cfg.captions, pyramids)
-            told, info["text"] = tell([c.text for c in described], cfg.vectors), encoder_of(cfg.vectors)
+            told, info["text"] = tell([c.text for c in described], cfg.vectors), load_meta(cfg.vectors).get("encoder")
             vectors = torch.stack([v[0] for v in told])                                  # (n,V), of whole captions
             cfg.dit.vector = vectors.shape[1]
         cfg.dit.tokens, cfg.dit.channels, cfg.dit.scales = cfg.side ** 2, pyramids.embed_dim, 0

@@ -68,12 +68,6 @@ class Stats(Module):
         parts = [mean, deviation, layout, fine, coarse, energy, orientation]
         return torch.cat(parts, 1) / self.std                                   # (B,96)
 
-    @classmethod
-    @torch.no_grad()
-    def fit(cls, batches):
-        """in: an iterable of tile batches (B,3,H,W). out: std (E,), as `spread`."""
-        return spread(torch.cat([cls()(x) for x in batches]))
-
 def halved(x):
     """Halve the resolution: (...,H,W) -> (...,H/2,W/2). Twice as fast as pooling in PyTorch 2.13."""
     rows = x[..., ::2, :] + x[..., 1::2, :]

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, at_least, cli, configure, save_png
-from toy.descriptor import Stats, embed
+from toy.descriptor import Stats, embed, spread
 from toy.folder import begin, finish, finished, processes, tile_rows, write_slide
 from toy.task import NOISE, task_slide, write_labels
 from toy.tissue import toy_slide
@@ -78,12 +78,12 @@ def deviations(cfg):
     encoder = load(cfg.encoder)
     if not encoder.scaled:
         return [1.0] * encoder.embed_dim
-    batches = []
+    rows = []
     for k in tqdm(range(min(16, cfg.slides)), "how colours deviate", delay=1):
         strips = np.split(draw(cfg, k)[0], cfg.size // cfg.patch)
         for _, _, tiles in tile_rows(strips, cfg.patch, 1):
-            batches.append(torch.from_numpy(tiles[::4].copy()).movedim(-1, 1) / 255)
-    return encoder.fit(batches).tolist()
+            rows.append(embed(encoder, tiles[::4]))
+    return spread(torch.cat(rows)).tolist()
 
 def check(cfg):
     """raises: UserError for sizes that do not fit together."""

@@ -5,7 +5,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError
+from common import UserError, save_tensors
 from diffusion import ZoomLDM
 from experiments.workshop import BatchNorm, CNNSummarizer
 from summarizer import Summarizer, SummarizerConfig, pack_grid
@@ -111,6 +111,8 @@ def test_models_remember_their_kind(tmp_path):
     assert type(back.summarizer) is CNNSummarizer and back.summarizer.cfg == model.summarizer.cfg
     _, *args = batch(2, 8)
     assert torch.equal(back.summarizer(*args), model.summarizer(*args))
+    model = ZoomLDM(vae, Summarizer(SummarizerConfig(8, 32, 1, 64)), unet)
     config = model.config()
     del config["summarizer"]["kind"], config["summarizer"]["side"]
-    assert type(ZoomLDM.from_config(config).summarizer) is Summarizer
+    save_tensors(tmp_path / "ema.safetensors", model.state_dict(), config)
+    assert type(ZoomLDM.from_run(tmp_path).summarizer) is Summarizer

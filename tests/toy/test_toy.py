@@ -13,7 +13,7 @@ from data import Pyramids
 from slides import encoders
 from summarizer import standardize
 from toy import folder, task
-from toy.descriptor import PARTS, Stats
+from toy.descriptor import PARTS, Stats, spread
 from toy.folder import following, processes
 from toy.tissue import TISSUES, toy_slide
 
@@ -83,7 +83,7 @@ def test_processes_draw_the_same_with_deviations_of_training_tiles(tmp_path, mon
         assert (tmp_path / "2" / file.name).read_bytes() == file.read_bytes()
     tiles = [base_tiles(toy_slide(k, 128)[0], 16).unflatten(0, (8, 8))[:, ::4].flatten(0, 1) for k in range(2)]
     std = torch.tensor(Pyramids(tmp_path / "1").std)
-    torch.testing.assert_close(std, Stats.fit(tiles), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(std, spread(torch.cat([Stats()(x) for x in tiles])), atol=1e-5, rtol=1e-4)
 
 def test_interrupted_processes_end_at_once(monkeypatch):
     """catches: a command that waits for what its processes are at, as minutes of cross-validation."""
@@ -103,20 +103,25 @@ def test_what_one_types_next():
     assert following("x", index | {"patch": 256}).startswith("train.py gpu24 --data=x")
     assert following("data/task", {"patch": 64, "source": {"command": "task"}}).startswith("mil.py extract --kind=desc")
 
-def test_an_encoder_of_your_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize("divided", [False, True])
+def test_an_encoder_of_your_own(tmp_path, monkeypatch, divided):
     """A class in slides/encoders.py is all it takes."""
     class Mean(torch.nn.Module):
-        name, embed_dim, scaled = "mean", 3, False
+        name, embed_dim, scaled = "mean", 3, divided
+
+        def __init__(self, std=None):
+            super().__init__()
+            self.std = torch.tensor(std or [1.0] * 3)
 
         def forward(self, image):
-            return image.mean((2, 3))
+            return image.mean((2, 3)) / self.std
     monkeypatch.setitem(encoders.FREE, "mean", Mean)
     monkeypatch.setattr(encoders, "ENCODERS", (*encoders.ENCODERS, "mean"))
     data.main(["toy", f"--out={tmp_path}", *SMALL, "--encoder=mean"])
     p = Pyramids(tmp_path)
-    assert (p.encoder, p.embed_dim, p.std) == ("mean", 3, [1.0] * 3)
-    want = base_tiles(toy_slide(1, 128)[0], 16).mean((2, 3)).view(8, 8, 3)
-    torch.testing.assert_close(p.tensor(1, "e").float(), want, atol=1e-3, rtol=0)
+    assert (p.encoder, p.embed_dim, p.std == [1.0] * 3) == ("mean", 3, not divided)
+    want = Mean(p.std)(base_tiles(toy_slide(1, 128)[0], 16)).view(8, 8, 3)
+    torch.testing.assert_close(p.tensor(1, "e").float(), want, atol=1e-3, rtol=1e-3)
 
 # ----- 3. The descriptor -----
 
@@ -140,8 +145,8 @@ def test_any_multiple_of_16(side):
 def test_divides_by_the_training_deviation_without_centring():
     x, std = torch.rand(8, 3, 64, 64), torch.linspace(0.5, 2, Stats.embed_dim)
     torch.testing.assert_close(Stats(std.tolist())(x), Stats()(x) / std)
-    torch.testing.assert_close(Stats.fit(x.split(4)), Stats()(x).std(0, correction=0).clamp_min(0.01))
-    assert (Stats.fit([torch.ones(4, 3, 16, 16)]) == 0.01).all()  # never zero, nothing explodes
+    torch.testing.assert_close(spread(Stats()(x)), Stats()(x).std(0, correction=0).clamp_min(0.01))
+    assert (spread(Stats()(torch.ones(4, 3, 16, 16))) == 0.01).all()  # never zero, nothing explodes
 
 def test_numbers_mean_what_they_are_called():
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
