@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common import UserError, cli, generator
 from sample_joint import Resize, sample_levels, starts
-from summarizer import pack_grid, standardize
+from summarizer import standardize, summarized
 
 # ----- 1. Inversion: conditions from one image (Z S8.3) -----
 
@@ -40,10 +40,7 @@ def per_token(u):
 
 def eps_error(model, e, s, z, t, eps):
     """Squared error (B,) of the noise estimate at time t under conditions e (B,E,k,k). Gradients reach e."""
-    packed = [pack_grid(grid) for grid in standardize(e)]
-    tokens, mask = zip(*packed)
-    scale = torch.full((len(e),), s, device=z.device)
-    c = model.summarizer(torch.stack(tokens), torch.stack(mask), scale)  # (B,65,D)
+    c = summarized(model.summarizer, standardize(e), s)     # (B,65,D)
     t = torch.full((len(z),), t, device=z.device)
     z_t = model.schedule.q_sample(z, t, eps.expand_as(z))
     error = model.eps(z_t, t, c) - eps
@@ -150,10 +147,10 @@ def project(A, x, y, rounds=20):
 def paint(model, condition, side, s, y=None, A=None, *, overlap=None, guidance=2.0, steps=50, seed=0,
           guide="x0", lam=1.0, proxy=None, batch=64, patch=0):
     """Draw a canvas of (height, width) = side pixels at scale s, of which A makes y (1,3,h,w), if given.
-    in:  condition, a large.windows.Grid or None; patch, as trained if 0. out: (1,3,height,width) in [-1,1]."""
+    in:  condition, a large.windows.Grid or None; overlap, see large.windows.prepare; patch, as trained if 0.
+    out: (1,3,height,width) in [-1,1]."""
     from large.windows import decode_strips, prepare
     window = (patch or model.info.get("patch", 256)) // model.vae.factor
-    overlap = window // 4 if overlap is None else overlap
     guidance = 1.0 if condition is None else guidance
     level, = prepare(model, condition, side, [s], overlap, guidance=guidance, seed=seed, batch=batch,
                      patch=patch, proxy=proxy)

@@ -67,15 +67,16 @@ class Resize:
 
 # ----- 2. Windows on a canvas -----
 
-def starts(n, window, overlap=0):
-    """Where windows begin along a side of n; neighbours share `overlap`, the last two perhaps more."""
-    return [*range(0, n - window, window - overlap), n - window]
+def starts(n, window, overlap=0, moved=0):
+    """Where windows begin along a side of n; neighbours share `overlap`, the last two perhaps more.
+    moved: all lie so much further, and one more begins at 0."""
+    return sorted({0, *range(moved, n - window, window - overlap), n - window})
 
 @lru_cache(64)
-def ramps(n, side, overlap, fade=True):
+def ramps(n, side, overlap, fade=True, moved=0):
     """Weights of windows, {start: (side,)}, that sum to 1 everywhere: ramps over `overlap`, or all the same."""
     weights, total, rise = {}, torch.zeros(n), torch.arange(side) + 0.5
-    for a in starts(n, side, overlap):
+    for a in starts(n, side, overlap, moved):
         weights[a] = torch.full((side,), max(overlap, 0.5))
         if fade and a > 0:
             weights[a] = weights[a].minimum(rise)
@@ -94,13 +95,14 @@ class Canvas:
     overlap: int = 0            # latents that neighbours share
     fade: bool = False          # they fade into each other; False: they count the same (L §3.2); borders show
     batch: int = 64             # windows per call
+    moved: int = 0              # latents by which all windows lie further, see `starts`
 
     def __post_init__(self):
         high, wide = self.window = self.window if isinstance(self.window, tuple) else (self.window, self.window)
         if self.h < high or self.w < wide or not 0 <= self.overlap < min(high, wide):
             raise UserError(f"windows do not cover {self}: take a larger canvas, or a smaller overlap")
-        corners = product(starts(self.h, high, self.overlap), starts(self.w, wide, self.overlap))
-        self.ij = list(corners)
+        rows = starts(self.h, high, self.overlap, self.moved)
+        self.ij = [*product(rows, starts(self.w, wide, self.overlap, self.moved))]
 
     def at(self, x, i, j):
         """The part of x (1,C,k h,k w) under the window at corner (i, j), a view."""
@@ -121,8 +123,8 @@ class Canvas:
             if total is None:
                 high, wide = parts.shape[2:]
                 k = wide // self.window[1]
-                rows = ramps(self.h * k, high, self.overlap * k, self.fade)
-                columns = ramps(self.w * k, wide, self.overlap * k, self.fade)
+                rows = ramps(self.h * k, high, self.overlap * k, self.fade, self.moved * k)
+                columns = ramps(self.w * k, wide, self.overlap * k, self.fade, self.moved * k)
                 # sums in float64 hardly depend on their order, so two ranks give what one does; MPS has none
                 dtype = torch.float32 if parts.is_mps else torch.float64
                 total = parts.new_zeros(1, parts.shape[1], self.h * k, self.w * k, dtype=dtype)
@@ -171,6 +173,7 @@ class Level:
     A: Resize | None = None             # from its pixels to those of the level above, which guides it
     y: torch.Tensor | None = None       # (1,3,h,w), a fixed image that it must match instead of that level
     proxy: Callable | None = None       # see large/proxy.py
+    other: Canvas | None = None         # where its windows lie at every second step, so that no border stays
     z0: torch.Tensor | None = None      # the latest estimate
     target: torch.Tensor | None = None  # y, or the latest estimate of the level above, decoded
 
@@ -254,7 +257,6 @@ GUIDES = {"s1": algorithm_s1, "s2": algorithm_s2, "x0": guide_x0, "x0+proxy": gu
 
 def guide_of(name, inner, lam, delta, zeta):
     """out: the function, (first, last) lam. raises: UserError for what means nothing."""
-    name = {"exact": "s2", "gradient": "s1"}.get(name, name)  # old names
     lams = lam if isinstance(lam, tuple | list) else (lam,)
     good = len(lams) in (1, 2) and min(*lams, inner) >= 0 and min(delta, zeta) > 0
     if name not in GUIDES or not good:
@@ -274,10 +276,12 @@ def sample_levels(levels, schedule, *, steps=50, timesteps=None, end="published"
     timesteps = even_timesteps(schedule.T, steps) if timesteps is None else timesteps
     ab, ab_prev = noise_levels(schedule, timesteps, end)
     last = len(timesteps) - 1
+    canvases = [(level.canvas, level.other or level.canvas) for level in levels]
     for i in tqdm(range(last, -1, -1), "steps", delay=3, disable=bool(callback)):   # for t in {T_0, ..., T_M}
         t, above = timesteps[i], None
         size = lams[0] + (lams[1] - lams[0]) * (last - i) / max(last, 1)
-        for level in levels:
+        for level, by_turns in zip(levels, canvases):
+            level.canvas = by_turns[i % 2]
             z, level.target = level.z, above if level.y is None else level.y
             if level.target is None or size == 0 or inner == 0:         # nothing guides it
                 z0, eps = level.z0_hat(z, t, ab[i])
@@ -309,9 +313,7 @@ def joint_sample(eps_fine, eps_ctx, encode, decode, schedule, z_T, z_T_ctx, *, w
         whole = Canvas(*z_T_ctx.shape[2:], tuple(z_T_ctx.shape[2:]))
         levels = [Level(lambda z, t, ij: eps_ctx(z, t), decode, encode, whole, z_T_ctx), fine]
 
-    def report(n, t, levels):
-        if callback is not None:
-            callback(n, t, fine.z, fine.z0, fine.target)
+    report = callback and (lambda n, t, _: callback(n, t, fine.z, fine.z0, fine.target))
     sample_levels(levels, schedule, steps=steps, inner=inner, lam=lam, delta=delta, zeta=zeta, guide=guide,
                   callback=report, **options)
     return fine.z, z_T_ctx if eps_ctx is None else levels[0].z

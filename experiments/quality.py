@@ -10,7 +10,6 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch import cat, stack
@@ -57,7 +56,7 @@ METHODS = {  # settings of large/command.py
     "s2": dict(guide="s2"),
     "x0": dict(guide="x0"),
     "x0+proxy": dict(guide="x0+proxy"),
-    "ten lean steps": dict(guide="x0+proxy", sampler="lean", steps=10, guided=(200, 700)),  # the default
+    "default": dict(guide="x0+proxy", sampler="lean", steps=13, guided=(200, 700)),
 }
 
 # ----- 1. A run and its held-out slides -----
@@ -67,8 +66,7 @@ def open_run(cfg, proxy=True, amp=True):
     ranks = setup(cfg.device, amp, cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
     pyramids = Pyramids(cfg.data or model.info.get("data", ""), std=model.info.get("std"))
-    folder = Path(cfg.run).parent if Path(cfg.run).is_file() else cfg.run
-    return model, pyramids, proxies.load(folder, model, pyramids, ranks) if proxy else None, ranks
+    return model, pyramids, proxies.load(cfg.run, model, pyramids, ranks) if proxy else None, ranks
 
 def feature_spaces(pyramids, learned=False):
     """Ways to describe patches (N,3,P,P): what conditions are made of, and one that nothing is ever conditioned on.
@@ -185,10 +183,13 @@ def coded(model, x, P, ranks):
 # ----- 3. Measuring -----
 
 def window_step(name, window):
-    """How many latents from one window to the next, for one of METHODS; the window itself where nothing overlaps."""
+    """How many latents from one window's border to the next, for one of METHODS; the window itself where nothing
+    overlaps, half of it where windows move."""
     how = METHODS.get(name, {"overlap": 0})
     if how.get("method") in ("independent", "bicubic"):
         return window
+    if how.get("sampler") == "lean":
+        return window // 2
     return window - how.get("overlap", usual_overlap(window))
 
 class Ruler:

@@ -6,11 +6,14 @@ import sample_joint
 from data import halve  # noqa: F401
 from diffusion import to_x0, with_guidance  # noqa: F401
 from invert import alike  # noqa: F401
-from sample_joint import Canvas, Level, Resize, starts  # noqa: F401
+from sample_joint import Canvas, Level, Resize
 from summarizer import pack_grid, standardize  # noqa: F401
 
 def grid_under(e, s, i, j):
     return data.grid_under(e, s, i, j).float()               # files hold pooled grids in f16
+
+def starts(n, window, overlap=0):
+    return sample_joint.starts(n, window, overlap)
 
 def summarize(net, tokens, mask, s):
     return net(tokens, mask, s)

@@ -37,14 +37,15 @@ class Settings(Conditions, S.Config):
     guide: str = "x0+proxy"    # s1, s2 (Z Algorithms S1, S2), x0, x0+proxy: see sample_joint.py
     sampler: str = ""          # lean: DDIM at times that crowd at the clean end; ddim: evenly spaced, as published. The
     #                            default is lean for x0 and x0+proxy, ddim for s1 and s2
-    steps: int = 0             # default: 10 of lean, 50 of ddim
+    steps: int = 0             # default: 13 of lean, 50 of ddim
     inner: int = 1             # corrections per step (K)
     lam: tuple = ()            # size of a correction, or first,last. x0, x0+proxy: share of the error, default
     #                            15 / steps, at most 0.5, and 0.6,0.15; s1, s2: largest change of a latent, default
     #                            0.1 (published: 0.5)
     delta: float = 0.005       # width of the denoiser's finite difference (s1, s2)
     zeta: float = 0.005        # width of the encoder's (s2)
-    overlap: int = -1          # latents that windows share; -1 = nearly a quarter of a side (multidiffusion: three)
+    overlap: int = -1          # latents that windows share. -1: with lean times none, but all lie half a window further
+    #                            at every second step; with ddim nearly a quarter of a side (multidiffusion: three)
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
     A: str = "bicubic"         # down-sampling of the constraint: bicubic, or box, as pyramids are made
     guided: tuple = (200, 700)  # the null branch is asked, and guidance used, only while t lies here
@@ -60,16 +61,20 @@ HOW = ("out", "batch", "threads", "device", "compile", "learned", "mpp", "viewer
 
 # ----- 1. Drawing -----
 
+def is_lean(cfg):
+    """Are times lean? By default for the guides that ask the U-Net once a step."""
+    return cfg.sampler == "lean" or not cfg.sampler and "x0" in cfg.guide
+
 def usual_overlap(window):
-    """What windows share by default: nearly a quarter of a side, and odd. A U-Net that halves its windows leaves a
-    faint lattice of every 2, 4, ... latents; windows an even number apart would lay all theirs on one another."""
+    """What windows that stay share by default: nearly a quarter of a side, and odd. A U-Net that halves its windows
+    leaves a faint lattice of every 2, 4, ... latents; windows an even number apart would lay theirs on one another."""
     return max(window // 4 - 1, 0) | 1
 
 def times(cfg, T):
-    """The indices that are drawn at, ascending. Details are drawn at the clean end: lean times crowd there, so ten
+    """The indices that are drawn at, ascending. Details are drawn at the clean end: lean times crowd there, so a dozen
     of them do what fifty evenly spaced ones do (docs/large.md). raises: UserError for a number that means nothing."""
-    lean = cfg.sampler == "lean" or not cfg.sampler and "x0" in cfg.guide
-    steps = cfg.steps or (10 if lean else 50)
+    lean = is_lean(cfg)
+    steps = cfg.steps or (13 if lean else 50)
     if not lean:
         return even_timesteps(T, steps)
     if not 1 <= steps <= T // 4:
@@ -150,7 +155,8 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
     state every minute. out: (levels, scales), coarse to fine, on every rank."""
     from experiments import baselines
     window = model.info["patch"] // model.vae.factor
-    overlap = usual_overlap(window) if cfg.overlap < 0 else cfg.overlap
+    usual = None if is_lean(cfg) else usual_overlap(window)
+    overlap = usual if cfg.overlap < 0 else cfg.overlap
     options = dict(guidance=cfg.guidance, seed=cfg.seed, batch=cfg.batch, fade=cfg.fade, guided=cfg.guided, kind=cfg.A)
     scales, size = [*sorted(cfg.context, reverse=True), max(cfg.scale, 0)], cfg.size
     inner = cfg.inner if cfg.method == "joint" else 0
@@ -222,7 +228,6 @@ def main(argv):
     cfg = configure(Settings, argv, PRESETS, ("run", "preset"), doc=doc)
     if not cfg.run:
         return main(arguments(argv))
-    run = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
     cfg.out = cfg.out or str(home_of(cfg.run) / "large.png")
     ranks = setup(cfg.device, cfg.amp, cfg.threads)
     model = ZoomLDM.from_run(cfg.run).to(ranks.device)
@@ -243,7 +248,7 @@ def main(argv):
     need = tuple(math.ceil(n * 2 ** fine / patch) for n in size)
     grid, proxy = load_grid(cfg, model, pyramids, need), None
     if cfg.method == "joint" and "proxy" in cfg.guide:
-        proxy = proxies.load(run, model, pyramids, ranks)
+        proxy = proxies.load(cfg.run, model, pyramids, ranks)
     if ranks.rank == 0:
         print(f"drawing {size[0]} x {size[1]} pixels, scales {scales}, writing {cfg.out}")
     draw(model, grid, cfg, ranks, proxy, size, pyramids)

@@ -153,7 +153,6 @@ def main(argv):
     if not cfg.run:
         cfg.run = shipped_run()
     ranks, s = setup(cfg.device, cfg.amp, cfg.threads), cfg.scale
-    folder = Path(cfg.run).parent if Path(cfg.run).is_file() else Path(cfg.run)
     model, out = ZoomLDM.from_run(cfg.run).to(ranks.device), Path(cfg.out or home_of(cfg.run) / "invert")
     target, x = check(cfg, model.summarizer.cfg.scales), read_image(cfg.image, cfg.white)
     (h, w), P = x.shape[1:], patch_of(model, x)
@@ -164,7 +163,7 @@ def main(argv):
         data = cfg.data or model.info.get("data", "")
         known = cfg.data or (Path(data) / "index.json").is_file()  # asked for only if the proxy must be fitted
         pyramids = Pyramids(data, std=model.info.get("std")) if known else None
-        proxy = proxies.load(folder, model, pyramids, ranks)
+        proxy = proxies.load(cfg.run, model, pyramids, ranks)
     with ranks.autocast():
         e = invert(model, to_tiles(x, s, P), s, cfg.invert_steps, cfg.seed, cfg.batch, cfg.start).cpu()
         varied = vary(cfg, model, x, e, P)

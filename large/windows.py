@@ -7,14 +7,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from common import UserError, generator
 from diffusion import null_condition, with_guidance
 from large.ranks import open_canvas
 from sample_joint import Level, Resize, full_precision, ramps, starts
-from summarizer import pack_grid, standardize
+from summarizer import standardize, summarized
 
 # ----- 1. Conditions of windows anywhere -----
 
@@ -71,9 +70,7 @@ def contexts(model, condition, s, canvas):
         for n in range(0, len(canvas.ij), canvas.batch):
             ij = canvas.ij[n:n + canvas.batch]
             e = [condition(s, i / high * 2 ** s, j / wide * 2 ** s) for i, j in ij]     # (E,G,G) each
-            tokens, mask = default_collate([pack_grid(grid) for grid in e])
-            s_of = torch.full((len(ij),), s, device=device)
-            c = model.summarizer(tokens.to(device), mask.to(device), s_of)              # (n,L,D)
+            c = summarized(model.summarizer, e, s)                                      # (n,L,D)
             out.update(zip(ij, c))
     return out
 
@@ -144,18 +141,23 @@ def usual_context(size, fine, patch, factor, known):
 def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, batch=64, fade=True,
             guided=(0, math.inf), patch=0, kind="bicubic", proxy=None):
     """Levels for `sample_levels`, coarse to fine, with noise that depends on seed and scale alone.
-    in: condition, see `contexts`; size, of the finest scale, in pixels; patch, of a window, 0 = as trained; kind, of A.
+    in:  condition, see `contexts`; size, of the finest scale, in pixels; overlap, latents that windows share. None:
+    none, but at every second step all lie half a window further; patch, of a window, 0 = as trained; kind, of A.
     """
     patch, factor = patch or model.info.get("patch", 256), model.vae.factor
+    window = patch // factor
     device, levels = model.unet.conv_out.weight.device, []
     shapes, above = sides(size, scales, patch, factor, model.summarizer.cfg.scales), None
     for (h, w), s in zip(shapes, scales):
-        canvas = open_canvas(h, w, patch // factor, overlap, fade, batch)
+        canvas, other = open_canvas(h, w, window, overlap or 0, fade, batch), None
         z = torch.randn(1, model.unet.cfg.channels, h, w, generator=generator(seed, s))
         A = None if above is None else Resize(2 ** (above - s), kind)
         c = contexts(model, condition, s, canvas)
+        if overlap is None and (h, w) != (window, window):
+            other = open_canvas(h, w, window, 0, fade, batch, moved=window // 2)
+            c |= contexts(model, condition, s, other)
         eps = WindowEps(model, c, guidance, guided)
-        levels.append(Level(eps, model.decode, model.encode, canvas, z.to(device), A, proxy=proxy))
+        levels.append(Level(eps, model.decode, model.encode, canvas, z.to(device), A, proxy=proxy, other=other))
         above = s
     return levels
 

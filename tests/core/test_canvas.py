@@ -84,6 +84,17 @@ def test_windows_of_a_line(n, side, overlap, fade):
         assert rows.diff(dim=1).abs().max() <= (1.01 if even else 2.3) / overlap
     assert rows[0, 0] == rows[-1, -1] == 1
 
+@pytest.mark.parametrize("n", [16, 20, 32, 40, 48, 64])
+def test_moved_windows_cover_the_borders_of_the_others(n):
+    """Half a window further, one more at the start; borders inside lie in the middle of a window. Weights sum to 1."""
+    at, lines, whole = starts(n, 16, 0, 8), ramps(n, 16, 0, True, 8), torch.zeros(n)
+    assert at[0] == 0 and at[-1] == n - 16 and list(lines) == at and len({*at}) == len(at)
+    for border in range(16, n - 8, 16):
+        assert border - 8 in at
+    for a, weight in lines.items():
+        whole[a:a + 16] += weight
+    assert torch.allclose(whole, torch.ones(n))
+
 def test_fading_is_linear():
     """Two windows that share four: 1/8, 3/8, 5/8, 7/8. Catches: ramps from 0, where a window would not count."""
     lines = ramps(28, 16, 4)

@@ -8,7 +8,7 @@ from common import UserError
 from data import Pyramids, fixed_batch
 from large.enlarge import agreement
 from sample_joint import Resize, sample_levels
-from summarizer import standardize
+from summarizer import pack_grid, standardize
 
 @pytest.fixture(scope="module")
 def x(toy):
@@ -51,7 +51,7 @@ def test_one_step_is_that_of_the_source(model, x, monkeypatch):
     got = I.invert(model, x[:1], 1, steps=1, seed=3)
     v, t = u.clone().requires_grad_(), torch.tensor([950])
     z, eps = model.encode(x[:1]), torch.randn(1, 3, 16, 16, generator=I.generator(3, 1))
-    tokens, mask = I.pack_grid(standardize(v[0]))
+    tokens, mask = pack_grid(standardize(v[0]))
     c, ab = model.summarizer(tokens[None], mask[None], torch.tensor([1])), model.schedule.alpha_bar[950]
     loss = (ab.sqrt() * (1 - ab)).float() * (model.eps(model.schedule.q_sample(z, t, eps), t, c) - eps).square().mean()
     w = v.flatten(2)[0].T
@@ -156,5 +156,5 @@ def test_the_image_is_the_target(model, x, monkeypatch):
     assert batch.shape == (2, 3, 128, 128) and len(seen) == 2
     (level,), options = seen[1]
     assert level.A.factor == 2 and torch.equal(level.y, x[1:]) and options["lam"] == 1.0
-    assert level.canvas.overlap == 4 and level.canvas.fade
+    assert (level.canvas.overlap, level.other.moved) == (0, 8) and level.canvas.fade
     assert_close(I.super_resolve(model, x[1:], 1, steps=1), batch[1:], 0.02)

@@ -65,6 +65,19 @@ def test_without_guidance_it_is_independent_ddim(off, end):
     ramp = torch.linspace(-0.8, 0.8, SIDE // K).expand(1, 3, SIDE // K, -1)
     assert torch.equal(ctx, ddim_sample(gaussian(ramp, 0.01), z_ctx, S, 10, end=end))
 
+def test_windows_move_by_turns():
+    """At even indices of time they lie at home, the last step among them; at odd ones elsewhere. Level and context."""
+    seen, z = [], normal(1, 3, SIDE, SIDE)
+
+    def eps(part, t, ij):
+        seen.append((int(t[0]), ij))
+        return gaussian(0.1)(part, t)
+    home, away = Canvas(SIDE, SIDE, W), Canvas(SIDE, SIDE, W, moved=W // 2)
+    level = Level(eps, identity, identity, home, z, other=away)
+    sample_levels([level], S, timesteps=[3, 50, 400, 700, 990])
+    assert seen == [(990, home.ij), (700, away.ij), (400, home.ij), (50, away.ij), (3, home.ij)]
+    assert away.ij != home.ij and level.canvas is home
+
 def test_overlap_without_guidance_is_multidiffusion():
     """Estimates of overlapping windows averaged at every step. The network knows its place, so windows disagree."""
     def eps(z, t, ij):
@@ -413,8 +426,3 @@ def test_differences_and_gradients_are_float32(guide, eps, encode, decode, other
 def test_what_does_not_fit(options, says):
     with pytest.raises(UserError, match=says):
         draw(**options)
-
-def test_old_names_of_guides():
-    """exact is s2; gradient, which took g by backpropagation too, is s1 as Z prints it."""
-    for old, new in (("exact", "s2"), ("gradient", "s1")):
-        assert torch.equal(draw(guide=old, steps=2)[1][0], draw(guide=new, steps=2)[1][0])

@@ -226,6 +226,9 @@ def test_levels(model):
     assert not torch.equal(a[0].z.flatten(), b[1].z.flatten()[:a[0].z.numel()])
     assert (b[0].canvas.fade, b[0].canvas.batch, b[0].canvas.overlap, a[0].canvas.fade) == (False, 5, 4, True)
     assert not torch.equal(prepare(model, condition, (256, 512), [0], 4, seed=4)[0].z, a[1].z)
+    one, many = prepare(model, condition, (64, 64), [0], None)[0], prepare(model, condition, (256, 512), [0], None)[0]
+    assert one.other is None and a[1].other is None and (many.canvas.overlap, many.other.moved) == (0, 8)
+    assert {*many.canvas.ij} | {*many.other.ij} == many.eps.c.keys(), "a condition for every window"
 
 def test_sides():
     """Latents at every scale (what does not fit: test_command.py)."""
