@@ -77,7 +77,7 @@ def ramps(n, side, overlap, fade=True, moved=0):
     """Weights of windows, {start: (side,)}, that sum to 1 everywhere: ramps over `overlap`, or all the same."""
     weights, total, rise = {}, torch.zeros(n), torch.arange(side) + 0.5
     for a in starts(n, side, overlap, moved):
-        weights[a] = torch.full((side,), max(overlap, 0.5))
+        weights[a] = torch.full((side,), max(overlap, moved, 0.5))
         if fade and a > 0:
             weights[a] = weights[a].minimum(rise)
         if fade and a + side < n:

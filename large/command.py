@@ -32,6 +32,8 @@ from weights.shipped import arguments, typed
 @dataclass
 class Settings(Conditions, S.Config):
     preset: str = ""           # paper, the published constants; empty = ours
+    guidance: float = 2.0      # eps_null + guidance (eps_cond - eps_null); few steps of DDIM take contrast away, so
+    #                            more than for patches
     context: tuple = ()        # coarser scales drawn with it; each guides the next finer one. Default: the coarsest
     #                            of which a patch fits into the image
     guide: str = "x0+proxy"    # s1, s2 (Z Algorithms S1, S2), x0, x0+proxy: see sample_joint.py
@@ -44,8 +46,8 @@ class Settings(Conditions, S.Config):
     #                            0.1 (published: 0.5)
     delta: float = 0.005       # width of the denoiser's finite difference (s1, s2)
     zeta: float = 0.005        # width of the encoder's (s2)
-    overlap: int = -1          # latents that windows share. -1: with lean times none, but all lie half a window further
-    #                            at every second step; with ddim nearly a quarter of a side (multidiffusion: three)
+    overlap: int = -1          # latents that windows share. -1: with lean times none, but at every second step all lie
+    #                            half a window further; with ddim nearly a quarter of a side (multidiffusion: three)
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
     A: str = "bicubic"         # down-sampling of the constraint: bicubic, or box, as pyramids are made
     guided: tuple = (200, 700)  # the null branch is asked, and guidance used, only while t lies here
@@ -55,7 +57,7 @@ class Settings(Conditions, S.Config):
     viewer: str = ""           # openseadragon.min.js, for the page beside a .dzi
 
 EVEN = dict(sampler="ddim", steps=50, guided=(0, 1000))  # as published, and the default of before
-PRESETS = {"": {}, "paper": EVEN | dict(guide="s2", inner=1, lam=0.5, guidance=2.0, overlap=0)}  # Z S8.2
+PRESETS = {"": {}, "paper": EVEN | dict(guide="s2", inner=1, lam=0.5, overlap=0)}  # Z S8.2
 METHODS = ("joint", "multidiffusion", "independent", "bicubic")
 HOW = ("out", "batch", "threads", "device", "compile", "learned", "mpp", "viewer")  # settings that change no latent
 

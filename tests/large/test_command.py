@@ -153,7 +153,7 @@ def test_independent_windows_are_patches(model, pyramids, grid):
         item = pyramids.item(k, 0, pyramids.tensor(k, "ij0").tolist().index([i, j]), ())
         with torch.no_grad():
             c = model.summarizer(item["tokens"][None], item["mask"][None], torch.tensor([0]))
-            want = ddim_sample(model.guided(c, 1.5), z[..., 16 * i:16 * i + 16, 16 * j:16 * j + 16], model.schedule, 2,
+            want = ddim_sample(model.guided(c, 2.0), z[..., 16 * i:16 * i + 16, 16 * j:16 * j + 16], model.schedule, 2,
                                end="clean")
         assert_close(got[..., 16 * i:16 * i + 16, 16 * j:16 * j + 16], want, 2e-3)
 
