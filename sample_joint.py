@@ -76,8 +76,10 @@ def starts(n, window, overlap=0, moved=0):
 def ramps(n, side, overlap, fade=True, moved=0):
     """Weights of windows, {start: (side,)}, that sum to 1 everywhere: ramps over `overlap`, or all the same."""
     weights, total, rise = {}, torch.zeros(n), torch.arange(side) + 0.5
-    for a in starts(n, side, overlap, moved):
-        weights[a] = torch.full((side,), max(overlap, moved, 0.5))
+    at = starts(n, side, overlap, moved)
+    shared = overlap or max([0, *(a + side - b for a, b in zip(at, at[1:]))])   # at the ends some may share
+    for a in at:
+        weights[a] = torch.full((side,), max(shared, 0.5))
         if fade and a > 0:
             weights[a] = weights[a].minimum(rise)
         if fade and a + side < n:
@@ -360,7 +362,7 @@ class Config:
     scale: int = -1            # one scale, 0 = finest; -1 = all, or 0 for large images
     condition: str = "reference"  # embeddings of real images; or invented: cdm, edm; large images: grid
     n: int = 0                 # patches per scale, at most as many as there are; 0 = 8, or 128 with --eval
-    guidance: float = 1.5      # eps_null + guidance (eps_cond - eps_null); 1 = no guidance, papers 2
+    guidance: float = 1.5      # eps_null + guidance (eps_cond - eps_null); 1 = none; papers, and large images, 2
     sampler: str = "dpm"       # dpm: DPM-Solver++ 2M at times that crowd at the clean end; ddim; plms
     steps: int | None = None   # None: 10 of dpm, which do what 50 of ddim do; 50 of ddim and plms
     end: str = "clean"         # of ddim: clean, or published (3.9 % of noise stay), as plms ends

@@ -131,7 +131,7 @@ def second_domain(lab):
 
 def large_image(lab, grid, level=-1, **how):
     """Draw an image of 8 x 8 patches as `how` says. out: (1,3,H,W), or, with level=0, the coarse view drawn with it."""
-    cfg = Settings(run=lab.home, size=(8 * lab.patch,), context=(3,), sampler="lean", steps=10, **how)
+    cfg = Settings(run=lab.home, size=(8 * lab.patch,), context=(3,), sampler="lean", **how)
     levels, _ = draw_large(lab.model, grid, cfg, lab.ranks, lab.proxy)
     return decoded(lab.model, levels[level].z, lab.ranks)
 
@@ -216,7 +216,7 @@ def recoded(lab, x):
 
 def likeness(lab):
     """... and where it is lost: in the autoencoder; in a patch drawn from its embedding, with more guidance or less; in
-    windows that overlap, so that their conditions are mixtures; and in the guide, which makes them joint."""
+    windows that move, whose conditions are mixtures half of the time; and in the guide, which makes them joint."""
     alone, plain = {"method": "independent"}, 5                # grey levels: glass, as `data.py build --background=5`
     ways = {"of patches drawn alone": alone, "with guidance 1": alone | {"guidance": 1.0},
             "with guidance 3": alone | {"guidance": 3.0}, "of windows without a guide": {"inner": 0}, "joint": {}}

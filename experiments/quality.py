@@ -56,7 +56,7 @@ METHODS = {  # settings of large/command.py
     "s2": dict(guide="s2"),
     "x0": dict(guide="x0"),
     "x0+proxy": dict(guide="x0+proxy"),
-    "default": dict(guide="x0+proxy", sampler="lean", steps=13, guided=(200, 700)),
+    "default": dict(guide="x0+proxy", sampler="lean", steps=14, guided=(200, 700)),
 }
 
 # ----- 1. A run and its held-out slides -----
@@ -182,13 +182,13 @@ def coded(model, x, P, ranks):
 
 # ----- 3. Measuring -----
 
-def window_step(name, window):
+def window_step(name, window, sampler="ddim"):
     """How many latents from one window's border to the next, for one of METHODS; the window itself where nothing
     overlaps, half of it where windows move."""
     how = METHODS.get(name, {"overlap": 0})
     if how.get("method") in ("independent", "bicubic"):
         return window
-    if how.get("sampler") == "lean":
+    if how.get("sampler", sampler) == "lean" and "overlap" not in how:
         return window // 2
     return window - how.get("overlap", usual_overlap(window))
 
@@ -259,7 +259,7 @@ def quality(cfg):
         row = {"method": name, "seconds": sorted(seconds)[len(seconds) // 2], "TFLOP": sum(flops) / len(flops)}
         seen = cat([A.down(x).clamp(-1, 1) for x in images])
         row |= {"psnr": psnr(seen, cat(aims[name])), "ssim": ssim(seen, cat(aims[name]))}
-        x, begins = cat(images), window_step(name, P // cell) * cell
+        x, begins = cat(images), window_step(name, P // cell, cfg.sampler) * cell
         row |= {"seams": seam_ratio(x, P), "by_cell": seam_ratio(x, P, cell), "edges": seam_ratio(x, begins, cell)}
         row |= ruler.measure(images, others if name == "real" else None)
         table.append(row)

@@ -152,7 +152,7 @@ class Trained:
 
     @torch.no_grad()
     def draw(self, x, seed, steps):
-        """x (1,3,H,W) -> (1,3,factor H,factor W), in windows that overlap and fade as everywhere."""
+        """x (1,3,H,W) -> (1,3,factor H,factor W), in windows that overlap by a quarter and fade."""
         y, model = self.beside(x), self.model
         window = model.info["patch"] // model.vae.factor
         canvas = Canvas(*y.shape[2:], window, window // 4, True)

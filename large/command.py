@@ -39,7 +39,7 @@ class Settings(Conditions, S.Config):
     guide: str = "x0+proxy"    # s1, s2 (Z Algorithms S1, S2), x0, x0+proxy: see sample_joint.py
     sampler: str = ""          # lean: DDIM at times that crowd at the clean end; ddim: evenly spaced, as published. The
     #                            default is lean for x0 and x0+proxy, ddim for s1 and s2
-    steps: int = 0             # default: 13 of lean, 50 of ddim
+    steps: int = 0             # default: 14 of lean, 50 of ddim
     inner: int = 1             # corrections per step (K)
     lam: tuple = ()            # size of a correction, or first,last. x0, x0+proxy: share of the error, default
     #                            15 / steps, at most 0.5, and 0.6,0.15; s1, s2: largest change of a latent, default
@@ -76,7 +76,7 @@ def times(cfg, T):
     """The indices that are drawn at, ascending. Details are drawn at the clean end: lean times crowd there, so a dozen
     of them do what fifty evenly spaced ones do (docs/large.md). raises: UserError for a number that means nothing."""
     lean = is_lean(cfg)
-    steps = cfg.steps or (13 if lean else 50)
+    steps = cfg.steps or (14 if lean else 50)
     if not lean:
         return even_timesteps(T, steps)
     if not 1 <= steps <= T // 4:
@@ -103,6 +103,7 @@ class Progress:
         self.path, self.ranks, self.saved, self.done = path, ranks, time.monotonic(), 0
         self.step, self.latents = 0, {}                     # the latest step that is whole, and its latents
         mark = {k: v for k, v in asdict(cfg).items() if k not in HOW}
+        mark["drawn"] = times(cfg, model.schedule.T), levels[-1].canvas.overlap, levels[-1].other is not None
         mark["networks"] = [proxies.fingerprint(model), fingerprint(proxy) if proxy else ""]
         mark["grid"] = crc32(condition.e.cpu().numpy().tobytes()) if isinstance(condition, Grid) else 0
         self.mark = json.loads(json.dumps(mark))

@@ -41,7 +41,7 @@ class Stats(Module):
     raises: ValueError for another size or a `std` of another length."""
     name = "stats"
     embed_dim = sum(PARTS.values())
-    scaled = True  # wants to be divided by the deviation over training tiles (`fit`)
+    scaled = True  # wants to be divided by the deviation over training tiles (`spread`)
 
     def __init__(self, std=None):
         super().__init__()

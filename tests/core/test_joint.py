@@ -66,7 +66,7 @@ def test_without_guidance_it_is_independent_ddim(off, end):
     assert torch.equal(ctx, ddim_sample(gaussian(ramp, 0.01), z_ctx, S, 10, end=end))
 
 def test_windows_move_by_turns():
-    """At even indices of time they lie at home, the last step among them; at odd ones elsewhere. Level and context."""
+    """At even indices of time they lie at home, the last step among them; at odd ones elsewhere."""
     seen, z = [], normal(1, 3, SIDE, SIDE)
 
     def eps(part, t, ij):

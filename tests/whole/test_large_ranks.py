@@ -10,7 +10,8 @@ from large.ranks import open_canvas
 from sample_joint import GUIDES, Level, Resize, sample_levels
 
 S, D = Schedule(), torch.float64
-CASES = {"s1": {"fade": True}, "s2": {}, "x0": {"fade": True}, "x0+proxy": {}, "one window": {"side": 8}}
+CASES = {"s1": {"fade": True}, "s2": {}, "x0": {"fade": True}, "x0+proxy": {}, "one window": {"side": 8},
+         "moved": {"moved": 4}}
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=D)
@@ -39,6 +40,8 @@ def every_case():
         canvas = open_canvas(side, side, 8, 4 if side > 8 else 0, options.get("fade", False), batch=3)
         z, y = normal(1, 3, side, side), normal(1, 3, side // 4, side // 4, seed=1)
         level = Level(place_aware(seen), shades, torch.tanh, canvas, z, Resize(4), y)
+        if "moved" in options:
+            level.other = open_canvas(side, side, 8, 0, True, batch=3, moved=options["moved"])
         sample_levels([level], S, steps=2, inner=2, guide=name if name in GUIDES else "s2")
         out |= {name: level.z, f"{name}, corners": torch.tensor(seen)}
     return out
@@ -61,5 +64,7 @@ def test_two_ranks_equal_one(tmp_path):
         mine = [{tuple(p) for p in got[f"{name}, corners"].tolist()} for got in found]
         if name == "one window":
             assert mine == [{(0, 0)}, {(0, 0)}]
+        elif name == "moved":                       # each has half of either canvas, which share corners
+            assert len(mine[0] | mine[1]) == 16 and max(map(len, mine)) < 16
         else:
             assert not mine[0] & mine[1] and len(mine[0] | mine[1]) == 16 and len(mine[0]) == 8
