@@ -48,6 +48,13 @@ def test_where_windows_begin():
     """catches: edges of overlapping windows sought where patches meet."""
     names = ("real", "independent", "bicubic", "S2, published", "x0", "x0+proxy", "multidiffusion")
     assert [quality.window_step(name, 16) for name in names] == [16] * 4 + [13] * 3
+    assert [quality.window_step(name, 16, "lean") for name in ("S2, published", "x0", "default")] == [16, 8, 8]
+
+def test_the_default_is_that_of_the_command():
+    """catches: a row that is called so after the command has moved on."""
+    usual, named = quality.Settings(run="run"), quality.METHODS["default"]
+    assert named["steps"] == len(quality.times(usual, 1000)) and named["guided"] == usual.guided
+    assert named["guide"] == usual.guide and named["sampler"] == "lean"
 
 def test_patches_and_back():
     x = torch.rand(1, 3, 64, 96)
