@@ -172,9 +172,9 @@ class VQVAE(Module):
         # bf16 distances would pick a tenth of the codes wrongly
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             power = codes.square().sum(1)                             # (K,); |z|^2 changes no minimum
-            nearest = []
-            for part in pixels_of(z).split(1 << 14):                  # so many x K floats at a time
-                distance = power - 2 * part @ codes.T                 # (n,K)
+            nearest, n = [], 256 if z.is_cpu else 1 << 14             # n x K floats stay in a CPU's cache
+            for part in pixels_of(z).split(n):
+                distance = torch.addmm(power, part, codes.T, alpha=-2)  # (n,K)
                 nearest.append(distance.argmin(1))
         indices = torch.cat(nearest).view_as(z[:, 0])                 # (B,h,w)
         z_q = embedding(indices, codes).movedim(-1, 1)                # (B,3,h,w)
