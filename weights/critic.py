@@ -32,7 +32,7 @@ MIX = 0.1    # deviation of the entries of a change of colours
 # of the decoder alone
 LOOK = 250   # steps of the PatchGAN before the decoder is to fool it
 GENTLE = 0.3  # FOOL of a PatchGAN that is shown detail, and knows more
-GRAIN = 0.5  # weight of the sharpness of places
+GRAIN = 2.0  # weight of the sharpness of places
 FOLD = 2.0   # weight of what returns in every cell of 4 pixels
 SHAKE = 0.4  # largest deviation of what is added to latents, in theirs
 
@@ -176,7 +176,8 @@ class DecoderStage(CriticStage):
         return self.critic(detail(x)[:, :, i:, j:])
 
     def critique(self, loss, x_rec, x):
-        grain = l1_loss(sharpness(x_rec), sharpness(x))
+        coded, real = sharpness(x_rec), sharpness(x)
+        grain = l1_loss(coded, real) + l1_loss(lattice(coded), lattice(real))
         return super().critique(loss + GRAIN * grain + FOLD * l1_loss(folded(x_rec), folded(x)), x_rec, x)
 
     def after_step(self, step, ranks):
@@ -194,10 +195,21 @@ def detail(x):
 
 def sharpness(x):
     """How sharp an image (B,3,H,W) is here and there: logarithm of the mean step between neighbouring pixels, over
-    places of 16 x 16 pixels that overlap by half. out: (B,3,h,w). Sides of 16 pixels or more."""
+    places of 16 x 16 pixels that overlap by half; of steps from one cell of 4 pixels to the next, and of all others.
+    out: (B,6,h,w). Sides of 16 pixels or more."""
     right = pad(x, (0, 1, 0, 0), mode="replicate").diff(dim=3).abs()    # (B,3,H,W)
     below = pad(x, (0, 0, 0, 1), mode="replicate").diff(dim=2).abs()
-    return (avg_pool2d(right + below, 16, 8) + 0.01).log()
+    across, down = (torch.arange(n, device=x.device) % 4 == 3 for n in (x.shape[3], x.shape[2]))
+    down = down[:, None]                                                # (H,1)
+    between = 4 * (right * across + below * down)                       # one step in four
+    within = 4 / 3 * (right * ~across + below * ~down)
+    return (avg_pool2d(torch.cat([between, within], 1), 16, 8) + 0.01).log()
+
+def lattice(places):
+    """How much larger steps from cell to cell are than those within, in the mean of an image; strong edges count most.
+    in: what `sharpness` says. out: logarithms (B,)."""
+    between, within = (part.mean((1, 2, 3)) for part in places.exp().chunk(2, 1))
+    return (between / within).log()
 
 def folded(x):
     """What all cells of 4 pixels have in common: their mean over places of 4 x 4 cells. in: x (B,3,H,W), sides

@@ -99,7 +99,8 @@ def test_what_the_decoder_is_asked_for(stage):
     i, j = decoder.look
     real, coded = (decoder.critic(critic.detail(image)[:, :, i:, j:]) for image in (x, x_rec))
     tell = ((1 - real).clamp_min(0).mean() + (1 + coded).clamp_min(0).mean()) / 2
-    grain = (critic.sharpness(x_rec) - critic.sharpness(x)).abs().mean()
+    there, wanted = critic.sharpness(x_rec), critic.sharpness(x)
+    grain = (there - wanted).abs().mean() + (critic.lattice(there) - critic.lattice(wanted)).abs().mean()
     lattice = (critic.folded(x_rec) - critic.folded(x)).abs().mean()
     like = critic.SEEN * decoder.features.distance(x_rec, x)
     asked = loss + like + critic.GRAIN * grain + critic.FOLD * lattice + tell
@@ -111,7 +112,8 @@ def test_what_the_decoder_is_asked_for(stage):
     assert float(decoder.critique(loss, x_rec, x).detach()) == pytest.approx(float(asked.detach()), rel=1e-4)
 
 def test_measures_of_grain():
-    """catches: a fold that mixes places of a cell; a sharpness that sees one direction; a detail that keeps a plane."""
+    """catches: a fold that mixes places of a cell; a sharpness that sees one direction, or takes steps from cell to
+    cell for steps within; a detail that keeps a plane."""
     cell = torch.rand(1, 3, 4, 4)
     lattice, noise = cell.repeat(1, 1, 8, 8), torch.rand(1, 3, 32, 32)
     there = critic.folded(lattice)                                          # (1,3,2,4,2,4)
@@ -120,6 +122,13 @@ def test_measures_of_grain():
     stripes = (torch.arange(32) % 2).float().expand(1, 3, 32, 32)
     for x in (stripes, stripes.mT):
         assert torch.allclose(critic.sharpness(x)[..., :-1, :-1].exp(), torch.tensor(1.01))
+    cells = (torch.arange(32) // 4 % 2).float().expand(1, 3, 32, 32)        # steps lie between cells alone
+    for x in (cells, cells.mT):
+        between, within = critic.sharpness(x)[..., :-1, :-1].exp().chunk(2, 1)
+        assert torch.allclose(between, torch.tensor(1.01)) and torch.allclose(within, torch.tensor(0.01))
+    faint = torch.cat([noise, noise * 1e-3])                                # 0.01 of a step counts as grain, too
+    assert torch.allclose(critic.lattice(critic.sharpness(faint)), torch.zeros(2), atol=0.1)
+    assert critic.lattice(critic.sharpness(cells)).item() > 2
     plane = torch.linspace(-1, 1, 32).expand(1, 3, 32, 32)
     assert torch.allclose(critic.detail(plane)[..., 2:-2], plane[..., 2:-2] / 2, atol=1e-5)
     assert critic.detail(stripes).std() > 3 * stripes.std()
