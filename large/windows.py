@@ -79,21 +79,22 @@ BUDGET = 256 * 2 ** 20  # bytes of keys and values kept from step to step; windo
 
 class WindowEps:
     """eps(z, t, ij) of windows whose tokens are c {corner: (L,D)}, both guidance branches in one batch. Where t lies
-    outside `guided` (from, below) there is no guidance, and no null branch (Kynkäänniemi et al. 2024)."""
+    outside `guided` (from, below), and of windows that are told nothing, there is no guidance, and no null branch
+    (Kynkäänniemi et al. 2024)."""
 
     def __init__(self, model, c, guidance, guided=(0, math.inf)):
         self.model, self.c, self.guidance, self.guided = model, c, guidance, guided
+        self.told = {corner for corner, tokens in c.items() if tokens.any()}
         self.kept, self.room = {}, BUDGET
 
     @torch.no_grad()
-    def keys(self, ij, both):
-        """Keys and values of these windows, made once, while there is room for them."""
-        name = both, *ij
+    def keys(self, ij, more):
+        """Keys and values of the null branch of windows `more`, and of all, made once, while there is room for them."""
+        name = len(more), *ij
         if name in self.kept:
             return self.kept[name]
         tokens = torch.stack([self.c[corner] for corner in ij])                         # (n,L,D)
-        if both:
-            tokens = torch.cat([null_condition(tokens), tokens])
+        tokens = torch.cat([null_condition(tokens[more]), tokens])
         with full_precision(tokens):
             made = self.model.unet.cache_context(tokens)
         self.room -= sum(part.nbytes for pair in made for part in pair)
@@ -103,11 +104,13 @@ class WindowEps:
 
     def __call__(self, z, t, ij):
         first, below = self.guided
-        if self.guidance == 1 or not first <= int(t[0]) < below:
-            return self.model.eps(z, t, self.keys(ij, False))
-        both = self.model.eps(torch.cat([z, z]), torch.cat([t, t]), self.keys(ij, True))
-        null, cond = both.chunk(2)
-        return with_guidance(null, cond, self.guidance)
+        more = []                                           # windows of which the null branch is asked, too
+        if self.guidance != 1 and first <= int(t[0]) < below:
+            more = [k for k, corner in enumerate(ij) if corner in self.told]
+        eps = self.model.eps(torch.cat([z[more], z]), torch.cat([t[more], t]), self.keys(ij, more))
+        null, cond = eps.split([len(more), len(ij)])
+        cond[more] = with_guidance(null, cond[more], self.guidance)
+        return cond
 
 def sides(size, scales, patch, factor, known):
     """Height and width in latents at every scale. raises: UserError if a scale does not fit the size or the model."""
@@ -156,7 +159,8 @@ def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, ba
         c = contexts(model, condition, s, canvas)
         if overlap is None and (h, w) != (window, window):
             other = open_canvas(h, w, window, 0, fade, batch, moved=window // 2)
-            c |= contexts(model, condition, s, other)
+            # at scale 0 these lie between tiles. No embedding says what is there, a mixture of four says it wrongly
+            c = contexts(model, condition if s else None, s, other) | c
         eps = WindowEps(model, c, guidance, guided)
         levels.append(Level(eps, model.decode, model.encode, canvas, z.to(device), A, proxy=proxy, other=other))
         above = s
