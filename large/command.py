@@ -32,8 +32,8 @@ from weights.shipped import arguments, typed
 @dataclass
 class Settings(Conditions, S.Config):
     preset: str = ""           # paper, the published constants; empty = ours
-    guidance: float = 2.0      # eps_null + guidance (eps_cond - eps_null); few steps of DDIM take contrast away, so
-    #                            more than for patches
+    guidance: float = 2.5      # eps_null + guidance (eps_cond - eps_null), more than for patches: few steps of DDIM take
+    #                            contrast away, and windows between tiles have none
     context: tuple = ()        # coarser scales drawn with it; each guides the next finer one. Default: the coarsest
     #                            of which a patch fits into the image
     guide: str = "x0+proxy"    # s1, s2 (Z Algorithms S1, S2), x0, x0+proxy: see sample_joint.py

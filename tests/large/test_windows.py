@@ -214,6 +214,17 @@ def test_guidance_in_an_interval(model, windows, monkeypatch):
             assert_close(eps(z, t, ij), want, 1e-5)
         assert seen[-1] == rows, t
 
+def test_windows_that_are_told_nothing(model, windows, monkeypatch):
+    """Their null branch is their only one. catches: a pass too many, guidance of another window."""
+    c, z, t, ij = windows
+    c[ij[1]] = torch.zeros(65, 32)
+    seen, real, eps = [], model.eps, WindowEps(model, c, 2.5)
+    with torch.no_grad():
+        want = model.guided(torch.stack([c[p] for p in ij]), 2.5)(z, t)
+        monkeypatch.setattr(model, "eps", lambda z, t, kv: seen.append(len(z)) or real(z, t, kv))
+        assert_close(eps(z, t, ij), want, 1e-5)
+    assert seen == [5]
+
 def test_levels(model):
     """Noise depends on seed and scale alone, so that a level is the same whatever is drawn with it."""
     def condition(s, i, j):
@@ -229,6 +240,9 @@ def test_levels(model):
     one, many = prepare(model, condition, (64, 64), [0], None)[0], prepare(model, condition, (256, 512), [0], None)[0]
     assert one.other is None and a[1].other is None and (many.canvas.overlap, many.other.moved) == (0, 8)
     assert {*many.canvas.ij} | {*many.other.ij} == many.eps.c.keys(), "a condition for every window"
+    assert many.eps.told == {*many.canvas.ij}, "at scale 0 windows between tiles are told nothing"
+    coarse = prepare(model, condition, (256, 512), [1, 0], None)[0]
+    assert coarse.eps.told == coarse.eps.c.keys() and len(coarse.other.ij) > len(coarse.canvas.ij)
 
 def test_sides():
     """Latents at every scale (what does not fit: test_command.py)."""
