@@ -24,7 +24,7 @@ from experiments.cost import Profile, full_size
 from experiments.metrics import kernel_distance, principal, psnr, random_features, seam_ratio, similarity, ssim
 from experiments.metrics import standard
 from large import proxy as proxies
-from large.command import EVEN, Settings, decoded, draw_large, times, usual_overlap
+from large.command import EVEN, LEAN, Settings, decoded, draw_large, times, usual_overlap
 from large.windows import Grid, sides
 from sample_joint import Resize
 from slides.encoders import load_encoder
@@ -56,7 +56,7 @@ METHODS = {  # settings of large/command.py
     "s2": dict(guide="s2"),
     "x0": dict(guide="x0"),
     "x0+proxy": dict(guide="x0+proxy"),
-    "default": dict(guide="x0+proxy", sampler="lean", steps=14, guided=(200, 700)),
+    "default": LEAN | dict(guide="x0+proxy"),
 }
 
 # ----- 1. A run and its held-out slides -----

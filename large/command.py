@@ -11,7 +11,7 @@ import json
 import math
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from zlib import crc32
 
@@ -32,14 +32,14 @@ from weights.shipped import arguments, typed
 @dataclass
 class Settings(Conditions, S.Config):
     preset: str = ""           # paper, the published constants; empty = ours
-    guidance: float = 2.5      # eps_null + guidance (eps_cond - eps_null), more than for patches: few steps of DDIM take
-    #                            contrast away, and windows between tiles have none
+    guidance: float | None = None  # eps_null + guidance (eps_cond - eps_null). Default: 2 of ddim; 2.5 of lean, for few
+    #                            steps take contrast away, and windows between tiles are not guided
     context: tuple = ()        # coarser scales drawn with it; each guides the next finer one. Default: the coarsest
     #                            of which a patch fits into the image
     guide: str = "x0+proxy"    # s1, s2 (Z Algorithms S1, S2), x0, x0+proxy: see sample_joint.py
     sampler: str = ""          # lean: DDIM at times that crowd at the clean end; ddim: evenly spaced, as published. The
     #                            default is lean for x0 and x0+proxy, ddim for s1 and s2
-    steps: int = 0             # default: 14 of lean, 50 of ddim
+    steps: int | None = None   # default: 14 of lean, 50 of ddim
     inner: int = 1             # corrections per step (K)
     lam: tuple = ()            # size of a correction, or first,last. x0, x0+proxy: share of the error, default
     #                            15 / steps, at most 0.5, and 0.6,0.15; s1, s2: largest change of a latent, default
@@ -50,13 +50,15 @@ class Settings(Conditions, S.Config):
     #                            half a window further; with ddim nearly a quarter of a side (multidiffusion: three)
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
     A: str = "bicubic"         # down-sampling of the constraint: bicubic, or box, as pyramids are made
-    guided: tuple = (200, 700)  # the null branch is asked, and guidance used, only while t lies here
+    guided: tuple = ()         # the null branch is asked, and guidance used, only while t lies here; default: from 200
+    #                            to 699 of lean, everywhere of ddim
     method: str = "joint"      # joint; or, to compare, multidiffusion, independent, bicubic (baselines)
     repair: bool = False       # end with the published repair: back to t = 300, windows at a quarter of their side
     mpp: float = 0.0           # micrometres per pixel, for .tif; 0 = unknown
     viewer: str = ""           # openseadragon.min.js, for the page beside a .dzi
 
-EVEN = dict(sampler="ddim", steps=50, guided=(0, 1000))  # as published, and the default of before
+LEAN = dict(sampler="lean", steps=14, guidance=2.5, guided=(200, 700))
+EVEN = dict(sampler="ddim", steps=50, guidance=2.0, guided=(0, 1000))  # as published, and the default of before
 PRESETS = {"": {}, "paper": EVEN | dict(guide="s2", inner=1, lam=0.5, overlap=0)}  # Z S8.2
 METHODS = ("joint", "multidiffusion", "independent", "bicubic")
 HOW = ("out", "batch", "threads", "device", "compile", "learned", "mpp", "viewer")  # settings that change no latent
@@ -67,6 +69,11 @@ def is_lean(cfg):
     """Are times lean? By default for the guides that ask the U-Net once a step."""
     return cfg.sampler == "lean" or not cfg.sampler and "x0" in cfg.guide
 
+def settled(cfg):
+    """cfg, with what its sampler decides where nothing else is asked for."""
+    usual = LEAN if is_lean(cfg) else EVEN
+    return replace(cfg, **{k: v for k, v in usual.items() if getattr(cfg, k) in (None, "", ())})
+
 def usual_overlap(window):
     """What windows that stay share by default: nearly a quarter of a side, and odd. A U-Net that halves its windows
     leaves a faint lattice of every 2, 4, ... latents; windows an even number apart would lay theirs on one another."""
@@ -75,9 +82,8 @@ def usual_overlap(window):
 def times(cfg, T):
     """The indices that are drawn at, ascending. Details are drawn at the clean end: lean times crowd there, so a dozen
     of them do what fifty evenly spaced ones do (docs/large.md). raises: UserError for a number that means nothing."""
-    lean = is_lean(cfg)
-    steps = cfg.steps or (14 if lean else 50)
-    if not lean:
+    steps = settled(cfg).steps
+    if not is_lean(cfg):
         return even_timesteps(T, steps)
     if not 1 <= steps <= T // 4:
         raise UserError(f"--steps={steps}: give 1 to {T // 4} of lean")
@@ -157,7 +163,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
     """Sample one large image as cfg, a Settings, says. condition: see windows.contexts; resume: a file that keeps the
     state every minute. out: (levels, scales), coarse to fine, on every rank."""
     from experiments import baselines
-    window = model.info["patch"] // model.vae.factor
+    cfg, window = settled(cfg), model.info["patch"] // model.vae.factor
     usual = None if is_lean(cfg) else usual_overlap(window)
     overlap = usual if cfg.overlap < 0 else cfg.overlap
     options = dict(guidance=cfg.guidance, seed=cfg.seed, batch=cfg.batch, fade=cfg.fade, guided=cfg.guided, kind=cfg.A)
@@ -205,7 +211,7 @@ def decoded(model, z, ranks):
 def check(cfg, schedule):
     """raises: UserError for what cannot be drawn or written, before hours are spent on drawing it."""
     from slides.writers import check_deepzoom, check_place, check_tiff
-    out = Path(cfg.out)
+    cfg, out = settled(cfg), Path(cfg.out)
     if out.suffix not in (".png", ".tif", ".tiff", ".dzi"):
         raise UserError(f"--out={out}: give a name that ends in .png, .tif (pyramid) or .dzi (DeepZoom)")
     one_of(cfg, method=METHODS, A=("bicubic", "box"), end=("clean", "published"), condition=("reference", "grid"))

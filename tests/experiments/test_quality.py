@@ -8,6 +8,7 @@ from common import UserError, load_tensors
 from data import Pyramids
 from experiments import quality
 from experiments.metrics import psnr
+from large.command import settled
 from sample_joint import Resize
 
 def table(ready):
@@ -52,9 +53,8 @@ def test_where_windows_begin():
 
 def test_the_default_is_that_of_the_command():
     """catches: a row that is called so after the command has moved on."""
-    usual, named = quality.Settings(run="run"), quality.METHODS["default"]
-    assert named["steps"] == len(quality.times(usual, 1000)) and named["guided"] == usual.guided
-    assert named["guide"] == usual.guide and named["sampler"] == "lean"
+    row = quality.EVEN | quality.METHODS["default"]
+    assert quality.Settings(run="run", **row) == settled(quality.Settings(run="run"))
 
 def test_patches_and_back():
     x = torch.rand(1, 3, 64, 96)

@@ -18,7 +18,7 @@ from experiments import baselines
 from large import command
 from large import proxy as proxies
 from large.beside import LABEL, real_region
-from large.command import METHODS, PRESETS, Settings, draw_large, enough_memory, times
+from large.command import METHODS, PRESETS, Settings, draw_large, enough_memory, settled, times
 from large.reference import load_grid
 from large.windows import Grid, prepare, usual_context
 
@@ -103,7 +103,11 @@ def test_when_it_is_drawn():
         tau = times(settings("run", f"--steps={n}"), 1000)
         assert len({*tau}) == n and tau == sorted(tau) and tau[-1] == 990
     for args in (["paper"], ["--guide=s2"], ["--sampler=ddim"], ["--sampler=ddim", "--steps=50"]):
-        assert times(settings("run", *args), 1000) == list(range(1, 1000, 20))
+        before = settled(settings("run", *args))
+        assert times(before, 1000) == list(range(1, 1000, 20))
+        assert (before.guidance, before.guided) == (2.0, (0, 1000))
+    mixed = settled(settings("run", "--guidance=1", "--sampler=ddim", "--guided=100,300"))
+    assert (mixed.guidance, mixed.guided, mixed.steps) == (1, (100, 300), 50)
 
 @pytest.mark.parametrize("size, fine, want", [((512,), 0, 3), ((1024,), 0, 4), ((4096,), 0, 4), ((512, 1024), 0, 3),
                                               ((520,), 0, 1), ((256,), 2, 4), ((128,), 0, 1)])
