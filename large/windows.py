@@ -30,7 +30,7 @@ def slerp(a, b, f):
 
 def nearer(f):
     """The share of the second of two tiles for a window that begins a fraction f behind the first: 0 up to a quarter,
-    1 from three quarters on, so that most windows that overlap know one tile alone; those moved by half mix evenly.
+    1 from three quarters on, so that most windows that overlap know one tile alone.
     deviates: L mixes by f itself. Then half of all windows beside a border hear of it, and draw it where it is not:
     outlines in bare glass."""
     return min(max(2 * f - 0.5, 0), 1)
