@@ -32,6 +32,7 @@ DECIDED = FREE - {"steps"} | {"summarizer.embed_dim", "summarizer.scales", "unet
 class Config:
     run: str = ""       # run folder; empty: only look
     vae: str = ""       # run folder of the training that made its VAE; default: what the run says itself
+    data: str = ""      # data folder that commands read where none is given; default: that of the training
     out: str = ""       # folder to write; default: weights/ of this repository
     commit: str = ""    # at which the run was trained; default: the one that is checked out
     threads: int = 0    # 0 = PyTorch's choice
@@ -161,7 +162,7 @@ def ship(cfg):
         vae_made = *vae_source(cfg, trained), commit
         write(vae_file, vae, {"config": asdict(model.vae.cfg), "latent_scale": model.latent_scale}, vae_made)
     toy = {f"summarizer.{k}": v for k, v in summarizer.items()} | {f"unet.{k}": v for k, v in unet.items()}
-    model.info["data"] = short(model.info["data"])
+    model.info["data"] = cfg.data or short(model.info["data"])
     write(out / "toy.safetensors", toy, model.config() | {"vae_file": vae_file.name, "vae_fingerprint": mark}, made)
     proxy = proxies.load(out, model, pyramids, ranks)
     write(out / "proxy.safetensors", proxy.state_dict(), proxies.mark(model), made)

@@ -116,9 +116,10 @@ def test_what_is_not_shipped(home, tmp_path):
     shutil.copy(home / "weights" / "vae.safetensors", out)
     before = (out / "vae.safetensors").stat().st_mtime_ns
     shutil.copy(home / "weights" / "proxy.safetensors", out)
-    ship.main([str(home / "run"), f"--out={out}", "--commit=other", "--vae=/nowhere"])
+    ship.main([str(home / "run"), f"--out={out}", "--commit=other", "--vae=/nowhere", "--data=data/others"])
     assert (out / "vae.safetensors").stat().st_mtime_ns == before
-    assert load_meta(out / "toy.safetensors")["commit"] == "other"
+    told = load_meta(out / "toy.safetensors")
+    assert (told["commit"], told["info"]["data"]) == ("other", "data/others")
 
 # ----- 2. Damaged, missing, of another version -----
 
