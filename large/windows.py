@@ -146,7 +146,7 @@ def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, ba
             guided=(0, math.inf), patch=0, kind="bicubic", proxy=None):
     """Levels for `sample_levels`, coarse to fine, with noise that depends on seed and scale alone.
     in:  condition, see `contexts`; size, of the finest scale, in pixels; overlap, latents that windows share. None:
-    none, but at every second step all lie half a window further; patch, of a window, 0 = as trained; kind, of A.
+    none, but at every second step or more they lie half a window on; patch, of a window, 0 = as trained; kind, of A.
     """
     patch, factor = patch or model.info.get("patch", 256), model.vae.factor
     window = patch // factor
