@@ -138,6 +138,14 @@ def noise_levels(schedule, timesteps, end):
     last = {"published": float(schedule.alpha_bar[0]), "clean": 1.0}[end]
     return ab, [last, *ab[:-1]]
 
+def momentum(ab, i):
+    """What share of the latest change of z0_hat DPM-Solver++ 2M adds to it at step i. in: ab, alpha_bar of ascending
+    times. At the first step there is no change yet; at the last, clean is infinitely far. source: Lu et al. 2022."""
+    if not 0 < i < len(ab) - 1:
+        return 0.0
+    lam = [math.log(a / (1 - a)) for a in ab[i - 1:i + 2]]  # of signal to noise: next, here, before
+    return (lam[0] - lam[1]) / (lam[1] - lam[2]) / 2
+
 def ddim_step(z_t, z0_hat, eps_hat, ab_prev, sigma=0.0, noise=None):
     """z at the next step, of alpha_bar ab_prev; noise: else drawn, if sigma > 0. source: DDIM Eq. 12."""
     z = ab_prev ** 0.5 * z0_hat + max(1 - ab_prev - sigma ** 2, 0.0) ** 0.5 * eps_hat
@@ -187,17 +195,12 @@ def plms_sample(eps_fn, z_T, schedule, steps=50, timesteps=None, callback=None):
 
 def dpm_sample(fn, z_T, schedule, timesteps, pred="eps", callback=None):
     """DPM-Solver++ 2M: DDIM along a z0_hat extrapolated from the last two. source: Lu et al. 2022."""
-    ab = schedule.alpha_bar[timesteps]
-    lam = (ab / (1 - ab)).log().tolist()                    # of signal to noise
+    ab, _ = noise_levels(schedule, timesteps, "clean")
     past = []                                               # the latest two z0_hat, newest first
     def ahead(z, t):
-        i = timesteps.index(int(t[0]))
         z0_hat = to_x0(fn(z, t), z, schedule.at(t, z), pred)
         past[:] = [z0_hat, *past][:2]
-        if i in (0, len(lam) - 1):                          # clean is infinitely far; at first there is but one
-            return z0_hat
-        ratio = (lam[i - 1] - lam[i]) / (lam[i] - lam[i + 1])
-        return z0_hat + ratio / 2 * (z0_hat - past[1])
+        return z0_hat + momentum(ab, timesteps.index(int(t[0]))) * (z0_hat - past[-1])
     return ddim_sample(ahead, z_T, schedule, pred="x0", timesteps=timesteps, end="clean", callback=callback)
 
 # ----- 4. The whole model -----

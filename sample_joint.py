@@ -10,6 +10,7 @@ in:  a run folder, or nothing; conditions from its held-out slides, another imag
 out: RUN/patches/*.png, or one .png, .tif (pyramid) or .dzi (DeepZoom)
 --size=512 --help lists the settings of large images.     read next: invert.py
 """
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from common import UserError, at_least, cli, configure, home_of, one_of, save_grid, save_png, setup
 from common import to_uint8
 from data import Pyramids, fixed_batch
-from diffusion import ZoomLDM, ddim_step, even_timesteps, noise_levels, null_condition, to_eps, to_x0
+from diffusion import ZoomLDM, ddim_step, even_timesteps, momentum, noise_levels, null_condition, to_eps, to_x0
 
 # ----- 1. The down-sampling operator A (Z Eq. 1) -----
 
@@ -112,6 +113,15 @@ class Canvas:
         high, wide = self.window
         return x[..., i * k:(i + high) * k, j * k:(j + wide) * k]
 
+    def depth(self):
+        """How far latents lie from the nearest border between windows, or the middle of what these share, (h,w)."""
+        def along(n, side):
+            at = starts(n, side, self.overlap, self.moved)
+            borders = [(a + side + b) / 2 for a, b in zip(at, at[1:])]
+            return (torch.arange(n)[:, None] + 0.5 - torch.tensor([*borders, math.inf])).abs().amin(1)
+        high, wide = self.window
+        return torch.minimum(along(self.h, high)[:, None], along(self.w, wide))
+
     def cut(self, x, ij):
         """x (1,C,k h,k w) -> its windows at corners ij, (n,C,k window,k window)."""
         return torch.cat([self.at(x, i, j) for i, j in ij])
@@ -164,6 +174,8 @@ def full_precision(like):
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
+MENDED = 400  # below this t, what to draw is settled, and how it goes on across a border is not
+
 @dataclass
 class Level:
     """One scale of the image. z0_hat, Dec and Enc of its canvas: the mean where windows overlap (L §3.2)."""
@@ -175,7 +187,7 @@ class Level:
     A: Resize | None = None             # from its pixels to those of the level above, which guides it
     y: torch.Tensor | None = None       # (1,3,h,w), a fixed image that it must match instead of that level
     proxy: Callable | None = None       # see large/proxy.py
-    other: Canvas | None = None         # where its windows lie at every second step, so that no border stays
+    other: Canvas | None = None         # windows half a side further, which mend borders at the clean end
     z0: torch.Tensor | None = None      # the latest estimate
     target: torch.Tensor | None = None  # y, or the latest estimate of the level above, decoded
 
@@ -185,6 +197,10 @@ class Level:
             times = torch.full((len(ij),), t, device=z.device)
             return self.eps(self.canvas.cut(z, ij), times, ij).to(z.dtype)
         eps = self.canvas.average(windows)
+        if self.other and 1 < t < MENDED:                               # those that a latent lies deeper in count
+            mended = self.other.average(windows)
+            deep = self.canvas.depth() > 1.5 * self.other.depth()
+            eps = torch.where(deep.to(eps.device), eps, mended)
         return to_x0(eps, z, ab, "eps"), eps
 
     def Dec(self, z):  # (1,C,H,W) -> (1,3,k H,k W); the finished canvas: large/windows.py::decode_strips, no seams
@@ -268,28 +284,31 @@ def guide_of(name, inner, lam, delta, zeta):
 
 @torch.no_grad()
 def sample_levels(levels, schedule, *, steps=50, timesteps=None, end="published", inner=1, lam=0.5,
-                  delta=0.005, zeta=0.005, guide="s2", callback=None):
+                  delta=0.005, zeta=0.005, guide="s2", order=1, done=0, callback=None):
     """Draw several scales of one image together. At every step each guides the next finer one.
     in:  levels, coarse to fine, whose z are drawn over; timesteps, ascending; end: see ddim_sample; inner: K; lam:
     for s1, s2 the largest change of a latent, for x0 guides the share of the error that is taken away; or (first,
-    last), going linearly; delta, zeta: widths of finite differences, in float32 even under autocast.
+    last), going linearly; delta, zeta: widths of finite differences, in float32 even under autocast; order: 1 DDIM, 2
+    DPM-Solver++ 2M, which keeps the contrast that few steps of DDIM lose; done: steps drawn before, with z and z0.
     out: levels. raises: ValueError if two levels do not match. source: Z Algorithms S1, S2."""
     correct, lams = guide_of(guide, inner, lam, delta, zeta)
     timesteps = even_timesteps(schedule.T, steps) if timesteps is None else timesteps
     ab, ab_prev = noise_levels(schedule, timesteps, end)
     last = len(timesteps) - 1
-    canvases = [(level.canvas, level.other or level.canvas) for level in levels]
-    for i in tqdm(range(last, -1, -1), "steps", delay=3, disable=bool(callback)):   # for t in {T_0, ..., T_M}
+    for i in tqdm(range(last - done, -1, -1), "steps", delay=3, disable=bool(callback)):   # for t in {T_0, ..., T_M}
         t, above = timesteps[i], None
         size = lams[0] + (lams[1] - lams[0]) * (last - i) / max(last, 1)
-        for level, by_turns in zip(levels, canvases):
-            level.canvas = by_turns[i % 2 or i in (2, 4)]               # near the end more often: seams show
+        for level in levels:
             z, level.target = level.z, above if level.y is None else level.y
             if level.target is None or size == 0 or inner == 0:         # nothing guides it
                 z0, eps = level.z0_hat(z, t, ab[i])
             else:
                 z, z0, eps = correct(level, z, t, ab[i], inner, size, delta, zeta)
-            level.z, level.z0 = ddim_step(z, z0, eps, ab_prev[i]), z0   # DDIM(z_t, z0_hat, s)
+            ahead = z0
+            if order == 2 and level.z0 is not None:
+                ahead = z0 + momentum(ab, i) * (z0 - level.z0)
+                eps = to_eps(ahead, z, ab[i], "x0")
+            level.z, level.z0 = ddim_step(z, ahead, eps, ab_prev[i]), z0            # DDIM(z_t, z0_hat, s)
             if level is not levels[-1]:
                 above = level.Dec(z0).clamp(-1, 1)                      # y = Dec(z0_hat^L)
         if callback is not None:

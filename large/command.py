@@ -32,33 +32,32 @@ from weights.shipped import arguments, typed
 @dataclass
 class Settings(Conditions, S.Config):
     preset: str = ""           # paper, the published constants; empty = ours
-    guidance: float | None = None  # eps_null + guidance (eps_cond - eps_null). Default: 2 of ddim; 2.5 of lean, for few
-    #                            steps take contrast away, and windows between tiles are not guided
+    guidance: float = 2.0      # eps_null + guidance (eps_cond - eps_null), as in the papers; 1 = none
     context: tuple = ()        # coarser scales drawn with it; each guides the next finer one. Default: the coarsest
     #                            of which a patch fits into the image
     guide: str = "x0+proxy"    # s1, s2 (Z Algorithms S1, S2), x0, x0+proxy: see sample_joint.py
-    sampler: str = ""          # lean: DDIM at times that crowd at the clean end; ddim: evenly spaced, as published. The
-    #                            default is lean for x0 and x0+proxy, ddim for s1 and s2
-    steps: int | None = None   # default: 14 of lean, 50 of ddim
+    sampler: str = ""          # lean: DPM-Solver++ 2M at times that crowd at the clean end; ddim: evenly spaced, as
+    #                            published. The default is lean for x0 and x0+proxy, ddim for s1 and s2
+    steps: int | None = None   # default: 10 of lean, 50 of ddim
     inner: int = 1             # corrections per step (K)
     lam: tuple = ()            # size of a correction, or first,last. x0, x0+proxy: share of the error, default
-    #                            15 / steps, at most 0.5, and 0.6,0.15; s1, s2: largest change of a latent, default
+    #                            15 / steps, at most 0.5, and 0.45,0.12; s1, s2: largest change of a latent, default
     #                            0.1 (published: 0.5)
     delta: float = 0.005       # width of the denoiser's finite difference (s1, s2)
     zeta: float = 0.005        # width of the encoder's (s2)
-    overlap: int = -1          # latents that windows share. -1: with lean times none, but at every second step all lie
-    #                            half a window further; with ddim nearly a quarter of a side (multidiffusion: three)
+    overlap: int = -1          # latents that windows share. -1: with lean times none, but at the clean end windows half
+    #                            a side further mend borders; with ddim nearly a quarter of a side (multidiffusion: three)
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
     A: str = "bicubic"         # down-sampling of the constraint: bicubic, or box, as pyramids are made
-    guided: tuple = ()         # the null branch is asked, and guidance used, only while t lies here; default: from 200
+    guided: tuple = ()         # the null branch is asked, and guidance used, only while t lies here; default: from 300
     #                            to 699 of lean, everywhere of ddim
     method: str = "joint"      # joint; or, to compare, multidiffusion, independent, bicubic (baselines)
     repair: bool = False       # end with the published repair: back to t = 300, windows at a quarter of their side
     mpp: float = 0.0           # micrometres per pixel, for .tif; 0 = unknown
     viewer: str = ""           # openseadragon.min.js, for the page beside a .dzi
 
-LEAN = dict(sampler="lean", steps=14, guidance=2.5, guided=(200, 700))
-EVEN = dict(sampler="ddim", steps=50, guidance=2.0, guided=(0, 1000))  # as published, and the default of before
+LEAN = dict(sampler="lean", steps=10, guided=(300, 700))
+EVEN = dict(sampler="ddim", steps=50, guided=(0, 1000))  # as published, and the default of before
 PRESETS = {"": {}, "paper": EVEN | dict(guide="s2", inner=1, lam=0.5, overlap=0)}  # Z S8.2
 METHODS = ("joint", "multidiffusion", "independent", "bicubic")
 HOW = ("out", "batch", "threads", "device", "compile", "learned", "mpp", "viewer")  # settings that change no latent
@@ -89,7 +88,7 @@ def times(cfg, T):
         raise UserError(f"--steps={steps}: give 1 to {T // 4} of lean")
     tau, last = [], round(0.99 * T)
     for i in range(steps - 1):
-        t = 1 + round((last - 1) * (i / (steps - 1)) ** 1.5)
+        t = 1 + round((last - 1) * (i / (steps - 1)) ** 1.2)
         tau.append(max(t, tau[-1] + 1) if tau else t)                   # 1, ...
     return [*tau, last]                                                 # ..., 990
 
@@ -98,7 +97,7 @@ def lams(cfg):
     steps = len(times(cfg, 1000))
     share = min(15 / steps, 0.5)
     # the last steps are the U-Net's, or corrections leave streaks in tissue that nothing mends any more
-    usual = {"x0": (share,), "x0+proxy": (1.2 * share, 0.3 * share)}.get(cfg.guide, (0.1,))
+    usual = {"x0": (share,), "x0+proxy": (0.9 * share, 0.24 * share)}.get(cfg.guide, (0.1,))
     return ((cfg.lam or usual)[0], (cfg.lam or usual)[-1])
 
 class Progress:
@@ -109,7 +108,7 @@ class Progress:
         self.path, self.ranks, self.saved, self.done = path, ranks, time.monotonic(), 0
         self.step, self.latents = 0, {}                     # the latest step that is whole, and its latents
         mark = {k: v for k, v in asdict(cfg).items() if k not in HOW}
-        mark["drawn"] = times(cfg, model.schedule.T), levels[-1].canvas.overlap, levels[-1].other is not None
+        mark["drawn"] = times(cfg, model.schedule.T), levels[-1].canvas.overlap, 1 + is_lean(cfg)
         mark["networks"] = [proxies.fingerprint(model), fingerprint(proxy) if proxy else ""]
         mark["grid"] = crc32(condition.e.cpu().numpy().tobytes()) if isinstance(condition, Grid) else 0
         self.mark = json.loads(json.dumps(mark))
@@ -121,14 +120,16 @@ class Progress:
             if meta.get("settings") == self.mark:
                 self.done = meta["step"]
                 for k, level in enumerate(levels):
-                    level.z = state[str(k)].to(level.z.device)
+                    level.z, level.z0 = (state[f"{k}.{name}"].to(level.z.device) for name in ("z", "z0"))
                 if ranks.rank == 0:
                     print(f"going on from step {self.done}, found in {path}")
         self.bar = tqdm(total=steps, initial=self.done, desc=cfg.method, disable=ranks.rank > 0)
 
     def __call__(self, n, t, levels):
         self.bar.update()
-        self.step, self.latents = self.done + n + 1, {str(k): level.z for k, level in enumerate(levels)}
+        self.step, self.latents = n + 1, {}
+        for k, level in enumerate(levels):
+            self.latents |= {f"{k}.z": level.z, f"{k}.z0": level.z0}
         if time.monotonic() - self.saved > 60:
             self.keep()
 
@@ -174,11 +175,9 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
     levels = prepare(model, condition, size, scales, overlap, proxy=proxy, **options)
     timesteps = times(cfg, model.schedule.T)
     progress = Progress(levels, cfg, model, condition, proxy, resume, ranks, len(timesteps))
-    first, last = lams(cfg)
-    first += (last - first) * progress.done / max(len(timesteps) - 1, 1)
     with enough_memory(), kept(progress), ranks.autocast():
-        S.sample_levels(levels, model.schedule, timesteps=timesteps[:len(timesteps) - progress.done], end=cfg.end,
-                        inner=inner, lam=(first, last), delta=cfg.delta, zeta=cfg.zeta, guide=cfg.guide,
+        S.sample_levels(levels, model.schedule, timesteps=timesteps, end=cfg.end, inner=inner, lam=lams(cfg),
+                        delta=cfg.delta, zeta=cfg.zeta, guide=cfg.guide, order=1 + is_lean(cfg), done=progress.done,
                         callback=progress)
         if cfg.repair and cfg.method != "bicubic":
             levels[-1] = baselines.repair(model, condition, levels[-1], scales[-1], guidance=cfg.guidance,
