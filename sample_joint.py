@@ -10,7 +10,6 @@ in:  a run folder, or nothing; conditions from its held-out slides, another imag
 out: RUN/patches/*.png, or one .png, .tif (pyramid) or .dzi (DeepZoom)
 --size=512 --help lists the settings of large images.     read next: invert.py
 """
-import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from tqdm import tqdm
 from common import UserError, at_least, cli, configure, home_of, one_of, save_grid, save_png, setup
 from common import to_uint8
 from data import Pyramids, fixed_batch
-from diffusion import ZoomLDM, ddim_step, even_timesteps, momentum, noise_levels, null_condition, to_eps, to_x0
+from diffusion import ZoomLDM, ddim_step, even_timesteps, momentum, noise_levels, null_condition, to_eps
+from diffusion import to_x0
 
 # ----- 1. The down-sampling operator A (Z Eq. 1) -----
 
@@ -68,17 +68,16 @@ class Resize:
 
 # ----- 2. Windows on a canvas -----
 
-def starts(n, window, overlap=0, moved=0):
-    """Where windows begin along a side of n; neighbours share `overlap`, the last two perhaps more.
-    moved: all lie so much further, and one more begins at 0."""
-    return sorted({0, *range(moved, n - window, window - overlap), n - window})
+def starts(n, window, overlap=0):
+    """Where windows begin along a side of n; neighbours share `overlap`, the last two perhaps more."""
+    return [*range(0, n - window, window - overlap), n - window]
 
 @lru_cache(64)
-def ramps(n, side, overlap, fade=True, moved=0):
+def ramps(n, side, overlap, fade=True):
     """Weights of windows, {start: (side,)}, that sum to 1 everywhere: ramps over `overlap`, or all the same."""
     weights, total, rise = {}, torch.zeros(n), torch.arange(side) + 0.5
-    at = starts(n, side, overlap, moved)
-    shared = overlap or max([0, *(a + side - b for a, b in zip(at, at[1:]))])   # at the ends some may share
+    at = starts(n, side, overlap)
+    shared = overlap or max([0, *(a + side - b for a, b in zip(at, at[1:]))])   # at the end two may share
     for a in at:
         weights[a] = torch.full((side,), max(shared, 0.5))
         if fade and a > 0:
@@ -98,29 +97,18 @@ class Canvas:
     overlap: int = 0            # latents that neighbours share
     fade: bool = False          # they fade into each other; False: they count the same (L §3.2); borders show
     batch: int = 64             # windows per call
-    moved: int = 0              # latents by which all windows lie further, see `starts`
 
     def __post_init__(self):
         high, wide = self.window = self.window if isinstance(self.window, tuple) else (self.window, self.window)
         if self.h < high or self.w < wide or not 0 <= self.overlap < min(high, wide):
             raise UserError(f"windows do not cover {self}: take a larger canvas, or a smaller overlap")
-        rows = starts(self.h, high, self.overlap, self.moved)
-        self.ij = [*product(rows, starts(self.w, wide, self.overlap, self.moved))]
+        self.ij = [*product(starts(self.h, high, self.overlap), starts(self.w, wide, self.overlap))]
 
     def at(self, x, i, j):
         """The part of x (1,C,k h,k w) under the window at corner (i, j), a view."""
         k = x.shape[-1] // self.w
         high, wide = self.window
         return x[..., i * k:(i + high) * k, j * k:(j + wide) * k]
-
-    def depth(self):
-        """How far latents lie from the nearest border between windows, or the middle of what these share, (h,w)."""
-        def along(n, side):
-            at = starts(n, side, self.overlap, self.moved)
-            borders = [(a + side + b) / 2 for a, b in zip(at, at[1:])]
-            return (torch.arange(n)[:, None] + 0.5 - torch.tensor([*borders, math.inf])).abs().amin(1)
-        high, wide = self.window
-        return torch.minimum(along(self.h, high)[:, None], along(self.w, wide))
 
     def cut(self, x, ij):
         """x (1,C,k h,k w) -> its windows at corners ij, (n,C,k window,k window)."""
@@ -135,8 +123,8 @@ class Canvas:
             if total is None:
                 high, wide = parts.shape[2:]
                 k = wide // self.window[1]
-                rows = ramps(self.h * k, high, self.overlap * k, self.fade, self.moved * k)
-                columns = ramps(self.w * k, wide, self.overlap * k, self.fade, self.moved * k)
+                rows = ramps(self.h * k, high, self.overlap * k, self.fade)
+                columns = ramps(self.w * k, wide, self.overlap * k, self.fade)
                 # sums in float64 hardly depend on their order, so two ranks give what one does; MPS has none
                 dtype = torch.float32 if parts.is_mps else torch.float64
                 total = parts.new_zeros(1, parts.shape[1], self.h * k, self.w * k, dtype=dtype)
@@ -174,8 +162,6 @@ def full_precision(like):
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
-MENDED = 400  # below this t, what to draw is settled, and how it goes on across a border is not
-
 @dataclass
 class Level:
     """One scale of the image. z0_hat, Dec and Enc of its canvas: the mean where windows overlap (L §3.2)."""
@@ -187,7 +173,6 @@ class Level:
     A: Resize | None = None             # from its pixels to those of the level above, which guides it
     y: torch.Tensor | None = None       # (1,3,h,w), a fixed image that it must match instead of that level
     proxy: Callable | None = None       # see large/proxy.py
-    other: Canvas | None = None         # windows half a side further, which mend borders at the clean end
     z0: torch.Tensor | None = None      # the latest estimate
     target: torch.Tensor | None = None  # y, or the latest estimate of the level above, decoded
 
@@ -197,10 +182,6 @@ class Level:
             times = torch.full((len(ij),), t, device=z.device)
             return self.eps(self.canvas.cut(z, ij), times, ij).to(z.dtype)
         eps = self.canvas.average(windows)
-        if self.other and 1 < t < MENDED:                               # those that a latent lies deeper in count
-            mended = self.other.average(windows)
-            deep = self.canvas.depth() > 1.5 * self.other.depth()
-            eps = torch.where(deep.to(eps.device), eps, mended)
         return to_x0(eps, z, ab, "eps"), eps
 
     def Dec(self, z):  # (1,C,H,W) -> (1,3,k H,k W); the finished canvas: large/windows.py::decode_strips, no seams
@@ -288,14 +269,14 @@ def sample_levels(levels, schedule, *, steps=50, timesteps=None, end="published"
     """Draw several scales of one image together. At every step each guides the next finer one.
     in:  levels, coarse to fine, whose z are drawn over; timesteps, ascending; end: see ddim_sample; inner: K; lam:
     for s1, s2 the largest change of a latent, for x0 guides the share of the error that is taken away; or (first,
-    last), going linearly; delta, zeta: widths of finite differences, in float32 even under autocast; order: 1 DDIM, 2
-    DPM-Solver++ 2M, which keeps the contrast that few steps of DDIM lose; done: steps drawn before, with z and z0.
+    last), going linearly; delta, zeta: widths of finite differences, in float32 even under autocast;
+    order: 1, DDIM, or 2, DPM-Solver++ 2M: few steps of DDIM lose contrast; done: steps drawn before, see z, z0.
     out: levels. raises: ValueError if two levels do not match. source: Z Algorithms S1, S2."""
     correct, lams = guide_of(guide, inner, lam, delta, zeta)
     timesteps = even_timesteps(schedule.T, steps) if timesteps is None else timesteps
     ab, ab_prev = noise_levels(schedule, timesteps, end)
     last = len(timesteps) - 1
-    for i in tqdm(range(last - done, -1, -1), "steps", delay=3, disable=bool(callback)):   # for t in {T_0, ..., T_M}
+    for i in tqdm(range(last - done, -1, -1), "steps", delay=3, disable=bool(callback)):    # for t in {T_0, ...}
         t, above = timesteps[i], None
         size = lams[0] + (lams[1] - lams[0]) * (last - i) / max(last, 1)
         for level in levels:

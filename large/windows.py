@@ -4,13 +4,14 @@ in:  a ZoomLDM, embeddings of a region   out: `prepare`, Levels to sample; `deco
 read next: large/command.py
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from common import UserError, generator
-from diffusion import null_condition, with_guidance
+from diffusion import null_condition, to_x0, with_guidance
 from large.ranks import open_canvas
 from sample_joint import Level, Resize, full_precision, ramps, starts
 from summarizer import standardize, summarized
@@ -112,6 +113,45 @@ class WindowEps:
         cond[more] = with_guidance(null, cond[more], self.guidance)
         return cond
 
+MENDED = 400  # below this t what to draw is settled, but not how it goes on across a border
+
+def depth(canvas):
+    """How far latents lie from the nearest border between windows, or from the middle of what these share, (h,w)."""
+    def along(n, side):
+        at = starts(n, side, canvas.overlap)
+        borders = [(a + side + b) / 2 for a, b in zip(at, at[1:])]
+        return (torch.arange(n)[:, None] + 0.5 - torch.tensor([*borders, math.inf])).abs().amin(1)
+    high, wide = canvas.window
+    return torch.minimum(along(canvas.h, high)[:, None], along(canvas.w, wide))
+
+@dataclass
+class MendedLevel(Level):
+    """A Level whose windows share nothing. At the clean end, but for the last step, others lie between them, half a
+    window further, and count beside the borders of the first. They are told nothing: no embedding says what is
+    between tiles, and a mixture of four says it wrongly.
+    Attributes: between, a Level of these, on a canvas that is mirrored half a window beyond its rim."""
+    between: Level | None = None
+
+    @classmethod
+    def of(cls, level, model):
+        """The same, mended."""
+        canvas = level.canvas
+        half = canvas.window[0] // 2
+        wider = open_canvas(canvas.h + 2 * half, canvas.w + 2 * half, canvas.window, 0, canvas.fade, canvas.batch)
+        eps = WindowEps(model, contexts(model, None, 0, wider), 1.0)
+        return cls(**vars(level), between=replace(level, eps=eps, canvas=wider))
+
+    def z0_hat(self, z, t, ab):
+        if not 1 < t < MENDED:
+            return super().z0_hat(z, t, ab)
+        half = self.canvas.window[0] // 2
+        inside = ..., slice(half, -half), slice(half, -half)
+        deep = depth(self.canvas) > 1.5 * depth(self.between.canvas)[inside]            # (h,w)
+        _, eps = super().z0_hat(z, t, ab)
+        _, others = self.between.z0_hat(pad(z, [half] * 4, "reflect"), t, ab)
+        eps = torch.where(deep.to(z.device), eps, others[inside])
+        return to_x0(eps, z, ab, "eps"), eps
+
 def sides(size, scales, patch, factor, known):
     """Height and width in latents at every scale. raises: UserError if a scale does not fit the size or the model."""
     if len(size) == 1:
@@ -146,23 +186,21 @@ def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, ba
             guided=(0, math.inf), patch=0, kind="bicubic", proxy=None):
     """Levels for `sample_levels`, coarse to fine, with noise that depends on seed and scale alone.
     in:  condition, see `contexts`; size, of the finest scale, in pixels; overlap, latents that windows share. None:
-    none, but at every second step or more they lie half a window on; patch, of a window, 0 = as trained; kind, of A.
+    none, but borders are mended; patch, of a window, 0 = as trained; kind, of A.
     """
     patch, factor = patch or model.info.get("patch", 256), model.vae.factor
     window = patch // factor
     device, levels = model.unet.conv_out.weight.device, []
     shapes, above = sides(size, scales, patch, factor, model.summarizer.cfg.scales), None
     for (h, w), s in zip(shapes, scales):
-        canvas, other = open_canvas(h, w, window, overlap or 0, fade, batch), None
+        canvas = open_canvas(h, w, window, overlap or 0, fade, batch)
         z = torch.randn(1, model.unet.cfg.channels, h, w, generator=generator(seed, s))
         A = None if above is None else Resize(2 ** (above - s), kind)
         c = contexts(model, condition, s, canvas)
-        if overlap is None and (h, w) != (window, window):
-            other = open_canvas(h, w, window, 0, fade, batch, moved=window // 2)
-            # at scale 0 these lie between tiles. No embedding says what is there, a mixture of four says it wrongly
-            c = contexts(model, condition if s else None, s, other) | c
-        eps = WindowEps(model, c, guidance, guided)
-        levels.append(Level(eps, model.decode, model.encode, canvas, z.to(device), A, proxy=proxy, other=other))
+        level = Level(WindowEps(model, c, guidance, guided), model.decode, model.encode, canvas, z.to(device), A,
+                      proxy=proxy)
+        mend = overlap is None and (h, w) != (window, window)
+        levels.append(MendedLevel.of(level, model) if mend else level)
         above = s
     return levels
 

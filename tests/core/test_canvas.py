@@ -84,21 +84,6 @@ def test_windows_of_a_line(n, side, overlap, fade):
         assert rows.diff(dim=1).abs().max() <= (1.01 if even else 2.3) / overlap
     assert rows[0, 0] == rows[-1, -1] == 1
 
-@pytest.mark.parametrize("n", [16, 20, 24, 32, 40, 48, 56, 64, 136])
-def test_no_border_is_in_both_canvases(n):
-    """Windows that move half their side further, one more at the start: where those at home end at once, these fade or
-    do not end. Weights sum to 1. catches: a side of an odd number of halves, at whose end both have a border."""
-    edges = []
-    for moved in (0, 8):
-        lines = ramps(n, 16, 0, True, moved)
-        assert list(lines) == starts(n, 16, 0, moved)
-        rows = torch.zeros(len(lines), n)
-        for row, (a, weight) in zip(rows, lines.items()):
-            row[a:a + 16] = weight
-        assert torch.allclose(rows.sum(0), torch.ones(n))
-        edges.append(rows.diff(dim=1).abs().amax(0) > 0.3)                      # (n-1,), a window ends there at once
-    assert not (edges[0] & edges[1]).any() and edges[0].any() == (n >= 32)
-
 def test_fading_is_linear():
     """Two windows that share four: 1/8, 3/8, 5/8, 7/8. Catches: ramps from 0, where a window would not count."""
     lines = ramps(28, 16, 4)

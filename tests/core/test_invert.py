@@ -156,5 +156,5 @@ def test_the_image_is_the_target(model, x, monkeypatch):
     assert batch.shape == (2, 3, 128, 128) and len(seen) == 2
     (level,), options = seen[1]
     assert level.A.factor == 2 and torch.equal(level.y, x[1:]) and options["lam"] == 1.0
-    assert (level.canvas.overlap, level.other.moved) == (0, 8) and level.canvas.fade
+    assert level.canvas.overlap == 0 and level.between.canvas.h == level.canvas.h + 16 and level.canvas.fade
     assert_close(I.super_resolve(model, x[1:], 1, steps=1), batch[1:], 0.02)

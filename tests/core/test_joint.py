@@ -65,30 +65,6 @@ def test_without_guidance_it_is_independent_ddim(off, end):
     ramp = torch.linspace(-0.8, 0.8, SIDE // K).expand(1, 3, SIDE // K, -1)
     assert torch.equal(ctx, ddim_sample(gaussian(ramp, 0.01), z_ctx, S, 10, end=end))
 
-def test_other_windows_mend_borders():
-    """Below t = 400, but for the last step, they count beside the borders of the first, those count in their middles.
-    catches: windows that are asked when nothing is settled yet; the one set where the other lies deeper."""
-    asked, z = [], normal(1, 3, SIDE, SIDE)
-
-    def eps(part, t, ij):
-        asked.append((int(t[0]), ij))
-        return torch.full_like(part, float(ij == away.ij))
-    home, away = Canvas(SIDE, SIDE, W), Canvas(SIDE, SIDE, W, moved=W // 2)
-    level = Level(eps, identity, identity, home, z, other=away)
-    sample_levels([level], S, timesteps=[1, 20, 399, 400, 990])
-    assert asked == [(t, c.ij) for t, c in ((990, home), (400, home), (399, home), (399, away), (20, home), (20, away),
-                                            (1, home))]
-    which = level.z0_hat(z, 20, 0.5)[1][0, 0]                           # (16,16), 1 where others count
-    assert which[7:9].min() == 1 and which[:, 7:9].min() == 1
-    assert which[3:6, 3:6].max() == 0 and which[10:13, 10:13].max() == 0
-
-def test_how_deep_a_latent_lies():
-    """Counted from the middle of a latent to the nearest border inside of the canvas, of whichever set of windows."""
-    assert Canvas(4, 8, 4).depth()[0].tolist() == [3.5, 2.5, 1.5, 0.5, 0.5, 1.5, 2.5, 3.5]
-    assert Canvas(8, 8, 4).depth()[:, 1].tolist() == [2.5, 2.5, 1.5, 0.5, 0.5, 1.5, 2.5, 2.5]
-    assert Canvas(4, 8, 4, moved=2).depth()[0].tolist() == [2.5, 1.5, 0.5, 0.5, 0.5, 0.5, 1.5, 2.5]
-    assert Canvas(4, 4, 4).depth().isinf().all()
-
 def test_second_order_is_dpm_solver():
     """Of one window without a guide; begun anew in the middle it goes on to the same image. catches: a trend of the
     extrapolated estimates; one at the last step; one that is lost where a run goes on."""

@@ -61,7 +61,7 @@ def test_the_command(ready, x, tmp_path, capsys, monkeypatch):
     image, out = save(tmp_path / "a.jpg", x[0, :, :30, :70 - 6], quality=95), tmp_path / "out"
     I.main([str(ready), f"--image={image}", f"--out={out}", "--sr=2", "--variations=2", *FAST])
     said = capsys.readouterr().out
-    assert "smaller than a tile" in said and "reflect-padded" in said and asked == [1.5, 1.5, 1.5, 1.5, 1.0]
+    assert "smaller than a tile" in said and "reflect-padded" in said and asked == 4 * [1.5] + 2 * [1.0]
     assert sorted(p.name for p in out.iterdir()) == ["cells_0.png", "cells_1.png", "e.safetensors", "sheet.png",
                                                      "sr.png", "variation_0.png", "variation_1.png"]
     sr = read_image(out / "sr.png")

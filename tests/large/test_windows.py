@@ -1,6 +1,7 @@
 """A trained model behind windows: decoding without a seam, conditions anywhere, keys and values, levels."""
 import math
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch.distributed as dist
 from rule import assert_close
 
 from common import Ranks
+from diffusion import Schedule, to_x0
 from large import windows as module
 from large.command import pixels, usual_overlap
 from large.ranks import RankCanvas
-from large.windows import Grid, WindowEps, contexts, decode_strips, prepare, sides, slerp
-from sample_joint import Canvas, starts
+from large.windows import Grid, MendedLevel, WindowEps, contexts, decode_strips, depth, prepare, sides, slerp
+from sample_joint import Canvas, Level, sample_levels, starts
 from summarizer import standardize
 
 RANKS = Ranks(0, 1, torch.device("cpu"), None)
@@ -238,11 +240,65 @@ def test_levels(model):
     assert (b[0].canvas.fade, b[0].canvas.batch, b[0].canvas.overlap, a[0].canvas.fade) == (False, 5, 4, True)
     assert not torch.equal(prepare(model, condition, (256, 512), [0], 4, seed=4)[0].z, a[1].z)
     one, many = prepare(model, condition, (64, 64), [0], None)[0], prepare(model, condition, (256, 512), [0], None)[0]
-    assert one.other is None and a[1].other is None and (many.canvas.overlap, many.other.moved) == (0, 8)
-    assert {*many.canvas.ij} | {*many.other.ij} == many.eps.c.keys(), "a condition for every window"
-    assert many.eps.told == {*many.canvas.ij}, "at scale 0 windows between tiles are told nothing"
-    coarse = prepare(model, condition, (256, 512), [1, 0], None)[0]
-    assert coarse.eps.told == coarse.eps.c.keys() and len(coarse.other.ij) > len(coarse.canvas.ij)
+    assert type(one) is type(a[1]) is Level and type(many) is MendedLevel and many.canvas.overlap == 0
+    assert {*many.canvas.ij} == many.eps.told and {*many.between.canvas.ij} == many.between.eps.c.keys()
+    assert not many.between.eps.told, "windows between tiles are told nothing"
+
+def test_how_deep_a_latent_lies():
+    """Counted from the middle of a latent to the nearest border inside of the canvas. catches: its rim as a border;
+    the last two windows, which share some, with a border where one of them begins."""
+    assert depth(Canvas(4, 8, 4))[0].tolist() == [3.5, 2.5, 1.5, 0.5, 0.5, 1.5, 2.5, 3.5]
+    assert depth(Canvas(8, 8, 4))[:, 1].tolist() == [2.5, 2.5, 1.5, 0.5, 0.5, 1.5, 2.5, 2.5]
+    assert depth(Canvas(4, 6, 4))[0].tolist() == [2.5, 1.5, 0.5, 0.5, 1.5, 2.5]
+    assert depth(Canvas(4, 4, 4)).isinf().all()
+
+@pytest.mark.parametrize("n", [20, 24, 32, 40, 48, 56, 64, 136])
+def test_no_border_is_in_both(n):
+    """Whichever windows count, no latent lies at their border. catches: sides of an odd number of halves, at whose end
+    both have one."""
+    tiles, between = (depth(Canvas(more, more, 16)) for more in (n, n + 16))
+    tiles, between = tiles[0], between[8:-8, 8:-8][0]
+    counts = torch.where(tiles > 1.5 * between, tiles, between)
+    assert counts.min() >= 1 and tiles.min() <= 0.5
+
+def test_borders_are_mended():
+    """Below t = 400, but for the last step, windows between the first count beside the borders of these, the first in
+    their middles. catches: windows that are asked when nothing is settled yet; mirrored latents left on the canvas; one
+    set where the other lies deeper; eps of the one and z0_hat of the other."""
+    asked, tiles, wider = [], Canvas(16, 16, 8), Canvas(24, 24, 8)
+
+    def eps_of(value):
+        def eps(part, t, ij):
+            asked.append((int(t[0]), value))
+            return torch.full_like(part, value)
+        return eps
+    z = torch.randn(1, 3, 16, 16)
+    level = Level(eps_of(0.0), None, None, tiles, z)
+    level = MendedLevel(**vars(level), between=replace(level, eps=eps_of(1.0), canvas=wider))
+    sample_levels([level], Schedule(), timesteps=[1, 20, 399, 400, 990])
+    assert asked == [(990, 0), (400, 0), (399, 0), (399, 1), (20, 0), (20, 1), (1, 0)]
+    z0, eps = level.z0_hat(z, 20, 0.5)
+    assert_close(z0, to_x0(eps, z, 0.5, "eps"), 1e-6)
+    which = eps[0, 0]                                                   # (16,16), 1 beside a border
+    assert which[7:9].min() == 1 and which[:, 7:9].min() == 1, "tiles meet at 8"
+    middles = [0, 1, 14, 15]                                            # of windows between, and of tiles at the rim
+    assert which[3:5, 3:5].max() == 0 and which[11:13, 3:5].max() == 0 and which[middles, middles].max() == 0
+    assert torch.equal(which, which.T) and torch.equal(which, which.flip(0))
+
+def test_what_windows_between_see():
+    """The canvas around them, mirrored beyond its rim. catches: windows that lie a latent off."""
+    seen, z = [], torch.randn(1, 3, 16, 16)
+
+    def look(part, t, ij):
+        seen.extend(zip(ij, part))
+        return part
+    level = Level(lambda part, t, ij: part, None, None, Canvas(16, 16, 8), z)
+    level = MendedLevel(**vars(level), between=replace(level, eps=look, canvas=Canvas(24, 24, 8)))
+    _, eps = level.z0_hat(z, 20, 0.5)
+    assert torch.equal(eps, z), "who gives back what it sees gives back the canvas"
+    seen = dict(seen)
+    assert len(seen) == 9 and torch.equal(seen[8, 8], z[0, :, 4:12, 4:12])
+    assert torch.equal(seen[0, 8][:, 4:], z[0, :, :4, 4:12]) and torch.equal(seen[0, 8][:, 3], z[0, :, 1, 4:12])
 
 def test_sides():
     """Latents at every scale (what does not fit: test_command.py)."""

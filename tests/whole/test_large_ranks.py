@@ -1,4 +1,6 @@
 """Large images on two ranks: the pictures that one draws, windows shared."""
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from rule import assert_close
@@ -7,11 +9,12 @@ from training import codes, start
 from common import load_tensors, save_tensors, setup
 from diffusion import Schedule
 from large.ranks import open_canvas
+from large.windows import MendedLevel
 from sample_joint import GUIDES, Level, Resize, sample_levels
 
 S, D = Schedule(), torch.float64
 CASES = {"s1": {"fade": True}, "s2": {}, "x0": {"fade": True}, "x0+proxy": {}, "one window": {"side": 8},
-         "moved": {"moved": 4}}
+         "mended": {"overlap": 0, "timesteps": [1, 200, 900]}}
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=D)
@@ -37,12 +40,15 @@ def every_case():
     out = {}
     for name, options in CASES.items():
         side, seen = options.get("side", 20), []
-        canvas = open_canvas(side, side, 8, 4 if side > 8 else 0, options.get("fade", False), batch=3)
+        overlap = options.get("overlap", 4 if side > 8 else 0)
+        canvas = open_canvas(side, side, 8, overlap, options.get("fade", False), batch=3)
         z, y = normal(1, 3, side, side), normal(1, 3, side // 4, side // 4, seed=1)
         level = Level(place_aware(seen), shades, torch.tanh, canvas, z, Resize(4), y)
-        if "moved" in options:
-            level.other = open_canvas(side, side, 8, 0, True, batch=3, moved=options["moved"])
-        sample_levels([level], S, steps=2, inner=2, guide=name if name in GUIDES else "s2")
+        if name == "mended":
+            wider = open_canvas(side + 8, side + 8, 8, 0, batch=3)
+            level = MendedLevel(**vars(level), between=replace(level, canvas=wider))
+        sample_levels([level], S, steps=2, timesteps=options.get("timesteps"), inner=2,
+                      guide=name if name in GUIDES else "s2")
         out |= {name: level.z, f"{name}, corners": torch.tensor(seen)}
     return out
 
@@ -64,7 +70,7 @@ def test_two_ranks_equal_one(tmp_path):
         mine = [{tuple(p) for p in got[f"{name}, corners"].tolist()} for got in found]
         if name == "one window":
             assert mine == [{(0, 0)}, {(0, 0)}]
-        elif name == "moved":                       # each has half of either canvas, which share corners
-            assert len(mine[0] | mine[1]) == 16 and max(map(len, mine)) < 16
+        elif name == "mended":                      # nine windows, and sixteen of which four share a corner with them
+            assert len(mine[0] | mine[1]) == 21 and max(map(len, mine)) < 21
         else:
             assert not mine[0] & mine[1] and len(mine[0] | mine[1]) == 16 and len(mine[0]) == 8
