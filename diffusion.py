@@ -139,8 +139,8 @@ def noise_levels(schedule, timesteps, end):
     return ab, [last, *ab[:-1]]
 
 def momentum(ab, i):
-    """What share of its latest change DPM-Solver++ 2M adds to z0_hat at step i; ab: of ascending times. At first
-    there was no change yet; at the last step clean is infinitely far. source: Lu et al. 2022."""
+    """What share of its latest change DPM-Solver++ 2M adds to z0_hat at step i; ab: of ascending times.
+    At first there was no change yet; at the last step clean is infinitely far. source: Lu et al. 2022."""
     if not 0 < i < len(ab) - 1:
         return 0.0
     lam = [math.log(a / (1 - a)) for a in ab[i - 1:i + 2]]  # of signal to noise: next, here, before

@@ -74,7 +74,7 @@ def starts(n, window, overlap=0):
 
 @lru_cache(64)
 def ramps(n, side, overlap, fade=True):
-    """Weights of windows, {start: (side,)}, that sum to 1 everywhere: ramps over `overlap`, or all the same."""
+    """Weights of windows, {start: (side,)}, that sum to 1: ramps over `overlap`, or all the same."""
     weights, total, rise = {}, torch.zeros(n), torch.arange(side) + 0.5
     at = starts(n, side, overlap)
     shared = overlap or max([0, *(a + side - b for a, b in zip(at, at[1:]))])   # at the end two may share
@@ -270,13 +270,13 @@ def sample_levels(levels, schedule, *, steps=50, timesteps=None, end="published"
     in:  levels, coarse to fine, whose z are drawn over; timesteps, ascending; end: see ddim_sample; inner: K; lam:
     for s1, s2 the largest change of a latent, for x0 guides the share of the error that is taken away; or (first,
     last), going linearly; delta, zeta: widths of finite differences, in float32 even under autocast;
-    order: 1, DDIM, or 2, DPM-Solver++ 2M: few steps of DDIM lose contrast; done: steps drawn before, see z, z0.
+    order: 1 DDIM, 2 DPM-Solver++ 2M (few steps of DDIM lose contrast); done: steps drawn before, to z, z0.
     out: levels. raises: ValueError if two levels do not match. source: Z Algorithms S1, S2."""
     correct, lams = guide_of(guide, inner, lam, delta, zeta)
     timesteps = even_timesteps(schedule.T, steps) if timesteps is None else timesteps
     ab, ab_prev = noise_levels(schedule, timesteps, end)
     last = len(timesteps) - 1
-    for i in tqdm(range(last - done, -1, -1), "steps", delay=3, disable=bool(callback)):    # for t in {T_0, ...}
+    for i in tqdm(range(last - done, -1, -1), "steps", delay=3, disable=bool(callback)):  # for t in {T_0, ...}
         t, above = timesteps[i], None
         size = lams[0] + (lams[1] - lams[0]) * (last - i) / max(last, 1)
         for level in levels:

@@ -68,7 +68,7 @@ class Config:
     vae_crop: int = 0           # train on random crops of this side, which cost less; 0 = whole patches
     summarizer: SummarizerConfig = field(default_factory=SummarizerConfig)  # embed_dim, scales: from the data
     unet: UNetConfig = field(default_factory=UNetConfig)                    # context_dim is summarizer.width
-    init_from: str = ""         # start from a run folder, or, as the papers, a published U-Net: cin256-v2.ckpt
+    init_from: str = ""         # start from a run, the shipped weights or, as the papers, a published U-Net
     pred: str = "eps"           # what the U-Net predicts: eps as published, x0, or v (see diffusion.py)
     schedule: str = "scaled_linear"  # of the noise; as published (see diffusion.py)
     steps: int = 1500
@@ -402,14 +402,14 @@ def main(argv):
         raise UserError(f"{cfg.preset} takes a finished VAE: to train one, give --vae_weights= as well")
     cfg.out = cfg.out or f"out/{cfg.preset}"
     out, ranks = Path(cfg.out), setup(cfg.device, cfg.amp, cfg.threads)
-    base = ZoomLDM.from_run(cfg.init_from) if Path(cfg.init_from or "-").is_dir() else None
+    from slides.start import model_of, start_weights
+    base = model_of(cfg.init_from)                                      # None: of no run
     pyramids, dataset = open_training(cfg, ranks, base and base.info.get("std"))  # in the units of base
     check_settings(out / "vae.safetensors", cfg, ("vae", "data", "seed", *["init_from"] * bool(base)))
     found, start = newest_state(out / "state.safetensors"), {}
     if found:
         check_settings(found[0], cfg)
     if cfg.init_from:
-        from slides.start import start_weights
         start = start_weights(cfg, ranks, pyramids, base, bool(found))  # {name in LDMStage: tensor}
     ranks.barrier()                                                     # all have looked before one writes
     if ranks.rank == 0:

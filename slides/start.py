@@ -1,4 +1,5 @@
-"""Start a training from another run, or from a published VAE or U-Net, as the papers did (cin256-v2.ckpt).
+"""Start a training from another run, from weights of ours, or, as the papers did, from a published VAE or U-Net
+(cin256-v2.ckpt).
 
 run: python train.py PRESET --init_from=RUN_OR_FILE"""
 from dataclasses import asdict
@@ -13,18 +14,22 @@ from slides.weights import load_state_dict, named, sign_of
 from unet import UNet
 from zoom_vae import VQVAE
 
+def model_of(source):
+    """The whole model in a run folder or in a file of ours, such as weights/toy.safetensors; None of a published file,
+    or if source is empty. raises: UserError."""
+    path = Path(source or "-")
+    ours = path.suffix == ".safetensors" and path.is_file() and not sign_of(path) and "unet" in load_meta(path)
+    return ZoomLDM.from_run(path) if path.is_dir() or ours else None
+
 def finished_vae(path):
     """A VAE that needs no training: of a run folder; of a file of ours, such as weights/vae.safetensors; or of a
     published file, which may be a whole latent diffusion checkpoint. out: (vae, latent scale). raises: UserError."""
     if path.is_dir():
         return VQVAE.from_run(path / "vae.safetensors")
-    if path.suffix == ".safetensors" and not sign_of(path):
-        told = load_meta(path)                              # {} of a published file
-        if "latent_scale" in told and "unet" in told:       # a whole model
-            model = ZoomLDM.from_run(path)
-            return model.vae, model.latent_scale
-        if "latent_scale" in told:
-            return VQVAE.from_run(path)
+    if model := model_of(path):
+        return model.vae, model.latent_scale
+    if path.suffix == ".safetensors" and not sign_of(path) and "latent_scale" in load_meta(path):
+        return VQVAE.from_run(path)                         # {} of a published file
     with named(path):
         return load_vae(load_state_dict(path)), 1.0
 

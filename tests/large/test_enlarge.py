@@ -49,8 +49,8 @@ def test_kinds_of_images(x, tmp_path):
 
 def test_the_command(ready, x, tmp_path, capsys, monkeypatch):
     """A picture smaller than a tile, said aloud; everything that was promised is written. Variations are guided towards
-    their conditions, super-resolution only where it is asked for. catches: one setting for both, and a null branch that
-    costs as much again."""
+    their conditions, super-resolution only where it is asked for, windows between tiles (1.0) never. catches: one
+    setting for both, and a null branch that costs as much again."""
     asked = []
 
     class Spy(windows.WindowEps):
@@ -72,7 +72,7 @@ def test_the_command(ready, x, tmp_path, capsys, monkeypatch):
     assert load_tensors(out / "e.safetensors")[0]["e"].shape == (2, 2, 96)
     other = tmp_path / "other"
     I.main([str(ready), f"--image={image}", f"--out={other}", "--back_project=False", "--sr_guidance=3", *FAST])
-    assert "back-projected" not in capsys.readouterr().out and asked[5:] == [3.0]
+    assert "back-projected" not in capsys.readouterr().out and asked[6:] == [3.0, 1.0]
     assert sorted(p.name for p in other.iterdir()) == ["e.safetensors", "sheet.png", "sr.png"]
 
 @pytest.mark.parametrize("args, says", [

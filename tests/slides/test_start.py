@@ -71,9 +71,12 @@ def test_a_start_that_does_not_fit(toy, run, tmp_path):
         with pytest.raises(UserError, match=says):
             quick([*TINY, *PLAIN, f"--data={toy}", f"--out={tmp_path}", f"--init_from={source}"])
 
-def test_start_from_a_run(toy, run, tmp_path, capsys):
-    """With learning rates of zero all networks stay those of the run, and new data are read in its units. catches: one
-    network left out; a VAE that is whitened anew; raw weights instead of averages."""
+@pytest.mark.parametrize("file", ["", "ema.safetensors"])
+def test_start_from_a_run(toy, run, tmp_path, capsys, file):
+    """With learning rates of zero all networks stay those of the run, and new data are read in its units. Its file of
+    weights does as well. catches: one network left out; a VAE that is whitened anew; raw weights instead of averages;
+    a file of ours taken for a published one."""
+    run = run / file
     folder = shutil.copytree(toy, tmp_path / "data")
     index = json.loads((folder / "index.json").read_text())
     index |= {"std": [2 * v for v in index["std"]], "slides": index["slides"][-3:]}  # one to train on, for speed
