@@ -20,7 +20,7 @@ from experiments import metrics as M
 from experiments.bench import NOT_KEPT
 from experiments.cost import Profile
 from experiments.quality import crops, held_out, open_run, tflop, uncrop
-from large.command import EVEN, Settings, draw_large, pixels
+from large.command import Settings, draw_large, pixels
 from large.windows import decode_strips, prepare
 from sample_joint import Resize, full_precision, sample_levels
 
@@ -31,7 +31,7 @@ class Config:
     data: str = ""          # data folder; default: the one the run was trained on
     size: int = 512         # pixels a side
     sizes: tuple = (512, 1024, 2048)  # of flat, each a multiple of the first
-    steps: int = 2          # of each timed run
+    steps: int = 2          # of each timed run (flat: the default of the command)
     rounds: int = 3         # speed: medians over so many
     device: str = "auto"
     threads: int = 2
@@ -178,22 +178,23 @@ def speed(cfg):
 # ----- 3. Does cost grow with the canvas? -----
 
 def flat(cfg):
-    """Draw canvases of several sizes, on embeddings of a held-out slide repeated, with one scale for context."""
+    """Draw canvases of several sizes as the command does by default, on embeddings of a held-out slide repeated, with
+    one scale for context."""
     cfg.size = cfg.sizes[0]
     if cfg.size < 1 or any(side % cfg.size for side in cfg.sizes):
         raise UserError(f"--sizes={cfg.sizes}: give sides in pixels, each a multiple of the first")
     bench = Bench(cfg)
     model, grid, ranks = bench.model, bench.grid, bench.ranks
-    settle = Settings(run=cfg.run, size=(cfg.size,), context=(bench.context,), **EVEN | {"steps": 1})
+    usual = Settings(run=cfg.run, size=(cfg.size,), context=(bench.context,))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    draw_large(model, grid, settle, ranks, bench.proxy)  # the first call of a kernel is slow
-    print(f"{settle.guide}, {cfg.steps} steps, context at scale {bench.context}\n{'side':>6}{'windows':>9}"
+    draw_large(model, grid, replace(usual, steps=1), ranks, bench.proxy)  # the first call of a kernel is slow
+    print(f"{usual.guide}, context at scale {bench.context}\n{'side':>6}{'windows':>9}"
           f"{'seconds':>10}{'of CPU':>9}{'CPU s per megapixel':>21}{'memory above the model, MB':>28}"
           f"{'canvas (float32), MB':>22}")
     for side in cfg.sizes:
         wide = replace(grid, e=grid.e.tile(1, side // cfg.size, side // cfg.size))
         began, busy = time.perf_counter(), time.process_time()
-        levels, _ = draw_large(model, wide, replace(settle, size=(side,), steps=cfg.steps), ranks, bench.proxy)
+        levels, _ = draw_large(model, wide, replace(usual, size=(side,)), ranks, bench.proxy)
         for _ in pixels(model, levels[-1].z, ranks):
             pass
         seconds, busy = time.perf_counter() - began, time.process_time() - busy

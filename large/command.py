@@ -46,7 +46,7 @@ class Settings(Conditions, S.Config):
     delta: float = 0.005       # width of the denoiser's finite difference (s1, s2)
     zeta: float = 0.005        # width of the encoder's (s2)
     overlap: int = -1          # latents that windows share. -1: with lean times none, but at the clean end windows half
-    #                            a side further mend borders; with ddim nearly a quarter of a side (multidiffusion: three)
+    #                            a side further mend borders; with ddim nearly a quarter of a side (multidiffusion: 3)
     fade: bool = True          # windows fade into each other; False = uniform averages, as published
     A: str = "bicubic"         # down-sampling of the constraint: bicubic, or box, as pyramids are made
     guided: tuple = ()         # the null branch is asked, and guidance used, only while t lies here; default: from 300
@@ -275,6 +275,16 @@ def write(out, strips, size, cfg):
         write_tiff(out, strips, size, mpp=cfg.mpp or None)
     return [out.name]
 
+def agreement(image, view, factor, kind):
+    """How well an image (H,W,3) agrees with the coarse view (h,w,3) it was drawn with, both uint8, in words. Pixels far
+    outside of its range tell of corrections that overshoot."""
+    x, y = (torch.from_numpy(a).movedim(-1, 0).float() for a in (image, view))          # (3,H,W), (3,h,w)
+    error = (S.Resize(factor, kind).down(x).clamp(0, 255) - y).square().mean().clamp_min(1e-9)
+    low, high = y.amin((1, 2))[:, None, None], y.amax((1, 2))[:, None, None]
+    outside = ((x < low) | (x > high)).any(0).float().mean()
+    decibels = 10 * math.log10(255 ** 2 / error)
+    return f"agrees with its context to {decibels:.1f} dB, {100 * outside:.1f} % of the pixels outside its range"
+
 def draw(model, grid, cfg, ranks, proxy, size, pyramids=None):
     """Draw one large image of size (H,W) and write it, and beside it the coarse views it was drawn with. Of a slide in
     `pyramids`, all of them beside the real region, too, in one picture."""
@@ -287,9 +297,10 @@ def draw(model, grid, cfg, ranks, proxy, size, pyramids=None):
     if scales[-1] != fine:   # --method=bicubic
         up = S.Resize(2 ** (scales[0] - fine)).up(decoded(model, levels[0].z, ranks)).clamp(-1, 1)
         strips = iter([to_uint8(up)[0].numpy()])
-    if max(size) <= MOST and not cfg.reference and cfg.condition == "reference":
-        real = real_region(pyramids, slide_of(cfg, pyramids), fine, cfg.at, size)
+    if small := max(size) <= MOST:
         strips = list(strips)                               # they are needed twice
+    if small and not cfg.reference and cfg.condition == "reference":
+        real = real_region(pyramids, slide_of(cfg, pyramids), fine, cfg.at, size)
     written = write(out, strips, size, cfg)
     coarse = [s for s in scales if s != fine]
     views = [picture(model, level.z, ranks) for level, _ in zip(levels, coarse)]
@@ -302,6 +313,8 @@ def draw(model, grid, cfg, ranks, proxy, size, pyramids=None):
         names = [f"real{edits}", "drawn", *(f"its view at scale {s}" for s in coarse)]
         save_beside(out.with_name(written[-1]), [real, np.concatenate(strips), *views], names)
     resume.unlink(missing_ok=True)
+    if small and coarse and cfg.method == "joint":
+        print(agreement(np.concatenate(strips), views[-1], 2 ** (coarse[-1] - fine), cfg.A))
     view = f"--image={out.with_name(f'{out.stem}_scale{scales[0]}.png')} --scale={scales[0]} --sr=2"
     following = f"; next: python invert.py {typed(cfg.run)}{view}" if coarse else ""
     print(f"wrote {out.parent}: {', '.join(written)}{following}")

@@ -53,6 +53,20 @@ def test_a_picture_is_written(ready, plain, tmp_path):
     torch.randn(5)
     assert np.array_equal(draw(ready, tmp_path / "b.png"), image)
 
+def test_how_well_it_agrees(ready, tmp_path, capsys):
+    """In words, after the picture is drawn. Catches: the range of the image itself, or of all channels together; means
+    over other blocks; a sentence of an image that no context guided."""
+    view = np.full((2, 2, 3), (100, 150, 200), np.uint8)
+    view[0] += 10
+    image = view.repeat(4, 0).repeat(4, 1)
+    image[0, 0] = (99, 150, 200)                                        # one of 64 below the range of red
+    assert command.agreement(image, view, 4, "box").endswith(" dB, 1.6 % of the pixels outside its range")
+    assert "to 36.1 dB, 50.0 %" in command.agreement(view + 4, view, 1, "box"), "20 log10(255 / 4); half of them above"
+    draw(ready, tmp_path / "a.png")
+    assert "agrees with its context to " in capsys.readouterr().out
+    draw(ready, tmp_path / "b.png", "--method=multidiffusion")
+    assert "agrees with" not in capsys.readouterr().out
+
 @pytest.fixture(scope="module")
 def grid(model, pyramids):
     return load_grid(settings(), model, pyramids, (2, 2))
