@@ -138,7 +138,7 @@ def noise_levels(schedule, timesteps, end):
     last = {"published": float(schedule.alpha_bar[0]), "clean": 1.0}[end]
     return ab, [last, *ab[:-1]]
 
-def momentum(ab, i):
+def extrapolation(ab, i):
     """What share of its latest change DPM-Solver++ 2M adds to z0_hat at step i; ab: of ascending times.
     At first there was no change yet; at the last step clean is infinitely far. source: Lu et al. 2022."""
     if not 0 < i < len(ab) - 1:
@@ -200,7 +200,7 @@ def dpm_sample(fn, z_T, schedule, timesteps, pred="eps", callback=None):
     def ahead(z, t):
         z0_hat = to_x0(fn(z, t), z, schedule.at(t, z), pred)
         past[:] = [z0_hat, *past][:2]
-        return z0_hat + momentum(ab, timesteps.index(int(t[0]))) * (z0_hat - past[-1])
+        return z0_hat + extrapolation(ab, timesteps.index(int(t[0]))) * (z0_hat - past[-1])
     return ddim_sample(ahead, z_T, schedule, pred="x0", timesteps=timesteps, end="clean", callback=callback)
 
 # ----- 4. The whole model -----

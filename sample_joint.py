@@ -24,8 +24,8 @@ from tqdm import tqdm
 from common import UserError, at_least, cli, configure, home_of, one_of, save_grid, save_png, setup
 from common import to_uint8
 from data import Pyramids, fixed_batch
-from diffusion import ZoomLDM, ddim_step, even_timesteps, momentum, noise_levels, null_condition, to_eps
-from diffusion import to_x0
+from diffusion import ZoomLDM, ddim_step, even_timesteps, extrapolation, noise_levels, null_condition
+from diffusion import to_eps, to_x0
 
 # ----- 1. The down-sampling operator A (Z Eq. 1) -----
 
@@ -270,7 +270,7 @@ def sample_levels(levels, schedule, *, steps=50, timesteps=None, end="published"
     in:  levels, coarse to fine, whose z are drawn over; timesteps, ascending; end: see ddim_sample; inner: K; lam:
     for s1, s2 the largest change of a latent, for x0 guides the share of the error that is taken away; or (first,
     last), going linearly; delta, zeta: widths of finite differences, in float32 even under autocast;
-    order: 1 DDIM, 2 DPM-Solver++ 2M (few steps of DDIM lose contrast); done: steps drawn before, to z, z0.
+    order: 1 DDIM, 2 DPM-Solver++ 2M (few steps of DDIM lose contrast); done: how many steps are drawn already.
     out: levels. raises: ValueError if two levels do not match. source: Z Algorithms S1, S2."""
     correct, lams = guide_of(guide, inner, lam, delta, zeta)
     timesteps = even_timesteps(schedule.T, steps) if timesteps is None else timesteps
@@ -285,9 +285,9 @@ def sample_levels(levels, schedule, *, steps=50, timesteps=None, end="published"
                 z0, eps = level.z0_hat(z, t, ab[i])
             else:
                 z, z0, eps = correct(level, z, t, ab[i], inner, size, delta, zeta)
-            ahead = z0
+            ahead = z0                                                  # or where it will be in mid-step
             if order == 2 and level.z0 is not None:
-                ahead = z0 + momentum(ab, i) * (z0 - level.z0)
+                ahead = z0 + extrapolation(ab, i) * (z0 - level.z0)
                 eps = to_eps(ahead, z, ab[i], "x0")
             level.z, level.z0 = ddim_step(z, ahead, eps, ab_prev[i]), z0            # DDIM(z_t, z0_hat, s)
             if level is not levels[-1]:

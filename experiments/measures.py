@@ -216,7 +216,7 @@ def recoded(lab, x):
 
 def likeness(lab):
     """... and where it is lost: in the autoencoder; in a patch drawn from its embedding, with more guidance or less; in
-    windows that move, whose conditions are mixtures half of the time; and in the guide, which makes them joint."""
+    windows side by side whose borders are mended; and in the guide, which makes them joint."""
     alone, plain = {"method": "independent"}, 5                # grey levels: glass, as `data.py build --background=5`
     ways = {"of patches drawn alone": alone, "with guidance 1": alone | {"guidance": 1.0},
             "with guidance 3": alone | {"guidance": 3.0}, "of windows without a guide": {"inner": 0}, "joint": {}}

@@ -184,12 +184,11 @@ def coded(model, x, P, ranks):
 
 def window_step(name, window, sampler="ddim"):
     """How many latents from one window's border to the next, for one of METHODS; the window itself where nothing
-    overlaps, half of it where windows move."""
+    overlaps."""
     how = METHODS.get(name, {"overlap": 0})
-    if how.get("method") in ("independent", "bicubic"):
+    lean = how.get("sampler", sampler) == "lean" and "overlap" not in how
+    if lean or how.get("method") in ("independent", "bicubic"):
         return window
-    if how.get("sampler", sampler) == "lean" and "overlap" not in how:
-        return window // 2
     return window - how.get("overlap", usual_overlap(window))
 
 class Ruler:

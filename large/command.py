@@ -40,8 +40,8 @@ class Settings(Conditions, S.Config):
     #                            published. The default is lean for x0 and x0+proxy, ddim for s1 and s2
     steps: int | None = None   # default: 10 of lean, 50 of ddim
     inner: int = 1             # corrections per step (K)
-    lam: tuple = ()            # size of a correction, or first,last. x0, x0+proxy: share of the error, default
-    #                            15 / steps, at most 0.5, and 0.45,0.12; s1, s2: largest change of a latent, default
+    lam: tuple = ()            # size of a correction, or first,last. x0, x0+proxy: share of the error, default 15 /
+    #                            steps, at most 0.5, or .9 to .24 of that; s1, s2: largest change of a latent, default
     #                            0.1 (published: 0.5)
     delta: float = 0.005       # width of the denoiser's finite difference (s1, s2)
     zeta: float = 0.005        # width of the encoder's (s2)
@@ -74,12 +74,12 @@ def settled(cfg):
     return replace(cfg, **{k: v for k, v in usual.items() if getattr(cfg, k) in (None, "", ())})
 
 def usual_overlap(window):
-    """What windows that stay share by default: nearly a quarter of a side, and odd. A U-Net that halves its windows
+    """What windows that overlap share by default: nearly a quarter of a side, and odd. A U-Net that halves its windows
     leaves a faint lattice of every 2, 4, ... latents; windows an even number apart would lay theirs on one another."""
     return max(window // 4 - 1, 0) | 1
 
 def times(cfg, T):
-    """The indices that are drawn at, ascending. Details are drawn at the clean end: lean times crowd there, so a dozen
+    """The indices that are drawn at, ascending. Details are drawn at the clean end: lean times crowd there, so ten
     of them do what fifty evenly spaced ones do (docs/large.md). raises: UserError for a number that means nothing."""
     steps = settled(cfg).steps
     if not is_lean(cfg):
@@ -91,6 +91,10 @@ def times(cfg, T):
         t = 1 + round((last - 1) * (i / (steps - 1)) ** 1.2)
         tau.append(max(t, tau[-1] + 1) if tau else t)                   # 1, ...
     return [*tau, last]                                                 # ..., 990
+
+def order(cfg):
+    """Of the solver: 2, DPM-Solver++ 2M, at lean times; 1, DDIM, as published."""
+    return 2 if is_lean(cfg) else 1
 
 def lams(cfg):
     """The first and the last lam, or the default of the guide."""
@@ -108,7 +112,7 @@ class Progress:
         self.path, self.ranks, self.saved, self.done = path, ranks, time.monotonic(), 0
         self.step, self.latents = 0, {}                     # the latest step that is whole, and its latents
         mark = {k: v for k, v in asdict(cfg).items() if k not in HOW}
-        mark["drawn"] = times(cfg, model.schedule.T), levels[-1].canvas.overlap, 1 + is_lean(cfg)
+        mark["drawn"] = times(cfg, model.schedule.T), levels[-1].canvas.overlap, lams(cfg), order(cfg)
         mark["networks"] = [proxies.fingerprint(model), fingerprint(proxy) if proxy else ""]
         mark["grid"] = crc32(condition.e.cpu().numpy().tobytes()) if isinstance(condition, Grid) else 0
         self.mark = json.loads(json.dumps(mark))
@@ -177,7 +181,7 @@ def draw_large(model, condition, cfg, ranks, proxy=None, resume=None):
     progress = Progress(levels, cfg, model, condition, proxy, resume, ranks, len(timesteps))
     with enough_memory(), kept(progress), ranks.autocast():
         S.sample_levels(levels, model.schedule, timesteps=timesteps, end=cfg.end, inner=inner, lam=lams(cfg),
-                        delta=cfg.delta, zeta=cfg.zeta, guide=cfg.guide, order=1 + is_lean(cfg), done=progress.done,
+                        delta=cfg.delta, zeta=cfg.zeta, guide=cfg.guide, order=order(cfg), done=progress.done,
                         callback=progress)
         if cfg.repair and cfg.method != "bicubic":
             levels[-1] = baselines.repair(model, condition, levels[-1], scales[-1], guidance=cfg.guidance,

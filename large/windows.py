@@ -91,7 +91,7 @@ class WindowEps:
     @torch.no_grad()
     def keys(self, ij, more):
         """Keys and values of the null branch of windows `more`, and of all, made once, while there is room for them."""
-        name = len(more), *ij
+        name = (len(more), *ij) if self.told else len(ij)   # windows that are told nothing are all the same
         if name in self.kept:
             return self.kept[name]
         tokens = torch.stack([self.c[corner] for corner in ij])                         # (n,L,D)
@@ -113,7 +113,7 @@ class WindowEps:
         cond[more] = with_guidance(null, cond[more], self.guidance)
         return cond
 
-MENDED = 400  # below this t what to draw is settled, but not how it goes on across a border
+MEND_BELOW = 400  # below this t what to draw is settled, but not how it goes on across a border
 
 def depth(canvas):
     """How far latents lie from the nearest border between windows, or from the middle of what these share, (h,w)."""
@@ -126,30 +126,33 @@ def depth(canvas):
 
 @dataclass
 class MendedLevel(Level):
-    """A Level whose windows share nothing. At the clean end, but for the last step, others lie between them, half a
-    window further, and count beside the borders of the first. They are told nothing: no embedding says what is
-    between tiles, and a mixture of four says it wrongly.
-    Attributes: between, a Level of these, on a canvas that is mirrored half a window beyond its rim."""
+    """A Level whose windows share nothing. At the clean end, but at t = 1, others lie between them, half a window
+    further, and count beside the borders of the first. They are told nothing: no embedding says what is between tiles,
+    and a mixture of four says it wrongly. Where a border of the first crosses the middle of a tile, both have one.
+    Attributes: between, a Level of these, on a canvas that is mirrored half a window beyond its rim, along sides of
+    more than one window."""
     between: Level | None = None
 
     @classmethod
     def of(cls, level, model):
         """The same, mended."""
         canvas = level.canvas
-        half = canvas.window[0] // 2
-        wider = open_canvas(canvas.h + 2 * half, canvas.w + 2 * half, canvas.window, 0, canvas.fade, canvas.batch)
+        (h, high), (w, wide) = (canvas.h, canvas.window[0]), (canvas.w, canvas.window[1])
+        wider = open_canvas(h + high * (h > high), w + wide * (w > wide), canvas.window, 0, canvas.fade, canvas.batch)
         eps = WindowEps(model, contexts(model, None, 0, wider), 1.0)
-        return cls(**vars(level), between=replace(level, eps=eps, canvas=wider))
+        return cls(**vars(level), between=replace(level, eps=eps, canvas=wider, z=None, A=None, proxy=None))
 
     def z0_hat(self, z, t, ab):
-        if not 1 < t < MENDED:
-            return super().z0_hat(z, t, ab)
-        half = self.canvas.window[0] // 2
-        inside = ..., slice(half, -half), slice(half, -half)
-        deep = depth(self.canvas) > 1.5 * depth(self.between.canvas)[inside]            # (h,w)
-        _, eps = super().z0_hat(z, t, ab)
-        _, others = self.between.z0_hat(pad(z, [half] * 4, "reflect"), t, ab)
-        eps = torch.where(deep.to(z.device), eps, others[inside])
+        z0, eps = super().z0_hat(z, t, ab)
+        if not 1 < t < MEND_BELOW:
+            return z0, eps
+        canvas, wider = self.canvas, self.between.canvas
+        top, left = (wider.h - canvas.h) // 2, (wider.w - canvas.w) // 2                # of the canvas on the wider one
+        inside = ..., slice(top, top + canvas.h), slice(left, left + canvas.w)
+        _, eps_between = self.between.z0_hat(pad(z, (left, left, top, top), "reflect"), t, ab)
+        # tiles are told different things, so where they meet shows more: the others get more room
+        by_tiles = depth(canvas) > 1.5 * depth(wider)[inside]                           # (h,w)
+        eps = torch.where(by_tiles.to(z.device), eps, eps_between[inside])
         return to_x0(eps, z, ab, "eps"), eps
 
 def sides(size, scales, patch, factor, known):

@@ -4,13 +4,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, quick, vae_of
+from conftest import ROOT, TINY, quick, vae_of
 
 import train
 from common import UserError, save_tensors
 from data import Pyramids, fixed_batch
 from diffusion import ZoomLDM
 from slides.keys import start_unet, unet_name
+from slides.start import model_of
 
 PLAIN = ["--pred=eps", "--unet.positions=0", "--summarizer.positions=0", "--unet.groups=32", "--unet.width=32"]
 
@@ -70,6 +71,11 @@ def test_a_start_that_does_not_fit(toy, run, tmp_path):
     for source, says in ((bad, "1 missing"), (run, "vae.safetensors belongs to a run with other settings .init_from")):
         with pytest.raises(UserError, match=says):
             quick([*TINY, *PLAIN, f"--data={toy}", f"--out={tmp_path}", f"--init_from={source}"])
+
+def test_whole_models():
+    """Of the shipped weights too, whose VAE is a file of its own. catches: a VAE alone taken for a model."""
+    assert type(model_of(ROOT / "weights/toy.safetensors")) is ZoomLDM
+    assert model_of(ROOT / "weights/vae.safetensors") is None and model_of("") is None and model_of("no.ckpt") is None
 
 @pytest.mark.parametrize("file", ["", "ema.safetensors"])
 def test_start_from_a_run(toy, run, tmp_path, capsys, file):
