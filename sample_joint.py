@@ -270,7 +270,7 @@ def sample_levels(levels, schedule, *, steps=50, timesteps=None, end="published"
     in:  levels, coarse to fine, whose z are drawn over; timesteps, ascending; end: see ddim_sample; inner: K; lam:
     for s1, s2 the largest change of a latent, for x0 guides the share of the error that is taken away; or (first,
     last), going linearly; delta, zeta: widths of finite differences, in float32 even under autocast;
-    order: 1 DDIM, 2 DPM-Solver++ 2M (few steps of DDIM lose contrast); done: how many steps are drawn already.
+    order: 1 DDIM, 2 DPM-Solver++ 2M (few steps of DDIM lose contrast); done: how many steps are drawn.
     out: levels. raises: ValueError if two levels do not match. source: Z Algorithms S1, S2."""
     correct, lams = guide_of(guide, inner, lam, delta, zeta)
     timesteps = even_timesteps(schedule.T, steps) if timesteps is None else timesteps

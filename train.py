@@ -387,8 +387,7 @@ def open_training(cfg, ranks, std):
     cfg.unet.context_dim = cfg.summarizer.width
     side, halvings = pyramids.patch // 4, len(cfg.unet.mult) - 1
     if side % 2 ** halvings:
-        raise UserError(f"latents of {side} x {side} cannot be halved {halvings} times: build the data with "
-                        f"another --patch, or take fewer levels, --unet.mult")
+        raise UserError(f"sides of {side} cannot be halved {halvings} times: change --patch or --unet.mult")
     dataset = PatchDataset(pyramids, "train", cfg.seed, ("z",), None if cfg.only_scale < 0 else cfg.only_scale)
     with torch.device("meta"):                                          # refused here if it cannot be,
         LDMStage(cfg, side)                                             # not after the VAE is trained
@@ -402,15 +401,16 @@ def main(argv):
         raise UserError(f"{cfg.preset} takes a finished VAE: to train one, give --vae_weights= as well")
     cfg.out = cfg.out or f"out/{cfg.preset}"
     out, ranks = Path(cfg.out), setup(cfg.device, cfg.amp, cfg.threads)
-    from slides.start import model_of, start_weights
-    base = model_of(cfg.init_from)                                      # None: of no run
+    base = None                                                         # a model of ours to go on with
+    if cfg.init_from:
+        from slides.start import model_of, start_weights
+        base = model_of(cfg.init_from)
     pyramids, dataset = open_training(cfg, ranks, base and base.info.get("std"))  # in the units of base
     check_settings(out / "vae.safetensors", cfg, ("vae", "data", "seed", *["init_from"] * bool(base)))
-    found, start = newest_state(out / "state.safetensors"), {}
+    found = newest_state(out / "state.safetensors")
     if found:
         check_settings(found[0], cfg)
-    if cfg.init_from:
-        start = start_weights(cfg, ranks, pyramids, base, bool(found))  # {name in LDMStage: tensor}
+    start = start_weights(cfg, ranks, pyramids, base, bool(found)) if cfg.init_from else {}
     ranks.barrier()                                                     # all have looked before one writes
     if ranks.rank == 0:
         for left in out.rglob(".*.tmp"):                                # of a save that was killed

@@ -15,10 +15,8 @@ from unet import UNet
 from zoom_vae import VQVAE
 
 def model_of(source):
-    """The whole model in a run folder or in a file of ours, such as weights/toy.safetensors; None of a published file,
-    or if source is empty. raises: UserError."""
-    if not source:
-        return None
+    """The whole model in a run folder or in a file of ours, such as weights/toy.safetensors; None of a published file.
+    raises: UserError."""
     path = Path(source)
     ours = path.suffix == ".safetensors" and path.is_file() and not sign_of(path) and "unet" in load_meta(path)
     return ZoomLDM.from_run(path) if path.is_dir() or ours else None
