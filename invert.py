@@ -153,7 +153,7 @@ def paint(model, condition, side, s, y=None, A=None, *, overlap=None, guidance=2
     window = (patch or model.info.get("patch", 256)) // model.vae.factor
     guidance = 1.0 if condition is None else guidance
     level, = prepare(model, condition, side, [s], overlap, guidance=guidance, seed=seed, batch=batch,
-                     guided=(300, 1000), patch=patch, proxy=proxy)  # where borders are mended, nothing is guided
+                     guided=(300, 1000), patch=patch, proxy=proxy)  # at less noise it does little
     level.A, level.y = A, y
     sample_levels([level], model.schedule, steps=steps, lam=lam, guide=guide, end="clean")
     around = 0 if overlap == 0 else window // 2             # latents of its neighbours that a tile knows

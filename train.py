@@ -387,7 +387,7 @@ def open_training(cfg, ranks, std):
     cfg.unet.context_dim = cfg.summarizer.width
     side, halvings = pyramids.patch // 4, len(cfg.unet.mult) - 1
     if side % 2 ** halvings:
-        raise UserError(f"sides of {side} cannot be halved {halvings} times: change --patch or --unet.mult")
+        raise UserError(f"latents of side {side} cannot be halved {halvings} times: change --patch or --unet.mult")
     dataset = PatchDataset(pyramids, "train", cfg.seed, ("z",), None if cfg.only_scale < 0 else cfg.only_scale)
     with torch.device("meta"):                                          # refused here if it cannot be,
         LDMStage(cfg, side)                                             # not after the VAE is trained
