@@ -5,6 +5,7 @@ read next: large/command.py
 """
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch.nn.functional import pad
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from common import UserError, generator
 from diffusion import null_condition, to_x0, with_guidance
+from invert import alike, per_token
 from large.ranks import open_canvas
 from sample_joint import Level, Resize, full_precision, ramps, starts
 from summarizer import standardize, summarized
@@ -36,12 +38,33 @@ def nearer(f):
     outlines in bare glass."""
     return min(max(2 * f - 0.5, 0), 1)
 
+ALIKE = 0.4  # tiles are alike if they differ by less than this share of what any two of the region do
+
+def tiles_at(first, count, n):
+    """Numbers of `count` tiles of n, counted from `first`: mirrored before the first; the last, again, beyond it."""
+    numbers = range(math.floor(first), math.floor(first) + count)
+    return [min(max(k, -1 - k), n - 1) for k in numbers]
+
 @dataclass
 class Grid:
     """Conditions from the embeddings of a region: grid(s, i, j) -> e (E,G,G), standardised, of a window at scale s
-    whose upper left corner lies at base tile (i, j), any numbers. Beyond the last tile it is repeated.
+    whose upper left corner lies at base tile (i, j), any numbers. Beyond the rim tiles are repeated.
     in:  e (E,Gh,Gw), as data.py stores them. source: Z §3.2; L §3.2; reference: the published post-processing."""
     e: torch.Tensor
+
+    @cached_property
+    def spread(self):
+        """How much two tiles of the region differ in the mean: 1 - their correlation."""
+        return 1 - float(alike(per_token(self.e[None].float())))
+
+    def mixed(self, s, i, j):
+        """The same, but None where the window is a mixture of tiles that are not alike: it would say what is nowhere.
+        Only at scale 0 does a window that begins half-way consist of parts of tiles."""
+        rows = tiles_at(i, math.ceil(i) - math.floor(i) + 1, self.e.shape[1])
+        columns = tiles_at(j, math.ceil(j) - math.floor(j) + 1, self.e.shape[2])
+        tiles = self.e.float()[:, rows][:, :, columns].flatten(1)                       # (E,1), (E,2) or (E,4)
+        differ = 1 - float(torch.corrcoef(tiles.mT).min())
+        return self(s, i, j) if s > 0 or differ <= ALIKE * self.spread else None
 
     def __call__(self, s, i, j):
         # A window may begin between tiles. Here i = 1.25, j = 2.5, and x is the condition of its first cell:
@@ -51,29 +74,31 @@ class Grid:
         #                     x                 then down the rows, by the fraction of i:
         #   row 2       c           d              a quarter off is near enough: the upper mixture alone
         side, (high, wide) = 2 ** s, self.e.shape[1:]
-        rows = [min(int(i) + k, high - 1) for k in range(side + 1)]
-        columns = [min(int(j) + k, wide - 1) for k in range(side + 1)]
+        rows, columns = tiles_at(i, side + 1, high), tiles_at(j, side + 1, wide)
         tiles = self.e.float()[:, rows][:, :, columns]                                  # (E,side+1,side+1)
-        tiles = slerp(tiles[:, :, :-1], tiles[:, :, 1:], nearer(j - int(j)))            # (E,side+1,side)
-        tiles = slerp(tiles[:, :-1], tiles[:, 1:], nearer(i - int(i)))                  # (E,side,side)
+        tiles = slerp(tiles[:, :, :-1], tiles[:, :, 1:], nearer(j - math.floor(j)))            # (E,side+1,side)
+        tiles = slerp(tiles[:, :-1], tiles[:, 1:], nearer(i - math.floor(i)))                  # (E,side,side)
         return standardize(tiles)                                                       # (E,G,G), G at most 8
 
 # ----- 2. A trained model behind windows -----
 
 @torch.no_grad()
 def contexts(model, condition, s, canvas):
-    """Tokens {corner: c (L,D)} of windows. condition(s, i, j) -> e (E,G,G), such as a Grid; None is the null one."""
+    """Tokens {corner: c (L,D)} of windows. condition(s, i, j) -> e (E,G,G), such as a Grid. Where it says None, and if
+    it is None, tokens are the null ones."""
     device = model.unet.conv_out.weight.device
+    nothing, (high, wide) = null_condition(model.summarizer.pos[0]).to(device), canvas.window
+    out = dict.fromkeys(canvas.ij, nothing)
     if condition is None:
-        nothing = null_condition(model.summarizer.pos[0])
-        return dict.fromkeys(canvas.ij, nothing.to(device))
-    out, (high, wide) = {}, canvas.window
+        return out
     with full_precision(model.unet.conv_out.weight):
         for n in range(0, len(canvas.ij), canvas.batch):
             ij = canvas.ij[n:n + canvas.batch]
-            e = [condition(s, i / high * 2 ** s, j / wide * 2 ** s) for i, j in ij]     # (E,G,G) each
-            c = summarized(model.summarizer, e, s)                                      # (n,L,D)
-            out.update(zip(ij, c))
+            said = [condition(s, i / high * 2 ** s, j / wide * 2 ** s) for i, j in ij]  # (E,G,G) each
+            known = {corner: e for corner, e in zip(ij, said) if e is not None}
+            if known:
+                c = summarized(model.summarizer, [*known.values()], s)                  # (n,L,D)
+                out.update(zip(known, c))
     return out
 
 BUDGET = 256 * 2 ** 20  # bytes of keys and values kept from step to step; windows beyond it compute theirs anew
@@ -127,19 +152,23 @@ def depth(canvas):
 @dataclass
 class MendedLevel(Level):
     """A Level whose windows share nothing. At the clean end, but at t = 1, others lie between them, half a window
-    further, and count beside the borders of the first. They are told nothing: no embedding says what is between tiles,
-    and a mixture of four says it wrongly. Where a border of the first crosses the middle of a tile, both have one.
+    further, and count beside the borders of the first. No embedding says what is between two tiles: those windows are
+    told the mixture of tiles that are alike, and nothing of others. Where a border of the first crosses the middle of
+    a tile, both have one.
     Attributes: between, a Level of these, on a canvas that is mirrored half a window beyond its rim, along sides of
     more than one window."""
     between: Level | None = None
 
     @classmethod
-    def of(cls, level, model):
-        """The same, mended."""
-        canvas = level.canvas
+    def of(cls, level, model, condition, s):
+        """The same, mended. condition: a Grid or None, of scale s."""
+        canvas, told = level.canvas, None
         (h, high), (w, wide) = (canvas.h, canvas.window[0]), (canvas.w, canvas.window[1])
+        up, left = 2 ** s / 2 * (h > high), 2 ** s / 2 * (w > wide)     # base tiles between where both canvases begin
         wider = open_canvas(h + high * (h > high), w + wide * (w > wide), canvas.window, 0, canvas.fade, canvas.batch)
-        eps = WindowEps(model, contexts(model, None, 0, wider), 1.0)
+        if condition is not None:
+            told = lambda s, i, j: condition.mixed(s, i - up, j - left)
+        eps = WindowEps(model, contexts(model, told, s, wider), 1.0)
         return cls(**vars(level), between=replace(level, eps=eps, canvas=wider, z=None, A=None, proxy=None))
 
     def z0_hat(self, z, t, ab):
@@ -203,7 +232,7 @@ def prepare(model, condition, size, scales, overlap, *, guidance=2.0, seed=0, ba
         level = Level(WindowEps(model, c, guidance, guided), model.decode, model.encode, canvas, z.to(device), A,
                       proxy=proxy)
         mend = overlap is None and (h, w) != (window, window)
-        levels.append(MendedLevel.of(level, model) if mend else level)
+        levels.append(MendedLevel.of(level, model, condition, s) if mend else level)
         above = s
     return levels
 

@@ -146,6 +146,24 @@ def test_up_to_a_quarter_off_a_tile_its_condition_is_enough():
         assert_close(Grid(e)(0, 1 + f, 3 - f), standardize(e[:, 1:2, 3:4]), 1e-5)
         assert_close(Grid(e)(1, 2 - f, 2 + f), standardize(e[:, 2:4, 2:4]), 1e-5)
 
+def test_windows_between_alike_tiles_are_told_their_mixture():
+    """Beside the rim tiles are mirrored, as the canvas is. catches: a mixture of a tile in which the window does not
+    lie; tiles held against their neighbours alone; a corner of four of which one is another."""
+    one, other, spread = torch.randn(2, 32, 1, 1).unbind() + (0.05 * torch.randn(32, 4, 4),)
+    e = torch.cat([one.expand(32, 4, 2), other.expand(32, 4, 2)], 2) + spread           # two halves, (32,4,4)
+    g = Grid(e)
+    assert torch.equal(g.mixed(0, 1.5, 0.5), g(0, 1.5, 0.5)) and torch.equal(g.mixed(0, 2.5, 2), g(0, 2.5, 2))
+    assert_close(g.mixed(0, 1, 0.5), standardize((e[:, 1:2, :1] + e[:, 1:2, 1:2]) / 2), 0.02)
+    assert g.mixed(0, 1, 1.5) is None and g.mixed(0, 0.5, 1.5) is None
+    assert torch.equal(g.mixed(0, 2, 1), g(0, 2, 1)), "a whole tile"
+    assert torch.equal(g.mixed(1, 0, 1), g(1, 0, 1)), "no mixture, though its tiles are not alike"
+    assert_close(g.mixed(0, -0.5, 3.5), standardize(e[:, :1, 3:]), 1e-5)
+    assert_close(g(1, -1, 2), standardize(e[:, [0, 0], 2:]), 1e-5)
+    assert_close(g(2, -2, 0), standardize(e[:, [1, 0, 0, 1]]), 1e-5)
+    three = e[:, :2, :2].clone()
+    three[:, 1, 1] = other[:, 0, 0]
+    assert Grid(three).mixed(0, 0.5, 0.5) is None and Grid(three).mixed(0, 0, 0.5) is not None
+
 def test_conditions_of_coarse_scales_are_pooled():
     """16 x 16 tiles become 8 x 8, pooled before they are standardised; half-precision grids are read as float32."""
     e = grid(20, 18).half()
@@ -229,8 +247,7 @@ def test_windows_that_are_told_nothing(model, windows, monkeypatch):
 
 def test_levels(model):
     """Noise depends on seed and scale alone, so that a level is the same whatever is drawn with it."""
-    def condition(s, i, j):
-        return torch.randn(96, 2 ** s, 2 ** s, generator=torch.Generator().manual_seed(int(8 * i + j)))
+    condition = Grid(torch.randn(96, 4, 8, generator=torch.Generator().manual_seed(0)))
     a = prepare(model, condition, (256, 512), [2, 0], 4, seed=3)
     b = prepare(model, condition, (256, 512), [2, 1, 0], 4, seed=3, fade=False, batch=5)
     assert [x.z.shape[2:] for x in b] == [(16, 32), (32, 64), (64, 128)]
@@ -242,11 +259,17 @@ def test_levels(model):
     one, many = prepare(model, condition, (64, 64), [0], None)[0], prepare(model, condition, (256, 512), [0], None)[0]
     assert type(one) is type(a[1]) is Level and type(many) is MendedLevel and many.canvas.overlap == 0
     assert {*many.canvas.ij} == many.eps.told and {*many.between.canvas.ij} == many.between.eps.c.keys()
-    assert not many.between.eps.told, "windows between tiles are told nothing"
+    corners = {(i, j) for i in (0, 64) for j in (0, 128)}
+    assert many.between.eps.told == corners, "each of one tile and its mirror image; all others of tiles unlike"
     row, = prepare(model, condition, (64, 128), [0], None)              # shifted along its length alone
     assert (row.between.canvas.h, row.between.canvas.w) == (16, 48) and row.z.shape == (1, 3, 16, 32)
     assert [x.shape for x in row.z0_hat(row.z, 20, 0.9)] == [row.z.shape] * 2
-    assert len(row.between.eps.kept) == 1, "keys of windows that are told nothing are kept once"
+    blind, = prepare(model, None, (256, 512), [0], None, batch=15)
+    blind.z0_hat(blind.z, 20, 0.9)
+    assert len(blind.between.eps.kept) == 1, "keys of windows that are told nothing are kept once"
+    coarse, = prepare(model, condition, (128, 256), [1], None)          # a window begins on a whole tile there
+    c = contexts(model, lambda s, i, j: condition(s, i - 1, j - 1), 1, coarse.between.canvas)
+    assert all(torch.equal(coarse.between.eps.c[corner], c[corner]) for corner in c)
 
 def test_how_deep_a_latent_lies():
     """Counted from the middle of a latent to the nearest border inside of the canvas. catches: its rim as a border;
