@@ -38,7 +38,7 @@ def nearer(f):
     outlines in bare glass."""
     return min(max(2 * f - 0.5, 0), 1)
 
-ALIKE = 0.4  # tiles are alike if they differ by less than this share of what any two of the region do
+ALIKE = 1 / 3  # tiles are alike if they differ by no more than this share of what any two of the region do
 
 def tiles_at(first, count, n):
     """Numbers of `count` tiles of n, counted from `first`: mirrored before the first; the last, again, beyond it."""

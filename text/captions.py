@@ -17,7 +17,7 @@ from common import UserError, at_least, cli, configure, load_meta, load_tensors,
 from common import write_text
 from data import Pyramids
 from text.clauses import clauses
-from text.tissues import regions
+from text.tissues import regions, varied
 from text.wording import describe, shares_of
 from toy.tissue import TISSUES
 
@@ -150,7 +150,7 @@ class Config:
     command: str = ""     # toy or embed
     path: str = ""        # toy: the data folder; embed: the captions file
     out: str = ""         # toy: folder to write to, default the data folder; embed: file, default FILE.safetensors
-    n: int = 16           # toy: regions of each training slide
+    n: int = 16           # toy: regions of a training slide, in the mean; of rare tissues as many as of others
     phrasings: int = 4    # toy: captions of each of them; the more, the better others' wording is understood
     heldout: int = 64     # toy: regions of held-out slides, each with one caption
     tiles: int = 8        # toy: side of a region in base tiles
@@ -162,11 +162,11 @@ def toy(cfg):
     """Write captions.tsv and heldout.tsv."""
     pyramids = Pyramids(cfg.path)
     learnt = cfg.n * len(pyramids.names("train"))
-    plan = ("train", "captions", learnt, cfg.phrasings), ("test", "heldout", cfg.heldout, 1)
-    for split, name, n, phrasings in plan:
+    plan = ("train", "captions", varied, learnt, cfg.phrasings), ("test", "heldout", regions, cfg.heldout, 1)
+    for split, name, pick, n, phrasings in plan:
         path, texts = Path(cfg.out or cfg.path) / f"{name}.tsv", []
         lines = ["\t".join(("image", "caption", *TISSUES))]
-        found = regions(pyramids, split, n, cfg.tiles, cfg.seed)
+        found = pick(pyramids, split, n, cfg.tiles, cfg.seed)
         for k, block, region, rng in tqdm(found, f"{name}, regions", n, delay=3):
             image = f"{pyramids.slides[k]['name']}@{','.join(map(str, block))}"
             shares = [f"{share:.4f}" for share in shares_of(region)]

@@ -85,6 +85,14 @@ def test_regions_and_their_maps(pyramids, tmp_path):
     with pytest.raises(UserError, match="a.safetensors holds no region map: only toy slides"):
         region_map(other, 0, (0, 0, 1, 1))
 
+def test_rare_tissues_are_described_as_often(monkeypatch):
+    """catches: a tissue left out that is there; candidates skipped, or taken twice; more or fewer regions."""
+    kinds = [1] * 12 + [0, 1, 2, 3] * 3 + [1, 1, 3, 1]
+    found = [(k, (0, 0, 1, 1), np.full((4, 4), kind, np.uint8), None) for k, kind in enumerate(kinds)]
+    monkeypatch.setattr(tissues, "regions", lambda pyramids, split, n, tiles, seed: iter(found[:n]))
+    got = [(int(region[0, 0]), k) for k, _, region, _ in tissues.varied(None, "train", 7, 1, 0)]
+    assert got == [(1, 0), (1, 4), (1, 8), (0, 12), (2, 18), (3, 23), (3, 26)]
+
 def test_fractions_on_held_out_slides(pyramids):
     """Areas read off slides of other seeds, by the colours of only six: near the truth, and following it. Catches:
     channels mixed up, tissues in another order, a metric applied to one side only."""
