@@ -58,13 +58,15 @@ class Grid:
         return 1 - float(alike(per_token(self.e[None].float())))
 
     def mixed(self, s, i, j):
-        """The same, but None where the window is a mixture of tiles that are not alike: it would say what is nowhere.
-        Only at scale 0 does a window that begins half-way consist of parts of tiles."""
-        rows = tiles_at(i, math.ceil(i) - math.floor(i) + 1, self.e.shape[1])
-        columns = tiles_at(j, math.ceil(j) - math.floor(j) + 1, self.e.shape[2])
+        """The same, but None at scale 0 where a window that begins half-way would mix tiles that are not alike: what
+        it is told would be nowhere. At coarser scales half a window is whole tiles."""
+        if s > 0:
+            return self(s, i, j)
+        rows = tiles_at(i, 2 if i % 1 else 1, self.e.shape[1])
+        columns = tiles_at(j, 2 if j % 1 else 1, self.e.shape[2])
         tiles = self.e.float()[:, rows][:, :, columns].flatten(1)                       # (E,1), (E,2) or (E,4)
         differ = 1 - float(torch.corrcoef(tiles.mT).min())
-        return self(s, i, j) if s > 0 or differ <= ALIKE * self.spread else None
+        return self(s, i, j) if differ <= ALIKE * self.spread else None
 
     def __call__(self, s, i, j):
         # A window may begin between tiles. Here i = 1.25, j = 2.5, and x is the condition of its first cell:
@@ -76,8 +78,8 @@ class Grid:
         side, (high, wide) = 2 ** s, self.e.shape[1:]
         rows, columns = tiles_at(i, side + 1, high), tiles_at(j, side + 1, wide)
         tiles = self.e.float()[:, rows][:, :, columns]                                  # (E,side+1,side+1)
-        tiles = slerp(tiles[:, :, :-1], tiles[:, :, 1:], nearer(j - math.floor(j)))            # (E,side+1,side)
-        tiles = slerp(tiles[:, :-1], tiles[:, 1:], nearer(i - math.floor(i)))                  # (E,side,side)
+        tiles = slerp(tiles[:, :, :-1], tiles[:, :, 1:], nearer(j - math.floor(j)))     # (E,side+1,side)
+        tiles = slerp(tiles[:, :-1], tiles[:, 1:], nearer(i - math.floor(i)))           # (E,side,side)
         return standardize(tiles)                                                       # (E,G,G), G at most 8
 
 # ----- 2. A trained model behind windows -----
