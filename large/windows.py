@@ -41,14 +41,15 @@ def nearer(f):
 ALIKE = 1 / 3  # tiles are alike if they differ by no more than this share of what any two of the region do
 
 def tiles_at(first, count, n):
-    """Numbers of `count` tiles of n, counted from `first`: mirrored before the first; the last, again, beyond it."""
+    """Numbers of `count` tiles of n, counted from `first`; mirrored beyond the rim, as a wider canvas is."""
     numbers = range(math.floor(first), math.floor(first) + count)
-    return [min(max(k, -1 - k), n - 1) for k in numbers]
+    inside = (max(k, -1 - k) for k in numbers)
+    return [max(min(k, 2 * n - 1 - k), 0) for k in inside]
 
 @dataclass
 class Grid:
     """Conditions from the embeddings of a region: grid(s, i, j) -> e (E,G,G), standardised, of a window at scale s
-    whose upper left corner lies at base tile (i, j), any numbers. Beyond the rim tiles are repeated.
+    whose upper left corner lies at base tile (i, j), any numbers. Beyond the rim tiles are mirrored.
     in:  e (E,Gh,Gw), as data.py stores them. source: Z §3.2; L §3.2; reference: the published post-processing."""
     e: torch.Tensor
 
@@ -166,7 +167,7 @@ class MendedLevel(Level):
         """The same, mended. condition: a Grid or None, of scale s."""
         canvas, told = level.canvas, None
         (h, high), (w, wide) = (canvas.h, canvas.window[0]), (canvas.w, canvas.window[1])
-        up, left = 2 ** s / 2 * (h > high), 2 ** s / 2 * (w > wide)     # base tiles between where both canvases begin
+        up, left = 2 ** s / 2 * (h > high), 2 ** s / 2 * (w > wide)     # base tiles that the wider one begins before
         wider = open_canvas(h + high * (h > high), w + wide * (w > wide), canvas.window, 0, canvas.fade, canvas.batch)
         if condition is not None:
             told = lambda s, i, j: condition.mixed(s, i - up, j - left)

@@ -160,6 +160,7 @@ def test_windows_between_alike_tiles_are_told_their_mixture():
     assert_close(g.mixed(0, -0.5, 3.5), standardize(e[:, :1, 3:]), 1e-5)
     assert_close(g(1, -1, 2), standardize(e[:, [0, 0], 2:]), 1e-5)
     assert_close(g(2, -2, 0), standardize(e[:, [1, 0, 0, 1]]), 1e-5)
+    assert_close(g(2, 0, 2), standardize(e[:, :, [2, 3, 3, 2]]), 1e-5)
     three = e[:, :2, :2].clone()
     three[:, 1, 1] = other[:, 0, 0]
     assert Grid(three).mixed(0, 0.5, 0.5) is None and Grid(three).mixed(0, 0, 0.5) is not None
